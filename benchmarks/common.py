@@ -1,0 +1,135 @@
+"""Timing, bounds and records: every ``bench_<op>.py`` prints one table and can write one record.
+
+A record is ``benchmarks/records/<date>-<device>-<name>.json``; see docs/numerics.md for the fields.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+RECORDS = Path(__file__).parent / "records"
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass
+class Row:
+    """One measurement; higher is better in ``value`` and ``ratio``; what does not apply is None."""
+
+    case: str
+    metric: str
+    value: float
+    unit: str
+    bound: float | None = None
+    percent_of_bound: float | None = None
+    peer: str | None = None
+    peer_value: float | None = None
+    ratio: float | None = None
+    goal: float | None = None
+
+
+@dataclass
+class Bench:
+    """Rows of one run on one device."""
+
+    name: str
+    device: str
+    rows: list[Row] = field(default_factory=list)
+
+    def compare(self, case: str, ours: Callable, peer: Callable, peer_name: str, *, gigabytes: float = 0.0, gflop: float = 0.0) -> None:
+        """Time ``ours`` and ``peer`` in turn and keep the median rates.
+
+        The metric is GFLOP/s where ``gflop`` is given, GB/s where ``gigabytes`` (the least traffic) is.
+        """
+        mine, theirs = interleaved_seconds(ours, peer, self.device)
+        work, unit = (gflop, "GFLOP/s") if gflop else (gigabytes, "GB/s")
+        bound = None if gflop else read_bandwidth(self.device)
+        value = work / mine
+        self.rows.append(
+            Row(case, f"median of {unit}", value, unit, bound, bound and 100 * value / bound, peer_name, work / theirs, theirs / mine)
+        )
+        bound_text = f"{100 * value / bound:5.1f} % of bound" if bound else ""
+        print(f"{case:44s} {1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s} x {theirs / mine:.2f} {peer_name}")
+
+    def finish(self, write: bool) -> None:
+        """Write the record when asked to."""
+        if not write:
+            return
+        date = datetime.date.today().isoformat()
+        device = device_name(self.device)
+        record = {
+            "name": self.name,
+            "device": device,
+            "date": date,
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip(),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "rows": [asdict(row) for row in self.rows],
+        }
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        path = RECORDS / f"{date}-{slug}-{self.name}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {path.relative_to(REPOSITORY)}")
+
+
+def device_name(device: str) -> str:
+    """The processor's or GPU's own name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match.group(1) if match else platform.processor()
+
+
+def _seconds(function: Callable, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved_seconds(a: Callable, b: Callable, device: str, budget: float = 1.0) -> tuple[float, float]:
+    """Median seconds of ``a`` and ``b``, run in turn (A B A B ...) for about ``budget`` seconds after a warm-up."""
+    once = _seconds(a, device) + _seconds(b, device)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(max(5, min(200, int(budget / max(once, 1e-6))))):
+        times[0].append(_seconds(a, device))
+        times[1].append(_seconds(b, device))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+_bandwidth: dict[str, float] = {}
+
+
+def read_bandwidth(device: str) -> float:
+    """Memory read rate in GB/s, measured once: the median of summing a buffer far larger than the caches."""
+    if device not in _bandwidth:
+        buffer = torch.ones(256 * 2**20, dtype=torch.float32, device=device)
+        buffer.sum()
+        seconds = statistics.median(_seconds(buffer.sum, device) for _ in range(5))
+        _bandwidth[device] = buffer.numel() * 4 / seconds / 1e9
+    return _bandwidth[device]
+
+
+def main(name: str, run: Callable[[Bench], None]) -> None:
+    """Command line of every benchmark: ``--device``, ``--threads``, ``--record``."""
+    parser = argparse.ArgumentParser(description=f"Benchmark of {name}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-<name>.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(name, arguments.device)
+    with torch.no_grad():
+        run(bench)
+    bench.finish(arguments.record)

@@ -1,0 +1,11 @@
+// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine. CMake target: mixtral::mixtral.
+#pragma once
+
+#include "../../model/chat.h"
+#include "../../model/config.h"
+#include "../../model/engine.h"
+#include "../../model/load_error.h"
+#include "../../model/rolling_kv_cache.h"
+#include "../../model/sampling.h"
+#include "../../model/tokenizer.h"
+#include "../../model/transformer.h"

@@ -1,0 +1,54 @@
+// The architecture of a checkpoint: Mixtral 8x7B/8x22B, Mistral 7B (dense), Switch-style (top-1, no renormalisation), and
+// anything between.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace mixtral {
+
+enum class CheckpointLayout {
+  kHuggingFace,   // config.json, model*.safetensors, half-split rotary rows
+  kConsolidated,  // params.json, consolidated.safetensors, interleaved rotary rows
+};
+
+struct Config {
+  CheckpointLayout layout = CheckpointLayout::kHuggingFace;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_layers = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t vocab_size = 0;
+  int64_t max_position = 0;
+  int64_t num_experts = 0;      // 0: a dense feed-forward block, as in Mistral 7B
+  int64_t top_k = 0;            // experts per token
+  bool renormalize = true;      // false: Switch router, the weight is the plain softmax probability
+  bool router_in_f32 = true;    // false ("router_dtype": "model"): logits rounded to the model's dtype, as in Hugging Face
+  double rms_norm_eps = 0;
+  double rope_theta = 0;
+  int64_t window = 0;           // keys a query sees, itself included; 0: no window
+  std::string window_source;    // where the window came from, in words: "config.json: sliding_window"
+  bool tie_word_embeddings = false;
+  std::string dtype = "bfloat16";  // of the checkpoint: "float32", "bfloat16" or "float16"
+  int64_t bos_token_id = 1;
+  std::vector<int64_t> eos_token_ids = {2};
+
+  bool is_moe() const { return num_experts > 0; }
+
+  // Reads config.json (transformers v4 or v5) or params.json from `folder`. Throws LoadError naming the field.
+  static Config from_folder(const std::filesystem::path& folder);
+
+  // Throws LoadError (file `source`) when a field is missing, out of range or does not fit another one.
+  void validate(const std::string& source) const;
+
+  int64_t total_parameters() const;
+  int64_t active_parameters() const;  // per token: all but the unused experts of every layer
+  int64_t kv_bytes_per_token(int64_t element_size) const;
+};
+
+}  // namespace mixtral

@@ -1,0 +1,78 @@
+// The paged rolling key/value cache: a pool of fixed pages, and per sequence a ring of page-table columns.
+//
+// Position p of a sequence lives in page page_table[(p div P) mod R], row p mod P. With a window W a page that lies wholly
+// behind the window of every query to come goes back to the pool, so a sequence holds at most
+// R = ceil((W - 1 + chunk) / P) + 1 pages however long it grows (Jiang et al., "Mistral 7B", 2023, section 2, rolling
+// buffer cache; here it rolls page by page, so no page is ever overwritten in place). Without a window R grows.
+#pragma once
+
+#include "config.h"
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+namespace mixtral {
+
+// What one forward pass computes: chunks of several sequences, packed one after the other.
+struct Batch {
+  torch::Tensor input_ids;     // [T] int64
+  torch::Tensor positions;     // [T] int64
+  torch::Tensor cu_seqlens;    // [B+1] int32
+  // Where keys and values go and are found; undefined when there is no cache.
+  torch::Tensor slot_mapping;  // [T] int64: page * P + row
+  torch::Tensor page_table;    // [B,R] int32
+  torch::Tensor kv_lens;       // [B] int64: keys of each sequence, this batch's included
+};
+
+// A batch without a cache: whole sequences, attended with a block-diagonal mask.
+Batch packed_batch(const std::vector<std::vector<int64_t>>& sequences, torch::Device device);
+
+class RollingKVCache {
+ public:
+  struct Options {
+    int64_t page_size = 16;
+    int64_t num_pages = 0;
+    int64_t max_chunk = 512;  // most tokens of one sequence in one batch
+    torch::Device device = torch::kCPU;
+    torch::ScalarType dtype = torch::kFloat32;
+  };
+  // A chunk of one sequence: the next tokens after those it already holds.
+  struct Chunk {
+    int64_t sequence;
+    std::vector<int64_t> input_ids;
+  };
+
+  RollingKVCache(const Config& config, Options options);
+
+  // Pages one sequence of `length` tokens holds at most.
+  static int64_t pages_needed(const Config& config, int64_t page_size, int64_t max_chunk, int64_t length);
+
+  int64_t add_sequence();
+  void remove_sequence(int64_t sequence);  // its pages go back to the pool
+
+  // Takes pages for the chunks, gives back pages behind the window, and lays out the batch. Throws std::runtime_error
+  // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk.
+  Batch prepare(const std::vector<Chunk>& chunks);
+
+  torch::Tensor keys(int64_t layer) const;    // [pages,P,Nkv,D]
+  torch::Tensor values(int64_t layer) const;  // [pages,P,Nkv,D]
+  int64_t length(int64_t sequence) const;
+  int64_t pages_in_use() const;
+
+ private:
+  struct Sequence {
+    int64_t length = 0;
+    std::map<int64_t, int32_t> pages;  // p div P -> page, for the pages it holds
+  };
+  Config config_;
+  Options options_;
+  std::vector<torch::Tensor> keys_, values_;  // per layer
+  std::vector<int32_t> free_pages_;
+  std::map<int64_t, Sequence> sequences_;
+  int64_t next_sequence_ = 0;
+};
+
+}  // namespace mixtral

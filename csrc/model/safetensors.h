@@ -1,0 +1,39 @@
+// Reader of the safetensors format (https://github.com/huggingface/safetensors): u64 little-endian header length, JSON
+// header, data. The header is validated whole before anything is allocated for the data. No torch in here.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace mixtral {
+
+struct SafetensorsEntry {
+  std::string dtype;           // "F32", "BF16", "F16", ...
+  std::vector<int64_t> shape;
+  uint64_t begin = 0, end = 0;  // byte range in the file
+};
+
+class SafetensorsFile {
+ public:
+  // Throws LoadError when the file is not a regular file or its header breaks a rule of the format.
+  explicit SafetensorsFile(const std::filesystem::path& path);
+  ~SafetensorsFile();
+  SafetensorsFile(SafetensorsFile&&) noexcept;
+  SafetensorsFile(const SafetensorsFile&) = delete;
+
+  const std::string& path() const { return path_; }
+  const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
+
+  // Reads `bytes` bytes from absolute `offset` with pread. Throws LoadError when the file has become shorter.
+  void read(uint64_t offset, void* out, uint64_t bytes) const;
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+  std::map<std::string, SafetensorsEntry> entries_;
+};
+
+}  // namespace mixtral

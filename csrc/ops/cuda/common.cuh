@@ -1,0 +1,44 @@
+// Helpers shared by the CUDA kernels: number conversion and reductions within a warp or a block.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+namespace mixtral::cuda {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+inline constexpr int kWarpSize = 32;
+
+template <typename T>
+__device__ __forceinline__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// Sum over the block, the same value in every thread. blockDim.x is a multiple of 32, at most 1024; all threads call it.
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float partial[kWarpSize];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
+  x = warp_sum(x);
+  __syncthreads();  // a previous call may still be reading `partial`
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? partial[lane] : 0.0f);
+}
+
+}  // namespace mixtral::cuda

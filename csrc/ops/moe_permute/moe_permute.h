@@ -1,0 +1,40 @@
+// moe_permute:   sorts the M = T*K copies (token t, choice k) by expert, then by t, then by k (a stable counting sort):
+//                permuted[row_map[t, k]] = x[t];  rows offs[e-1] .. offs[e] belong to expert e.
+// moe_unpermute: out[t] = sum_k topk_weights[t, k] * y[row_map[t, k]], in f32, k in order, rounded once.
+//
+// No capacity: every copy is kept. A bad expert id is an error on the CPU; on CUDA its copy is dropped: row_map is -1,
+// no offset counts it, and moe_unpermute skips it. The rows of `permuted` that this leaves over are zero, at the end.
+#pragma once
+
+#include "../cuda/stream.h"
+#include "../index_array.h"
+
+#include <cstdint>
+
+namespace mixtral {
+
+// ids [copies] -> offs [E], row_map [copies]. Returns the first copy with a bad id, having written nothing, or -1.
+int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row_map, int64_t copies, int64_t experts);
+
+// Tokens [begin, end) of x [T, row_bytes] -> permuted [M, row_bytes].
+void launch_moe_permute_copy_cpu(const char* x, const int32_t* row_map, char* permuted, int64_t top_k,
+                                 int64_t row_bytes, int64_t begin, int64_t end);
+
+// Tokens [begin, end) of out [T, H], from y [M, H], weights [T, K] and row_map [T, K].
+template <typename T>
+void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out, int64_t top_k,
+                              int64_t hidden, int64_t begin, int64_t end);
+
+// int32 values of scratch memory that launch_moe_permute_cuda needs.
+int64_t moe_permute_scratch_size(int64_t copies, int64_t experts);
+
+// x [T, row_bytes], ids [T, K] -> permuted [M, row_bytes], offs [E], row_map [T, K].
+int launch_moe_permute_cuda(const char* x, IndexArray ids, char* permuted, int32_t* offs, int32_t* row_map,
+                            int32_t* scratch, int64_t tokens, int64_t top_k, int64_t experts, int64_t row_bytes,
+                            cudaStream_t stream);
+
+template <typename T>
+int launch_moe_unpermute_cuda(const T* y, const float* weights, IndexArray row_map, T* out, int64_t tokens,
+                              int64_t rows, int64_t top_k, int64_t hidden, cudaStream_t stream);
+
+}  // namespace mixtral

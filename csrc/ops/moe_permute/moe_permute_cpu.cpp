@@ -1,0 +1,62 @@
+#include "moe_permute.h"
+
+#include "../cpu/simd.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace mixtral {
+
+using namespace cpu;
+
+int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row_map, int64_t copies, int64_t experts) {
+  for (int64_t i = 0; i < copies; ++i)
+    if (ids[i] < 0 || ids[i] >= experts) return i;
+  std::fill_n(offs, experts, 0);
+  for (int64_t i = 0; i < copies; ++i) ++offs[ids[i]];
+  int32_t start = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int32_t count = offs[e];
+    offs[e] = start;
+    start += count;
+  }
+  // Each offset moves from the start of its expert to the end, one copy at a time.
+  for (int64_t i = 0; i < copies; ++i) row_map[i] = offs[ids[i]]++;
+  return -1;
+}
+
+void launch_moe_permute_copy_cpu(const char* x, const int32_t* row_map, char* permuted, int64_t top_k,
+                                 int64_t row_bytes, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t k = 0; k < top_k; ++k)
+      std::memcpy(permuted + row_map[t * top_k + k] * row_bytes, x + t * row_bytes, row_bytes);
+}
+
+template <typename T>
+MIXTRAL_MULTIVERSION void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out,
+                                                   int64_t top_k, int64_t hidden, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t h = 0; h < hidden; h += kLanes) {
+      const int64_t n = std::min(kLanes, hidden - h);
+      Lanes sum{};
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int64_t row = row_map[t * top_k + k];
+        if (row < 0) continue;
+        const T* value = y + row * hidden + h;
+        const float weight = weights[t * top_k + k];
+        const Lanes lanes = n == kLanes ? load_lanes(value) : load_lanes(value, n);
+        for (int64_t j = 0; j < kLanes; ++j) sum.v[j] = __builtin_fmaf(weight, lanes.v[j], sum.v[j]);
+      }
+      for (int64_t j = 0; j < n; ++j) out[t * hidden + h + j] = from_float<T>(sum.v[j]);
+    }
+  }
+}
+
+template void launch_moe_unpermute_cpu(const float*, const float*, IndexArray, float*, int64_t, int64_t, int64_t,
+                                       int64_t);
+template void launch_moe_unpermute_cpu(const BFloat16*, const float*, IndexArray, BFloat16*, int64_t, int64_t, int64_t,
+                                       int64_t);
+template void launch_moe_unpermute_cpu(const Half*, const float*, IndexArray, Half*, int64_t, int64_t, int64_t,
+                                       int64_t);
+
+}  // namespace mixtral

@@ -1,0 +1,33 @@
+// Every op schema of the project, one line each. Implementations register themselves in <op>/<op>.cpp.
+//
+// Letters: T tokens, H hidden, I intermediate, E experts, K top-k, Nq query heads, Nkv key/value heads, D head dim,
+// B sequences, M = T*K permuted rows, P page size, R page-table columns. "float" is f32, bf16 or f16; index tensors
+// (cu_seqlens, kv_lens, page_table, slot_mapping, positions, offs, topk_ids, row_map) may be int32 or int64.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mixtral, m) {
+  // x [T,H] float, weight [H] -> [T,H]
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  // x [T,H], residual [T,H], weight [H] -> normed [T,H], sum [T,H]
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
+  // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated
+  m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
+  // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
+  m.def("topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
+  // x [T,H], topk_ids [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]
+  m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
+  // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]
+  m.def("moe_unpermute(Tensor y, Tensor topk_weights, Tensor row_map) -> Tensor");
+  // a [M,Kdim], b [E,N,Kdim], end offsets [E] -> [M,N]
+  m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
+  // gate_up [M,2I] -> [M,I]
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] -> [T,H]
+  m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
+  // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]
+  m.def("sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, bool causal=True, float? scale=None) -> Tensor");
+  // k_cache, v_cache [pages,P,Nkv,D], k, v [T,Nkv,D], slot_mapping [T]: page * P + row
+  m.def("rolling_kv_cache_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
+  // q [T,Nq,D], k_cache, v_cache [pages,P,Nkv,D], page_table [B,R], cu_seqlens_q [B+1], kv_lens [B] -> [T,Nq,D]
+  m.def("rolling_kv_cache_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q, Tensor kv_lens, int window=0, float? scale=None) -> Tensor");
+}

@@ -1,0 +1,64 @@
+// Which key a query sees and where that key lies: index logic shared by the CPU and CUDA kernels of both attention ops.
+// constexpr, so that one definition serves host and device (nvcc --expt-relaxed-constexpr).
+#pragma once
+
+#include <cstdint>
+
+namespace mixtral {
+
+// Keys [begin, end) of a sequence.
+struct KeyRange {
+  int64_t begin, end;
+};
+
+// The keys that the query at `position` sees: the last `window` ones up to and including its own (window 0: all of them);
+// without causality all `length` keys. A query before the first key (position < 0) sees none.
+constexpr KeyRange visible_keys(int64_t position, int64_t length, int64_t window, bool causal) {
+  if (!causal) return {0, length};
+  if (position < 0) return {0, 0};
+  const bool cut = window > 0 && position >= window;
+  return {cut ? position - window + 1 : 0, position + 1};
+}
+
+// Where the keys of a batch lie: sequence after sequence (packed), or in pages (the rolling cache).
+struct KeyLayout {
+  const int64_t* cu_seqlens = nullptr;  // packed: [B + 1]
+  const int64_t* kv_lens = nullptr;     // paged: [B]
+  const int64_t* page_table = nullptr;  // paged: [B, columns]
+  int64_t pages = 0, page_size = 0, columns = 0;
+
+  constexpr int64_t length(int64_t sequence) const {
+    return page_table ? kv_lens[sequence] : cu_seqlens[sequence + 1] - cu_seqlens[sequence];
+  }
+
+  // Row of the key at `position` in the key tensor; -1 when its page is not one of the pool.
+  constexpr int64_t row(int64_t sequence, int64_t position) const {
+    if (!page_table) return cu_seqlens[sequence] + position;
+    const int64_t page = page_table[sequence * columns + position / page_size % columns];
+    return page < 0 || page >= pages ? -1 : page * page_size + position % page_size;
+  }
+};
+
+// Query rows [begin, end) of one sequence, worked on together; empty past the last tile of the sequence.
+struct QueryTile {
+  int64_t sequence, begin, end;
+};
+
+// Sequence b owns the tile numbers from cu_seqlens[b] / size + b on. These first numbers rise strictly, and the gap to
+// the next one is never less than ceil(length / size): a grid sized from T and B alone covers every query, and a block
+// finds its own tile by binary search.
+constexpr int64_t num_query_tiles(int64_t tokens, int64_t sequences, int64_t size) { return tokens / size + sequences; }
+
+constexpr QueryTile query_tile(const int64_t* cu_seqlens, int64_t sequences, int64_t size, int64_t tile) {
+  int64_t low = 0, high = sequences;  // first number of `low` <= tile < first number of `high`
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (cu_seqlens[middle] / size + middle <= tile ? low : high) = middle;
+  }
+  const int64_t limit = cu_seqlens[low + 1];
+  const int64_t begin = cu_seqlens[low] + (tile - cu_seqlens[low] / size - low) * size;
+  if (begin >= limit) return {low, limit, limit};
+  return {low, begin, begin + size < limit ? begin + size : limit};
+}
+
+}  // namespace mixtral

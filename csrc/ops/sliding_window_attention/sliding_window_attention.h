@@ -1,0 +1,49 @@
+// sliding_window_attention: out[i] = sum_j softmax_j(scale * q[i].k[j]) v[j] over the keys j of the same sequence with
+// 0 <= i - j < W. Queries are aligned to the end of their sequence: with Lq queries and Lk keys, query i sits at position
+// i + Lk - Lq. A query that sees no key gives zeros.
+//
+// Windows as in Beltagy et al., "Longformer" (2020) and Jiang et al., "Mistral 7B" (2023); the softmax is the online one
+// of Milakov and Gimelshein (2018), over blocks of keys, in f32. rolling_kv_cache_attention is the same computation with
+// the keys in pages: it calls attend() too.
+#pragma once
+
+#include "../cuda/stream.h"
+#include "attention_index.h"
+
+#include <cstdint>
+
+namespace mixtral {
+
+template <typename T>
+struct AttentionProblem {
+  const T* q;                   // [T, Nq, D]
+  const T* k;                   // [rows, Nkv, D], rows as KeyLayout::row gives them
+  const T* v;                   // [rows, Nkv, D]
+  T* out;                       // [T, Nq, D]
+  const int64_t* cu_seqlens_q;  // [B + 1]
+  KeyLayout keys;
+  int64_t tokens, sequences, num_heads, num_kv_heads, head_dim;
+  int64_t window;  // 0: none
+  bool causal;
+  float scale;
+
+  // The key range of query row `token` of `sequence`.
+  constexpr KeyRange visible(int64_t sequence, int64_t token) const {
+    const int64_t length = keys.length(sequence);
+    return visible_keys(token - cu_seqlens_q[sequence + 1] + length, length, window, causal);
+  }
+};
+
+// A work item is one tile of kQueryTileCpu query tokens of a sequence, for the query heads of one key/value head.
+inline constexpr int64_t kQueryTileCpu = 8;
+
+// Work items [begin, end) of num_query_tiles(tokens, sequences, kQueryTileCpu) * num_kv_heads.
+template <typename T>
+void launch_attention_cpu(const AttentionProblem<T>& problem, int64_t begin, int64_t end);
+
+// head_dim is at most kMaxHeadDimCuda.
+inline constexpr int64_t kMaxHeadDimCuda = 256;
+template <typename T>
+int launch_attention_cuda(const AttentionProblem<T>& problem, cudaStream_t stream);
+
+}  // namespace mixtral

@@ -1,0 +1,48 @@
+#include "swiglu.h"
+
+#include "../dispatch.h"
+#include "../moe_mlp/steps.h"
+
+namespace mixtral {
+
+Tensor swiglu_step(const char* op, const Tensor& gate_up) {
+  const int64_t rows = gate_up.size(0), intermediate = gate_up.size(1) / 2;
+  const Tensor gate_up_contiguous = torch::stable::contiguous(gate_up);
+  const Tensor out = torch::stable::new_empty(gate_up, {rows, intermediate});
+  dispatch_float(op, gate_up.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const T* gate_up_ptr = const_ptr<T>(gate_up_contiguous);
+    T* out_ptr = mutable_ptr<T>(out);
+    if constexpr (kWithCuda) {
+      if (gate_up.is_cuda()) {
+        const CudaScope scope(gate_up);
+        check_launch(op, launch_swiglu_cuda(gate_up_ptr, out_ptr, rows, intermediate, scope.stream()));
+        return;
+      }
+    }
+    parallel_rows(rows, intermediate * 8, [=](int64_t begin, int64_t end) {
+      launch_swiglu_cpu(gate_up_ptr, out_ptr, intermediate, begin, end);
+    });
+  });
+  return out;
+}
+
+namespace {
+
+Tensor swiglu(const Tensor& gate_up) {
+  check_rank("swiglu", "gate_up", gate_up, 2, "[M, 2I]");
+  check_float("swiglu", "gate_up", gate_up);
+  MIXTRAL_CHECK(gate_up.size(1) % 2 == 0, "swiglu: gate_up must have an even size in dimension 1, got shape ",
+                shape_string(gate_up));
+  return swiglu_step("swiglu", gate_up);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+
+#ifdef MIXTRAL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+#endif
+
+}  // namespace mixtral

@@ -1,0 +1,283 @@
+"""Text and tokenizer for the demo model: the King James Bible and the SQLite documentation, both in the public domain.
+
+Both come from Debian packages (`apt install bible-kjv bible-kjv-text sqlite3-doc`). Nothing is downloaded here and no
+text is kept: `load_corpora` reads the installed packages and returns documents, with whole books and whole pages
+held out for evaluation.
+
+    python scripts/demo_data.py            # sizes, checksums and a look at each domain
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import subprocess
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+BOS, EOS = 1, 2
+SQLITE_DOC = Path("/usr/share/doc/sqlite3")
+PACKAGES = ("bible-kjv-text", "sqlite3-doc")
+HELD_OUT_BOOKS = ("Luke", "Acts")
+HELD_OUT_EVERY = 20  # every 20th page of the SQLite documentation
+
+BOOKS = [name.replace("_", " ") for name in (
+    "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings 1_Chronicles "
+    "2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah Lamentations "
+    "Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark "
+    "Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
+    "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude "
+    "Revelation"
+).split()]
+
+# Generated indexes, copies of other pages, and pages without prose.
+SKIPPED_PAGES = re.compile(
+    r"^(requirements|syntaxdiagrams|keyword_index|doc_\w+_crossref|fileformat|capi3ref|sitemap|search|session/intro|"
+    r"c3ref/(intro|funclist|objlist|constlist)|session/(funclist|objlist|constlist)|docs|index|download|toc_db|syntax/.*)\.html$"
+)
+
+
+@dataclass
+class Document:
+    """One chapter or one page: a title and its paragraphs."""
+
+    title: str
+    paragraphs: list[str]
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join([self.title, *self.paragraphs]) + "\n"
+
+
+@dataclass
+class Corpus:
+    """One domain, split by whole books or pages."""
+
+    name: str
+    train: list[Document] = field(default_factory=list)
+    held_out: list[Document] = field(default_factory=list)
+
+    def sha256(self) -> str:
+        """Checksum of the text of both splits, in order."""
+        return hashlib.sha256("".join(d.text for d in self.train + self.held_out).encode()).hexdigest()
+
+
+def load_bible() -> Corpus:
+    """The King James Bible: a document per chapter, three to seven verses to a paragraph."""
+    command = ["bible", "-f", "gen1:1-rev22:21"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    chapters: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        reference, verse = line.split(" ", 1)
+        book, chapter = re.fullmatch(r"(\w+?)(\d+):\d+", reference).groups()
+        chapters.setdefault((book, chapter), []).append(verse.strip())
+    names = dict(zip(dict.fromkeys(book for book, _ in chapters), BOOKS, strict=True))
+
+    corpus = Corpus("bible")
+    rng = random.Random(0)
+    for (book, chapter), verses in chapters.items():
+        paragraphs = []
+        while verses:
+            count = rng.randint(3, 7)
+            paragraphs.append(" ".join(verses[:count]))
+            verses = verses[count:]
+        split = corpus.held_out if names[book] in HELD_OUT_BOOKS else corpus.train
+        split.append(Document(f"{names[book]} {chapter}", paragraphs))
+    return corpus
+
+
+class _Prose(HTMLParser):
+    """Collects the title and the paragraphs of one page; drops menus, scripts, drawings and forms."""
+
+    SKIPPED = {"script", "style", "svg", "button", "form", "select"}
+    BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "tr", "table", "blockquote", "h1", "h2", "h3", "h4",
+              "h5", "br", "hr", "pre", "center", "td", "th"}
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.title = ""
+        self.paragraphs: list[str] = []
+        self._text: list[str] = []
+        self._skip = 0  # depth inside skipped elements
+        self._menu = 0  # depth of <div>s inside a menu or a drawing
+        self._pre = False
+        self._in_title = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        if tag == "div" and (self._menu or attributes.get("class") in ("nosearch", "imgcontainer")):
+            self._menu += 1
+        if tag in self.SKIPPED:
+            self._skip += 1
+        elif tag == "title":
+            self._in_title = True
+        elif tag in self.BLOCKS and not (self._pre and tag == "br"):
+            self._end_block()
+            self._pre = self._pre or tag == "pre"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.SKIPPED:
+            self._skip = max(0, self._skip - 1)
+        elif tag == "title":
+            self._in_title = False
+        elif tag in self.BLOCKS:
+            self._end_block()
+            if tag == "pre":
+                self._pre = False
+        if tag == "div" and self._menu:
+            self._menu -= 1
+
+    def handle_data(self, data: str) -> None:
+        if self._in_title:
+            self.title += data
+        elif not self._skip and not self._menu:
+            self._text.append(data)
+
+    def _end_block(self) -> None:
+        text = "".join(self._text)
+        self._text.clear()
+        if self._pre:
+            text = "\n".join(line.rstrip() for line in text.expandtabs(4).strip("\n").splitlines())
+        else:
+            text = " ".join(text.split())
+        if text.strip():
+            self.paragraphs.append(text)
+
+    def close(self) -> None:
+        super().close()
+        self._end_block()
+
+
+def _page(path: Path, seen: set[str]) -> Document:
+    """One page as a document; paragraphs that an earlier page already had are dropped."""
+    parser = _Prose()
+    parser.feed(path.read_text(encoding="utf-8", errors="replace"))
+    parser.close()
+    kept: list[str] = []
+    for paragraph in parser.paragraphs:
+        mostly_letters = sum(c.isalpha() or c.isspace() for c in paragraph) > 0.6 * len(paragraph)
+        if len(paragraph) < 25 or not paragraph.isascii() or not mostly_letters or paragraph in seen:
+            continue
+        if paragraph.startswith("This page last modified"):
+            continue
+        seen.add(paragraph)
+        kept.append(paragraph)
+    return Document(" ".join(parser.title.split()) or path.stem, kept)
+
+
+def load_sqlite_doc(root: Path = SQLITE_DOC) -> Corpus:
+    """The SQLite documentation: a document per page, prose and code, without menus, indexes and repeated text."""
+    corpus = Corpus("sqlite")
+    seen: set[str] = set()
+    pages = sorted(p for p in root.rglob("*.html") if not SKIPPED_PAGES.match(str(p.relative_to(root))))
+    for number, path in enumerate(pages):
+        document = _page(path, seen)
+        if sum(map(len, document.paragraphs)) < 200:
+            continue
+        split = corpus.held_out if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else corpus.train
+        split.append(document)
+    return corpus
+
+
+def passages(document: Document, target: int = 600) -> list[str]:
+    """The document cut, between paragraphs, into untitled pieces of about `target` characters."""
+    pieces: list[str] = []
+    current: list[str] = []
+    for paragraph in document.paragraphs:
+        current.append(paragraph)
+        if sum(map(len, current)) >= target:
+            pieces.append("\n\n".join(current) + "\n")
+            current = []
+    if current:
+        pieces.append("\n\n".join(current) + "\n")
+    return pieces
+
+
+def load_corpora() -> list[Corpus]:
+    """Both domains."""
+    return [load_bible(), load_sqlite_doc()]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the Debian packages that the text comes from."""
+    command = ["dpkg-query", "-W", "-f=${Package} ${Version}\n", *PACKAGES]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(line.split(" ") for line in output.splitlines())
+
+
+def train_tokenizer(corpora: list[Corpus], vocabulary: int) -> bytes:
+    """A SentencePiece model of the same kind as Mistral's, with a smaller vocabulary."""
+    model = io.BytesIO()
+    lines = (line for c in corpora for d in c.train for line in d.text.splitlines() if line)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocabulary,
+        normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False, byte_fallback=True,
+        split_digits=True, allow_whitespace_only_pieces=True, character_coverage=1.0, max_sentence_length=16384,
+        unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, num_threads=1, minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def tokenizer_json(tokenizer: sentencepiece.SentencePieceProcessor) -> bytes:
+    """The same tokenizer for the `tokenizers` library, which wants merges: every split of a piece into two pieces."""
+    pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges: list[tuple[str, str]] = []
+    for piece in pieces[3 + 256 :]:  # after <unk>, <s>, </s> and the bytes, in the order of their scores
+        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += sorted((s for s in splits if s[0] in ids and s[1] in ids), key=lambda s: (ids[s[0]], ids[s[1]]))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+    def template(*names: str) -> list[dict]:
+        return [part for i, name in enumerate(names) for part in
+                ({"SpecialToken": {"id": "<s>", "type_id": i}}, {"Sequence": {"id": name, "type_id": i}})]
+
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in range(3)],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": None,
+        "post_processor": {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
+                           "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                  "vocab": ids, "merges": merges},
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def token_stream(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, seed: int) -> Tensor:
+    """Every document whole and once more cut into untitled passages, shuffled: BOS text EOS BOS text EOS ..."""
+    texts = [t for d in corpus.train for t in (d.text, *passages(d))]
+    random.Random(seed).shuffle(texts)
+    return torch.tensor([i for ids in tokenizer.encode(texts) for i in (BOS, *ids, EOS)])
+
+
+def held_out_stream(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[Tensor, int]:
+    """The held-out documents, one after the other, and their size in bytes."""
+    texts = [d.text for d in corpus.held_out]
+    stream = torch.tensor([i for ids in tokenizer.encode(texts) for i in (BOS, *ids, EOS)])
+    return stream, sum(len(t.encode()) for t in texts)
+
+
+if __name__ == "__main__":
+    print(package_versions())
+    for corpus in load_corpora():
+        for split in ("train", "held_out"):
+            documents = getattr(corpus, split)
+            print(f"{corpus.name:7s}{split:9s}{len(documents):5d} documents {sum(len(d.text) for d in documents):9d} bytes")
+        print(f"  sha256 {corpus.sha256()}\n{corpus.train[0].text[:400]}\n")

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up everything and generates text with the bundled model: scripts/quickstart.sh "a prompt" [flags of `mixtral generate`]
+set -euo pipefail
+root="$(dirname "${BASH_SOURCE[0]}")/.."
+prompt="${1:-In the beginning}"
+"$root/scripts/setup.sh"
+exec "$root/build/bin/mixtral" generate -p "$prompt" "${@:2}"

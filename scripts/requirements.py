@@ -1,0 +1,14 @@
+"""Prints the requirements of pyproject.toml: ``requirements.py build run test`` -> one per line, for pip install -r."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+groups = {
+    "build": project["build-system"]["requires"],
+    "run": project["project"]["dependencies"],
+    **project["project"]["optional-dependencies"],
+}
+for name in sys.argv[1:]:
+    print(*groups[name], sep="\n")

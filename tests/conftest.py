@@ -1,0 +1,60 @@
+"""What all tests share: devices, dtypes, and the one table of tolerances."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach out
+
+import pytest
+import torch
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Where the plain PyTorch result happens to be exact, an op may still be off by this many units in the last place.
+ULPS_WHEN_BASELINE_IS_EXACT = 1
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_within_twice_baseline(actual: torch.Tensor, oracle: torch.Tensor, baseline: torch.Tensor) -> None:
+    """The project's tolerance: max error <= 2 x the error of plain PyTorch in the same dtype, both against f64.
+
+    ``oracle`` is f64, ``baseline`` the reference computed in the dtype of ``actual``. A rounding of the largest value
+    in the oracle is always allowed (FlashAttention's rule has the same floor).
+    """
+    assert actual.shape == oracle.shape, f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    assert actual.dtype == baseline.dtype, f"dtype {actual.dtype}, expected {baseline.dtype}"
+    if oracle.numel() == 0:
+        return
+    error = (actual.double() - oracle).abs().max().item()
+    allowed = 2 * (baseline.double() - oracle).abs().max().item()
+    floor = ULPS_WHEN_BASELINE_IS_EXACT * torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    assert error <= max(allowed, floor), f"error {error:.3e}, allowed {max(allowed, floor):.3e}"
+
+
+def opcheck(op: torch._ops.OpOverload, args: tuple, kwargs: dict | None = None) -> None:
+    """Schema, autograd registration, fake kernel and AOT dispatch of ``op`` on these arguments."""
+    torch.library.opcheck(op, args, kwargs or {})
+
+
+def with_threads(count: int, function):
+    """``function()`` under ``torch.set_num_threads(count)``."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
