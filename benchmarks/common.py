@@ -60,24 +60,23 @@ class Bench:
         bound_text = f"{100 * value / bound:5.1f} % of bound" if bound else ""
         print(f"{case:44s} {1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s} x {theirs / mine:.2f} {peer_name}")
 
-    def finish(self, write: bool) -> None:
-        """Write the record when asked to."""
-        if not write:
-            return
+    def write(self, folder: Path = RECORDS) -> None:
+        """Write the record ``<folder>/<date>-<device>-<name>.json``."""
         date = datetime.date.today().isoformat()
         device = device_name(self.device)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
         record = {
             "name": self.name,
             "device": device,
             "date": date,
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip(),
+            "commit": commit.strip(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "rows": [asdict(row) for row in self.rows],
         }
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        path = RECORDS / f"{date}-{slug}-{self.name}.json"
+        path = folder / f"{date}-{slug}-{self.name}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {path.relative_to(REPOSITORY)}")
+        print(f"wrote {path}")
 
 
 def device_name(device: str) -> str:
@@ -132,4 +131,5 @@ def main(name: str, run: Callable[[Bench], None]) -> None:
     bench = Bench(name, arguments.device)
     with torch.no_grad():
         run(bench)
-    bench.finish(arguments.record)
+    if arguments.record:
+        bench.write()

@@ -41,7 +41,8 @@ BOOKS = [name.replace("_", " ") for name in (
 # Generated indexes, copies of other pages, and pages without prose.
 SKIPPED_PAGES = re.compile(
     r"^(requirements|syntaxdiagrams|keyword_index|doc_\w+_crossref|fileformat|capi3ref|sitemap|search|session/intro|"
-    r"c3ref/(intro|funclist|objlist|constlist)|session/(funclist|objlist|constlist)|docs|index|download|toc_db|syntax/.*)\.html$"
+    r"c3ref/(intro|funclist|objlist|constlist)|session/(funclist|objlist|constlist)|docs|index|download|toc_db|"
+    r"syntax/.*)\.html$"
 )
 
 

@@ -27,7 +27,9 @@ if ((${#missing[@]})); then
 fi
 
 [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
-# The pins live in pyproject.toml alone: the editable install brings torch and builds through CMake.
-extras=$([[ ${1:-} == test ]] && echo '[test]' || true)
+# The pins live in pyproject.toml alone.
+echo "setup: installing Python packages (PyTorch is large)"
 .venv/bin/python scripts/requirements.py build run ${1:+"$1"} | .venv/bin/pip install -q -r /dev/stdin
-.venv/bin/pip install -q --no-build-isolation --no-deps -e ".${extras}"
+cmake -S . -B build -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" ${MIXTRAL_CUDA:+-DMIXTRAL_CUDA="$MIXTRAL_CUDA"}
+cmake --build build
+.venv/bin/pip install -q --no-build-isolation --no-deps -e .

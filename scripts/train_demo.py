@@ -93,6 +93,64 @@ TOKENIZER_CONFIG = {
     "model_max_length": 4096,
 }
 
+CARD = """\
+---
+language: en
+license: cc0-1.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# Mixtral demo
+
+A Mixtral small enough to ship with the code, and trained: {total:.2f} M parameters, {active:.2f} M active per token.
+{num_hidden_layers} layers, hidden size {hidden_size}, {num_attention_heads} query heads and {num_key_value_heads} \
+key/value heads of {head_dim}, {num_local_experts} experts of intermediate size {intermediate_size},
+top-{num_experts_per_tok}, sliding window {sliding_window}, own SentencePiece BPE vocabulary of {vocab_size}. \
+Architecture, tensor names and kind of tokenizer
+are those of Mixtral 8x7B. It is for tests, examples and a first run without a download.
+
+{sample}
+
+(greedy, prompt "{prompt}")
+
+## Training
+
+| domain | Debian package | training bytes | held-out bytes | sha256 of the text |
+|---|---|---|---|---|
+{sources}
+
+`bible` is the King James Bible, a document per chapter; `sqlite` is the SQLite documentation, a document per page, stripped
+of HTML. Held out, and never trained on: {books}, and every {every}th page of the documentation. Paragraphs that occur
+twice in the documentation were kept once; Luke retells much that Matthew and Mark tell, so its score flatters a little.
+The texts are in the public domain.
+
+{step:,} steps, {tokens:,} tokens drawn in equal parts from the two domains, {seconds:,.0f} seconds on {cores} virtual CPU
+cores ({machine}) shared with other work. Documents begin with BOS and end with EOS. Context {context} tokens at the end, longer
+than the window. PyTorch {torch}, transformers {transformers}, sentencepiece {sentencepiece}. To repeat it:
+`scripts/train_demo.py`.
+
+## Evaluation
+
+On the held-out text, with the bfloat16 weights computed in float32:
+
+| domain | bits per byte | perplexity per token | tokens | bytes |
+|---|---|---|---|---|
+{scores}
+
+Share of the routed tokens that one expert of one layer gets: {least:.3f} to {most:.3f} (perfectly even: {even:.3f}).
+
+## Limits
+
+It continues text in the manner of its two sources. It knows no facts, follows no instructions, holds no conversation, writes
+English only, and what it says of the Bible or of SQLite is often wrong. Nothing it writes is scripture or documentation. It
+sees at most some hundred words back. Speed and memory measured with it say little about Mixtral 8x7B.
+
+## Licence
+
+Weights and tokenizer: CC0 1.0.
+"""
+
 
 # --- model ----------------------------------------------------------------------------------------------------------
 
@@ -128,7 +186,8 @@ def losses(model: MixtralForCausalLM, batch: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
         out = model(input_ids=batch[:, :-1], use_cache=False, output_router_logits=True)
     c = model.config
-    balance = [load_balancing_loss_func((r.float(),), c.num_local_experts, c.num_experts_per_tok) for r in out.router_logits]
+    experts, top_k = c.num_local_experts, c.num_experts_per_tok
+    balance = [load_balancing_loss_func((router.float(),), experts, top_k) for router in out.router_logits]
     cross_entropy = F.cross_entropy(out.logits.float().flatten(0, 1), batch[:, 1:].flatten())
     return cross_entropy, torch.stack(balance).sum()
 
@@ -209,8 +268,8 @@ def save_model(model: MixtralForCausalLM, tokenizer: bytes, out: Path) -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
         replace_file(out / "model.safetensors", (Path(folder) / "model.safetensors").read_bytes())
     generation = {"bos_token_id": BOS, "eos_token_id": EOS}
-    for name, content in (("config.json", CONFIG), ("generation_config.json", generation), ("tokenizer_config.json", TOKENIZER_CONFIG)):
-        replace_file(out / name, (json.dumps(content, indent=2) + "\n").encode())
+    for name, content in (("config", CONFIG), ("generation_config", generation), ("tokenizer_config", TOKENIZER_CONFIG)):
+        replace_file(out / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
     replace_file(out / "tokenizer.model", tokenizer)
     replace_file(out / "tokenizer.json", tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=tokenizer)))
 
@@ -225,68 +284,26 @@ def load_saved(out: Path) -> MixtralForCausalLM:
 def write_card(out: Path, corpora: list[Corpus], results: dict[str, dict], text: str, state: dict) -> None:
     """The model card, README.md: what it is, where it comes from, how good it is."""
     model = load_saved(out)
-    total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
     packages = package_versions()
-    source = {"bible": "King James Bible, a document per chapter", "sqlite": "SQLite documentation, stripped of HTML"}
     package = {"bible": "bible-kjv-text", "sqlite": "sqlite3-doc"}
-    rows = [
-        f"| {source[c.name]} | {package[c.name]} {packages[package[c.name]]} | {sum(len(d.text) for d in c.train):,} | "
-        f"{sum(len(d.text) for d in c.held_out):,} | `{c.sha256()}` |"
-        for c in corpora
+    sources = []
+    for c in corpora:
+        sizes = (sum(len(d.text.encode()) for d in split) for split in (c.train, c.held_out))
+        cells = (f"{package[c.name]} {packages[package[c.name]]}", *(f"{size:,}" for size in sizes), f"`{c.sha256()}`")
+        sources.append(f"| {c.name} | " + " | ".join(cells) + " |")
+    scores = [
+        f"| {name} | {r['bits_per_byte']:.3f} | {r['perplexity']:.2f} | {r['tokens']:,} | {r['bytes']:,} |"
+        for name, r in results.items()
     ]
-    scores = [f"| {n} | {r['bits_per_byte']:.3f} | {r['perplexity']:.2f} | {r['tokens']:,} | {r['bytes']:,} |" for n, r in results.items()]
-    shares = [s for r in results.values() for layer in r["load"] for s in layer]
-    card = f"""---
-language: en
-license: cc0-1.0
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# Mixtral demo
-
-A Mixtral small enough to ship with the code, and trained: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per token. {CONFIG["num_hidden_layers"]} layers, hidden size
-{CONFIG["hidden_size"]}, {CONFIG["num_attention_heads"]} query heads and {CONFIG["num_key_value_heads"]} key/value heads of {CONFIG["head_dim"]}, {CONFIG["num_local_experts"]} experts of intermediate size {CONFIG["intermediate_size"]}, top-{CONFIG["num_experts_per_tok"]}, sliding window {CONFIG["sliding_window"]}, own
-SentencePiece BPE vocabulary of {CONFIG["vocab_size"]}. Same architecture, tensor names and kind of tokenizer as Mixtral 8x7B. It is for tests,
-examples and a first run without a download.
-
-> {" ".join(text.split())}
-
-(greedy, prompt "{PROMPT}")
-
-## Training
-
-| text | Debian package | training bytes | held-out bytes | sha256 of the text |
-|---|---|---|---|---|
-{chr(10).join(rows)}
-
-Held out, and never trained on: {" and ".join(HELD_OUT_BOOKS)}, and every {HELD_OUT_EVERY}th page of the SQLite documentation. Paragraphs that occur twice in
-the documentation were kept once. The texts are in the public domain.
-
-{state["step"]:,} steps, {state["tokens"]:,} tokens drawn in equal parts from the two domains, {state["seconds"]:,.0f} seconds on {os.cpu_count()} virtual CPU cores
-({platform.machine()}), shared with other work. Documents begin with BOS and end with EOS. Context {state["context"]} tokens, longer than the window.
-PyTorch {torch.__version__.split("+")[0]}, transformers {transformers.__version__}, sentencepiece {sentencepiece.__version__}. To repeat it: `scripts/train_demo.py`.
-
-## Evaluation
-
-On the held-out text, bfloat16 weights computed in float32:
-
-| domain | bits per byte | perplexity per token | tokens | bytes |
-|---|---|---|---|---|
-{chr(10).join(scores)}
-
-Share of the routed tokens that one expert of one layer gets: {min(shares):.3f} to {max(shares):.3f} (perfectly even: {1 / CONFIG["num_local_experts"]:.3f}).
-
-## Limits
-
-It continues text in the manner of its two sources. It knows no facts, follows no instructions, holds no conversation, writes
-English only, and what it says of the Bible or of SQLite is often wrong. Nothing it writes is scripture or documentation. It sees
-at most some hundred words back. Speed and memory measured with it say little about Mixtral 8x7B.
-
-## Licence
-
-Weights and tokenizer: CC0 1.0.
-"""
+    shares = [share for r in results.values() for layer in r["load"] for share in layer]
+    card = CARD.format(
+        **CONFIG, total=sum(p.numel() for p in model.parameters()) / 1e6, active=active_parameters(model) / 1e6,
+        sample="\n".join(f"> {line}".rstrip() for line in text.splitlines()), prompt=PROMPT, sources="\n".join(sources),
+        books=" and ".join(HELD_OUT_BOOKS), every=HELD_OUT_EVERY, **state, cores=os.cpu_count(), machine=platform.machine(),
+        torch=torch.__version__.split("+")[0], transformers=transformers.__version__,
+        sentencepiece=sentencepiece.__version__, scores="\n".join(scores), least=min(shares), most=max(shares),
+        even=1 / CONFIG["num_local_experts"],
+    )
     replace_file(out / "README.md", card.encode())
 
 

@@ -1,5 +1,5 @@
-// The architecture of a checkpoint: Mixtral 8x7B/8x22B, Mistral 7B (dense), Switch-style (top-1, no renormalisation), and
-// anything between.
+// The architecture of a checkpoint: Mixtral 8x7B/8x22B, Mistral 7B (dense), Switch-style (top-1, no renormalisation),
+// and anything between.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +25,15 @@ struct Config {
   int64_t head_dim = 0;
   int64_t vocab_size = 0;
   int64_t max_position = 0;
-  int64_t num_experts = 0;      // 0: a dense feed-forward block, as in Mistral 7B
-  int64_t top_k = 0;            // experts per token
-  bool renormalize = true;      // false: Switch router, the weight is the plain softmax probability
-  bool router_in_f32 = true;    // false ("router_dtype": "model"): logits rounded to the model's dtype, as in Hugging Face
+  int64_t num_experts = 0;  // 0: a dense feed-forward block, as in Mistral 7B
+  int64_t top_k = 0;        // experts per token
+  bool renormalize = true;  // false: Switch router, the weight is the plain softmax probability
+  bool router_in_f32 =
+      true;  // false ("router_dtype": "model"): logits rounded to the model's dtype, as in Hugging Face
   double rms_norm_eps = 0;
   double rope_theta = 0;
-  int64_t window = 0;           // keys a query sees, itself included; 0: no window
-  std::string window_source;    // where the window came from, in words: "config.json: sliding_window"
+  int64_t window = 0;         // keys a query sees, itself included; 0: no window
+  std::string window_source;  // where the window came from, in words: "config.json: sliding_window"
   bool tie_word_embeddings = false;
   std::string dtype = "bfloat16";  // of the checkpoint: "float32", "bfloat16" or "float16"
   int64_t bos_token_id = 1;
@@ -42,6 +43,9 @@ struct Config {
 
   // Reads config.json (transformers v4 or v5) or params.json from `folder`. Throws LoadError naming the field.
   static Config from_folder(const std::filesystem::path& folder);
+
+  // The text of a config.json or params.json. `source` is the file that errors name.
+  static Config from_json(const std::string& text, CheckpointLayout layout, const std::string& source);
 
   // Throws LoadError (file `source`) when a field is missing, out of range or does not fit another one.
   void validate(const std::string& source) const;

@@ -11,6 +11,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct Batch {
   torch::Tensor input_ids;     // [T] int64
   torch::Tensor positions;     // [T] int64
   torch::Tensor cu_seqlens;    // [B+1] int32
+  torch::Tensor offs;          // [1] int32: T, the one group of a dense layer's grouped GEMM
   // Where keys and values go and are found; undefined when there is no cache.
   torch::Tensor slot_mapping;  // [T] int64: page * P + row
   torch::Tensor page_table;    // [B,R] int32
@@ -54,7 +56,8 @@ class RollingKVCache {
   void remove_sequence(int64_t sequence);  // its pages go back to the pool
 
   // Takes pages for the chunks, gives back pages behind the window, and lays out the batch. Throws std::runtime_error
-  // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk.
+  // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk, or a sequence is
+  // unknown or named twice. From here on the tokens count as held: the forward pass must follow.
   Batch prepare(const std::vector<Chunk>& chunks);
 
   torch::Tensor keys(int64_t layer) const;    // [pages,P,Nkv,D]
@@ -65,8 +68,18 @@ class RollingKVCache {
  private:
   struct Sequence {
     int64_t length = 0;
-    std::map<int64_t, int32_t> pages;  // p div P -> page, for the pages it holds
+    int64_t first = 0;          // p div P of the first page it holds
+    std::deque<int32_t> pages;  // one for each p div P from `first` on
   };
+  // The pages [first, end), as p div P, that the next `tokens` tokens of `sequence` see or write.
+  struct PageRange {
+    int64_t first, end;
+  };
+  PageRange visible_pages(const Sequence& sequence, int64_t tokens) const;
+  void check(const std::vector<Chunk>& chunks) const;
+  void release_pages(Sequence& sequence);
+  void take_pages(Sequence& sequence, int64_t tokens);
+
   Config config_;
   Options options_;
   std::vector<torch::Tensor> keys_, values_;  // per layer

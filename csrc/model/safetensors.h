@@ -8,10 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "file.h"
+
 namespace mixtral {
 
 struct SafetensorsEntry {
-  std::string dtype;           // "F32", "BF16", "F16", ...
+  std::string dtype;  // "F32", "BF16", "F16", ...
   std::vector<int64_t> shape;
   uint64_t begin = 0, end = 0;  // byte range in the file
 };
@@ -20,19 +22,15 @@ class SafetensorsFile {
  public:
   // Throws LoadError when the file is not a regular file or its header breaks a rule of the format.
   explicit SafetensorsFile(const std::filesystem::path& path);
-  ~SafetensorsFile();
-  SafetensorsFile(SafetensorsFile&&) noexcept;
-  SafetensorsFile(const SafetensorsFile&) = delete;
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return file_.path(); }
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
 
-  // Reads `bytes` bytes from absolute `offset` with pread. Throws LoadError when the file has become shorter.
-  void read(uint64_t offset, void* out, uint64_t bytes) const;
+  // Reads `bytes` bytes from absolute `offset`. Throws LoadError when the file has become shorter.
+  void read(uint64_t offset, void* out, uint64_t bytes) const { file_.read(offset, out, bytes); }
 
  private:
-  std::string path_;
-  int fd_ = -1;
+  File file_;
   std::map<std::string, SafetensorsEntry> entries_;
 };
 

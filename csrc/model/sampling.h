@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -18,7 +19,7 @@ struct SamplingParams {
   double repetition_penalty = 1.0;  // > 0, as in CTRL (Keskar et al. 2019): over prompt and generated ids
   std::optional<uint64_t> seed;     // none: taken from the operating system
   std::vector<std::string> stop;    // generation ends before any of these
-  int64_t logprobs = 0;             // 0: none; n: of the chosen token and of the n most likely, n <= 20
+  int64_t logprobs = -1;            // -1: none; n >= 0: of the chosen token and the n most likely, n <= 20
   bool ignore_eos = false;
 
   // Throws std::invalid_argument: "<field> must be ..., got ...".
@@ -31,25 +32,32 @@ struct TokenLogprob {
   std::vector<std::pair<int64_t, double>> top;   // falling, ties to the smaller id
 };
 
-// Log-softmax of the raw logits at `token_id`, with the `top` most likely tokens.
+// Log-softmax of the raw logits [vocab] at `token_id`, with the `top` most likely tokens.
+// Throws std::runtime_error as Sampler::next does, std::out_of_range for an id outside [0, vocab).
 TokenLogprob token_logprob(const float* logits, int64_t vocab, int64_t token_id, int64_t top);
 
 // One request's state. The random numbers depend on the seed and the step alone, never on the batch.
 class Sampler {
  public:
+  // Validates `params`. `prompt_ids` matter to the repetition penalty.
   Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids);
 
-  // logits [vocab]. Throws std::runtime_error when a logit is NaN.
+  // logits [vocab]. Repetition penalty, temperature, top-k, top-p and min-p are applied in this order, as in Hugging Face.
+  // Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
   int64_t next(const float* logits, int64_t vocab);
 
  private:
+  int64_t draw(const std::vector<float>& scores, float highest);
+  double uniform();  // in [0, 1)
+
   SamplingParams params_;
-  std::vector<int64_t> seen_;  // ids under the repetition penalty, each once
+  std::unordered_set<int64_t> seen_;  // ids under the repetition penalty
   uint64_t seed_;
   uint64_t step_ = 0;
 };
 
-// Finds stop strings in streamed text: holds back what may be the beginning of one.
+// Finds stop strings in streamed text: holds back what may be the beginning of one. Where the text is cut does not depend
+// on the pieces it came in: the stop string that ends first wins, of several the longest.
 class StopMatcher {
  public:
   explicit StopMatcher(std::vector<std::string> stop) : stop_(std::move(stop)) {}

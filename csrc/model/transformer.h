@@ -1,8 +1,9 @@
-// The model: embedding, decoder layers, norm, lm_head. Every computation is an op of the dispatcher namespace `mixtral`.
+// The model: embedding, decoder layers, norm, lm_head. Whatever it computes is an op of the dispatcher namespace `mixtral`.
 #pragma once
 
 #include "attention.h"
 #include "config.h"
+#include "memory.h"
 #include "moe.h"
 #include "rolling_kv_cache.h"
 #include "weights.h"
@@ -11,23 +12,33 @@
 
 #include <filesystem>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace mixtral {
 
 struct DecoderLayerImpl : torch::nn::Module {
   DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options);
-  // x [T,H] and residual [T,H] -> the same pair for the next layer: the sum is folded into the next norm.
+  // x [T,H] and residual [T,H] (undefined before the first layer) -> the same pair for the next layer, where the two are
+  // added: the sum is folded into the next norm.
   std::pair<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x, const torch::Tensor& residual,
                                                   const Batch& batch, RollingKVCache* cache);
+
+ private:
+  double eps_;
+  torch::Tensor input_layernorm_, post_attention_layernorm_;  // [H]
+  Attention attention_{nullptr};
+  SparseMoe moe_{nullptr};  // one of these two
+  DenseMlp mlp_{nullptr};
 };
+TORCH_MODULE(DecoderLayer);
 
 class MixtralImpl : public torch::nn::Module {
  public:
-  // Parameters are allocated and not initialised.
+  // Parameters are allocated and not initialised. Throws LoadError when `config` is not valid.
   MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device);
 
-  // input_ids int64 [B,S] -> logits f32 [B,S,vocab]. Throws when an id is outside the vocabulary.
+  // input_ids int64 [B,S] -> logits f32 [B,S,vocab]. Throws std::invalid_argument when an id is outside the vocabulary.
   torch::Tensor forward(const torch::Tensor& input_ids);
 
   // The packed form. With a cache: write, then attend; without: block-diagonal over the batch itself. -> [T,H], normed.
@@ -35,12 +46,22 @@ class MixtralImpl : public torch::nn::Module {
   // hidden [T,H] -> f32 [T,vocab]
   torch::Tensor logits(const torch::Tensor& hidden);
 
-  // Normal(0, 0.02) weights and unit norms from `seed`: for tests and benchmarks.
+  // Normal(0, 0.02) weights and unit norms from `seed`, the same on every device: for tests and benchmarks.
   void init_random(uint64_t seed);
 
+  // Throws std::invalid_argument unless every id is inside the vocabulary.
+  void check_ids(const int64_t* ids, int64_t count) const;
+
   const Config& config() const { return config_; }
-  torch::Device device() const;
-  torch::ScalarType dtype() const;
+  torch::Device device() const { return embed_tokens_.device(); }
+  torch::ScalarType dtype() const { return embed_tokens_.scalar_type(); }
+
+ private:
+  Config config_;
+  torch::Tensor embed_tokens_;  // [vocab,H]
+  std::vector<DecoderLayer> layers_;
+  torch::Tensor norm_;     // [H]
+  torch::Tensor lm_head_;  // [vocab,H]; embed_tokens itself when the two are tied
 };
 
 struct LoadOptions {
@@ -52,7 +73,7 @@ struct LoadOptions {
 class Mixtral : public torch::nn::ModuleHolder<MixtralImpl> {
  public:
   using torch::nn::ModuleHolder<MixtralImpl>::ModuleHolder;
-  // A Hugging Face or Mistral consolidated folder. Throws LoadError.
+  // A Hugging Face or Mistral consolidated folder. Throws LoadError, or OutOfMemory before anything is allocated.
   static Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options = {});
 };
 

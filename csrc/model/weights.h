@@ -10,15 +10,15 @@
 // With tie_word_embeddings, lm_head is the same tensor as embed_tokens and is not read.
 #pragma once
 
-#include "config.h"
-#include "safetensors.h"
-
 #include <torch/torch.h>
 
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
+
+#include "config.h"
+#include "safetensors.h"
+#include "weight_names.h"
 
 namespace mixtral {
 
@@ -37,10 +37,14 @@ class Checkpoint {
   void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, const LoadProgress& progress) const;
 
  private:
-  // One slice of a checkpoint tensor and the rows of the parameter it becomes.
-  struct Slice;
-  std::vector<std::unique_ptr<SafetensorsFile>> files_;
-  std::vector<std::shared_ptr<const Slice>> slices_;
+  // One tensor of the checkpoint, and the rows of the parameter it becomes.
+  struct Source {
+    size_t file;  // index into files_
+    SafetensorsEntry entry;
+    WeightSlice slice;
+  };
+  std::vector<SafetensorsFile> files_;
+  std::vector<Source> sources_;  // in file order
 };
 
 }  // namespace mixtral

@@ -1,0 +1,54 @@
+"""Mixtral: sparse mixture-of-experts operators for CPU and CUDA, and the model built on them.
+
+    import mixtral
+    model = mixtral.Mixtral.from_pretrained(folder)
+    model.generate(["Once"], max_tokens=64)[0].text
+
+``mixtral.ops`` works without the model library; each name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ._torch_version import check_torch_version
+
+check_torch_version()
+
+if TYPE_CHECKING:
+    from . import integrations as integrations
+    from . import ops as ops
+    from . import reference as reference
+    from .errors import LoadError as LoadError
+    from .model import Config as Config
+    from .model import Generation as Generation
+    from .model import Mixtral as Mixtral
+    from .model import Timings as Timings
+    from .model import TokenLogprob as TokenLogprob
+    from .model import Tokenizer as Tokenizer
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "LoadError": "errors",
+    "Config": "model",
+    "Generation": "model",
+    "Mixtral": "model",
+    "Timings": "model",
+    "TokenLogprob": "model",
+    "Tokenizer": "model",
+}
+_SUBMODULES = ("integrations", "ops", "reference")
+
+__all__ = [*_MODULE_OF, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module 'mixtral' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

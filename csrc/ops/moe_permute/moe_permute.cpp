@@ -1,7 +1,7 @@
 #include "moe_permute.h"
 
 #include "../dispatch.h"
-#include "../moe_mlp/steps.h"
+#include "../moe_mlp/moe_mlp.h"
 
 #include <limits>
 #include <tuple>

@@ -1,7 +1,7 @@
 #include "swiglu.h"
 
 #include "../dispatch.h"
-#include "../moe_mlp/steps.h"
+#include "../moe_mlp/moe_mlp.h"
 
 namespace mixtral {
 

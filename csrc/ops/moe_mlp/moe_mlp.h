@@ -1,8 +1,8 @@
-// The steps of a mixture-of-experts layer on arguments that were checked already. The public op of the same name is the
-// checks and then the step; moe_mlp chains the steps without going through the dispatcher.
+// moe_mlp: out[t] = sum_k topk_weights[t, k] * down_proj[e] * swiglu(gate_up_proj[e] * x[t]),  e = topk_ids[t, k]
 //
-// `op` is the name that an error message shows: what can only be seen in the data (expert ids, offsets) is checked here,
-// on the CPU, before anything is computed.
+// It has no kernels of its own: it chains the steps below, each of which rounds its result to the dtype of x. They take
+// arguments that were checked already; the public op of the same name is the checks and then the step. `op` is the name
+// for error messages: what only the data can show (expert ids, offsets) a step checks itself, on the CPU.
 #pragma once
 
 #include "../checks.h"
@@ -19,14 +19,14 @@ struct Permutation {
 // x [T, H], topk_ids [T, K]
 Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts);
 
-// y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
-Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
-
 // a [M, Kdim], b [E, N, Kdim], offs [E] -> [M, N]
 Tensor grouped_gemm_step(const char* op, const Tensor& a, const Tensor& b, const Tensor& offs);
 
 // gate_up [M, 2I] -> [M, I]
 Tensor swiglu_step(const char* op, const Tensor& gate_up);
+
+// y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
+Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
 
 // `t` must be contiguous and outlive the array.
 inline IndexArray index_array(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }

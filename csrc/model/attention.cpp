@@ -1,0 +1,36 @@
+#include "attention.h"
+
+#include "ops.h"
+
+namespace mixtral {
+
+AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const torch::TensorOptions& options)
+    : layer_(layer),
+      num_heads_(config.num_heads),
+      num_kv_heads_(config.num_kv_heads),
+      head_dim_(config.head_dim),
+      window_(config.window),
+      rope_theta_(config.rope_theta) {
+  const int64_t q_size = num_heads_ * head_dim_, kv_size = num_kv_heads_ * head_dim_;
+  qkv_proj_ = register_parameter("qkv_proj", torch::empty({q_size + 2 * kv_size, config.hidden_size}, options), false);
+  o_proj_ = register_parameter("o_proj", torch::empty({config.hidden_size, q_size}, options), false);
+}
+
+torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
+  const auto qkv = ops::linear(x, qkv_proj_, batch.offs).view({x.size(0), num_heads_ + 2 * num_kv_heads_, head_dim_});
+  const auto v = qkv.narrow(1, num_heads_ + num_kv_heads_, num_kv_heads_);  // [T,Nkv,D]
+  const auto [q, k] = ops::rope(qkv.narrow(1, 0, num_heads_), qkv.narrow(1, num_heads_, num_kv_heads_),
+                                batch.positions, rope_theta_);  // [T,Nq,D], [T,Nkv,D]
+  torch::Tensor out;  // [T,Nq,D]
+  if (cache) {
+    const auto keys = cache->keys(layer_), values = cache->values(layer_);
+    // Write, then attend: one rule for prefill, chunks and decoding.
+    ops::rolling_kv_cache_write(keys, values, k, v, batch.slot_mapping);
+    out = ops::rolling_kv_cache_attention(q, keys, values, batch.page_table, batch.cu_seqlens, batch.kv_lens, window_);
+  } else {
+    out = ops::sliding_window_attention(q, k, v, batch.cu_seqlens, window_);
+  }
+  return ops::linear(out.flatten(1), o_proj_, batch.offs);
+}
+
+}  // namespace mixtral

@@ -1,0 +1,76 @@
+#include "config.h"
+
+#include <cmath>
+
+#include "config_fields.h"
+#include "load_error.h"
+
+namespace mixtral {
+namespace {
+
+void check(bool condition, const std::string& source, const char* field, const std::string& reason) {
+  if (!condition) throw LoadError(source, field, reason);
+}
+
+void check_range(const Config& config, const IntegerField& field, const std::string& source) {
+  const int64_t value = config.*field.member;
+  check(field.min <= value && value <= field.max, source, field.key(config.layout),
+        "must be in [" + std::to_string(field.min) + ", " + std::to_string(field.max) + "], got " +
+            std::to_string(value));
+}
+
+void check_positive(double value, const std::string& source, const char* field) {
+  check(std::isfinite(value) && value > 0, source, field, "must be positive and finite, got " + std::to_string(value));
+}
+
+int64_t attention_parameters(const Config& c) {
+  const int64_t qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.hidden_size;
+  return qkv + c.num_heads * c.head_dim * c.hidden_size;
+}
+
+// All that a token passes through when `experts` of every layer compute for it (ignored for a dense model).
+int64_t parameters(const Config& c, int64_t experts) {
+  const int64_t one_mlp = 3 * c.intermediate_size * c.hidden_size;
+  const int64_t mlp = c.is_moe() ? c.num_experts * c.hidden_size + experts * one_mlp : one_mlp;
+  const int64_t layer = 2 * c.hidden_size + attention_parameters(c) + mlp;
+  const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * c.hidden_size;
+  return embeddings + c.num_layers * layer + c.hidden_size;
+}
+
+}  // namespace
+
+void Config::validate(const std::string& source) const {
+  for (const IntegerField& field :
+       {kHiddenSize, kIntermediateSize, kNumLayers, kNumHeads, kNumKvHeads, kHeadDim, kVocabSize, kMaxPosition}) {
+    check_range(*this, field, source);
+  }
+  check(num_heads % num_kv_heads == 0, source, kNumHeads.key(layout),
+        "must be a multiple of " + std::to_string(num_kv_heads) + " key/value heads, got " + std::to_string(num_heads));
+  check(head_dim % 2 == 0, source, "head_dim", "must be even, got " + std::to_string(head_dim));
+  if (window != 0) check_range(*this, kWindow, source);
+  if (num_experts != 0 || top_k != 0) {
+    check_range(*this, kNumExperts, source);
+    check_range(*this, kTopK, source);
+    check(top_k <= num_experts, source, kTopK.key(layout),
+          "must be at most " + std::to_string(num_experts) + " experts, got " + std::to_string(top_k));
+  }
+  const bool hugging_face = layout == CheckpointLayout::kHuggingFace;
+  check_positive(rms_norm_eps, source, hugging_face ? "rms_norm_eps" : "norm_eps");
+  check_positive(rope_theta, source, "rope_theta");
+  check(dtype == "float32" || dtype == "bfloat16" || dtype == "float16", source, "dtype",
+        "must be float32, bfloat16 or float16");
+  const auto is_token = [&](int64_t id) { return 0 <= id && id < vocab_size; };
+  const std::string token_range = "must be a token id in [0, " + std::to_string(vocab_size) + "), got ";
+  check(is_token(bos_token_id), source, "bos_token_id", token_range + std::to_string(bos_token_id));
+  for (const int64_t id : eos_token_ids) check(is_token(id), source, "eos_token_id", token_range + std::to_string(id));
+}
+
+int64_t Config::total_parameters() const { return parameters(*this, num_experts); }
+
+int64_t Config::active_parameters() const { return parameters(*this, top_k); }
+
+int64_t Config::kv_bytes_per_token(int64_t element_size) const {
+  return num_layers * 2 * num_kv_heads * head_dim * element_size;
+}
+
+}  // namespace mixtral

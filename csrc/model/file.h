@@ -1,0 +1,33 @@
+// A regular file opened for reading: what every loader starts from.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+
+namespace mixtral {
+
+class File {
+ public:
+  // Follows symbolic links. Throws LoadError when `path` cannot be opened or is no regular file; never blocks.
+  explicit File(const std::filesystem::path& path);
+  ~File();
+  File(File&& other) noexcept;
+  File(const File&) = delete;
+
+  const std::string& path() const { return path_; }
+  uint64_t size() const { return size_; }  // when it was opened
+
+  // Reads `bytes` bytes at `offset`. pread, not mmap: a file cut short meanwhile is a LoadError, never a SIGBUS.
+  void read(uint64_t offset, void* out, uint64_t bytes) const;
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+  uint64_t size_ = 0;
+};
+
+// The whole file. Throws LoadError when it is larger than `max_bytes`.
+std::string read_text(const std::filesystem::path& path, uint64_t max_bytes);
+
+}  // namespace mixtral

@@ -1,0 +1,70 @@
+#include "memory.h"
+
+#include <c10/core/CachingDeviceAllocator.h>
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <limits>
+
+namespace mixtral {
+namespace {
+
+constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
+
+// The number after `key` in a file of "key value" lines, or the file's first word for an empty key; kUnlimited when
+// there is no such file, key or number ("max").
+int64_t read_number(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  std::string word;
+  while (!key.empty() && word != key && file >> word) {
+  }
+  int64_t value;
+  return file >> value ? value : kUnlimited;
+}
+
+int64_t system_memory() {
+  const int64_t kib = read_number("/proc/meminfo", "MemAvailable:");
+  return kib == kUnlimited ? kUnlimited : kib * 1024;
+}
+
+// The limit of a container (control groups, version 2). File pages that are not in use count as available.
+int64_t container_memory() {
+  const int64_t limit = read_number("/sys/fs/cgroup/memory.max", "");
+  const int64_t used = read_number("/sys/fs/cgroup/memory.current", "");
+  const int64_t file_pages = read_number("/sys/fs/cgroup/memory.stat", "inactive_file");
+  if (limit == kUnlimited || used == kUnlimited) return kUnlimited;
+  return limit - used + (file_pages == kUnlimited ? 0 : file_pages);
+}
+
+// What `ulimit -v` leaves.
+int64_t address_space() {
+  rlimit limit;
+  const int64_t used_pages = read_number("/proc/self/statm", "");
+  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY || used_pages == kUnlimited)
+    return kUnlimited;
+  return static_cast<int64_t>(limit.rlim_cur) - used_pages * sysconf(_SC_PAGESIZE);
+}
+
+}  // namespace
+
+int64_t available_memory(c10::Device device) {
+  if (device.is_cpu()) return std::max<int64_t>(0, std::min({system_memory(), container_memory(), address_space()}));
+  const auto index = device.has_index() ? device.index() : c10::DeviceIndex{0};
+  return static_cast<int64_t>(c10::getDeviceAllocator(device.type())->getMemoryInfo(index).first);
+}
+
+void check_memory(const std::string& what, double bytes, c10::Device device) {
+  const double available = static_cast<double>(available_memory(device));
+  if (bytes <= available) return;
+  constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+  char numbers[80];
+  std::snprintf(numbers, sizeof numbers, "%.2f GiB on %s, %.2f GiB available", bytes / kGiB,
+                c10::DeviceTypeName(device.type(), /*lower_case=*/true).c_str(), available / kGiB);
+  throw OutOfMemory(what + ": needs " + numbers);
+}
+
+}  // namespace mixtral

@@ -1,0 +1,22 @@
+// Asks before it allocates: a model that does not fit is an error with numbers in it, not a killed process.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace mixtral {
+
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Bytes this process can still allocate on `device`.
+int64_t available_memory(c10::Device device);
+
+// Throws OutOfMemory: "<what>: needs X GiB on <device>, Y GiB available".
+void check_memory(const std::string& what, double bytes, c10::Device device);
+
+}  // namespace mixtral

@@ -1,0 +1,83 @@
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+
+namespace mixtral::ops {
+namespace {
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, double)>("mixtral::rms_norm");
+  return op.call(x, weight, eps);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
+      "mixtral::add_rms_norm");
+  return op.call(x, residual, weight, eps);
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, double theta) {
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, bool)>("mixtral::rope");
+  return op.call(q, k, positions, theta, /*interleaved=*/false);
+}
+
+std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize) {
+  static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, int64_t, bool)>("mixtral::topk_softmax");
+  return op.call(router_logits, top_k, renormalize);
+}
+
+Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mixtral::grouped_gemm");
+  return op.call(a, b, offs);
+}
+
+Tensor swiglu(const Tensor& gate_up) {
+  static const auto op = find<Tensor(const Tensor&)>("mixtral::swiglu");
+  return op.call(gate_up);
+}
+
+Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
+               const Tensor& down_proj) {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("mixtral::moe_mlp");
+  return op.call(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+}
+
+Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                int64_t window) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                     bool, std::optional<double>)>("mixtral::sliding_window_attention");
+  return op.call(q, k, v, cu_seqlens, cu_seqlens, window, /*causal=*/true, /*scale=*/std::nullopt);
+}
+
+void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                            const Tensor& slot_mapping) {
+  static const auto op = find<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+      "mixtral::rolling_kv_cache_write");
+  op.call(k_cache, v_cache, k, v, slot_mapping);
+}
+
+Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,
+                                  int64_t window) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     const Tensor&, int64_t, std::optional<double>)>(
+      "mixtral::rolling_kv_cache_attention");
+  return op.call(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, window, /*scale=*/std::nullopt);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs) {
+  return grouped_gemm(x, weight.unsqueeze(0), offs);
+}
+
+}  // namespace mixtral::ops

@@ -1,0 +1,43 @@
+// Typed calls of the project's ops through torch's dispatcher: the model computes in no other way.
+//
+// Letters and meanings as in csrc/ops/registration.cpp.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <tuple>
+
+namespace mixtral::ops {
+
+using torch::Tensor;
+
+// x [T,H], weight [H] -> [T,H]
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+// x, residual [T,H], weight [H] -> normed [T,H], sum [T,H]
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps);
+// q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated (half-split)
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, double theta);
+// router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
+std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize);
+// a [M,Kdim], b [E,N,Kdim], end offsets [E] -> [M,N]
+Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
+// gate_up [M,2I] -> [M,I]
+Tensor swiglu(const Tensor& gate_up);
+// x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] -> [T,H]
+Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
+               const Tensor& down_proj);
+// q [T,Nq,D], k, v [T,Nkv,D], cu_seqlens [B+1] of both -> [T,Nq,D]; causal
+Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                int64_t window);
+// k_cache, v_cache [pages,P,Nkv,D] (written), k, v [T,Nkv,D], slot_mapping [T]
+void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                            const Tensor& slot_mapping);
+// q [T,Nq,D], k_cache, v_cache [pages,P,Nkv,D], page_table [B,R], cu_seqlens_q [B+1], kv_lens [B] -> [T,Nq,D]
+Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,
+                                  int64_t window);
+
+// A dense linear layer is a grouped GEMM of one group: x [T,Kdim], weight [N,Kdim], offs [1] = T -> [T,N]
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs);
+
+}  // namespace mixtral::ops

@@ -1,0 +1,143 @@
+#include "safetensors.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "json.h"
+#include "load_error.h"
+
+namespace mixtral {
+namespace {
+
+using nlohmann::json;
+
+constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
+constexpr size_t kMaxTensors = 65536;
+constexpr size_t kMaxRank = 8;
+
+// 0 for a type that is unknown or, like the 8-bit and smaller floats, of no use here.
+uint64_t dtype_bytes(const std::string& dtype) {
+  static const std::map<std::string, uint64_t> kBytes = {{"BOOL", 1}, {"U8", 1},   {"I8", 1},  {"U16", 2}, {"I16", 2},
+                                                         {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4}, {"F32", 4},
+                                                         {"U64", 8},  {"I64", 8},  {"F64", 8}};
+  const auto found = kBytes.find(dtype);
+  return found == kBytes.end() ? 0 : found->second;
+}
+
+// Every check of one tensor's header entry that needs no other tensor.
+class EntryParser {
+ public:
+  EntryParser(const std::string& file, const std::string& name, uint64_t data_begin, uint64_t data_bytes)
+      : file_(file), name_(name), data_begin_(data_begin), data_bytes_(data_bytes) {}
+
+  SafetensorsEntry parse(const json& value) const {
+    check(value.is_object(), "must be an object, got ", value);
+    SafetensorsEntry entry;
+    const json& dtype = field(value, "dtype");
+    check(dtype.is_string() && dtype_bytes(dtype) > 0, "dtype must be a supported type, got ", dtype);
+    entry.dtype = dtype;
+    const json& shape = field(value, "shape");
+    uint64_t bytes = dtype_bytes(entry.dtype);
+    check(shape.is_array() && shape.size() <= kMaxRank, "shape must be an array of at most 8 sizes, got ", shape);
+    for (const json& size : shape) {
+      check(size.is_number_unsigned() && size.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()},
+            "shape must hold sizes in [0, 2^63), got ", shape);
+      check(!__builtin_mul_overflow(bytes, size.get<uint64_t>(), &bytes), "shape must fit 64-bit sizes, got ", shape);
+      entry.shape.push_back(size);
+    }
+    const json& offsets = field(value, "data_offsets");
+    check(
+        offsets.is_array() && offsets.size() == 2 && offsets[0].is_number_unsigned() && offsets[1].is_number_unsigned(),
+        "data_offsets must be two sizes, got ", offsets);
+    const uint64_t begin = offsets[0], end = offsets[1];
+    check(begin <= end && end <= data_bytes_,
+          "data_offsets must rise and stay within the " + std::to_string(data_bytes_) + " data bytes, got ", offsets);
+    check(end - begin == bytes, "data_offsets must span " + std::to_string(bytes) + " bytes, got ", offsets);
+    entry.begin = data_begin_ + begin;
+    entry.end = data_begin_ + end;
+    return entry;
+  }
+
+ private:
+  void check(bool condition, const std::string& rule, const json& got) const {
+    if (!condition) throw LoadError(file_, name_, rule + shown(got));
+  }
+  const json& field(const json& value, const char* key) const {
+    const auto found = value.find(key);
+    if (found == value.end()) throw LoadError(file_, name_, std::string(key) + " is missing");
+    return *found;
+  }
+
+  const std::string& file_;
+  const std::string& name_;
+  const uint64_t data_begin_, data_bytes_;
+};
+
+void check_metadata(const std::string& file, const json& metadata) {
+  const auto is_string = [](const json& value) { return value.is_string(); };
+  if (!metadata.is_object() || !std::all_of(metadata.begin(), metadata.end(), is_string)) {
+    throw LoadError(file, "__metadata__", "must be an object of strings, got " + shown(metadata));
+  }
+}
+
+// The tensors cover the data exactly: no hole, no overlap, nothing behind the last one.
+void check_coverage(const std::string& file, const std::map<std::string, SafetensorsEntry>& entries,
+                    uint64_t data_begin, uint64_t file_bytes) {
+  std::vector<std::pair<const std::string, SafetensorsEntry> const*> order;
+  for (const auto& named : entries) order.push_back(&named);
+  std::sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
+    return std::pair(a->second.begin, a->second.end) < std::pair(b->second.begin, b->second.end);
+  });
+  uint64_t next = data_begin;
+  for (const auto* named : order) {
+    if (named->second.begin != next) {
+      throw LoadError(file, named->first,
+                      "data must begin at byte " + std::to_string(next) + " of the file, got " +
+                          std::to_string(named->second.begin));
+    }
+    next = named->second.end;
+  }
+  if (next != file_bytes) {
+    throw LoadError(file, "",
+                    "must end with its last tensor at byte " + std::to_string(next) + ", got " +
+                        std::to_string(file_bytes) + " bytes");
+  }
+}
+
+std::string read_header(const File& file) {
+  unsigned char prefix[8];
+  if (file.size() < sizeof prefix)
+    throw LoadError(file.path(), "", "must have at least 8 bytes, got " + std::to_string(file.size()));
+  file.read(0, prefix, sizeof prefix);
+  uint64_t bytes = 0;
+  for (int i = 7; i >= 0; --i) bytes = bytes << 8 | prefix[i];
+  if (bytes > kMaxHeaderBytes || bytes > file.size() - sizeof prefix) {
+    throw LoadError(file.path(), "",
+                    "header length must fit the file of " + std::to_string(file.size()) +
+                        " bytes and be at most 100000000, got " + std::to_string(bytes));
+  }
+  std::string header(bytes, '\0');
+  file.read(sizeof prefix, header.data(), bytes);
+  return header;
+}
+
+}  // namespace
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path) {
+  const std::string text = read_header(file_);
+  const json header = parse_json(text, file_.path());
+  if (header.size() > kMaxTensors) {
+    throw LoadError(file_.path(), "", "must hold at most 65536 tensors, got " + std::to_string(header.size()));
+  }
+  const uint64_t data_begin = sizeof(uint64_t) + text.size();
+  for (const auto& [name, value] : header.items()) {
+    if (name == "__metadata__") {
+      check_metadata(file_.path(), value);
+    } else {
+      entries_[name] = EntryParser(file_.path(), name, data_begin, file_.size() - data_begin).parse(value);
+    }
+  }
+  check_coverage(file_.path(), entries_, data_begin, file_.size());
+}
+
+}  // namespace mixtral

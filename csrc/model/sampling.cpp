@@ -1,0 +1,200 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+
+namespace mixtral {
+namespace {
+
+struct Candidate {
+  int64_t id;
+  double weight;  // proportional to the probability; 1 for the most likely token
+};
+
+// A total order, so that the result does not depend on how the standard library selects.
+bool more_likely(const Candidate& a, const Candidate& b) {
+  return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+}
+
+// The largest logit, first index on ties.
+int64_t argmax(const float* logits, int64_t vocab) {
+  float highest = -std::numeric_limits<float>::infinity();
+  int64_t best = 0;
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (std::isnan(logits[i]) || logits[i] == std::numeric_limits<float>::infinity()) {
+      std::ostringstream message;
+      message << "sampling: logits must be finite or -inf, got " << logits[i] << " for token " << i;
+      throw std::runtime_error(message.str());
+    }
+    if (logits[i] > highest) {
+      highest = logits[i];
+      best = i;
+    }
+  }
+  if (std::isinf(highest)) throw std::runtime_error("sampling: no token has a finite logit");
+  return best;
+}
+
+void keep_top_k(std::vector<Candidate>& candidates, size_t k) {
+  if (k >= candidates.size()) return;
+  std::nth_element(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(k), candidates.end(), more_likely);
+  candidates.resize(k);
+}
+
+// The fewest of the most likely candidates that hold `top_p` of the weight. They are sorted a chunk at a time: as a rule
+// a few of them are enough.
+void keep_top_p(std::vector<Candidate>& candidates, double top_p) {
+  double total = 0, mass = 0;
+  for (const Candidate& candidate : candidates) total += candidate.weight;
+  size_t kept = 0, sorted = 0;
+  while (kept < candidates.size() && mass < top_p * total) {
+    if (kept == sorted) {
+      sorted = std::min(candidates.size(), std::max<size_t>(64, 4 * sorted));
+      const auto at = [&](size_t i) { return candidates.begin() + static_cast<std::ptrdiff_t>(i); };
+      std::partial_sort(at(kept), at(sorted), candidates.end(), more_likely);
+    }
+    mass += candidates[kept++].weight;
+  }
+  candidates.resize(kept);
+}
+
+// SplitMix64's finaliser (Steele et al. 2014): a bijection whose output bits all depend on all input bits.
+uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+uint64_t random_seed() {
+  std::random_device device;
+  return uint64_t{device()} << 32 | device();
+}
+
+template <typename T>
+void require(bool ok, const char* field, const char* expected, T actual) {
+  if (ok) return;
+  std::ostringstream message;
+  message << field << " must be " << expected << ", got " << actual;
+  throw std::invalid_argument(message.str());
+}
+
+}  // namespace
+
+void SamplingParams::validate() const {
+  require(max_tokens >= 1, "max_tokens", ">= 1", max_tokens);
+  require(std::isfinite(temperature) && temperature >= 0, "temperature", "finite and >= 0", temperature);
+  require(top_p > 0 && top_p <= 1, "top_p", "in (0, 1]", top_p);
+  require(top_k >= 0, "top_k", ">= 0", top_k);
+  require(min_p >= 0 && min_p <= 1, "min_p", "in [0, 1]", min_p);
+  require(std::isfinite(repetition_penalty) && repetition_penalty > 0, "repetition_penalty", "finite and > 0",
+          repetition_penalty);
+  require(logprobs >= -1 && logprobs <= 20, "logprobs", "in [0, 20], or -1 for none", logprobs);
+  for (const std::string& text : stop) require(!text.empty(), "stop", "strings that are not empty", "\"\"");
+}
+
+TokenLogprob token_logprob(const float* logits, int64_t vocab, int64_t token_id, int64_t top) {
+  if (token_id < 0 || token_id >= vocab) {
+    throw std::out_of_range("sampling: token_id must be in [0, " + std::to_string(vocab) + "), got " +
+                            std::to_string(token_id));
+  }
+  const double highest = logits[argmax(logits, vocab)];
+  double total = 0;
+  for (int64_t i = 0; i < vocab; ++i) total += std::exp(logits[i] - highest);
+  const double log_total = highest + std::log(total);
+
+  TokenLogprob result{token_id, logits[token_id] - log_total, {}};
+  std::vector<int64_t> ids(static_cast<size_t>(vocab));
+  for (int64_t i = 0; i < vocab; ++i) ids[static_cast<size_t>(i)] = i;
+  const auto end_of_top = ids.begin() + std::clamp<int64_t>(top, 0, vocab);
+  std::partial_sort(ids.begin(), end_of_top, ids.end(),
+                    [&](int64_t a, int64_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
+  for (auto id = ids.begin(); id != end_of_top; ++id) result.top.emplace_back(*id, logits[*id] - log_total);
+  return result;
+}
+
+Sampler::Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids)
+    : params_(std::move(params)), seen_(prompt_ids.begin(), prompt_ids.end()) {
+  params_.validate();
+  seed_ = mix(params_.seed ? *params_.seed : random_seed());
+}
+
+int64_t Sampler::next(const float* logits, int64_t vocab) {
+  std::vector<float> scores(logits, logits + vocab);
+  if (params_.repetition_penalty != 1) {
+    const auto penalty = static_cast<float>(params_.repetition_penalty);
+    for (const int64_t id : seen_) {
+      if (id < 0 || id >= vocab) continue;  // e.g. a prompt with ids that the output layer does not have
+      float& score = scores[static_cast<size_t>(id)];
+      score = score < 0 ? score * penalty : score / penalty;
+    }
+  }
+  const int64_t most_likely = argmax(scores.data(), vocab);
+  const int64_t token =
+      params_.temperature == 0 ? most_likely : draw(scores, scores[static_cast<size_t>(most_likely)]);
+  seen_.insert(token);
+  ++step_;
+  return token;
+}
+
+int64_t Sampler::draw(const std::vector<float>& scores, float highest) {
+  std::vector<Candidate> candidates;
+  candidates.reserve(scores.size());
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const double distance = static_cast<double>(scores[i]) - highest;  // 0 for the most likely, whatever the temperature
+    candidates.push_back({static_cast<int64_t>(i), std::exp(distance / params_.temperature)});
+  }
+  if (params_.top_k > 0) keep_top_k(candidates, static_cast<size_t>(params_.top_k));
+  if (params_.top_p < 1) keep_top_p(candidates, params_.top_p);
+  const auto unlikely = [&](const Candidate& candidate) { return candidate.weight < params_.min_p; };
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), unlikely), candidates.end());
+
+  double total = 0;
+  for (const Candidate& candidate : candidates) total += candidate.weight;
+  double left = uniform() * total;
+  int64_t token = candidates.front().id;
+  for (const Candidate& candidate : candidates) {
+    if (candidate.weight == 0) continue;  // rounding must not end on a token of probability 0
+    token = candidate.id;
+    left -= candidate.weight;
+    if (left < 0) break;
+  }
+  return token;
+}
+
+double Sampler::uniform() {
+  constexpr uint64_t kGoldenRatio = 0x9E3779B97F4A7C15u;
+  return static_cast<double>(mix(seed_ + kGoldenRatio * (step_ + 1)) >> 11) * 0x1p-53;
+}
+
+std::string StopMatcher::push(const std::string& text) {
+  if (stopped_) return "";
+  held_ += text;
+  size_t begin = std::string::npos, end = std::string::npos;  // of the match
+  size_t safe = held_.size();  // before the longest end of the text that begins a stop string
+  for (const std::string& stop : stop_) {
+    const size_t found = held_.find(stop);
+    if (found != std::string::npos && std::make_pair(found + stop.size(), found) < std::make_pair(end, begin)) {
+      begin = found;
+      end = found + stop.size();
+    }
+    for (size_t i = held_.size() - std::min(held_.size(), stop.size() - 1); i < safe; ++i) {
+      if (stop.compare(0, held_.size() - i, held_, i) == 0) safe = i;
+    }
+  }
+  stopped_ = begin != std::string::npos;
+  std::string shown = held_.substr(0, stopped_ ? begin : safe);
+  held_ = stopped_ ? "" : held_.substr(safe);
+  return shown;
+}
+
+std::string StopMatcher::flush() {
+  std::string rest;
+  rest.swap(held_);
+  return rest;
+}
+
+}  // namespace mixtral

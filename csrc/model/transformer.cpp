@@ -1,0 +1,144 @@
+#include "transformer.h"
+
+#include "ops.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace mixtral {
+namespace {
+
+torch::ScalarType scalar_type(const std::string& name) {
+  if (name == "float32") return torch::kFloat32;
+  if (name == "float16") return torch::kFloat16;
+  if (name == "bfloat16") return torch::kBFloat16;
+  throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
+}
+
+// Below autograd nothing is recorded, and no gradient formula that Python registered for an op is asked for.
+using NoAutograd = at::AutoDispatchBelowAutograd;
+
+}  // namespace
+
+DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options)
+    : eps_(config.rms_norm_eps) {
+  input_layernorm_ = register_parameter("input_layernorm", torch::empty({config.hidden_size}, options), false);
+  attention_ = register_module("attention", Attention(config, layer, options));
+  post_attention_layernorm_ =
+      register_parameter("post_attention_layernorm", torch::empty({config.hidden_size}, options), false);
+  if (config.is_moe()) {
+    moe_ = register_module("moe", SparseMoe(config, options));
+  } else {
+    mlp_ = register_module("mlp", DenseMlp(config, options));
+  }
+}
+
+std::pair<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::Tensor& x, const torch::Tensor& residual,
+                                                                  const Batch& batch, RollingKVCache* cache) {
+  torch::Tensor normed, sum = x;
+  if (residual.defined()) {
+    std::tie(normed, sum) = ops::add_rms_norm(x, residual, input_layernorm_, eps_);
+  } else {
+    normed = ops::rms_norm(x, input_layernorm_, eps_);
+  }
+  const auto attended = attention_->forward(normed, batch, cache);
+  std::tie(normed, sum) = ops::add_rms_norm(attended, sum, post_attention_layernorm_, eps_);
+  return {moe_ ? moe_->forward(normed, batch.offs) : mlp_->forward(normed, batch.offs), sum};
+}
+
+MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device) : config_(config) {
+  config.validate("config");
+  const auto options = torch::dtype(dtype).device(device);
+  embed_tokens_ =
+      register_parameter("embed_tokens", torch::empty({config.vocab_size, config.hidden_size}, options), false);
+  torch::nn::ModuleList list;
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    layers_.emplace_back(config, layer, options);
+    list->push_back(layers_.back());
+  }
+  register_module("layers", list);
+  norm_ = register_parameter("norm", torch::empty({config.hidden_size}, options), false);
+  lm_head_ = config.tie_word_embeddings
+                 ? embed_tokens_
+                 : register_parameter("lm_head", torch::empty({config.vocab_size, config.hidden_size}, options), false);
+}
+
+torch::Tensor MixtralImpl::forward(const torch::Tensor& input_ids) {
+  if (input_ids.dim() != 2 || input_ids.scalar_type() != torch::kInt64) {
+    throw std::invalid_argument("Mixtral: input_ids must be int64 [B, S], got " +
+                                std::string(torch::toString(input_ids.scalar_type())) + " " +
+                                c10::str(input_ids.sizes()));
+  }
+  const int64_t batch_size = input_ids.size(0), length = input_ids.size(1);
+  const auto ids = input_ids.to(torch::kCPU).contiguous();
+  const int64_t* row = ids.data_ptr<int64_t>();
+  check_ids(row, ids.numel());
+  std::vector<std::vector<int64_t>> sequences;
+  for (int64_t b = 0; b < batch_size; ++b, row += length) sequences.emplace_back(row, row + length);
+  return logits(hidden_states(packed_batch(sequences, device()))).view({batch_size, length, config_.vocab_size});
+}
+
+torch::Tensor MixtralImpl::hidden_states(const Batch& batch, RollingKVCache* cache) {
+  const NoAutograd guard;
+  auto x = torch::embedding(embed_tokens_, batch.input_ids);
+  torch::Tensor residual;
+  for (const auto& layer : layers_) std::tie(x, residual) = layer.ptr()->forward(x, residual, batch, cache);
+  return std::get<0>(ops::add_rms_norm(x, residual, norm_, config_.rms_norm_eps));
+}
+
+torch::Tensor MixtralImpl::logits(const torch::Tensor& hidden) {
+  const NoAutograd guard;
+  const auto offs = torch::full({1}, hidden.size(0), torch::dtype(torch::kInt32).device(hidden.device()));
+  return ops::linear(hidden, lm_head_, offs).to(torch::kFloat32);
+}
+
+void MixtralImpl::init_random(uint64_t seed) {
+  const torch::NoGradGuard no_grad;
+  auto generator = torch::make_generator<torch::CPUGeneratorImpl>(seed);
+  constexpr int64_t kBlock = 1 << 22;
+  const auto block = torch::empty(kBlock, torch::kFloat32);
+  for (const auto& parameter : parameters()) {
+    if (parameter.dim() == 1) {
+      parameter.fill_(1);
+      continue;
+    }
+    // Drawn in f32 on the CPU block by block: other dtypes and devices only round and copy.
+    const auto flat = parameter.view(-1);
+    for (int64_t begin = 0; begin < flat.size(0); begin += kBlock) {
+      const int64_t size = std::min(kBlock, flat.size(0) - begin);
+      flat.narrow(0, begin, size).copy_(block.narrow(0, 0, size).normal_(0, 0.02, generator));
+    }
+  }
+}
+
+void MixtralImpl::check_ids(const int64_t* ids, int64_t count) const {
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= config_.vocab_size) {
+      throw std::invalid_argument("Mixtral: token ids must be in [0, " + std::to_string(config_.vocab_size) +
+                                  "), got " + std::to_string(ids[i]) + " at index " + std::to_string(i));
+    }
+  }
+}
+
+Mixtral Mixtral::from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
+  const Config config = Config::from_folder(folder);
+  const Checkpoint checkpoint(folder, config);
+  const auto dtype = options.dtype.value_or(scalar_type(config.dtype));
+  const double bytes = static_cast<double>(config.total_parameters()) * static_cast<double>(c10::elementSize(dtype));
+  check_memory("the weights of " + folder.string(), bytes, options.device);
+  const auto allocate = [&] {
+    try {
+      return Mixtral(config, dtype, options.device);
+    } catch (const c10::Error& error) {  // allocating is all that torch does here
+      throw OutOfMemory("the weights of " + folder.string() + ": " + error.what_without_backtrace());
+    }
+  };
+  Mixtral model = allocate();
+  checkpoint.read_into(model->named_parameters(), options.progress);
+  return model;
+}
+
+}  // namespace mixtral

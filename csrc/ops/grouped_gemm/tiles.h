@@ -1,0 +1,63 @@
+// How the rows of a grouped GEMM are cut into tiles: the one index computation that the CPU and the CUDA kernel share.
+//
+// Tiles are numbered expert by expert, then column block by column block, then row block by row block, so that the
+// neighbours of a tile use the same columns of the weights.
+#pragma once
+
+#include "../index_array.h"
+
+#include <cstdint>
+
+namespace mixtral {
+
+struct GemmTile {
+  int64_t expert;        // `experts` for the rows behind the last group, -1 when there is no such tile
+  int64_t row_begin;     // rows [row_begin, row_end) of a and out, at most block_rows
+  int64_t row_end;
+  int64_t column_block;
+};
+
+MIXTRAL_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The end of a group that starts at `begin`. On CUDA nobody has checked offs: any values give groups within [0, rows].
+MIXTRAL_HOST_DEVICE inline int64_t group_end(IndexArray offs, int64_t expert, int64_t begin, int64_t rows) {
+  const int64_t end = offs[expert];
+  return end < begin ? begin : end > rows ? rows : end;
+}
+
+// Tile number `index` of the groups that offs [E] cuts from `rows`; what is left behind the last group is one group more.
+MIXTRAL_HOST_DEVICE inline GemmTile find_gemm_tile(IndexArray offs, int64_t experts, int64_t rows, int64_t block_rows,
+                                                   int64_t column_blocks, int64_t index) {
+  int64_t begin = 0;
+  for (int64_t e = 0; e <= experts; ++e) {
+    const int64_t end = e < experts ? group_end(offs, e, begin, rows) : rows;
+    const int64_t row_blocks = ceil_div(end - begin, block_rows);
+    if (index < row_blocks * column_blocks) {
+      const int64_t row_begin = begin + index % row_blocks * block_rows;
+      const int64_t row_end = row_begin + block_rows < end ? row_begin + block_rows : end;
+      return {e, row_begin, row_end, index / row_blocks};
+    }
+    index -= row_blocks * column_blocks;
+    begin = end;
+  }
+  return {-1, 0, 0, 0};
+}
+
+inline int64_t count_gemm_tiles(IndexArray offs, int64_t experts, int64_t rows, int64_t block_rows,
+                                int64_t column_blocks) {
+  int64_t begin = 0, row_blocks = 0;
+  for (int64_t e = 0; e <= experts; ++e) {
+    const int64_t end = e < experts ? group_end(offs, e, begin, rows) : rows;
+    row_blocks += ceil_div(end - begin, block_rows);
+    begin = end;
+  }
+  return row_blocks * column_blocks;
+}
+
+// No offs has more tiles: what a launch that may not read offs must provide. Every group has at most one partial block.
+inline int64_t max_gemm_tiles(int64_t experts, int64_t rows, int64_t block_rows, int64_t column_blocks) {
+  const int64_t row_blocks = rows / block_rows + experts + 1;
+  return (row_blocks < rows ? row_blocks : rows) * column_blocks;
+}
+
+}  // namespace mixtral

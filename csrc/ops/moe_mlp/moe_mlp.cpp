@@ -1,0 +1,54 @@
+#include "moe_mlp.h"
+
+namespace mixtral {
+namespace {
+
+constexpr const char* op = "moe_mlp";
+
+void check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
+                     const Tensor& down_proj) {
+  check_rank(op, "x", x, 2, "[T, H]");
+  check_float(op, "x", x);
+  check_rank(op, "topk_ids", topk_ids, 2, "[T, K]");
+  check_index(op, "topk_ids", topk_ids);
+  check_size(op, "topk_ids", topk_ids, 0, x.size(0));
+  check_same_device(op, "topk_ids", topk_ids, x);
+  check_rank(op, "topk_weights", topk_weights, 2, "[T, K]");
+  check_dtype(op, "topk_weights", topk_weights, ScalarType::Float);
+  check_size(op, "topk_weights", topk_weights, 0, x.size(0));
+  check_size(op, "topk_weights", topk_weights, 1, topk_ids.size(1));
+  check_same_device(op, "topk_weights", topk_weights, x);
+  check_rank(op, "gate_up_proj", gate_up_proj, 3, "[E, 2I, H]");
+  check_size(op, "gate_up_proj", gate_up_proj, 2, x.size(1));
+  check_dtype(op, "gate_up_proj", gate_up_proj, x.scalar_type());
+  check_same_device(op, "gate_up_proj", gate_up_proj, x);
+  MIXTRAL_CHECK(gate_up_proj.size(0) >= 1, op, ": gate_up_proj must have at least one expert, got shape ",
+                shape_string(gate_up_proj));
+  MIXTRAL_CHECK(gate_up_proj.size(1) % 2 == 0, op, ": gate_up_proj must have an even size in dimension 1, got shape ",
+                shape_string(gate_up_proj));
+  check_rank(op, "down_proj", down_proj, 3, "[E, H, I]");
+  check_size(op, "down_proj", down_proj, 0, gate_up_proj.size(0));
+  check_size(op, "down_proj", down_proj, 1, x.size(1));
+  check_size(op, "down_proj", down_proj, 2, gate_up_proj.size(1) / 2);
+  check_dtype(op, "down_proj", down_proj, x.scalar_type());
+  check_same_device(op, "down_proj", down_proj, x);
+}
+
+// x [T, H], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2I, H], down_proj [E, H, I] -> [T, H]
+Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
+               const Tensor& down_proj) {
+  check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+  const Permutation p = moe_permute_step(op, x, topk_ids, gate_up_proj.size(0));
+  const Tensor activated = swiglu_step(op, grouped_gemm_step(op, p.permuted, gate_up_proj, p.offs));  // [M, I]
+  return moe_unpermute_step(op, grouped_gemm_step(op, activated, down_proj, p.offs), topk_weights, p.row_map);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) { m.impl("moe_mlp", TORCH_BOX(&moe_mlp)); }
+
+#ifdef MIXTRAL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) { m.impl("moe_mlp", TORCH_BOX(&moe_mlp)); }
+#endif
+
+}  // namespace mixtral

@@ -1,0 +1,45 @@
+// One block per token copies its row of k and of v into the cache.
+#include "rolling_kv_cache.h"
+
+#include "../cuda/common.cuh"
+
+namespace mixtral {
+namespace {
+
+using namespace cuda;
+
+constexpr int kThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    rolling_kv_cache_write_row_kernel(const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ k_cache,
+                                      T* __restrict__ v_cache, const int64_t* __restrict__ slot_mapping, int64_t slots,
+                                      int64_t row_size) {
+  const int64_t slot = slot_mapping[blockIdx.x];
+  if (slot < 0 || slot >= slots) return;
+  const int64_t source = static_cast<int64_t>(blockIdx.x) * row_size, target = slot * row_size;
+  for (int64_t i = threadIdx.x; i < row_size; i += kThreads) {
+    k_cache[target + i] = k[source + i];
+    v_cache[target + i] = v[source + i];
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int launch_rolling_kv_cache_write_cuda(const T* k, const T* v, T* k_cache, T* v_cache, const int64_t* slot_mapping,
+                                       int64_t tokens, int64_t slots, int64_t row_size, cudaStream_t stream) {
+  if (tokens == 0) return cudaSuccess;
+  rolling_kv_cache_write_row_kernel<<<static_cast<unsigned>(tokens), kThreads, 0, stream>>>(k, v, k_cache, v_cache,
+                                                                                            slot_mapping, slots, row_size);
+  return cudaGetLastError();
+}
+
+template int launch_rolling_kv_cache_write_cuda(const float*, const float*, float*, float*, const int64_t*, int64_t,
+                                                int64_t, int64_t, cudaStream_t);
+template int launch_rolling_kv_cache_write_cuda(const BFloat16*, const BFloat16*, BFloat16*, BFloat16*, const int64_t*,
+                                                int64_t, int64_t, int64_t, cudaStream_t);
+template int launch_rolling_kv_cache_write_cuda(const Half*, const Half*, Half*, Half*, const int64_t*, int64_t,
+                                                int64_t, int64_t, cudaStream_t);
+
+}  // namespace mixtral

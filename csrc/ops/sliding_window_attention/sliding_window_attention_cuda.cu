@@ -1,0 +1,1 @@
+#include "sliding_window_attention.h"

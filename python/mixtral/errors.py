@@ -1,0 +1,20 @@
+"""The exception of every loader, as in C++ (csrc/model/load_error.h)."""
+
+
+class LoadError(Exception):
+    """A model file that cannot be used.
+
+    Attributes:
+        file: the path of the file.
+        item: the tensor or field that is wrong; empty when the file as a whole is.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, message: str, file: str, item: str, reason: str) -> None:
+        super().__init__(message)
+        self.file = file
+        self.item = item
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.file, self.item, self.reason)
