@@ -5,7 +5,6 @@
 #include <pybind11/stl/filesystem.h>
 #include <torch/extension.h>
 
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -55,15 +54,25 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
+// Keyword arguments to the fields of a bound struct.
+template <typename Struct>
+Struct from_kwargs(const py::kwargs& fields) {
+  py::object result = py::cast(Struct());
+  for (const auto& [name, value] : fields) {
+    if (!py::hasattr(result, name)) {
+      throw py::type_error(py::str("{}: unexpected argument {!r}").format(py::type::of(result).attr("__name__"), name));
+    }
+    result.attr(name) = value;
+  }
+  return result.cast<Struct>();
+}
+
 void bind_config(py::module_& m) {
   py::class_<Config>(m, "Config", "The architecture of a checkpoint. Sizes are counts; `window` is keys a query sees.")
       .def(py::init([](const py::kwargs& fields) {
-             py::object config = py::cast(Config());
-             for (const auto& [name, value] : fields) {
-               config.attr(py::str(name)) = value;
-             }
-             config.cast<const Config&>().validate("Config");
-             return config.cast<Config>();
+             const Config config = from_kwargs<Config>(fields);
+             config.validate("Config");
+             return config;
            }),
            "Config(hidden_size=..., num_layers=..., ...). Raises LoadError for a missing or unfit field.")
       .def_static("from_folder", &Config::from_folder, py::arg("folder"),
@@ -94,15 +103,23 @@ void bind_config(py::module_& m) {
       .def("kv_bytes_per_token", &Config::kv_bytes_per_token, py::arg("element_size"));
 }
 
-std::vector<int64_t> chat_ids(const Tokenizer& tokenizer,
-                              const std::vector<std::map<std::string, std::string>>& dicts) {
+std::vector<int64_t> chat_ids(const Tokenizer& tokenizer, const std::vector<py::dict>& dicts) {
   std::vector<ChatMessage> messages;
-  for (const auto& dict : dicts) {
-    if (dict.size() != 2 || dict.count("role") == 0 || dict.count("content") == 0) {
-      throw std::invalid_argument("apply_chat: messages[" + std::to_string(messages.size()) +
-                                  "] expected the keys role and content, got others");
+  for (const py::dict& dict : dicts) {
+    ChatMessage& message = messages.emplace_back();
+    for (const auto& [key, value] : dict) {
+      const auto name = key.cast<std::string>();
+      if (name == "role") {
+        message.role = value.cast<std::string>();
+      } else if (name == "content") {
+        message.content = value.cast<std::string>();
+      } else if (name == "prefix") {
+        message.prefix = value.cast<bool>();
+      } else {
+        throw std::invalid_argument("apply_chat: messages[" + std::to_string(messages.size() - 1) +
+                                    "] expected the keys role, content and prefix, got " + name);
+      }
     }
-    messages.push_back({dict.at("role"), dict.at("content")});
   }
   return apply_chat(tokenizer, messages);
 }
@@ -124,9 +141,9 @@ void bind_tokenizer(py::module_& m) {
           "piece", [](const Tokenizer& self, int64_t id) { return to_str(self.piece(id)); }, py::arg("id"),
           "The piece as stored. Raises IndexError for an id outside the vocabulary.")
       .def("apply_chat", &chat_ids, py::arg("messages"),
-           "[{\"role\": \"user\", \"content\": \"Hi\"}, ...] to prompt ids, equal to mistral-common's. Raises "
-           "ValueError\n"
-           "when roles do not alternate or the last message is not the user's.")
+           "[{\"role\": \"user\", \"content\": \"Hi\"}, ...] to prompt ids, equal to mistral-common's. \"prefix\": "
+           "True on the\n"
+           "last message, an assistant's: the model goes on with it. Raises ValueError, naming the message.")
       .def("is_control", &Tokenizer::is_control, py::arg("id"))
       .def("is_byte", &Tokenizer::is_byte, py::arg("id"))
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size)
@@ -141,7 +158,7 @@ void bind_tokenizer(py::module_& m) {
 
 void bind_results(py::module_& m) {
   py::class_<SamplingParams>(m, "SamplingParams")
-      .def(py::init<>())
+      .def(py::init(&from_kwargs<SamplingParams>))
       .def_readwrite("max_tokens", &SamplingParams::max_tokens)
       .def_readwrite("temperature", &SamplingParams::temperature)
       .def_readwrite("top_p", &SamplingParams::top_p)
@@ -161,7 +178,8 @@ void bind_results(py::module_& m) {
       .def_readonly("prompt_token_ids", &Generation::prompt_token_ids)
       .def_readonly("token_ids", &Generation::token_ids, "Without the end-of-sequence token.")
       .def_readonly("text", &Generation::text)
-      .def_readonly("finish_reason", &Generation::finish_reason, "\"stop\", \"length\" or \"cancelled\".")
+      .def_readonly("finish_reason", &Generation::finish_reason, "\"stop\", \"length\", \"cancelled\" or \"error\".")
+      .def_readonly("error", &Generation::error, "Why, when finish_reason is \"error\".")
       .def_readonly("logprobs", &Generation::logprobs, "[TokenLogprob], one per token when asked for.")
       .def("__repr__", [](const py::object& self) {
         return py::str("Generation(text={!r}, finish_reason={!r}, {} tokens)")
@@ -238,16 +256,19 @@ void bind_model(py::module_& m) {
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("device", &MixtralImpl::device)
       .def_property_readonly("dtype", &MixtralImpl::dtype);
+  py::class_<Engine::Options>(m, "EngineOptions")
+      .def(py::init(&from_kwargs<Engine::Options>))
+      .def_readwrite("chunk_size", &Engine::Options::chunk_size)
+      .def_readwrite("token_budget", &Engine::Options::token_budget)
+      .def_readwrite("max_batch", &Engine::Options::max_batch)
+      .def_readwrite("page_size", &Engine::Options::page_size)
+      .def_readwrite("ctx_size", &Engine::Options::ctx_size);
   py::class_<Engine>(m, "Engine")
-      .def(py::init([](std::shared_ptr<MixtralImpl> model, std::optional<Tokenizer> tokenizer, int64_t chunk_size,
-                       int64_t page_size, int64_t ctx_size) {
-             Engine::Options options;
-             options.chunk_size = chunk_size;
-             options.page_size = page_size;
-             options.ctx_size = ctx_size;
+      .def(py::init([](std::shared_ptr<MixtralImpl> model, std::optional<Tokenizer> tokenizer,
+                       const Engine::Options& options) {
              return Engine(Mixtral(std::move(model)), std::move(tokenizer), options);
            }),
-           py::arg("model"), py::arg("tokenizer"), py::arg("chunk_size"), py::arg("page_size"), py::arg("ctx_size"))
+           py::arg("model"), py::arg("tokenizer"), py::arg("options"))
       .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("on_text"));
 }
 

@@ -1,8 +1,6 @@
 // The subcommands, and the flags and steps they share.
 #pragma once
 
-#include "console.h"
-
 #include <mixtral/mixtral.h>
 
 #include <CLI/CLI.hpp>
@@ -11,6 +9,8 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
+
+#include "console.h"
 
 namespace mixtral::app {
 

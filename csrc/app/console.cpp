@@ -65,7 +65,8 @@ void on_library_exit(int status, void*) {
   if (status == EXIT_FAILURE) _exit(kOutOfMemory);
 }
 
-// An exception in a static initialiser of libtorch (no memory) must not abort either, so the handler is set before them.
+// An exception in a static initialiser of libtorch (no memory) must not abort either, so the handler is set before
+// them.
 void set_terminate_early(int, char**, char**) { std::set_terminate(on_terminate); }
 __attribute__((section(".preinit_array"), used)) void (*const early)(int, char**, char**) = set_terminate_early;
 

@@ -16,9 +16,10 @@ if(NOT TORCH_VERSION MATCHES "^2\\.11\\.")
   message(FATAL_ERROR "torch 2.11 is needed, found ${TORCH_VERSION} in ${TORCH_DIR}")
 endif()
 
-# In the package, libraries sit beside each other and beside torch; in the source tree torch is where it was found.
+# In the package, libraries sit beside each other and beside torch, the binary in a folder below; in the source tree torch
+# is where it was found.
 set(CMAKE_BUILD_RPATH_USE_ORIGIN ON)
-set(CMAKE_BUILD_RPATH "\$ORIGIN" "\$ORIGIN/../torch/lib" "${TORCH_DIR}/lib")
+set(CMAKE_BUILD_RPATH "\$ORIGIN" "\$ORIGIN/.." "\$ORIGIN/../torch/lib" "\$ORIGIN/../../torch/lib" "${TORCH_DIR}/lib")
 
 add_library(libtorch::headers INTERFACE IMPORTED)
 set_target_properties(libtorch::headers PROPERTIES

@@ -25,7 +25,8 @@ void check(const std::vector<ChatMessage>& messages) {
     }
     if (assistant && message.content.empty()) fail(i, "content of the assistant must not be empty");
     if (message.prefix && !(assistant && last)) fail(i, "prefix must be set on the last message, an assistant's, only");
-    if (assistant && last && !message.prefix) fail(i, "the last role must be user, or assistant with prefix, got assistant");
+    if (assistant && last && !message.prefix)
+      fail(i, "the last role must be user, or assistant with prefix, got assistant");
   }
   if (messages.size() == 1 && messages[0].role == "assistant") {
     fail(0, "the first role must be user or system, got assistant");
@@ -37,8 +38,8 @@ void append_text(std::string& text, const std::string& more) {
   text += more;
 }
 
-// One text per run of messages of one role. Before v7 there are no system turns (their text goes into a user turn), yet a
-// system message still ends a run; and a conversation starts with a user turn, empty if need be.
+// One text per run of messages of one role. Before v7 there are no system turns (their text goes into a user turn), yet
+// a system message still ends a run; and a conversation starts with a user turn, empty if need be.
 std::vector<ChatMessage> to_turns(const std::vector<ChatMessage>& messages, bool system_turns) {
   std::vector<ChatMessage> turns;
   std::string previous_role;

@@ -72,7 +72,8 @@ class Run {
         chunk_size_(std::min({options.chunk_size, options.token_budget, longest_prompt(requests_)})),
         cache_(make_cache(model, options, chunk_size_, requests_)) {}
 
-  std::vector<Generation> run(Timings& timings);
+  std::vector<Generation> run();
+  const Timings& timings() const { return timings_; }
 
  private:
   void admit();
@@ -92,6 +93,7 @@ class Run {
   std::vector<Request*> running_;  // in the order of the prompts
   size_t admitted_ = 0;
   bool cancelled_ = false;
+  Timings timings_;
 };
 
 void Run::admit() {
@@ -103,7 +105,9 @@ void Run::admit() {
 
 // The last hidden rows `rows` of the batch become logits: f32 [rows, vocab] on the CPU.
 torch::Tensor Run::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows) {
-  auto hidden = model_.hidden_states(cache_.prepare(chunks), &cache_);
+  const Batch batch = cache_.prepare(chunks);
+  timings_.peak_pages = std::max(timings_.peak_pages, cache_.pages_in_use());
+  auto hidden = model_.hidden_states(batch, &cache_);
   if (rows.empty()) return {};
   if (static_cast<int64_t>(rows.size()) < hidden.size(0))
     hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
@@ -181,20 +185,19 @@ void Run::show(Request& request, const std::string& piece) {
   if (on_text_ && !on_text_(request.index, piece)) cancelled_ = true;
 }
 
-std::vector<Generation> Run::run(Timings& timings) {
+std::vector<Generation> Run::run() {
   for (admit(); !running_.empty() && !cancelled_; admit()) {
     const bool prefill = std::any_of(running_.begin(), running_.end(), [](Request* r) { return r->in_prefill(); });
     const auto start = std::chrono::steady_clock::now();
     step();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    (prefill ? timings.prefill_seconds : timings.decode_seconds) += seconds.count();
-    timings.peak_pages = std::max(timings.peak_pages, cache_.pages_in_use());
+    (prefill ? timings_.prefill_seconds : timings_.decode_seconds) += seconds.count();
   }
   std::vector<Generation> results;
   for (const auto& request : requests_) {
     if (!request->finished()) request->result.finish_reason = "cancelled";
-    timings.prompt_tokens += static_cast<int64_t>(request->result.prompt_token_ids.size());
-    timings.new_tokens += static_cast<int64_t>(request->result.token_ids.size());
+    timings_.prompt_tokens += static_cast<int64_t>(request->result.prompt_token_ids.size());
+    timings_.new_tokens += static_cast<int64_t>(request->result.token_ids.size());
     results.push_back(std::move(request->result));
   }
   return results;
@@ -240,9 +243,10 @@ std::vector<Generation> Engine::generate(const std::vector<std::vector<int64_t>>
     check_request(prompts[i], own);
     requests.push_back(std::make_unique<Request>(i, prompts[i], own, tokenizer_));
   }
-  Timings unused;
   Run run(*model_, tokenizer_, options_, on_text, std::move(requests));
-  return run.run(timings ? *timings : unused);
+  auto results = run.run();
+  if (timings) *timings = run.timings();
+  return results;
 }
 
 }  // namespace mixtral

@@ -41,12 +41,13 @@ int64_t argmax(const float* logits, int64_t vocab) {
 
 void keep_top_k(std::vector<Candidate>& candidates, size_t k) {
   if (k >= candidates.size()) return;
-  std::nth_element(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(k), candidates.end(), more_likely);
+  std::nth_element(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(k), candidates.end(),
+                   more_likely);
   candidates.resize(k);
 }
 
-// The fewest of the most likely candidates that hold `top_p` of the weight. They are sorted a chunk at a time: as a rule
-// a few of them are enough.
+// The fewest of the most likely candidates that hold `top_p` of the weight. They are sorted a chunk at a time: as a
+// rule a few of them are enough.
 void keep_top_p(std::vector<Candidate>& candidates, double top_p) {
   double total = 0, mass = 0;
   for (const Candidate& candidate : candidates) total += candidate.weight;
@@ -104,15 +105,16 @@ TokenLogprob token_logprob(const float* logits, int64_t vocab, int64_t token_id,
   const double highest = logits[argmax(logits, vocab)];
   double total = 0;
   for (int64_t i = 0; i < vocab; ++i) total += std::exp(logits[i] - highest);
-  const double log_total = highest + std::log(total);
+  // The difference first: added to a large logit, the logarithm would be rounded away.
+  const auto logprob = [&](int64_t id) { return (logits[id] - highest) - std::log(total); };
 
-  TokenLogprob result{token_id, logits[token_id] - log_total, {}};
+  TokenLogprob result{token_id, logprob(token_id), {}};
   std::vector<int64_t> ids(static_cast<size_t>(vocab));
   for (int64_t i = 0; i < vocab; ++i) ids[static_cast<size_t>(i)] = i;
   const auto end_of_top = ids.begin() + std::clamp<int64_t>(top, 0, vocab);
   std::partial_sort(ids.begin(), end_of_top, ids.end(),
                     [&](int64_t a, int64_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-  for (auto id = ids.begin(); id != end_of_top; ++id) result.top.emplace_back(*id, logits[*id] - log_total);
+  for (auto id = ids.begin(); id != end_of_top; ++id) result.top.emplace_back(*id, logprob(*id));
   return result;
 }
 
@@ -133,8 +135,7 @@ int64_t Sampler::next(const float* logits, int64_t vocab) {
     }
   }
   const int64_t most_likely = argmax(scores.data(), vocab);
-  const int64_t token =
-      params_.temperature == 0 ? most_likely : draw(scores, scores[static_cast<size_t>(most_likely)]);
+  const int64_t token = params_.temperature == 0 ? most_likely : draw(scores, scores[static_cast<size_t>(most_likely)]);
   seen_.insert(token);
   ++step_;
   return token;
@@ -144,7 +145,8 @@ int64_t Sampler::draw(const std::vector<float>& scores, float highest) {
   std::vector<Candidate> candidates;
   candidates.reserve(scores.size());
   for (size_t i = 0; i < scores.size(); ++i) {
-    const double distance = static_cast<double>(scores[i]) - highest;  // 0 for the most likely, whatever the temperature
+    const double distance =
+        static_cast<double>(scores[i]) - highest;  // 0 for the most likely, whatever the temperature
     candidates.push_back({static_cast<int64_t>(i), std::exp(distance / params_.temperature)});
   }
   if (params_.top_k > 0) keep_top_k(candidates, static_cast<size_t>(params_.top_k));

@@ -28,8 +28,8 @@ struct SamplingParams {
 
 struct TokenLogprob {
   int64_t token_id = 0;
-  double logprob = 0;                            // natural log, of the raw logits
-  std::vector<std::pair<int64_t, double>> top;   // falling, ties to the smaller id
+  double logprob = 0;                           // natural log, of the raw logits
+  std::vector<std::pair<int64_t, double>> top;  // falling, ties to the smaller id
 };
 
 // Log-softmax of the raw logits [vocab] at `token_id`, with the `top` most likely tokens.
@@ -42,8 +42,8 @@ class Sampler {
   // Validates `params`. `prompt_ids` matter to the repetition penalty.
   Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids);
 
-  // logits [vocab]. Repetition penalty, temperature, top-k, top-p and min-p are applied in this order, as in Hugging Face.
-  // Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
+  // logits [vocab]. Repetition penalty, temperature, top-k, top-p and min-p are applied in this order, as in Hugging
+  // Face. Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
   int64_t next(const float* logits, int64_t vocab);
 
  private:
@@ -56,8 +56,8 @@ class Sampler {
   uint64_t step_ = 0;
 };
 
-// Finds stop strings in streamed text: holds back what may be the beginning of one. Where the text is cut does not depend
-// on the pieces it came in: the stop string that ends first wins, of several the longest.
+// Finds stop strings in streamed text: holds back what may be the beginning of one. Where the text is cut does not
+// depend on the pieces it came in: the stop string that ends first wins, of several the longest.
 class StopMatcher {
  public:
   explicit StopMatcher(std::vector<std::string> stop) : stop_(std::move(stop)) {}

@@ -36,16 +36,27 @@ class WireReader {
     field.wire_type = static_cast<uint32_t>(tag & 7);
     if (tag >> 32 != 0 || field.number == 0) fail("field number must be 1 to 2^29 - 1");
     switch (field.wire_type) {
-      case 0: field.value = varint(); break;
-      case 1: field.value = fixed(8); break;
-      case 2: field.bytes = take(varint()); break;
-      case 5: field.value = fixed(4); break;
-      default: fail("wire type must be 0, 1, 2 or 5, got " + std::to_string(field.wire_type));
+      case 0:
+        field.value = varint();
+        break;
+      case 1:
+        field.value = fixed(8);
+        break;
+      case 2:
+        field.bytes = take(varint());
+        break;
+      case 5:
+        field.value = fixed(4);
+        break;
+      default:
+        fail("wire type must be 0, 1, 2 or 5, got " + std::to_string(field.wire_type));
     }
     return true;
   }
 
-  [[noreturn]] void fail(const std::string& reason) const { throw LoadError(file_, "", "not a SentencePiece model: " + reason); }
+  [[noreturn]] void fail(const std::string& reason) const {
+    throw LoadError(file_, "", "not a SentencePiece model: " + reason);
+  }
 
  private:
   std::string_view take(uint64_t size) {
@@ -113,6 +124,10 @@ SentencePiece read_piece(std::string_view bytes, const std::string& file, const 
   if (!is_valid_utf8(piece.text) || piece.text.find('\0') != std::string::npos) {
     throw LoadError(file, item, "text must be UTF-8 without NUL");
   }
+  // The library looks a single character of the text up among all pieces: it would find a control token.
+  if (piece.type == PieceType::kControl && utf8_prefix(piece.text).length == piece.text.size()) {
+    throw LoadError(file, item, "a control piece must have more than one character");
+  }
   if (!std::isfinite(piece.score)) throw LoadError(file, item, "score must be finite");
   if (piece.type == PieceType::kByte && byte_value(piece.text) < 0) {
     throw LoadError(file, item + " (" + piece.text + ")", "a byte piece must read <0x00> to <0xFF>");
@@ -120,8 +135,8 @@ SentencePiece read_piece(std::string_view bytes, const std::string& file, const 
   return piece;
 }
 
-// The fields of TrainerSpec and NormalizerSpec that change what encode and decode do. The initial values are the defaults
-// of sentencepiece_model.proto; a message that occurs twice is merged, as protobuf does.
+// The fields of TrainerSpec and NormalizerSpec that change what encode and decode do. The initial values are the
+// defaults of sentencepiece_model.proto; a message that occurs twice is merged, as protobuf does.
 struct Specs {
   uint64_t model_type = 1;
   bool whitespace_as_suffix = false;
@@ -195,6 +210,7 @@ void check_vocabulary(const std::vector<SentencePiece>& pieces, const std::strin
   const auto count = [&](PieceType type) {
     return std::count_if(pieces.begin(), pieces.end(), [=](const SentencePiece& piece) { return piece.type == type; });
   };
+  if (!seen.count("\xE2\x96\x81")) throw LoadError(file, "", "must have the piece U+2581, which stands for a space");
   const auto unknown = count(PieceType::kUnknown), bytes = count(PieceType::kByte);
   if (unknown != 1) throw LoadError(file, "", "must have one unknown piece, got " + std::to_string(unknown));
   if (bytes != 256) throw LoadError(file, "", "must have 256 byte pieces, got " + std::to_string(bytes));

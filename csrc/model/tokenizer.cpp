@@ -19,8 +19,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kMaxFileBytes = size_t{32} << 20;
-constexpr size_t kMaxTextBytes = size_t{1} << 30;  // the library counts in int
-constexpr std::string_view kSpace = "\xE2\x96\x81";  // U+2581
+constexpr size_t kMaxTextBytes = size_t{1} << 30;          // the library counts in int
+constexpr std::string_view kSpace = "\xE2\x96\x81";        // U+2581
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
 constexpr std::array<TokenizerVersion, 4> kVersions = {TokenizerVersion::kV1, TokenizerVersion::kV2,
@@ -173,8 +173,8 @@ struct Tokenizer::Impl {
     const auto encoded = processor.EncodeAsImmutableProto(text);  // the pieces point into it
     for (const auto& piece : encoded.pieces()) {
       const size_t begin = piece.begin(), end = piece.end();
-      // A character without a piece becomes three byte pieces: the last one covers it, the others are empty.
-      bool replaced = begin == end && invalid[begin];
+      // U+FFFD without a piece becomes three byte pieces: the last one covers the invalid byte, the others nothing.
+      bool replaced = begin == end && invalid[begin] && at(piece.id()).type == PieceType::kByte;
       for (size_t i = begin; i < end; ++i) replaced = replaced || invalid[i];
       if (!replaced) ids.push_back(static_cast<int>(piece.id()));
       for (size_t i = begin; replaced && i < end; ++i) {

@@ -32,8 +32,8 @@ class Tokenizer {
   // Text only: "[INST]" or "</s>" in it stays text. Invalid UTF-8 is encoded byte by byte. decode() gives valid UTF-8
   // back unchanged, but for "▁" (U+2581), which stands for a space in every SentencePiece vocabulary.
   std::vector<int64_t> encode(std::string_view text, bool add_bos = false, bool add_eos = false) const;
-  // Always valid UTF-8: U+FFFD for each byte that belongs to no code point. Control tokens decode to nothing, and the space
-  // that encode() puts before the text is dropped. Throws std::out_of_range for an id outside [0, vocab_size).
+  // Always valid UTF-8: U+FFFD for each byte that belongs to no code point. Control tokens decode to nothing, and the
+  // space that encode() puts before the text is dropped. Throws std::out_of_range for an id outside [0, vocab_size).
   std::string decode(const std::vector<int64_t>& ids) const;
   // The piece as stored: "▁the", "<0x0A>", "[INST]".
   std::string piece(int64_t id) const;

@@ -12,10 +12,11 @@
 #include <cstdint>
 #include <cstring>
 
-// Compiles a function for several instruction sets; the loader picks one for the processor at hand. Functions that it
-// calls must be inlined into it (MIXTRAL_INLINE), or they are compiled for the baseline only.
+// Compiles a function for several instruction sets; the loader picks one for the processor at hand. The x86-64 levels are
+// matched by features: a model name such as skylake-avx512 would match that model alone. Functions that it calls must be
+// inlined into it (MIXTRAL_INLINE), or they are compiled for the baseline only.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIXTRAL_MULTIVERSION __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define MIXTRAL_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MIXTRAL_MULTIVERSION
 #endif

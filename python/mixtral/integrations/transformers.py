@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .. import ops
@@ -43,7 +44,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Raises:
         ValueError: the module has other experts than concatenated SwiGLU ones without biases.
     """
-    swiglu = self.has_gate and self.is_concatenated and isinstance(self.act_fn, nn.SiLU)
+    swiglu = self.has_gate and self.is_concatenated and isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
     if not swiglu or self.has_bias or self.is_transposed:
         raise ValueError(
             "mixtral experts: module expected SwiGLU experts, [gate; up] weights in nn.Linear layout without biases, "

@@ -1,0 +1,182 @@
+// `mixtral bench`: how fast a model runs here, and how far that is from what memory allows.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <random>
+
+#include "commands.h"
+
+namespace mixtral::app {
+namespace {
+
+struct Flags {
+  ModelFlags model;
+  int64_t prompt_tokens = 256, new_tokens = 64, batch = 1, repeat = 3;
+  bool json = false;
+};
+
+struct Result {
+  double load_seconds = 0, prefill_rate = 0, decode_rate = 0;  // tokens/s
+  double weight_bytes = 0;                                     // read per decoded token
+  double bandwidth = 0;                                        // measured, bytes/s
+  int64_t peak_memory = 0;                                     // bytes, of the host
+
+  double percent_of_roofline() const { return 100 * decode_rate * weight_bytes / bandwidth; }
+};
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t middle = values.size() / 2;
+  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+std::vector<std::vector<int64_t>> random_prompts(int64_t batch, int64_t length, int64_t vocab) {
+  std::mt19937_64 random(0);
+  std::vector<std::vector<int64_t>> prompts(static_cast<size_t>(batch));
+  for (auto& prompt : prompts) {
+    for (int64_t i = 0; i < length; ++i) {
+      prompt.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(vocab)));
+    }
+  }
+  return prompts;
+}
+
+// A decode step reads every shared weight once, and the experts that at least one of the batch's tokens is routed to:
+// E (1 - (1 - K/E)^B) of them if routing is even. Of the embedding it reads single rows, unless lm_head is the same
+// tensor.
+double weight_bytes_per_token(const Config& config, int64_t batch, double element_size) {
+  const double experts = static_cast<double>(config.num_experts), top_k = static_cast<double>(config.top_k);
+  const double expert = 3.0 * static_cast<double>(config.hidden_size * config.intermediate_size);
+  double shared = static_cast<double>(config.active_parameters());
+  if (!config.tie_word_embeddings) shared -= static_cast<double>(config.vocab_size * config.hidden_size);
+  double routed = 0;
+  if (config.is_moe()) {
+    const double used = experts * (1 - std::pow(1 - top_k / experts, static_cast<double>(batch)));
+    shared -= static_cast<double>(config.num_layers) * top_k * expert;
+    routed = static_cast<double>(config.num_layers) * used * expert;
+  }
+  return element_size * (shared + routed) / static_cast<double>(batch);
+}
+
+// Bytes per second of summing a buffer that is as large as the weights read in one step (up to 1 GiB), so that a model
+// that lives in a CPU cache is compared with that cache.
+double read_bandwidth(double bytes, torch::Device device) {
+  constexpr int kRuns = 7;
+  const auto count = static_cast<int64_t>(std::clamp(bytes, 1e6, 1024.0 * 1024 * 1024) / sizeof(float));
+  const torch::Tensor buffer = torch::ones({count}, torch::TensorOptions().device(device).dtype(torch::kFloat32));
+  double fastest = std::numeric_limits<double>::infinity();
+  for (int run = 0; run < kRuns; ++run) {
+    throw_if_terminated();
+    const double start = seconds_now();
+    buffer.sum().item<float>();
+    fastest = std::min(fastest, seconds_now() - start);
+  }
+  return static_cast<double>(count) * sizeof(float) / fastest;
+}
+
+int64_t peak_memory_bytes() {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    int64_t kib = 0;
+    if (word == "VmHWM:" && status >> kib) return kib * 1024;
+  }
+  return 0;
+}
+
+Result measure(const Flags& flags) {
+  const std::filesystem::path folder = model_path(flags.model);
+  LoadedEngine loaded = load_engine(flags.model, Tokenizer(folder));
+  Engine& engine = loaded.engine;
+  const Config& config = engine.model()->config();
+  SamplingParams params;
+  params.max_tokens = flags.new_tokens;
+  params.ignore_eos = true;
+  const auto prompts = random_prompts(flags.batch, flags.prompt_tokens, config.vocab_size);
+  const auto go_on = [](size_t, const std::string&) { return !signalled(); };
+
+  engine.generate({prompts.front()}, {params}, go_on);  // warms up
+  std::vector<double> prefill, decode;
+  for (int64_t i = 0; i < flags.repeat; ++i) {
+    Timings timings;
+    engine.generate(prompts, {params}, go_on, &timings);
+    throw_if_terminated();
+    prefill.push_back(per_second(timings.prompt_tokens, timings.prefill_seconds));
+    decode.push_back(per_second(decoded_tokens(timings, prompts.size()), timings.decode_seconds));
+  }
+  Result result;
+  result.load_seconds = loaded.seconds;
+  result.prefill_rate = median(prefill);
+  result.decode_rate = median(decode);
+  result.peak_memory = peak_memory_bytes();  // before the bandwidth buffer
+  const auto element_size = static_cast<double>(c10::elementSize(engine.model()->dtype()));
+  result.weight_bytes = weight_bytes_per_token(config, flags.batch, element_size);
+  result.bandwidth = read_bandwidth(result.weight_bytes * static_cast<double>(flags.batch), engine.model()->device());
+  return result;
+}
+
+nlohmann::json to_json(const Flags& flags, const Result& result, const Config& config) {
+  return {{"model", model_path(flags.model).string()},
+          {"device", flags.model.device},
+          {"dtype", dtype_name(dtype_of(flags.model, config))},
+          {"threads", at::get_num_threads()},
+          {"prompt_tokens", flags.prompt_tokens},
+          {"new_tokens", flags.new_tokens},
+          {"batch", flags.batch},
+          {"repeat", flags.repeat},
+          {"load_seconds", result.load_seconds},
+          {"prefill_tokens_per_second", result.prefill_rate},
+          {"decode_tokens_per_second", result.decode_rate},
+          {"weight_bytes_per_token", result.weight_bytes},
+          {"read_bandwidth_bytes_per_second", result.bandwidth},
+          {"percent_of_roofline", result.percent_of_roofline()},
+          {"peak_memory_bytes", result.peak_memory}};
+}
+
+std::string to_text(const Flags& flags, const Result& result) {
+  char text[600];
+  std::snprintf(text, sizeof text,
+                "load      %10.2f s\n"
+                "prefill   %10.1f tokens/s  (%lld x %lld tokens)\n"
+                "decode    %10.1f tokens/s  (%lld x %lld tokens)\n"
+                "roofline  %10.1f %%         (%s of weights read per token, memory reads %s/s)\n"
+                "peak      %10s          (host memory)\n",
+                result.load_seconds, result.prefill_rate, static_cast<long long>(flags.batch),
+                static_cast<long long>(flags.prompt_tokens), result.decode_rate, static_cast<long long>(flags.batch),
+                static_cast<long long>(flags.new_tokens), result.percent_of_roofline(),
+                bytes_text(result.weight_bytes).c_str(), bytes_text(result.bandwidth).c_str(),
+                bytes_text(static_cast<double>(result.peak_memory)).c_str());
+  return text;
+}
+
+void run(const Flags& flags) {
+  const Config config = Config::from_folder(model_path(flags.model));
+  const Result result = measure(flags);
+  write_out(flags.json ? json_line(to_json(flags, result, config)) : to_text(flags, result));
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  CLI::App& command = *app.add_subcommand("bench", "Measure load time, tokens per second and memory");
+  add_option(command, "--prompt-tokens", flags->prompt_tokens, "Length of each random prompt")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_option(command, "--new-tokens", flags->new_tokens, "Tokens decoded per prompt, at least 2")
+      ->check(CLI::Range(2, 1 << 30))
+      ->capture_default_str();
+  add_option(command, "--batch", flags->batch, "Prompts at a time")->check(CLI::Range(1, 65536))->capture_default_str();
+  add_option(command, "--repeat", flags->repeat, "Runs; the median counts")
+      ->check(CLI::Range(1, 10000))
+      ->capture_default_str();
+  add_switch(command, "--json", flags->json, "One JSON object");
+  add_model_flags(command, flags->model);
+  command.footer(
+      "Examples:\n"
+      "  mixtral bench --prompt-tokens 512 --new-tokens 64\n"
+      "  mixtral bench ./Mixtral-8x7B-v0.1 --batch 8 --device cuda --json");
+  command.callback([flags] { run(*flags); });
+}
+
+}  // namespace mixtral::app

@@ -1,0 +1,172 @@
+// `mixtral chat`: a conversation. On a terminal a prompt, commands and Ctrl-C; from a pipe one message per line.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <optional>
+
+#include "commands.h"
+
+namespace mixtral::app {
+namespace {
+
+constexpr const char* kHelp =
+    "/clear  forget the conversation\n"
+    "/bye    leave (Ctrl-D does too)\n"
+    "Ctrl-C  stop the answer; a second time: leave\n";
+
+struct Flags {
+  ModelFlags model;
+  SamplingParams sampling;
+  std::string system;
+};
+
+// Lines of stdin. Not std::getline: it would not come back from a signal.
+class LineReader {
+ public:
+  // None at the end of the input.
+  std::optional<std::string> next(bool interactive) {
+    for (;;) {
+      const size_t end = held_.find('\n');
+      if (end != std::string::npos) {
+        std::string line = held_.substr(0, end);
+        held_.erase(0, end + 1);
+        return line;
+      }
+      char buffer[4096];
+      const ssize_t count = ::read(STDIN_FILENO, buffer, sizeof buffer);
+      const int error = errno;
+      throw_if_terminated();
+      if (count > 0) {
+        held_.append(buffer, static_cast<size_t>(count));
+      } else if (count < 0 && error == EINTR) {
+        if (interactive) write_err("\n(Ctrl-C again, Ctrl-D or /bye to leave)\n> ");
+      } else if (count < 0) {
+        throw std::system_error(error, std::generic_category(), "cannot read stdin");
+      } else if (held_.empty()) {
+        return std::nullopt;
+      } else {
+        return std::exchange(held_, std::string());
+      }
+    }
+  }
+
+ private:
+  std::string held_;
+};
+
+class Conversation {
+ public:
+  Conversation(const Flags& flags, LoadedEngine& loaded) : flags_(flags), loaded_(loaded) { clear(); }
+
+  void clear() {
+    messages_.clear();
+    if (!flags_.system.empty()) messages_.push_back({"system", flags_.system});
+  }
+
+  // Streams the answer to `text`; a message that does not fit the context is refused and forgotten.
+  void answer(const std::string& text) {
+    messages_.push_back({"user", text});
+    std::vector<int64_t> ids;
+    SamplingParams params = flags_.sampling;
+    try {
+      ids = fit_context();
+    } catch (const std::invalid_argument& e) {
+      messages_.pop_back();
+      write_err(std::string("mixtral: ") + e.what() + "\n");
+      return;
+    }
+    params.max_tokens = std::min(params.max_tokens, context() - static_cast<int64_t>(ids.size()));
+
+    std::string answer;  // without the space that SentencePiece puts before the first word
+    const auto on_text = [&answer](size_t, const std::string& piece) {
+      if (signalled()) return false;
+      const std::string shown = answer.empty() && !piece.empty() && piece[0] == ' ' ? piece.substr(1) : piece;
+      answer += shown;
+      write_out(shown);
+      return true;
+    };
+    Timings timings;
+    loaded_.engine.generate({ids}, {params}, on_text, &timings);
+    throw_if_terminated();
+    write_out("\n");
+    if (flags_.model.verbose) print_stats(timings, loaded_.seconds);
+    if (answer.empty()) {
+      messages_.pop_back();
+    } else {
+      messages_.push_back({"assistant", answer});
+    }
+  }
+
+ private:
+  int64_t context() { return context_of(flags_.model, loaded_.engine.model()->config()); }
+
+  // The ids of the conversation; the oldest turns go when there is no room for at least one new token.
+  std::vector<int64_t> fit_context() {
+    for (;;) {
+      std::vector<int64_t> ids = apply_chat(*loaded_.engine.tokenizer(), messages_);
+      const auto length = static_cast<int64_t>(ids.size());
+      if (length < context()) return ids;
+      const auto first_turn = messages_.begin() + (flags_.system.empty() ? 0 : 1);
+      if (messages_.end() - first_turn < 3) {
+        throw std::invalid_argument("message of " + std::to_string(length) + " tokens does not fit the context of " +
+                                    std::to_string(context()) + " tokens");
+      }
+      messages_.erase(first_turn, first_turn + 2);
+    }
+  }
+
+  const Flags& flags_;
+  LoadedEngine& loaded_;
+  std::vector<ChatMessage> messages_;
+};
+
+void converse(Conversation& conversation, bool interactive) {
+  LineReader reader;
+  for (;;) {
+    if (interactive) write_err("> ");
+    const std::optional<std::string> line = reader.next(interactive);
+    if (!line || *line == "/bye") break;
+    if (interactive) forget_sigint();
+    if (*line == "/clear") {
+      conversation.clear();
+    } else if (*line == "/help") {
+      write_err(kHelp);
+    } else if (!line->empty()) {
+      conversation.answer(*line);
+    }
+  }
+  if (interactive) write_err("\n");
+}
+
+void run(const Flags& flags) {
+  flags.sampling.validate();
+  const Tokenizer tokenizer(model_path(flags.model));
+  LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  const bool interactive = stdin_is_terminal();
+  if (interactive) {
+    make_sigint_stop_the_answer();
+    write_err("/help shows the commands\n");
+  }
+  Conversation conversation(flags, loaded);
+  converse(conversation, interactive);
+}
+
+}  // namespace
+
+void add_chat(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  flags->sampling.max_tokens = 1024;
+  flags->sampling.temperature = 0.7;
+  CLI::App& command = *app.add_subcommand("chat", "Talk to an instruct model");
+  add_option(command, "--system", flags->system, "Instructions for the whole conversation");
+  add_sampling_flags(command, flags->sampling);
+  add_model_flags(command, flags->model);
+  command.footer(
+      "Examples:\n"
+      "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"
+      "  echo \"Hello\" | mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --temp 0");
+  command.callback([flags] { run(*flags); });
+}
+
+}  // namespace mixtral::app

@@ -1,0 +1,106 @@
+// `mixtral generate`: one prompt in, streamed text or one JSON object out.
+#include "commands.h"
+
+namespace mixtral::app {
+namespace {
+
+struct Flags {
+  ModelFlags model;
+  PromptFlags prompt;
+  SamplingParams sampling;
+  bool json = false;
+};
+
+// The engine checks this too, but only after the weights are read.
+void check_fits(int64_t prompt_tokens, int64_t max_tokens, int64_t context) {
+  if (prompt_tokens + max_tokens > context) {
+    throw std::invalid_argument("prompt of " + std::to_string(prompt_tokens) + " tokens and --max-tokens " +
+                                std::to_string(max_tokens) + " do not fit the context of " + std::to_string(context) +
+                                " tokens");
+  }
+}
+
+nlohmann::json logprobs_json(const std::vector<TokenLogprob>& logprobs, const Tokenizer& tokenizer) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const TokenLogprob& chosen : logprobs) {
+    nlohmann::json top = nlohmann::json::array();
+    for (const auto& [id, logprob] : chosen.top) {
+      top.push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}, {"logprob", logprob}});
+    }
+    list.push_back({{"token_id", chosen.token_id},
+                    {"piece", tokenizer.piece(chosen.token_id)},
+                    {"logprob", chosen.logprob},
+                    {"top", top}});
+  }
+  return list;
+}
+
+nlohmann::json timings_json(const Timings& timings, double load_seconds) {
+  return {{"load_seconds", load_seconds},
+          {"prompt_tokens", timings.prompt_tokens},
+          {"prefill_seconds", timings.prefill_seconds},
+          {"prefill_tokens_per_second", per_second(timings.prompt_tokens, timings.prefill_seconds)},
+          {"new_tokens", timings.new_tokens},
+          {"decode_seconds", timings.decode_seconds},
+          {"decode_tokens_per_second", per_second(decoded_tokens(timings, 1), timings.decode_seconds)},
+          {"peak_pages", timings.peak_pages}};
+}
+
+void print_json(const Generation& generation, const Flags& flags, const Tokenizer& tokenizer, const Timings& timings,
+                double load_seconds) {
+  nlohmann::json result = {{"text", generation.text},
+                           {"prompt_token_ids", generation.prompt_token_ids},
+                           {"token_ids", generation.token_ids},
+                           {"finish_reason", generation.finish_reason},
+                           {"timings", timings_json(timings, load_seconds)}};
+  if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
+  write_out(json_line(result));
+}
+
+void run(const Flags& flags) {
+  flags.sampling.validate();
+  const std::string prompt = read_prompt(flags.prompt);
+  const std::filesystem::path folder = model_path(flags.model);
+  const Config config = Config::from_folder(folder);
+  const Tokenizer tokenizer(folder);
+  const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true);
+  check_fits(static_cast<int64_t>(ids.size()), flags.sampling.max_tokens, context_of(flags.model, config));
+
+  LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
+  const auto on_text = [&flags](size_t, const std::string& piece) {
+    if (!flags.json && !signalled()) write_out(piece);
+    return !signalled();
+  };
+  Timings timings;
+  const Generation generation = loaded.engine.generate({ids}, {flags.sampling}, on_text, &timings).front();
+  throw_if_terminated();
+  if (flags.json) {
+    print_json(generation, flags, tokenizer, timings, loaded.seconds);
+  } else {
+    write_out("\n");
+  }
+  if (flags.model.verbose || (stderr_is_terminal() && !flags.json)) print_stats(timings, loaded.seconds);
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  flags->sampling.max_tokens = 128;
+  CLI::App& command = *app.add_subcommand("generate", "Continue a text");
+  add_prompt_flags(command, flags->prompt);
+  add_sampling_flags(command, flags->sampling);
+  CLI::Option* json = add_switch(command, "--json", flags->json, "One JSON object instead of a stream of text");
+  add_option(command, "--logprobs", flags->sampling.logprobs, "With --json: the N most likely tokens of each step")
+      ->needs(json);
+  add_model_flags(command, flags->model);
+  command.footer(
+      "Examples:\n"
+      "  mixtral generate -p \"Once upon a time\" -n 64\n"
+      "  mixtral generate ./Mixtral-8x7B-v0.1 -f prompt.txt --temp 0.8 --top-p 0.9 --seed 1\n"
+      "  echo \"Once\" | mixtral generate --json --logprobs 5");
+  command.callback([flags] { run(*flags); });
+}
+
+}  // namespace mixtral::app

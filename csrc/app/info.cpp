@@ -1,0 +1,133 @@
+// `mixtral info`: what a checkpoint is and what it needs, from its configuration alone.
+#include <cstdio>
+
+#include "commands.h"
+
+namespace mixtral::app {
+namespace {
+
+struct Flags {
+  ModelFlags model;
+  bool json = false;
+};
+
+struct MemoryPlan {
+  int64_t weights, kv_per_token, context, cached_tokens, kv, total;
+};
+
+MemoryPlan plan(const Config& config, const ModelFlags& flags, int64_t element_size) {
+  const int64_t page_size = Engine::Options().page_size;
+  MemoryPlan plan;
+  plan.weights = config.total_parameters() * element_size;
+  plan.kv_per_token = config.kv_bytes_per_token(element_size);
+  plan.context = context_of(flags, config);
+  plan.cached_tokens = RollingKVCache::pages_needed(config, page_size, flags.chunk_size, plan.context) * page_size;
+  plan.kv = plan.cached_tokens * plan.kv_per_token;
+  plan.total = plan.weights + plan.kv;
+  return plan;
+}
+
+const char* layout_name(const Config& config) {
+  return config.layout == CheckpointLayout::kHuggingFace ? "huggingface" : "consolidated";
+}
+
+std::string architecture(const Config& config) {
+  if (!config.is_moe()) return "dense (Mistral)";
+  return "mixture of experts, top " + std::to_string(config.top_k) + " of " + std::to_string(config.num_experts);
+}
+
+nlohmann::json to_json(const Config& config, const MemoryPlan& memory, torch::ScalarType dtype) {
+  const int64_t parameters = config.total_parameters();
+  nlohmann::json result = {{"architecture", architecture(config)},
+                           {"layout", layout_name(config)},
+                           {"num_layers", config.num_layers},
+                           {"hidden_size", config.hidden_size},
+                           {"intermediate_size", config.intermediate_size},
+                           {"num_heads", config.num_heads},
+                           {"num_kv_heads", config.num_kv_heads},
+                           {"head_dim", config.head_dim},
+                           {"num_experts", config.num_experts},
+                           {"top_k", config.top_k},
+                           {"vocab_size", config.vocab_size},
+                           {"max_position", config.max_position},
+                           {"rope_theta", config.rope_theta},
+                           {"rms_norm_eps", config.rms_norm_eps},
+                           {"window", config.window},
+                           {"window_source", config.window_source},
+                           {"checkpoint_dtype", config.dtype},
+                           {"dtype", dtype_name(dtype)},
+                           {"total_parameters", parameters},
+                           {"active_parameters", config.active_parameters()}};
+  result["memory"] = {{"weights_bytes_by_dtype",
+                       {{"float32", 4 * parameters}, {"bfloat16", 2 * parameters}, {"float16", 2 * parameters}}},
+                      {"weights_bytes", memory.weights},
+                      {"kv_bytes_per_token", memory.kv_per_token},
+                      {"ctx_size", memory.context},
+                      {"cached_tokens", memory.cached_tokens},
+                      {"kv_bytes", memory.kv},
+                      {"total_bytes", memory.total}};
+  return result;
+}
+
+std::string line(const char* name, const std::string& value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%-14s ", name);
+  return text + value + "\n";
+}
+
+std::string billions(int64_t parameters) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%lld (%.3g B)", static_cast<long long>(parameters),
+                static_cast<double>(parameters) / 1e9);
+  return text;
+}
+
+std::string size_of(int64_t bytes) { return bytes_text(static_cast<double>(bytes)); }
+
+std::string to_text(const Config& config, const MemoryPlan& memory, torch::ScalarType dtype) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  const std::string window = config.window > 0 ? number(config.window) + " keys" : "none";
+  const int64_t parameters = config.total_parameters();
+  std::string text;
+  text += line("architecture", architecture(config));
+  text += line("layout", layout_name(config));
+  text += line("layers", number(config.num_layers) + ", hidden " + number(config.hidden_size) + ", intermediate " +
+                             number(config.intermediate_size));
+  text += line("attention", number(config.num_heads) + " query heads, " + number(config.num_kv_heads) +
+                                " key/value heads of " + number(config.head_dim));
+  text += line("vocabulary", number(config.vocab_size));
+  text += line("window", window + " (" + config.window_source + ")");
+  text += line("max position", number(config.max_position));
+  text += line("parameters", billions(parameters));
+  text += line("active", billions(config.active_parameters()) + " per token");
+  text += line("dtype", std::string(dtype_name(dtype)) + " (checkpoint: " + config.dtype + ")");
+  text += line("weights", size_of(memory.weights) + "; float32 " + size_of(4 * parameters) + ", bfloat16 and float16 " +
+                              size_of(2 * parameters));
+  text += line("cache", size_of(memory.kv_per_token) + " per token; " + size_of(memory.kv) + " for a context of " +
+                            number(memory.context) + " (at most " + number(memory.cached_tokens) + " tokens kept)");
+  text += line("total", size_of(memory.total));
+  return text;
+}
+
+void run(const Flags& flags) {
+  const Config config = Config::from_folder(model_path(flags.model));
+  const torch::ScalarType dtype = dtype_of(flags.model, config);
+  const MemoryPlan memory = plan(config, flags.model, static_cast<int64_t>(c10::elementSize(dtype)));
+  write_out(flags.json ? json_line(to_json(config, memory, dtype)) : to_text(config, memory, dtype));
+}
+
+}  // namespace
+
+void add_info(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  CLI::App& command = *app.add_subcommand("info", "Show architecture, parameters and memory need; needs no weights");
+  add_switch(command, "--json", flags->json, "One JSON object");
+  add_model_flags(command, flags->model);
+  command.footer(
+      "Examples:\n"
+      "  mixtral info\n"
+      "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json");
+  command.callback([flags] { run(*flags); });
+}
+
+}  // namespace mixtral::app

@@ -1,0 +1,101 @@
+// `mixtral <command> [MODEL] [flags]`: the program without Python.
+#include <torch/version.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+
+#include "commands.h"
+
+namespace mixtral::app {
+namespace {
+
+size_t edit_distance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);  // row[j]: a's first i letters to b's first j
+  std::iota(row.begin(), row.end(), size_t{0});
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+// ", did you mean X?" for the nearest candidate, or nothing when none is near.
+std::string hint(const std::string& word, const std::vector<std::string>& candidates) {
+  std::string nearest;
+  size_t best = word.size() / 3 + 2;
+  for (const std::string& candidate : candidates) {
+    const size_t distance = edit_distance(word, candidate);
+    if (distance < best) {
+      best = distance;
+      nearest = candidate;
+    }
+  }
+  return nearest.empty() ? "" : ", did you mean " + nearest + "?";
+}
+
+std::string unknown_argument(const CLI::App& command) {
+  const std::string word = command.remaining().front();
+  if (word.front() != '-') return "unexpected argument " + word;
+  std::vector<std::string> flags;
+  for (const CLI::Option* option : command.get_options()) {
+    for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
+  }
+  return "unknown flag " + word + hint(word.substr(0, word.find('=')), flags);
+}
+
+void check_command(const CLI::App& app, int argc, char** argv) {
+  const std::string see = "; see mixtral --help";
+  if (argc < 2) throw std::invalid_argument("a command is needed" + see);
+  const std::string word = argv[1];
+  if (word.rfind('-', 0) == 0) return;
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands(nullptr)) names.push_back(command->get_name());
+  if (std::find(names.begin(), names.end(), word) == names.end()) {
+    throw std::invalid_argument("unknown command " + word + hint(word, names) + see);
+  }
+}
+
+void run(int argc, char** argv) {
+  CLI::App app("Mixtral on the command line: generate, chat, inspect, measure", "mixtral");
+  app.set_version_flag("--version", "mixtral " MIXTRAL_VERSION " (torch " TORCH_VERSION ")", "Print versions and exit");
+  app.require_subcommand(1);
+  app.get_formatter()->column_width(38);
+  app.footer(
+      "Without MODEL every command uses the bundled demo model. `mixtral COMMAND --help` shows examples.\n"
+      "Exit codes: 0 ok, 2 usage, 3 bad model file, 4 out of memory, 5 run time, 130/143 interrupted.");
+  add_generate(app);
+  add_chat(app);
+  add_info(app);
+  add_tokenize(app);
+  add_bench(app);
+  check_command(app, argc, argv);
+  try {
+    app.parse(argc, argv);  // runs the command
+  } catch (const CLI::CallForVersion& e) {
+    write_out(std::string(e.what()) + "\n");
+  } catch (const CLI::CallForHelp&) {
+    const auto chosen = app.get_subcommands();
+    write_out(chosen.empty() ? app.help() : chosen.front()->help());
+  } catch (const CLI::ExtrasError&) {
+    const auto chosen = app.get_subcommands();
+    throw std::invalid_argument(unknown_argument(chosen.empty() ? app : *chosen.front()));
+  }
+}
+
+}  // namespace
+}  // namespace mixtral::app
+
+int main(int argc, char** argv) {
+  try {
+    mixtral::app::install_handlers();
+    mixtral::app::run(argc, argv);
+    return mixtral::app::kOk;
+  } catch (...) {
+    return mixtral::app::report_exception();
+  }
+}

@@ -1,0 +1,249 @@
+"""The model for Python: load a checkpoint, get logits, generate, stream. The work is done in C++ (csrc/model)."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"mixtral: the model library cannot be loaded ({error}); build it with "
+        "`pip install --no-build-isolation -e .` (mixtral.ops works without it)"
+    ) from error
+
+Config = _C.Config
+Generation = _C.Generation
+Timings = _C.Timings
+TokenLogprob = _C.TokenLogprob
+Tokenizer = _C.Tokenizer
+
+Prompt = str | Sequence[int]
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+class Mixtral:
+    """A Mixtral, Mistral or Switch-style model, ready to run.
+
+    Attributes:
+        config: its architecture.
+        tokenizer: None when the folder has none; the model then works on token ids.
+        timings: of the last finished ``generate``; None before.
+    """
+
+    def __init__(self, model: _C.Mixtral, tokenizer: Tokenizer | None = None, **options: int) -> None:
+        """Wraps a loaded model; users call ``from_pretrained`` or ``from_config``.
+
+        Args:
+            model, tokenizer: from the C++ library.
+            chunk_size: prompt tokens of one sequence in one forward pass (default 512).
+            token_budget: tokens of all sequences in one forward pass (default 2048).
+            max_batch: sequences at a time; further prompts wait (default 64).
+            page_size: tokens in one page of the key/value cache (default 16).
+            ctx_size: longest prompt plus new tokens (default: what the model was made for).
+
+        Raises:
+            TypeError: an unknown option.
+            ValueError: an option out of range.
+        """
+        self._model = model
+        self._engine = _C.Engine(model, tokenizer, _C.EngineOptions(**options))
+        self.config: Config = model.config
+        self.tokenizer = tokenizer
+        self.timings: Timings | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **options: int,
+    ) -> "Mixtral":
+        """Load a Hugging Face folder or a Mistral consolidated one.
+
+        Args:
+            path: the folder.
+            device: "cpu", "cuda" or "cuda:N".
+            dtype: of the weights: "float32", "bfloat16", "float16"; "auto": as in the files.
+            progress: called with (bytes read, bytes in all).
+            options: those of the constructor.
+
+        Raises:
+            LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason.
+            MemoryError: the weights do not fit the device.
+            ValueError: an unknown dtype.
+        """
+        model = _C.Mixtral.from_pretrained(path, torch.device(device), _scalar_type(dtype), progress)
+        return cls(model, _tokenizer_in(Path(path)), **options)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        *,
+        seed: int = 0,
+        **options: int,
+    ) -> "Mixtral":
+        """A model with random weights, drawn from ``seed``: for tests and benchmarks. "auto" is ``config.dtype``."""
+        scalar_type = _scalar_type(dtype) or _scalar_type(config.dtype)
+        return cls(_C.Mixtral.from_config(config, torch.device(device), scalar_type, seed), **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The weights by name, not copies; csrc/model/weights.h lists names and shapes."""
+        return self._model.named_parameters()
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """The logits after every token. Rows are sequences of their own, without padding; no gradient.
+
+        Args:
+            input_ids: int64 [B, S].
+
+        Returns:
+            float32 [B, S, vocab], on the model's device.
+
+        Raises:
+            ValueError: another dtype or rank, or an id outside the vocabulary.
+        """
+        return self._model.forward(input_ids)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: int = 0,
+        ignore_eos: bool = False,
+        on_text: Callable[[int, str], bool] | None = None,
+    ) -> list[Generation]:
+        """Continue each prompt; the prompts run as one batch, and a result does not depend on its neighbours.
+
+        Args:
+            prompts: one prompt or a list of them. Text gets a BOS token in front; token ids are used as they are.
+            max_tokens: new tokens of each prompt, at most.
+            temperature: 0 takes the most probable token.
+            top_p: (0, 1]; sample from the fewest tokens with this probability together.
+            top_k: sample from the k most probable tokens; 0: off.
+            min_p: [0, 1]; drop tokens less probable than this share of the most probable one.
+            repetition_penalty: > 0; tokens already seen become less likely above 1.
+            seed: of the random numbers; None: taken from the operating system.
+            stop: generation ends before any of these texts.
+            logprobs: 0: none; n: of each new token and of the n most likely at its place.
+            ignore_eos: go on after the end-of-sequence token.
+            on_text: called with (index of the prompt, text) as text becomes certain; False ends all generation.
+
+        Returns:
+            One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``.
+
+        Raises:
+            ValueError: an empty or too long prompt, an id outside the vocabulary, a parameter out of range, or text
+                for a model without a tokenizer.
+            MemoryError: the key/value cache does not fit the device.
+        """
+        params = _C.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=[stop] if isinstance(stop, str) else list(stop or []),
+            logprobs=logprobs or -1,
+            ignore_eos=ignore_eos,
+        )
+        ids = [self._prompt_ids(prompt) for prompt in _prompt_list(prompts)]
+        generations, self.timings = self._engine.generate(ids, params, on_text)
+        return generations
+
+    def stream(self, prompt: Prompt, **options: object) -> Iterator[str]:
+        """Continue one prompt, text by text as it becomes certain. Closing the iterator ends the work.
+
+        Args:
+            prompt: text or token ids.
+            options: those of ``generate``, without ``on_text``.
+
+        Raises:
+            ValueError, MemoryError: as ``generate``, when the first piece is asked for; ValueError for a model
+                without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("stream: model expected a tokenizer, got none; use generate for token ids")
+        return self._pieces(self._prompt_ids(prompt), options)
+
+    def _pieces(self, prompt_ids: list[int], options: dict[str, object]) -> Iterator[str]:
+        events: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()  # None: the end
+        closed = threading.Event()
+
+        def on_text(index: int, piece: str) -> bool:
+            events.put(piece)
+            return not closed.is_set()
+
+        def work() -> None:
+            try:
+                self.generate([prompt_ids], on_text=on_text, **options)
+                events.put(None)
+            except BaseException as error:  # handed to the thread that reads
+                events.put(error)
+
+        worker = threading.Thread(target=work, name="mixtral-stream")
+        worker.start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                if event:
+                    yield event
+        finally:
+            closed.set()
+            worker.join()
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("generate: prompts expected token ids (the model has no tokenizer), got text")
+        return self.tokenizer.encode(prompt, add_bos=True)
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt or many -> many. A list whose first element is an int is one prompt of token ids."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if one else prompts
+
+
+def _scalar_type(dtype: str | torch.dtype) -> torch.dtype | None:
+    """``None`` for "auto"."""
+    if dtype == "auto":
+        return None
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype: expected auto, {', '.join(_DTYPES)}, got {dtype}")
+    return found
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    return Tokenizer(folder) if any(folder.glob("tokenizer.model*")) else None

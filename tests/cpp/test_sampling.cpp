@@ -1,0 +1,265 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <random>
+
+#include "model/sampling.h"
+
+namespace mixtral {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+SamplingParams sampled(uint64_t seed = 1) {
+  SamplingParams params;
+  params.temperature = 1;
+  params.seed = seed;
+  return params;
+}
+
+int64_t next(Sampler& sampler, const std::vector<float>& logits) {
+  return sampler.next(logits.data(), static_cast<int64_t>(logits.size()));
+}
+
+// How often each token comes out of `draws` steps.
+std::map<int64_t, int> histogram(const SamplingParams& params, const std::vector<float>& logits, int draws) {
+  Sampler sampler(params, {});
+  std::map<int64_t, int> counts;
+  for (int i = 0; i < draws; ++i) ++counts[next(sampler, logits)];
+  return counts;
+}
+
+std::vector<int64_t> support(const SamplingParams& params, const std::vector<float>& logits) {
+  std::vector<int64_t> ids;
+  for (const auto& [id, count] : histogram(params, logits, 2000)) ids.push_back(id);
+  return ids;
+}
+
+std::vector<float> log_of(std::vector<float> probabilities) {
+  for (float& p : probabilities) p = std::log(p);
+  return probabilities;
+}
+
+TEST(Sampler, GreedyTakesTheFirstOfEqualLogits) {
+  Sampler sampler(SamplingParams{}, {});
+  EXPECT_EQ(next(sampler, {1, 3, 3, 2}), 1);
+  EXPECT_EQ(next(sampler, {-kInf, -5, -kInf}), 1);
+  EXPECT_EQ(next(sampler, {7}), 0);
+}
+
+TEST(Sampler, DrawsFollowTheSoftmaxAtTheTemperature) {
+  const std::vector<float> logits = {0, 1, 2, -1};
+  for (const double temperature : {0.5, 1.0, 2.0}) {
+    SamplingParams params = sampled();
+    params.temperature = temperature;
+    const int draws = 40000;
+    auto counts = histogram(params, logits, draws);
+    double total = 0;
+    for (const float logit : logits) total += std::exp(logit / temperature);
+    for (int64_t id = 0; id < 4; ++id) {
+      const double p = std::exp(logits[static_cast<size_t>(id)] / temperature) / total;
+      EXPECT_NEAR(counts[id], draws * p, 5 * std::sqrt(draws * p * (1 - p))) << temperature << " " << id;
+    }
+  }
+}
+
+TEST(Sampler, TinyTemperatureIsGreedyAndImpossibleTokensNeverCome) {
+  SamplingParams params = sampled();
+  params.temperature = 1e-300;
+  EXPECT_THAT(support(params, {1, 2, 0}), ElementsAre(1));
+  EXPECT_THAT(support(sampled(), {-kInf, 0, -kInf, 0, -kInf}), ElementsAre(1, 3));
+}
+
+TEST(Sampler, SameSeedSameTokensWhateverElseRuns) {
+  std::mt19937 random(3);
+  std::vector<std::vector<float>> steps(30, std::vector<float>(100));
+  for (auto& logits : steps) {
+    for (float& logit : logits) logit = std::normal_distribution<float>()(random);
+  }
+  const auto text = [&](uint64_t seed) {
+    Sampler sampler(sampled(seed), {}), neighbour(sampled(seed + 1), {});
+    std::vector<int64_t> ids;
+    for (const auto& logits : steps) {
+      ids.push_back(next(sampler, logits));
+      next(neighbour, logits);
+    }
+    return ids;
+  };
+  for (int run = 0; run < 50; ++run) EXPECT_EQ(text(42), text(42));
+  EXPECT_NE(text(42), text(43));
+  EXPECT_NE(text(0), text(uint64_t{1} << 63));
+  // Without a seed, two requests differ.
+  SamplingParams params = sampled();
+  params.seed.reset();
+  Sampler a(params, {}), b(params, {});
+  std::vector<int64_t> ids_a, ids_b;
+  for (const auto& logits : steps) {
+    ids_a.push_back(next(a, logits));
+    ids_b.push_back(next(b, logits));
+  }
+  EXPECT_NE(ids_a, ids_b);
+}
+
+TEST(Sampler, TopKTopPAndMinPKeepTheRightTokens) {
+  const std::vector<float> logits = log_of({0.1f, 0.4f, 0.2f, 0.3f});
+  SamplingParams params = sampled();
+  params.top_k = 2;
+  EXPECT_THAT(support(params, logits), ElementsAre(1, 3));
+  EXPECT_THAT(support(params, {5, 5, 5, 5}), ElementsAre(0, 1));  // ties to the smaller id
+  params.top_k = 100;
+  EXPECT_THAT(support(params, logits), ElementsAre(0, 1, 2, 3));
+
+  params = sampled();
+  params.top_p = 0.65;  // 0.4 + 0.3 reaches it
+  EXPECT_THAT(support(params, logits), ElementsAre(1, 3));
+  params.top_p = 0.75;
+  EXPECT_THAT(support(params, logits), ElementsAre(1, 2, 3));
+  params.top_p = 1e-9;
+  EXPECT_THAT(support(params, logits), ElementsAre(1));
+  params.top_p = 0.55;  // of the two that top-k leaves, 0.4 / 0.7 reaches it; of all, it would take two
+  params.top_k = 2;
+  EXPECT_THAT(support(params, logits), ElementsAre(1));
+
+  params = sampled();
+  params.min_p = 0.6;  // 0.24 and more
+  EXPECT_THAT(support(params, logits), ElementsAre(1, 3));
+  params.min_p = 1;
+  EXPECT_THAT(support(params, logits), ElementsAre(1));
+}
+
+TEST(Sampler, TopPOverManyEqualTokensGoesPastTheFirstChunk) {
+  SamplingParams params = sampled();
+  params.top_p = 0.5;
+  const auto ids = support(params, std::vector<float>(1000, 0.0f));
+  EXPECT_GT(ids.size(), 400u);
+  EXPECT_LE(ids.back(), 500);
+}
+
+TEST(Sampler, RepetitionPenaltyCoversPromptAndGeneratedIds) {
+  SamplingParams params;
+  params.repetition_penalty = 2;
+  Sampler sampler(params, {0, 0, 99, -1});           // ids that the output layer lacks are nobody's business
+  EXPECT_EQ(next(sampler, {3, 1.6f, 1.4f}), 1);      // 3 / 2 (once, though it occurs twice) < 1.6
+  EXPECT_EQ(next(sampler, {3, 1.6f, 1.4f}), 0);      // 1.5, 0.8, 1.4
+  EXPECT_EQ(next(sampler, {-1, -1.9f, -1.95f}), 2);  // a negative logit is multiplied: -2, -3.8
+}
+
+TEST(Sampler, BrokenLogitsAreAnError) {
+  Sampler greedy(SamplingParams{}, {}), random(sampled(), {});
+  for (Sampler* sampler : {&greedy, &random}) {
+    EXPECT_THROW(next(*sampler, {1, kNan}), std::runtime_error);
+    EXPECT_THROW(next(*sampler, {kInf, 1}), std::runtime_error);
+    EXPECT_THROW(next(*sampler, {-kInf, -kInf}), std::runtime_error);
+    EXPECT_THROW(next(*sampler, {}), std::runtime_error);
+  }
+  try {
+    next(greedy, {1, 2, kNan});
+    FAIL();
+  } catch (const std::runtime_error& error) {
+    EXPECT_STREQ(error.what(), "sampling: logits must be finite or -inf, got nan for token 2");
+  }
+}
+
+TEST(Logprobs, AreTheLogSoftmaxOfTheRawLogits) {
+  const std::vector<float> logits = log_of({0.1f, 0.2f, 0.5f, 0.2f});
+  const TokenLogprob result = token_logprob(logits.data(), 4, 0, 3);
+  EXPECT_EQ(result.token_id, 0);
+  EXPECT_NEAR(result.logprob, std::log(0.1), 1e-6);
+  ASSERT_EQ(result.top.size(), 3u);
+  EXPECT_EQ(result.top[0].first, 2);
+  EXPECT_EQ(result.top[1].first, 1);  // ties to the smaller id
+  EXPECT_EQ(result.top[2].first, 3);
+  EXPECT_NEAR(result.top[0].second, std::log(0.5), 1e-6);
+  EXPECT_TRUE(token_logprob(logits.data(), 4, 1, 0).top.empty());
+  EXPECT_EQ(token_logprob(logits.data(), 4, 1, 20).top.size(), 4u);
+  const std::vector<float> large = {1e30f, 1e30f};
+  EXPECT_NEAR(token_logprob(large.data(), 2, 0, 0).logprob, -std::log(2.0), 1e-6);
+  EXPECT_THROW(token_logprob(logits.data(), 4, 4, 0), std::out_of_range);
+  const std::vector<float> broken = {0, kNan};
+  EXPECT_THROW(token_logprob(broken.data(), 2, 0, 0), std::runtime_error);
+}
+
+TEST(SamplingParams, EachFieldIsCheckedAtItsBounds) {
+  const auto error = [](auto change) -> std::string {
+    SamplingParams params;
+    change(params);
+    try {
+      params.validate();
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return "ok";
+  };
+  using P = SamplingParams&;
+  EXPECT_EQ(error([](P) {}), "ok");
+  EXPECT_EQ(error([](P p) { p.max_tokens = 0; }), "max_tokens must be >= 1, got 0");
+  EXPECT_EQ(error([](P p) { p.temperature = -0.1; }), "temperature must be finite and >= 0, got -0.1");
+  EXPECT_EQ(error([](P p) { p.temperature = NAN; }), "temperature must be finite and >= 0, got nan");
+  EXPECT_EQ(error([](P p) { p.temperature = INFINITY; }), "temperature must be finite and >= 0, got inf");
+  EXPECT_EQ(error([](P p) { p.top_p = 0; }), "top_p must be in (0, 1], got 0");
+  EXPECT_EQ(error([](P p) { p.top_p = 1.5; }), "top_p must be in (0, 1], got 1.5");
+  EXPECT_THAT(error([](P p) { p.top_p = NAN; }), HasSubstr("top_p"));
+  EXPECT_EQ(error([](P p) { p.top_k = -1; }), "top_k must be >= 0, got -1");
+  EXPECT_THAT(error([](P p) { p.min_p = -0.1; }), HasSubstr("min_p"));
+  EXPECT_THAT(error([](P p) { p.min_p = 1.1; }), HasSubstr("min_p"));
+  EXPECT_EQ(error([](P p) { p.min_p = 1; }), "ok");
+  EXPECT_THAT(error([](P p) { p.repetition_penalty = 0; }), HasSubstr("repetition_penalty"));
+  EXPECT_THAT(error([](P p) { p.repetition_penalty = INFINITY; }), HasSubstr("repetition_penalty"));
+  EXPECT_EQ(error([](P p) { p.logprobs = 20; }), "ok");
+  EXPECT_THAT(error([](P p) { p.logprobs = 21; }), HasSubstr("logprobs"));
+  EXPECT_THAT(error([](P p) { p.logprobs = -2; }), HasSubstr("logprobs"));
+  EXPECT_THAT(error([](P p) { p.stop = {"a", ""}; }), HasSubstr("stop"));
+  SamplingParams bad;
+  bad.top_k = -1;
+  EXPECT_THROW(Sampler(bad, {}), std::invalid_argument);
+}
+
+// All the text that comes out when `text` goes in `step` bytes at a time.
+std::string matched(const std::vector<std::string>& stop, const std::string& text, size_t step,
+                    bool* stopped = nullptr) {
+  StopMatcher matcher(stop);
+  std::string out;
+  for (size_t i = 0; i < text.size(); i += step) out += matcher.push(text.substr(i, step));
+  out += matcher.flush();
+  if (stopped) *stopped = matcher.stopped();
+  return out;
+}
+
+TEST(StopMatcher, CutsBeforeTheStopStringHoweverTheTextArrives) {
+  bool stopped = false;
+  for (size_t step = 1; step <= 12; ++step) {
+    EXPECT_EQ(matched({"END"}, "one ENEND two END", step, &stopped), "one EN");
+    EXPECT_TRUE(stopped);
+    EXPECT_EQ(matched({"END"}, "one EN", step, &stopped), "one EN");
+    EXPECT_FALSE(stopped);
+    EXPECT_EQ(matched({"abcd", "bc"}, "xabcd", step), "xa");  // "bc" is whole first
+    EXPECT_EQ(matched({"bc", "abc"}, "xabcd", step), "x");    // both end together: the longer one
+    EXPECT_EQ(matched({"aab"}, "aaab", step), "a");
+    EXPECT_EQ(matched({}, "text", step), "text");
+    EXPECT_EQ(matched({"日本"}, "x日日本語", step), "x日");
+  }
+}
+
+TEST(StopMatcher, HoldsBackOnlyWhatMayBeginAStopString) {
+  StopMatcher matcher({"\n\nUser:", "###"});
+  EXPECT_EQ(matcher.push("Hello\n"), "Hello");
+  EXPECT_EQ(matcher.push("\n"), "");
+  EXPECT_EQ(matcher.push("You"), "\n\nYou");
+  EXPECT_EQ(matcher.push("##"), "");
+  EXPECT_EQ(matcher.push("! #"), "##! ");
+  EXPECT_EQ(matcher.push("##tail"), "");
+  EXPECT_TRUE(matcher.stopped());
+  EXPECT_EQ(matcher.push("more"), "");
+  EXPECT_EQ(matcher.flush(), "");
+}
+
+}  // namespace
+}  // namespace mixtral

@@ -1,0 +1,206 @@
+"""Generation from Python: prompts, sampling, stopping, streaming, and errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from python_models import DEMO, ROOT, demo_model, tiny_config, tiny_model
+
+import mixtral
+
+
+@pytest.fixture
+def demo() -> mixtral.Mixtral:
+    return demo_model()
+
+
+@pytest.fixture
+def tiny() -> mixtral.Mixtral:
+    return tiny_model()
+
+
+def test_generate_takes_text_ids_one_or_many(demo):
+    ids = demo.tokenizer.encode("Once", add_bos=True)
+    assert ids[0] == demo.tokenizer.bos_id
+    expected = demo.generate(["Once"], max_tokens=8)[0]
+    assert expected.prompt_token_ids == ids
+    for prompts in ("Once", ids, [ids], ["Once", ids], tuple(ids)):
+        for out in demo.generate(prompts, max_tokens=8):
+            assert (out.token_ids, out.text) == (expected.token_ids, expected.text)
+    assert demo.generate([]) == []
+
+
+def test_greedy_generation_follows_the_logits(tiny):
+    prompt = [5, 6, 7]
+    out = tiny.generate(prompt, max_tokens=12, ignore_eos=True)[0]
+    assert out.finish_reason == "length" and len(out.token_ids) == 12
+    logits = tiny(torch.tensor([prompt + out.token_ids]))[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == out.token_ids
+
+
+def test_result_of_a_model_without_tokenizer_has_ids_only(tiny):
+    assert tiny.tokenizer is None
+    assert tiny.generate([3], max_tokens=2, ignore_eos=True)[0].text == ""
+    with pytest.raises(ValueError, match="no tokenizer"):
+        tiny.generate("Once")
+    with pytest.raises(ValueError, match="tokenizer"):
+        tiny.stream([1])
+
+
+def test_text_is_the_decoding_of_the_ids(demo):
+    out = demo.generate("The", max_tokens=20)[0]
+    ids = out.prompt_token_ids + out.token_ids
+    assert demo.tokenizer.decode(ids) == demo.tokenizer.decode(out.prompt_token_ids) + out.text
+    assert out.text in repr(out) and out.finish_reason in repr(out)
+
+
+def test_sampling_is_repeatable_by_seed(demo):
+    def sample(seed):
+        return demo.generate("The", max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True)[0].token_ids
+
+    assert sample(3) == sample(3)
+    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+
+
+def test_stop_string_ends_and_is_cut_off(demo):
+    text = demo.generate("The", max_tokens=24, ignore_eos=True)[0].text
+    stop = text[len(text) // 2 :][:3]
+    for given in (stop, [stop, "\0never"]):
+        out = demo.generate("The", max_tokens=24, ignore_eos=True, stop=given)[0]
+        assert out.finish_reason == "stop"
+        assert out.text == text[: text.index(stop)]
+
+
+def test_logprobs_only_when_asked_for(tiny):
+    assert tiny.generate([5], max_tokens=3, ignore_eos=True)[0].logprobs == []
+    out = tiny.generate([5], max_tokens=3, ignore_eos=True, logprobs=2)[0]
+    expected = tiny(torch.tensor([[5, *out.token_ids]]))[0].double().log_softmax(-1)
+    for step, entry in enumerate(out.logprobs):
+        assert entry.token_id == out.token_ids[step] == entry.top[0][0]
+        assert len(entry.top) == 2 and entry.top[0][1] >= entry.top[1][1]
+        assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(max_tokens=-1), "max_tokens"),
+        (dict(temperature=-0.1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(top_k=-1), "top_k"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(repetition_penalty=0.0), "repetition_penalty"),
+        (dict(logprobs=21), "logprobs"),
+        (dict(max_tokens=100_000), "ctx_size"),
+    ],
+)
+def test_wrong_parameters_are_value_errors_that_name_them(tiny, options, word):
+    with pytest.raises(ValueError, match=word):
+        tiny.generate([1], **options)
+
+
+@pytest.mark.parametrize("prompt", [[[]], [[96]], [[1, -1]]])
+def test_wrong_prompts_are_value_errors(tiny, prompt):
+    with pytest.raises(ValueError):
+        tiny.generate(prompt)
+
+
+def test_unknown_option_is_a_type_error():
+    with pytest.raises(TypeError, match="chunk"):
+        mixtral.Mixtral.from_config(tiny_config(), chunk=3)
+
+
+def test_timings_show_a_cache_that_stays_small(tiny):
+    tiny.generate([5], max_tokens=200, ignore_eos=True)
+    assert (tiny.timings.prompt_tokens, tiny.timings.new_tokens) == (1, 200)
+    model = mixtral.Mixtral.from_config(tiny_config(window=0))
+    model.generate([5], max_tokens=200, ignore_eos=True)
+    assert tiny.timings.peak_pages < model.timings.peak_pages
+
+
+def test_on_text_gets_the_text_and_can_end_it(demo):
+    pieces = []
+    out = demo.generate("The", max_tokens=16, ignore_eos=True, on_text=lambda i, piece: pieces.append(piece) or True)[0]
+    assert "".join(pieces) == out.text
+
+    out = demo.generate("The", max_tokens=16, ignore_eos=True, on_text=lambda i, piece: not piece)[0]
+    assert out.finish_reason == "cancelled" and len(out.token_ids) < 16
+
+
+def test_an_error_in_on_text_reaches_the_caller_and_leaves_the_model_usable(demo):
+    def fail(index, piece):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        demo.generate("The", max_tokens=4, on_text=fail)
+    assert demo.generate("The", max_tokens=4, ignore_eos=True)[0].finish_reason == "length"
+
+
+def test_threads_may_generate_with_one_model(tiny):
+    expected = [tiny.generate([n], max_tokens=20, ignore_eos=True)[0].token_ids for n in range(4)]
+    found = [None] * 4
+
+    def work(n):
+        found[n] = tiny.generate([n], max_tokens=20, ignore_eos=True)[0].token_ids
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+# ---- streaming --------------------------------------------------------------------------------------------------------
+
+
+def test_stream_yields_the_text_piece_by_piece(demo):
+    pieces = list(demo.stream("The", max_tokens=24))
+    assert len(pieces) > 1 and all(pieces)
+    assert "".join(pieces) == demo.generate("The", max_tokens=24)[0].text
+
+
+def test_closing_a_stream_ends_the_work(demo):
+    stream = demo.stream("The", max_tokens=4000, ignore_eos=True)
+    next(stream)
+    begin = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begin < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "mixtral-stream"]
+    assert demo.timings.new_tokens < 4000
+
+
+def test_errors_of_a_stream_reach_the_reader(demo):
+    with pytest.raises(ValueError, match="top_p"):
+        next(demo.stream("The", top_p=2.0))
+
+
+@pytest.mark.parametrize("call", ["model.generate([1], max_tokens=100_000, ignore_eos=True)", "list(model.stream('The', max_tokens=100_000, ignore_eos=True))"])
+def test_ctrl_c_ends_generation(call):
+    code = f"""
+import json, mixtral, pathlib, shutil, sys, tempfile
+folder = pathlib.Path(tempfile.mkdtemp())
+shutil.copytree({str(DEMO)!r}, folder, dirs_exist_ok=True)
+config = json.loads((folder / "config.json").read_text()) | {{"max_position_embeddings": 200_000}}
+(folder / "config.json").write_text(json.dumps(config))
+model = mixtral.Mixtral.from_pretrained(folder)
+shutil.rmtree(folder)
+print("ready", flush=True)
+try:
+    {call}
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert (out, process.returncode) == ("interrupted\n", 0)
