@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin ruin each other on a shared machine
+
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -326,9 +328,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "demo", help="model folder to write")
     parser.add_argument("--state", type=Path, default=ROOT / "build" / "train_demo.pt", help="where --resume starts from")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens per step")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--context", type=int, default=256, help="context length; doubled for the last fifth of the run")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between saves")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)

@@ -86,7 +86,11 @@ int64_t peak_memory_bytes() {
 
 Result measure(const Flags& flags) {
   const std::filesystem::path folder = model_path(flags.model);
-  LoadedEngine loaded = load_engine(flags.model, Tokenizer(folder));
+  // All prompts advance together: no pass mixes prefill and decode.
+  Engine::Options options;
+  options.max_batch = flags.batch;
+  options.token_budget = flags.batch * flags.model.chunk_size;
+  LoadedEngine loaded = load_engine(flags.model, Tokenizer(folder), options);
   Engine& engine = loaded.engine;
   const Config& config = engine.model()->config();
   SamplingParams params;
@@ -99,8 +103,7 @@ Result measure(const Flags& flags) {
   std::vector<double> prefill, decode;
   for (int64_t i = 0; i < flags.repeat; ++i) {
     Timings timings;
-    engine.generate(prompts, {params}, go_on, &timings);
-    throw_if_terminated();
+    for (const Generation& generation : engine.generate(prompts, {params}, go_on, &timings)) check_finished(generation);
     prefill.push_back(per_second(timings.prompt_tokens, timings.prefill_seconds));
     decode.push_back(per_second(decoded_tokens(timings, prompts.size()), timings.decode_seconds));
   }

@@ -78,23 +78,20 @@ class Conversation {
     }
     params.max_tokens = std::min(params.max_tokens, context() - static_cast<int64_t>(ids.size()));
 
-    std::string answer;  // without the space that SentencePiece puts before the first word
-    const auto on_text = [&answer](size_t, const std::string& piece) {
+    const auto on_text = [](size_t, const std::string& piece) {
       if (signalled()) return false;
-      const std::string shown = answer.empty() && !piece.empty() && piece[0] == ' ' ? piece.substr(1) : piece;
-      answer += shown;
-      write_out(shown);
+      write_out(piece);
       return true;
     };
     Timings timings;
-    loaded_.engine.generate({ids}, {params}, on_text, &timings);
-    throw_if_terminated();
+    const Generation answer = loaded_.engine.generate({ids}, {params}, on_text, &timings).front();
+    check_finished(answer);
     write_out("\n");
     if (flags_.model.verbose) print_stats(timings, loaded_.seconds);
-    if (answer.empty()) {
+    if (answer.text.empty()) {
       messages_.pop_back();
     } else {
-      messages_.push_back({"assistant", answer});
+      messages_.push_back({"assistant", answer.text});
     }
   }
 

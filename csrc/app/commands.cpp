@@ -156,7 +156,9 @@ std::string read_prompt(const PromptFlags& flags) {
   return text;
 }
 
-std::filesystem::path model_path(const ModelFlags& flags) { return flags.model.empty() ? demo_model() : flags.model; }
+std::filesystem::path model_path(const ModelFlags& flags) {
+  return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
+}
 
 torch::ScalarType dtype_of(const ModelFlags& flags, const Config& config) {
   return kDtypes.at(flags.dtype == "auto" ? config.dtype : flags.dtype);
@@ -173,22 +175,26 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
   return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
 }
 
-LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer) {
+LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer, Engine::Options options) {
   const double start = seconds_now();
   if (flags.threads > 0) at::set_num_threads(static_cast<int>(flags.threads));
-  LoadOptions options;
-  options.device = device_of(flags);
-  if (flags.dtype != "auto") options.dtype = kDtypes.at(flags.dtype);
+  LoadOptions load_options;
+  load_options.device = device_of(flags);
+  if (flags.dtype != "auto") load_options.dtype = kDtypes.at(flags.dtype);
   ProgressBar bar;
-  options.progress = [&bar](uint64_t done, uint64_t total) {
+  load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(done, total);
   };
-  Mixtral model = Mixtral::from_pretrained(model_path(flags), options);
-  Engine::Options engine_options;
-  engine_options.chunk_size = flags.chunk_size;
-  engine_options.ctx_size = flags.ctx_size;
-  return {Engine(model, tokenizer, engine_options), seconds_now() - start};
+  Mixtral model = Mixtral::from_pretrained(model_path(flags), load_options);
+  options.chunk_size = flags.chunk_size;
+  options.ctx_size = flags.ctx_size;
+  return {Engine(model, tokenizer, options), seconds_now() - start};
+}
+
+void check_finished(const Generation& generation) {
+  throw_if_terminated();
+  if (generation.finish_reason == "error") throw std::runtime_error(generation.error);
 }
 
 double seconds_now() {

@@ -60,8 +60,10 @@ struct LoadedEngine {
   Engine engine;
   double seconds;  // it took to load
 };
-// Reads the weights, with a progress bar on a terminal when that takes long.
-LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer);
+// Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
+LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer, Engine::Options options = {});
+// Throws when generation was interrupted or `generation` ended in an error.
+void check_finished(const Generation& generation);
 
 double seconds_now();  // of a monotonic clock
 double per_second(int64_t count, double seconds);

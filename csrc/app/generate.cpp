@@ -53,7 +53,7 @@ void print_json(const Generation& generation, const Flags& flags, const Tokenize
                            {"token_ids", generation.token_ids},
                            {"finish_reason", generation.finish_reason},
                            {"timings", timings_json(timings, load_seconds)}};
-  if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
+  if (flags.sampling.logprobs >= 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
   write_out(json_line(result));
 }
 
@@ -67,14 +67,14 @@ void run(const Flags& flags) {
   check_fits(static_cast<int64_t>(ids.size()), flags.sampling.max_tokens, context_of(flags.model, config));
 
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
-  if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
+  if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m\n");
   const auto on_text = [&flags](size_t, const std::string& piece) {
     if (!flags.json && !signalled()) write_out(piece);
     return !signalled();
   };
   Timings timings;
   const Generation generation = loaded.engine.generate({ids}, {flags.sampling}, on_text, &timings).front();
-  throw_if_terminated();
+  check_finished(generation);
   if (flags.json) {
     print_json(generation, flags, tokenizer, timings, loaded.seconds);
   } else {
@@ -92,7 +92,9 @@ void add_generate(CLI::App& app) {
   add_prompt_flags(command, flags->prompt);
   add_sampling_flags(command, flags->sampling);
   CLI::Option* json = add_switch(command, "--json", flags->json, "One JSON object instead of a stream of text");
-  add_option(command, "--logprobs", flags->sampling.logprobs, "With --json: the N most likely tokens of each step")
+  add_option(command, "--logprobs", flags->sampling.logprobs,
+             "With --json: log-probability of each token and of the N most likely")
+      ->check(CLI::Range(0, 20))
       ->needs(json);
   add_model_flags(command, flags->model);
   command.footer(

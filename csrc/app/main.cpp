@@ -49,7 +49,7 @@ std::string unknown_argument(const CLI::App& command) {
 }
 
 void check_command(const CLI::App& app, int argc, char** argv) {
-  const std::string see = "; see mixtral --help";
+  const std::string see = " (see mixtral --help)";
   if (argc < 2) throw std::invalid_argument("a command is needed" + see);
   const std::string word = argv[1];
   if (word.rfind('-', 0) == 0) return;
@@ -80,7 +80,7 @@ void run(int argc, char** argv) {
     write_out(std::string(e.what()) + "\n");
   } catch (const CLI::CallForHelp&) {
     const auto chosen = app.get_subcommands();
-    write_out(chosen.empty() ? app.help() : chosen.front()->help());
+    write_out(chosen.empty() ? app.help() : chosen.front()->help("mixtral"));
   } catch (const CLI::ExtrasError&) {
     const auto chosen = app.get_subcommands();
     throw std::invalid_argument(unknown_argument(chosen.empty() ? app : *chosen.front()));

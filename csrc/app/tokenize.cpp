@@ -50,18 +50,6 @@ std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer) {
   return "none: the text is to be continued; the model ends it with " + piece;
 }
 
-const char* version_name(TokenizerVersion version) {
-  switch (version) {
-    case TokenizerVersion::kV1:
-      return "v1";
-    case TokenizerVersion::kV2:
-      return "v2";
-    case TokenizerVersion::kV3:
-      return "v3";
-  }
-  return "unknown";
-}
-
 nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids) {
   nlohmann::json pieces = nlohmann::json::array(), bytes = nlohmann::json::array();
   for (const int64_t id : ids) {
@@ -71,7 +59,7 @@ nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const std
   nlohmann::json result = {{"token_ids", ids}, {"pieces", pieces}};
   if (flags.explain) {
     result["bytes"] = bytes;
-    result["version"] = version_name(tokenizer.version());
+    result["version"] = to_string(tokenizer.version());
     result["bos"] = bos_reason(flags, tokenizer);
     result["eos"] = eos_reason(flags, tokenizer);
   }
@@ -86,7 +74,7 @@ std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const st
     const std::string bytes = tokenizer.is_control(id) ? "control" : hex(token_bytes(tokenizer, id));
     text += number + tokenizer.piece(id) + "  [" + bytes + "]\n";
   }
-  text += "tokens: " + std::to_string(ids.size()) + ", tokenizer " + version_name(tokenizer.version()) + "\n";
+  text += "tokens: " + std::to_string(ids.size()) + ", tokenizer " + to_string(tokenizer.version()) + "\n";
   text += "BOS: " + bos_reason(flags, tokenizer) + "\n";
   text += "EOS: " + eos_reason(flags, tokenizer) + "\n";
   return text;

@@ -33,7 +33,7 @@ function(add_torch_target name)
   list(TRANSFORM ARGN PREPEND "${TORCH_DIR}/lib/lib")
   list(TRANSFORM ARGN APPEND ".so")
   set_target_properties(libtorch::${name} PROPERTIES INTERFACE_LINK_LIBRARIES
-    "-Wl,--no-as-needed;${ARGN};-Wl,--as-needed;-Wl,--unresolved-symbols=ignore-in-shared-libs")
+    "-Wl,--no-as-needed;${ARGN};-Wl,--as-needed;-Wl,--allow-shlib-undefined")
 endfunction()
 add_torch_target(cpu c10 torch_cpu)
 add_torch_target(cuda c10_cuda torch_cuda)

@@ -10,28 +10,58 @@ namespace {
 
 using nlohmann::json;
 
-// nlohmann keeps the last of two equal keys in silence, and bounds neither depth nor size: this watches it parse.
-class Watcher {
+// nlohmann keeps the last of two equal keys in silence, and bounds neither depth nor size: this pass looks at the
+// events of the parser before any value is built. (Its parser with a callback is quadratic in the number of nested
+// objects.)
+class Checker : public nlohmann::json_sax<json> {
  public:
-  explicit Watcher(const std::string& source) : source_(source) {}
+  explicit Checker(const std::string& source) : source_(source) {}
 
-  void see(int depth, json::parse_event_t event, const json& parsed) {
-    if (depth > kMaxDepth) throw LoadError(source_, "", "JSON is nested deeper than " + std::to_string(kMaxDepth));
-    if (++values_ > kMaxValues)
-      throw LoadError(source_, "", "JSON holds more than " + std::to_string(kMaxValues) + " values");
-    if (event == json::parse_event_t::object_start) keys_.emplace_back();
-    if (event == json::parse_event_t::object_end) keys_.pop_back();
-    if (event == json::parse_event_t::key) {
-      const std::string& key = parsed.get_ref<const std::string&>();
-      if (!keys_.back().insert(key).second) throw LoadError(source_, key, "key occurs twice");
-    }
+  bool null() override { return value(); }
+  bool boolean(bool) override { return value(); }
+  bool number_integer(int64_t) override { return value(); }
+  bool number_unsigned(uint64_t) override { return value(); }
+  bool number_float(double, const std::string&) override { return value(); }
+  bool string(std::string&) override { return value(); }
+  bool binary(json::binary_t&) override { return value(); }
+  bool start_object(size_t) override { return open(); }
+  bool start_array(size_t) override { return open(); }
+  bool end_object() override { return close(); }
+  bool end_array() override { return close(); }
+  bool key(std::string& key) override {
+    if (!keys_.back().insert(key).second) throw LoadError(source_, key, "key occurs twice");
+    return true;
+  }
+  bool parse_error(size_t position, const std::string&, const json::exception& error) override {
+    const bool range = dynamic_cast<const json::out_of_range*>(&error) != nullptr;
+    throw LoadError(source_, "",
+                    "is not valid JSON: " + std::string(range ? "number out of range" : "syntax error") + " at byte " +
+                        std::to_string(position));
   }
 
  private:
-  static constexpr int kMaxDepth = 64;
-  static constexpr size_t kMaxValues = size_t{1} << 20;
+  bool value() {
+    constexpr size_t kMaxValues = size_t{1} << 20;
+    if (++values_ > kMaxValues) {
+      throw LoadError(source_, "", "JSON holds more than " + std::to_string(kMaxValues) + " values");
+    }
+    return true;
+  }
+  bool open() {
+    constexpr size_t kMaxDepth = 64;
+    keys_.emplace_back();
+    if (keys_.size() > kMaxDepth) {
+      throw LoadError(source_, "", "JSON is nested deeper than " + std::to_string(kMaxDepth) + " levels");
+    }
+    return value();
+  }
+  bool close() {
+    keys_.pop_back();
+    return true;
+  }
+
   const std::string& source_;
-  std::vector<std::set<std::string>> keys_;  // of the objects being parsed, outermost first
+  std::vector<std::set<std::string>> keys_;  // of the objects and arrays being read, outermost first
   size_t values_ = 0;
 };
 
@@ -43,17 +73,9 @@ json parse_json(const std::string& text, const std::string& source) {
   if (begin == std::string::npos || text[begin] != '{' || text.find('\0') != std::string::npos) {
     throw LoadError(source, "", "is not a JSON object");
   }
-  Watcher watcher(source);
-  try {
-    return json::parse(text, [&](int depth, json::parse_event_t event, json& parsed) {
-      watcher.see(depth, event, parsed);
-      return true;
-    });
-  } catch (const json::parse_error& error) {
-    throw LoadError(source, "", "is not valid JSON, see byte " + std::to_string(error.byte));
-  } catch (const json::exception&) {
-    throw LoadError(source, "", "is not valid JSON: a number is out of range");
-  }
+  Checker checker(source);
+  json::sax_parse(text, &checker);
+  return json::parse(text);
 }
 
 std::string shown(const json& value) {

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .model import Generation as Generation
     from .model import Mixtral as Mixtral
     from .model import Timings as Timings
-    from .model import TokenLogprob as TokenLogprob
     from .model import Tokenizer as Tokenizer
+    from .model import TokenLogprob as TokenLogprob
 
 __version__ = "0.1.0"
 

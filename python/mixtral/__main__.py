@@ -15,7 +15,10 @@ def main() -> None:
         if os.access(binary, os.X_OK):
             os.execv(binary, [str(binary), *sys.argv[1:]])
     looked = " or ".join(str(binary) for binary in BINARIES)
-    print(f"mixtral: the binary is not built: expected {looked}; run `pip install --no-build-isolation .`", file=sys.stderr)
+    print(
+        f"mixtral: the binary is not built: expected {looked}; run `pip install --no-build-isolation .`",
+        file=sys.stderr,
+    )
     sys.exit(5)
 
 

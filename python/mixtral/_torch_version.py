@@ -10,6 +10,6 @@ def check_torch_version() -> None:
     found = version("torch")
     if ".".join(found.split(".")[:2]) != BUILT_FOR:
         raise ImportError(
-            f"mixtral: built for torch {BUILT_FOR}, found torch {found}; "
-            f"install torch=={BUILT_FOR}.*, then mixtral again: pip install --no-build-isolation --force-reinstall --no-deps ."
+            f"mixtral: built for torch {BUILT_FOR}, found torch {found}; reinstall with "
+            f"`pip install torch=={BUILT_FOR}.*`, then `pip install --no-build-isolation --no-deps .`"
         )

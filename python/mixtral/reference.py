@@ -20,3 +20,132 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """[T,H], [T,H] -> normed [T,H], sum [T,H]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
+    """[T,E] -> weights [T,K] in at least f32, ids int32 [T,K]."""
+    wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    ids = wide.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = wide.softmax(-1).gather(1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids.int()
+
+
+def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[T,H], [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]."""
+    copies = topk_ids.flatten().long()
+    order = copies.argsort(stable=True)
+    row_map = torch.empty_like(copies)
+    row_map[order] = torch.arange(len(order), device=x.device)
+    offs = copies.bincount(minlength=num_experts).cumsum(0)
+    return x[order // topk_ids.shape[1]], offs.int(), row_map.reshape(topk_ids.shape).int()
+
+
+def moe_unpermute(y: Tensor, topk_weights: Tensor, row_map: Tensor) -> Tensor:
+    """[M,H], [T,K], [T,K] -> [T,H]."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    copies = torch.where(row_map[..., None] >= 0, y[row_map.long()], 0).to(wide)
+    return (topk_weights[..., None].to(wide) * copies).sum(1).to(y.dtype)
+
+
+def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """[M,Kdim], [E,N,Kdim], end offsets [E] -> [M,N]."""
+    starts = [0, *offs.tolist()]
+    return torch.cat([a[starts[e] : starts[e + 1]] @ b[e].T for e in range(len(b))])
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[M,2I] -> [M,I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """[T,H], [T,K], [T,K], [E,2I,H], [E,H,I] -> [T,H]."""
+    permuted, offs, row_map = moe_permute(x, topk_ids, len(gate_up_proj))
+    activated = swiglu(grouped_gemm(permuted, gate_up_proj, offs))
+    return moe_unpermute(grouped_gemm(activated, down_proj, offs), topk_weights, row_map)
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """[T,Nq,D], [T,Nkv,D], [T] -> q, k rotated. The angles are f32 products in every dtype: that is their definition."""
+    head_dim = q.shape[-1]
+    exponents = torch.arange(0, head_dim, 2, device=q.device).float() / head_dim
+    inverse_frequency = 1.0 / (torch.tensor(theta).double() ** exponents.double()).float()
+    angles = (positions.float()[:, None] * inverse_frequency).to(torch.promote_types(q.dtype, torch.float32))
+    cosine, sine = angles.cos().to(q.dtype)[:, None], angles.sin().to(q.dtype)[:, None]  # [T, 1, D/2]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+        pair = (a * cosine - b * sine, b * cosine + a * sine)
+        return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+
+    return rotate(q), rotate(k)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """[Lq,Nq,D], [Lk,Nkv,D], mask [Lq,Lk] -> [Lq,Nq,D]; zeros where a row of the mask is empty."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, float("-inf")).softmax(-1)
+    weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return torch.einsum("hij,jhd->ihd", weights.to(q.dtype), v)
+
+
+def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[Lq,Lk]: query i, at position i + Lk - Lq, sees key j if and only if 0 <= position - j < window."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & ((distance < window) | (window == 0))
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """[Tq,Nq,D], [Tk,Nkv,D], [B+1], [B+1] -> [Tq,Nq,D]: dense masked attention, one sequence after the other."""
+    out = torch.zeros_like(q)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        queries, length = q[rows].shape[0], k[keys].shape[0]
+        mask = _window_mask(queries, length, window, q.device) if causal else q.new_ones(queries, length).bool()
+        out[rows] = _masked_attention(q[rows], k[keys], v[keys], mask, scale)
+    return out
+
+
+def rolling_kv_cache_write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """caches [pages,P,Nkv,D], [T,Nkv,D], [T]: in place."""
+    k_cache.flatten(0, 1)[slot_mapping.long()] = k
+    v_cache.flatten(0, 1)[slot_mapping.long()] = v
+
+
+def rolling_kv_cache_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    window: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """[T,Nq,D], caches [pages,P,Nkv,D], [B,R], [B+1], [B] -> [T,Nq,D]: gather the keys in sight, then dense attention."""
+    out = torch.zeros_like(q)
+    page_size, columns = k_cache.shape[1], page_table.shape[1]
+    starts = cu_seqlens_q.tolist()
+    for b, length in enumerate(kv_lens.tolist()):
+        rows = slice(*starts[b : b + 2])
+        queries = q[rows].shape[0]
+        first = max(0, length - queries - window + 1) if window else 0  # the oldest key that any query sees
+        position = torch.arange(first, length if queries else first, device=q.device)
+        page = page_table[b, (position // page_size) % columns].long()
+        k, v = k_cache[page, position % page_size], v_cache[page, position % page_size]
+        out[rows] = _masked_attention(q[rows], k, v, _window_mask(queries, len(position), window, q.device), scale)
+    return out

@@ -1,10 +1,12 @@
 // Files for the loader tests: temporary folders and hand-written safetensors.
 #pragma once
 
+#include <ftw.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -22,7 +24,11 @@ class TempFolder {
     if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
     path_ = name;
   }
-  ~TempFolder() { std::filesystem::remove_all(path_); }
+  ~TempFolder() {
+    // Not std::filesystem::remove_all: libtorch.so exports an incomplete copy of it, which crashes.
+    const auto remove = [](const char* path, const struct stat*, int, struct FTW*) { return std::remove(path); };
+    ::nftw(path_.c_str(), remove, /*nopenfd=*/8, FTW_DEPTH | FTW_PHYS);
+  }
   TempFolder(const TempFolder&) = delete;
 
   std::filesystem::path operator/(const std::string& name) const { return path_ / name; }

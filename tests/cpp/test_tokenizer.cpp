@@ -1,6 +1,5 @@
 // Tokenizer files, text and chat on a small hand-made vocabulary. Equality with mistral-common on the real vocabularies
 // is tested from Python.
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -260,6 +259,7 @@ TEST_F(TokenizerTest, UnsoundModelsAreRefusedWithTheReason) {
       {"loads", [](ModelFile&) {}},
       {"loads", [](ModelFile& m) { m.more = bytes_field(200, "x") + number_field(6, 1); }},
       {"bytes where 0 are left", [](ModelFile& m) { m.more = "\x08"; }},
+      {"varint of more than 64 bits", [](ModelFile& m) { m.more = '\x30' + std::string(9, '\xFF') + '\2'; }},
       {"varint of more than 64 bits", [](ModelFile& m) { m.more = std::string(10, '\xFF') + '\1'; }},
       {"a field of 9223372036854775807 bytes", [](ModelFile& m) { m.more = varint(10) + varint(INT64_MAX); }},
       {"wire type must be 0, 1, 2 or 5, got 3", [](ModelFile& m) { m.more = varint(9 * 8 + 3) + varint(9 * 8 + 4); }},
@@ -283,7 +283,7 @@ TEST_F(TokenizerTest, UnsoundModelsAreRefusedWithTheReason) {
       {"one unknown piece, got 0", [](ModelFile& m) { m.pieces[0] = piece_message("x", 0, 1); }},
       {"one unknown piece, got 2", [](ModelFile& m) { m.pieces.push_back(piece_message("x", 0, 2)); }},
       {"<s>: control token is missing", [](ModelFile& m) { m.pieces[1] = piece_message("<s>", 0, 1); }},
-      {"</s>: control token is missing", [](ModelFile& m) { m.pieces[2] = piece_message("x", 0, 3); }},
+      {"</s>: control token is missing", [](ModelFile& m) { m.pieces[2] = piece_message("xx", 0, 3); }},
       {"must have the piece U+2581", [](ModelFile& m) { m.pieces[261] = piece_message("x", 0, 1); }},
       {"256 byte pieces, got 255", [](ModelFile& m) { m.pieces[3] = piece_message("x", 0, 1); }},
       {"a byte piece must read", [](ModelFile& m) { m.pieces[3] = piece_message("<0x0g>", 0, 6); }},
@@ -304,7 +304,8 @@ TEST_F(TokenizerTest, UnsoundModelsAreRefusedWithTheReason) {
   for (const Case& test : cases) {
     ModelFile model = small_model();
     test.change(model);
-    EXPECT_THAT(load_error(model.bytes()), testing::HasSubstr(test.reason));
+    const std::string error = load_error(model.bytes());
+    EXPECT_NE(error.find(test.reason), std::string::npos) << error << "\nexpected: " << test.reason;
   }
 }
 
@@ -362,6 +363,13 @@ TEST_F(TokenizerTest, ChatEncodesEachTurnOnItsOwn) {
   append(v3.encode("b\n\n</s>"));  // the system prompt is in the last turn
   expected.push_back(4);
   EXPECT_EQ(apply_chat(v3, messages), expected);
+
+  std::vector<int64_t> prompt = v3.encode("a", true);
+  prompt.insert(prompt.begin() + 1, 3);
+  prompt.push_back(4);
+  const std::vector<int64_t> answer = v3.encode("b");
+  prompt.insert(prompt.end(), answer.begin(), answer.end());  // no </s>: the model goes on
+  EXPECT_EQ(apply_chat(v3, {{"user", "a"}, {"assistant", "b", true}}), prompt);
 }
 
 TEST_F(TokenizerTest, ChatRefusesWhatHasNoAnswer) {

@@ -118,14 +118,18 @@ def test_logits_shape_dtype_and_rows_of_their_own(tiny):
     assert torch.equal(tiny(ids[1:2])[0], logits[1])
 
 
-@pytest.mark.parametrize("bad", [torch.ones(2, 3), torch.ones(3, dtype=torch.int64), torch.tensor([[96]]), torch.tensor([[-1]])])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(2, 3), torch.ones(3, dtype=torch.int64), torch.tensor([[96]]), torch.tensor([[-1]])]
+)
 def test_bad_input_ids_are_a_value_error(tiny, bad):
     with pytest.raises(ValueError, match="got"):
         tiny(bad)
 
 
 def test_forward_lets_other_threads_run():
-    model = mixtral.Mixtral.from_config(tiny_config(hidden_size=256, intermediate_size=512, window=0, max_position=4096))
+    model = mixtral.Mixtral.from_config(
+        tiny_config(hidden_size=256, intermediate_size=512, window=0, max_position=4096)
+    )
     ids, ticks, done = torch.randint(96, (1, 2048)), [], threading.Event()
 
     def tick():

@@ -157,7 +157,7 @@ def test_threads_may_generate_with_one_model(tiny):
     assert found == expected
 
 
-# ---- streaming --------------------------------------------------------------------------------------------------------
+# ---- streaming -------------------------------------------------------------------------------------------------------
 
 
 def test_stream_yields_the_text_piece_by_piece(demo):
@@ -181,7 +181,13 @@ def test_errors_of_a_stream_reach_the_reader(demo):
         next(demo.stream("The", top_p=2.0))
 
 
-@pytest.mark.parametrize("call", ["model.generate([1], max_tokens=100_000, ignore_eos=True)", "list(model.stream('The', max_tokens=100_000, ignore_eos=True))"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "model.generate([1], max_tokens=100_000, ignore_eos=True)",
+        "list(model.stream('The', max_tokens=100_000, ignore_eos=True))",
+    ],
+)
 def test_ctrl_c_ends_generation(call):
     code = f"""
 import json, mixtral, pathlib, shutil, sys, tempfile

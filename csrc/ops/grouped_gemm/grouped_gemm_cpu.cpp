@@ -1,6 +1,9 @@
-// A tile of out is computed from panels of a and b that are kBlockDepth deep, converted to f32, and small enough for the
-// L2 cache. Every element of out owns 16 partial sums, which stay in memory between panels: its products are added in the
-// same order whatever the tile, the number of rows or the thread.
+// A block of out is computed from panels of a and b that are kBlockDepth deep. Many rows: both panels are first converted
+// to f32 in a scratch buffer that fits the L2 cache. Few rows (decode): they are read in place, column after column, as
+// fast as memory gives the weights.
+//
+// Every element of out owns 16 partial sums, kept in memory from panel to panel. Its products are added in the same order
+// on both ways, whatever the tile, the number of rows or the thread.
 #include "grouped_gemm.h"
 
 #include "../cpu/simd.h"
@@ -15,87 +18,107 @@ using namespace cpu;
 namespace {
 
 constexpr int64_t kBlockDepth = 512, kTileRows = 4, kTileColumns = 4;
+constexpr int64_t kFewRows = 8;
 
-struct Panels {
+struct Scratch {
   alignas(64) float a[kGemmBlockRows * kBlockDepth];
   alignas(64) float b[kGemmBlockColumns * kBlockDepth];
   alignas(64) Lanes sums[kGemmBlockRows * kGemmBlockColumns];
 };
 
-// source [rows, depth] with a row stride -> panel [padded_rows, kBlockDepth] in f32, zero outside of the source.
+// A panel of a or b: rows of `depth` values, `stride` apart.
 template <typename T>
-MIXTRAL_INLINE void pack_panel(const T* source, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth,
-                               float* panel) {
-  const int64_t full = depth / kLanes * kLanes;
-  for (int64_t r = 0; r < padded_rows; ++r) {
-    Lanes* row = reinterpret_cast<Lanes*>(panel + r * kBlockDepth);
-    const int64_t valid = r < rows ? full : 0, tail = r < rows ? depth - full : 0;
-    for (int64_t k = 0; k < valid; k += kLanes) *row++ = load_lanes(source + r * stride + k);
-    if (tail > 0) *row++ = load_lanes(source + r * stride + full, tail);
-    for (int64_t k = valid + (tail > 0 ? kLanes : 0); k < depth; k += kLanes) *row++ = Lanes{};
+struct Panel {
+  const T* data;
+  int64_t stride, rows, depth;
+};
+
+template <typename T>
+MIXTRAL_INLINE Panel<float> pack_panel(const Panel<T>& source, float* target) {
+  const int64_t full = source.depth / kLanes * kLanes, tail = source.depth - full;
+  for (int64_t r = 0; r < source.rows; ++r) {
+    const T* from = source.data + r * source.stride;
+    float* to = target + r * kBlockDepth;
+    for (int64_t k = 0; k < full; k += kLanes) *reinterpret_cast<Lanes*>(to + k) = load_lanes(from + k);
+    for (int64_t k = full; k < full + tail; ++k) to[k] = to_float(from[k]);
   }
+  return {target, kBlockDepth, source.rows, source.depth};
 }
 
-// sums [Rows, kTileColumns] += a [Rows, kBlockDepth] * b [kTileColumns, kBlockDepth]^T over `depth` values.
-template <int64_t Rows>
-MIXTRAL_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, Lanes* sums) {
-  Lanes sum[Rows][kTileColumns];
-  for (int64_t r = 0; r < Rows; ++r)
-    for (int64_t c = 0; c < kTileColumns; ++c) sum[r][c] = sums[r * kGemmBlockColumns + c];
-  for (int64_t k = 0; k < depth; k += kLanes) {
+// sums [Rows, kTileColumns] += the products of rows r, r + 1, ... of a with rows c, c + 1, ... of b.
+template <int64_t Rows, typename T>
+MIXTRAL_INLINE void multiply_tile(const Panel<T>& a, int64_t r, const Panel<T>& b, int64_t c, Lanes* sums) {
+  const T* left_rows = a.data + r * a.stride;
+  const T* right_rows[kTileColumns];  // behind the last one, that one again: its sums are not used
+  for (int64_t j = 0; j < kTileColumns; ++j) right_rows[j] = b.data + std::min(c + j, b.rows - 1) * b.stride;
+  const int64_t full = a.depth / kLanes * kLanes, tail = a.depth - full;
+  Lanes sum[Rows][kTileColumns] = {};
+  for (int64_t k = 0; k < full; k += kLanes) {
     Lanes right[kTileColumns];
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < kTileColumns; ++c) right[c] = load_lanes(b + c * kBlockDepth + k);
+    for (int64_t j = 0; j < kTileColumns; ++j) right[j] = load_lanes(right_rows[j] + k);
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < Rows; ++r) {
-      const Lanes left = load_lanes(a + r * kBlockDepth + k);
+    for (int64_t i = 0; i < Rows; ++i) {
+      const Lanes left = load_lanes(left_rows + i * a.stride + k);
 #pragma GCC unroll 4
-      for (int64_t c = 0; c < kTileColumns; ++c) fma_lanes(sum[r][c], left, right[c]);
+      for (int64_t j = 0; j < kTileColumns; ++j) fma_lanes(sum[i][j], left, right[j]);
     }
   }
-  for (int64_t r = 0; r < Rows; ++r)
-    for (int64_t c = 0; c < kTileColumns; ++c) sums[r * kGemmBlockColumns + c] = sum[r][c];
+  // Each panel is summed alone and then added: shorter chains of additions than one over all of K, so smaller errors.
+  for (int64_t i = 0; i < Rows; ++i) {
+    for (int64_t j = 0; j < kTileColumns; ++j) {
+      if (tail > 0)
+        fma_lanes(sum[i][j], load_lanes(left_rows + i * a.stride + full, tail), load_lanes(right_rows[j] + full, tail));
+      Lanes& total = sums[i * kGemmBlockColumns + j];
+      for (int64_t l = 0; l < kLanes; ++l) total.v[l] += sum[i][j].v[l];
+    }
+  }
 }
 
-MIXTRAL_INLINE void multiply_panels(Panels& panels, int64_t rows, int64_t columns, int64_t depth) {
-  for (int64_t c = 0; c < columns; c += kTileColumns) {
-    const float* b = panels.b + c * kBlockDepth;
-    int64_t r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows)
-      multiply_tile<kTileRows>(panels.a + r * kBlockDepth, b, depth, panels.sums + r * kGemmBlockColumns + c);
-    for (; r < rows; ++r)
-      multiply_tile<1>(panels.a + r * kBlockDepth, b, depth, panels.sums + r * kGemmBlockColumns + c);
-  }
+// All rows of a with rows c to c + kTileColumns - 1 of b.
+template <typename T>
+MIXTRAL_INLINE void multiply_panels(const Panel<T>& a, const Panel<T>& b, int64_t c, Lanes* sums) {
+  int64_t r = 0;
+  for (; r + kTileRows <= a.rows; r += kTileRows)
+    multiply_tile<kTileRows>(a, r, b, c, sums + r * kGemmBlockColumns + c);
+  for (; r < a.rows; ++r) multiply_tile<1>(a, r, b, c, sums + r * kGemmBlockColumns + c);
 }
 
 template <typename T>
-MIXTRAL_INLINE void multiply_block(const GroupedGemm<T>& gemm, const GemmTile& tile, Panels& panels) {
+MIXTRAL_INLINE void multiply_block(const GroupedGemm<T>& gemm, const GemmTile& tile, Scratch& scratch) {
   const int64_t rows = tile.row_end - tile.row_begin, column = tile.column_block * kGemmBlockColumns;
   const int64_t columns = std::min(kGemmBlockColumns, gemm.columns - column);
-  const int64_t padded_columns = ceil_div(columns, kTileColumns) * kTileColumns;
-  const T* a = gemm.a + tile.row_begin * gemm.depth;                           // [rows, Kdim]
+  const T* a = gemm.a + tile.row_begin * gemm.depth;                         // [rows, Kdim]
   const T* b = gemm.b + (tile.expert * gemm.columns + column) * gemm.depth;  // [columns, Kdim]
-  std::fill_n(panels.sums, rows * kGemmBlockColumns, Lanes{});
-  for (int64_t k = 0; k < gemm.depth; k += kBlockDepth) {
-    const int64_t depth = std::min(kBlockDepth, gemm.depth - k);
-    pack_panel(a + k, gemm.depth, rows, rows, depth, panels.a);
-    pack_panel(b + k, gemm.depth, columns, padded_columns, depth, panels.b);
-    multiply_panels(panels, rows, padded_columns, depth);
+  const auto panel = [&](const T* data, int64_t count, int64_t k) {
+    return Panel<T>{data + k, gemm.depth, count, std::min(kBlockDepth, gemm.depth - k)};
+  };
+  std::fill_n(scratch.sums, rows * kGemmBlockColumns, Lanes{});
+  if (rows <= kFewRows) {
+    for (int64_t c = 0; c < columns; c += kTileColumns)
+      for (int64_t k = 0; k < gemm.depth; k += kBlockDepth)
+        multiply_panels(panel(a, rows, k), panel(b, columns, k), c, scratch.sums);
+  } else {
+    for (int64_t k = 0; k < gemm.depth; k += kBlockDepth) {
+      const Panel<float> packed_a = pack_panel(panel(a, rows, k), scratch.a);
+      const Panel<float> packed_b = pack_panel(panel(b, columns, k), scratch.b);
+      for (int64_t c = 0; c < columns; c += kTileColumns) multiply_panels(packed_a, packed_b, c, scratch.sums);
+    }
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c)
       gemm.out[(tile.row_begin + r) * gemm.columns + column + c] =
-          from_float<T>(sum_lanes(panels.sums[r * kGemmBlockColumns + c]));
+          from_float<T>(sum_lanes(scratch.sums[r * kGemmBlockColumns + c]));
 }
 
 }  // namespace
 
 template <typename T>
 MIXTRAL_MULTIVERSION void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, int64_t begin, int64_t end) {
-  Panels panels;
+  Scratch scratch;
   const int64_t column_blocks = ceil_div(gemm.columns, kGemmBlockColumns);
   for (int64_t i = begin; i < end; ++i)
-    multiply_block(gemm, find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kGemmBlockRows, column_blocks, i), panels);
+    multiply_block(gemm, find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kGemmBlockRows, column_blocks, i), scratch);
 }
 
 template void launch_grouped_gemm_cpu(const GroupedGemm<float>&, int64_t, int64_t);

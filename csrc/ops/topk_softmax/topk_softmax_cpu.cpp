@@ -38,7 +38,8 @@ MIXTRAL_MULTIVERSION void launch_topk_softmax_cpu(const T* logits, float* weight
     const T* row = logits + t * experts;
     float* row_weights = weights + t * top_k;
     RankedExpert expert{kInfinity, -1};
-    float chosen = 0.0f, max = 0.0f;
+    float max = 0.0f;
+    double chosen = 0.0;
     for (int64_t k = 0; k < top_k; ++k) {
       expert = next_expert(row, experts, expert);
       if (k == 0) max = expert.logit;
@@ -47,10 +48,10 @@ MIXTRAL_MULTIVERSION void launch_topk_softmax_cpu(const T* logits, float* weight
       chosen += row_weights[k];
     }
     // The sum over all experts also carries every NaN of the row into its weights.
-    float total = 0.0f;
+    double total = 0.0;
     for (int64_t e = 0; e < experts; ++e) total += exp_f32(to_float(row[e]) - max);
-    const float denominator = renormalize && total == total ? chosen : total;
-    for (int64_t k = 0; k < top_k; ++k) row_weights[k] /= denominator;
+    const double denominator = renormalize && total == total ? chosen : total;
+    for (int64_t k = 0; k < top_k; ++k) row_weights[k] = static_cast<float>(row_weights[k] / denominator);
   }
 }
 

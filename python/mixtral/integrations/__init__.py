@@ -1,4 +1,4 @@
-"""Mixtral's operators inside other libraries. Each submodule needs its library; nothing is imported before it is asked for."""
+"""Mixtral's operators inside other libraries. Each submodule needs its library and is imported when it is asked for."""
 
 from importlib import import_module
 

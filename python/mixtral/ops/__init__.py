@@ -9,9 +9,27 @@ from ._library import load_library
 
 load_library()
 
+from .grouped_gemm import grouped_gemm  # noqa: E402
+from .moe_mlp import moe_mlp  # noqa: E402
+from .moe_permute import moe_permute, moe_unpermute  # noqa: E402
 from .rms_norm import add_rms_norm, rms_norm  # noqa: E402
+from .rolling_kv_cache import rolling_kv_cache_attention, rolling_kv_cache_write  # noqa: E402
+from .rope import rope  # noqa: E402
+from .sliding_window_attention import sliding_window_attention  # noqa: E402
+from .swiglu import swiglu  # noqa: E402
+from .topk_softmax import topk_softmax  # noqa: E402
 
 __all__ = [
     "add_rms_norm",
+    "grouped_gemm",
+    "moe_mlp",
+    "moe_permute",
+    "moe_unpermute",
     "rms_norm",
+    "rolling_kv_cache_attention",
+    "rolling_kv_cache_write",
+    "rope",
+    "sliding_window_attention",
+    "swiglu",
+    "topk_softmax",
 ]

@@ -1,0 +1,41 @@
+"""grouped_gemm at Mixtral's shapes against a loop of torch.nn.functional.linear over the experts."""
+
+import torch
+import torch.nn.functional as F
+from common import Bench, main
+
+import mixtral.ops as ops
+
+
+def loop(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """The loop is given its offsets on the host: it needs no synchronisation."""
+    starts = [0, *ends[:-1]]
+    return torch.cat([F.linear(a[s:e], b[i]) for i, (s, e) in enumerate(zip(starts, ends, strict=True)) if e > s])
+
+
+def run(bench: Bench) -> None:
+    experts, columns, depth = 8, 4096, 4096
+    for dtype in (torch.float32, torch.bfloat16):
+        b = torch.randn(experts, columns, depth, device=bench.device).to(dtype) / depth**0.5
+        for rows in (1, 8, 32, 256, 1024):
+            a = torch.randn(rows, depth, device=bench.device).to(dtype)
+            ends = [rows * (e + 1) // experts for e in range(experts)]
+            offs = torch.tensor(ends, dtype=torch.int32, device=bench.device)
+            case = f"M={rows} E={experts} N={columns} Kdim={depth} {dtype}"
+            active = sum(end > start for start, end in zip([0, *ends], ends, strict=False))
+            # Few rows are bound by reading the weights, many by arithmetic.
+            if rows < 64:
+                work = {"gigabytes": active * columns * depth * b.element_size() / 1e9}
+            else:
+                work = {"gflop": 2 * rows * columns * depth / 1e9}
+            bench.compare(
+                case,
+                lambda a=a, b=b, o=offs: ops.grouped_gemm(a, b, o),
+                lambda a=a, b=b, e=ends: loop(a, b, e),
+                "torch loop",
+                **work,
+            )
+
+
+if __name__ == "__main__":
+    main("grouped_gemm", run)

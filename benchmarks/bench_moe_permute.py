@@ -1,0 +1,36 @@
+"""moe_permute and moe_unpermute against indexing by an argsort. Bound: each row read and each copy written once."""
+
+import torch
+from common import Bench, main
+
+import mixtral.ops as ops
+from mixtral import reference
+
+
+def run(bench: Bench) -> None:
+    hidden, experts, top_k = 4096, 8, 2
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1, 128, 2048):
+            x = torch.randn(tokens, hidden, device=bench.device).to(dtype)
+            weights, ids = ops.topk_softmax(torch.randn(tokens, experts, device=bench.device), top_k)
+            permuted, _, row_map = ops.moe_permute(x, ids, experts)
+            case = f"T={tokens} H={hidden} K={top_k} {dtype}"
+            gigabytes = (1 + top_k) * tokens * hidden * x.element_size() / 1e9
+            bench.compare(
+                f"moe_permute {case}",
+                lambda x=x, i=ids: ops.moe_permute(x, i, experts),
+                lambda x=x, i=ids: reference.moe_permute(x, i, experts),
+                "torch",
+                gigabytes=gigabytes,
+            )
+            bench.compare(
+                f"moe_unpermute {case}",
+                lambda y=permuted, w=weights, m=row_map: ops.moe_unpermute(y, w, m),
+                lambda y=permuted, w=weights, m=row_map: reference.moe_unpermute(y, w, m),
+                "torch",
+                gigabytes=gigabytes,
+            )
+
+
+if __name__ == "__main__":
+    main("moe_permute", run)

@@ -1,0 +1,61 @@
+"""Capacity-free token permutation: rows sorted by expert for the grouped matmuls, and the weighted way back."""
+
+import torch
+from torch import Tensor
+
+from ._library import register_fake, register_no_backward
+
+
+def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One copy of every row of ``x`` per chosen expert, sorted by expert, then by token (stable).
+
+    Args:
+        x: [T, H], float.
+        topk_ids: [T, K], int32 or int64, in [0, E).
+        num_experts: E, >= 1.
+
+    Returns:
+        (permuted [M, H], offs int32 [E], row_map int32 [T, K]) with M = T*K: rows ``offs[e-1]`` to ``offs[e]`` belong
+        to expert e, and ``permuted[row_map[t, k]] == x[t]``. No copy is ever dropped for want of capacity.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; on the CPU, an id is outside [0, E). On CUDA a copy with a
+            bad id is dropped: its ``row_map`` is -1, ``offs`` does not count it, and the rows left over are zero.
+    """
+    return torch.ops.mixtral.moe_permute.default(x, topk_ids, num_experts)
+
+
+def moe_unpermute(y: Tensor, topk_weights: Tensor, row_map: Tensor) -> Tensor:
+    """``sum_k topk_weights[t, k] * y[row_map[t, k]]``: in f32, k in order, rounded once.
+
+    Args:
+        y: [M, H], float.
+        topk_weights: f32 [T, K].
+        row_map: [T, K], int32 or int64, as from :func:`moe_permute`; a copy at -1 counts as zero.
+
+    Returns:
+        [T, H], dtype of ``y``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; on the CPU, a row is outside [-1, M).
+    """
+    return torch.ops.mixtral.moe_unpermute.default(y, topk_weights, row_map)
+
+
+@register_fake("moe_permute")
+def _(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, top_k = topk_ids.shape
+    return (
+        x.new_empty((tokens * top_k, x.shape[1])),
+        x.new_empty((num_experts,), dtype=torch.int32),
+        x.new_empty((tokens, top_k), dtype=torch.int32),
+    )
+
+
+@register_fake("moe_unpermute")
+def _(y: Tensor, topk_weights: Tensor, row_map: Tensor) -> Tensor:
+    return y.new_empty((row_map.shape[0], y.shape[1]))
+
+
+register_no_backward("moe_permute")
+register_no_backward("moe_unpermute")

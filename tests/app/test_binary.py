@@ -1,0 +1,166 @@
+"""What the commands of the `mixtral` binary print."""
+
+import json
+from pathlib import Path
+
+import pytest
+from binary import edit_config, environment, mixtral, ok, ok_json
+
+MIXTRAL_8X7B = {
+    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+    "sliding_window": None, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def big_model(tmp_path: Path) -> Path:
+    """The configuration of Mixtral 8x7B, without weights."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    return tmp_path
+
+
+# ---- generate ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_has_the_documented_shape():
+    result = ok_json("generate", "-p", "Once upon a time", "-n", "12", "--ignore-eos", "--logprobs", "3")
+    assert set(result) == {"text", "prompt_token_ids", "token_ids", "finish_reason", "timings", "logprobs"}
+    assert len(result["token_ids"]) == 12 and result["finish_reason"] == "length"
+    assert result["prompt_token_ids"][0] == 1
+    for chosen, token_id in zip(result["logprobs"], result["token_ids"], strict=True):
+        best = chosen["top"][0]
+        assert chosen["token_id"] == token_id == best["token_id"] and len(chosen["top"]) == 3  # greedy
+        assert chosen["logprob"] == best["logprob"] <= 0
+    timings = result["timings"]
+    assert timings["prompt_tokens"] == len(result["prompt_token_ids"]) and timings["new_tokens"] == 12
+    for name in ["load", "prefill", "decode"]:
+        assert timings[f"{name}_seconds"] > 0
+    for name in ["prefill", "decode"]:
+        assert timings[f"{name}_tokens_per_second"] > 0
+
+
+def test_streams_the_text_of_the_json_object():
+    arguments = ["generate", "-p", "Once upon a time", "-n", "20"]
+    assert ok(*arguments).decode() == ok_json(*arguments)["text"] + "\n"
+
+
+def test_reads_the_prompt_from_flag_file_or_stdin(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"Once upon\na time\n")
+    from_flag = ok("generate", "-n", "4", "-p", "Once upon\na time")
+    assert ok("generate", "-n", "4", "-f", file) == from_flag
+    assert ok("generate", "-n", "4", stdin=file.read_bytes()) == from_flag
+
+
+def test_stop_string_ends_the_text_before_it():
+    whole = ok_json("generate", "-p", "Once upon a time", "-n", "20", "--ignore-eos")["text"]
+    stop = whole[len(whole) // 2 :][:3]
+    result = ok_json("generate", "-p", "Once upon a time", "-n", "20", "--ignore-eos", "--stop", "@@@", "--stop", stop)
+    assert result["text"] == whole[: whole.index(stop)] and result["finish_reason"] == "stop"
+
+
+def test_same_seed_gives_the_same_bytes_whatever_the_threads_and_chunks():
+    arguments = ["generate", "-p", "Once upon a time", "-n", "40", "--ignore-eos", "--temp", "1", "--seed", "7"]
+    outputs = {ok(*arguments, "-t", threads) for threads in ["1", "2", "1", "2"]}
+    outputs.add(ok(*arguments, "--chunk-size", "3"))
+    assert len(outputs) == 1
+    assert ok(*arguments[:-1], "8") not in outputs
+
+
+def test_flags_may_come_from_the_environment():
+    tokens = ok_json("generate", "-p", "Once", "--ignore-eos", env=environment(MIXTRAL_MAX_TOKENS="3"))["token_ids"]
+    assert len(tokens) == 3
+
+
+def test_timings_go_to_stderr_on_request():
+    assert b"tokens/s" in mixtral("generate", "-p", "Once", "-n", "2", "-v").stderr
+
+
+def test_prompt_may_be_any_bytes():
+    assert ok_json("tokenize", "-p", b"\xff\xfe", "--no-bos")["pieces"][-2:] == ["<0xFF>", "<0xFE>"]
+    assert "<0x00>" in ok_json("tokenize", stdin=b"a\0b")["pieces"]
+    ok("generate", "-p", b"\xff\xfe", "-n", "2")
+
+
+# ---- the other commands ------------------------------------------------------------------------------------------------
+
+
+def test_info_of_mixtral_8x7b_needs_no_weights(big_model):
+    info = ok_json("info", big_model)
+    assert info["total_parameters"] == 46_702_792_704 and info["active_parameters"] == 12_879_925_248
+    assert info["window"] == 0 and info["window_source"]
+    memory = info["memory"]
+    assert memory["weights_bytes"] == 2 * 46_702_792_704
+    assert memory["weights_bytes_by_dtype"]["float32"] == 4 * 46_702_792_704
+    assert memory["kv_bytes_per_token"] == 2 * 2 * 32 * 8 * 128  # keys and values, bf16, layers, heads, head_dim
+    assert memory["ctx_size"] == 32768 and memory["kv_bytes"] >= 32768 * memory["kv_bytes_per_token"]
+    assert memory["total_bytes"] == memory["weights_bytes"] + memory["kv_bytes"]
+    assert ok_json("info", big_model, "--dtype", "float32")["memory"]["weights_bytes"] == 4 * 46_702_792_704
+    assert b"46702792704" in ok("info", big_model)
+
+
+def test_info_cache_is_bounded_by_the_window(big_model):
+    edit_config(big_model, sliding_window=4096)
+    info = ok_json("info", big_model, "-c", "1000000")
+    assert info["window"] == 4096 and "sliding_window" in info["window_source"]
+    assert 4096 <= info["memory"]["cached_tokens"] < 8192
+
+
+def test_tokenize_shows_ids_and_explains_bos_and_eos():
+    ids = ok_json("tokenize", "-p", "Once upon")["token_ids"]
+    assert ids[0] == 1
+    assert ok("tokenize", "-p", "Once upon").split() == [str(token_id).encode() for token_id in ids]
+    assert ok_json("tokenize", "-p", "Once upon", "--no-bos")["token_ids"] == ids[1:]
+    assert ok_json("tokenize", stdin=b"Once upon\n")["token_ids"] == ids
+    explained = ok_json("tokenize", "-p", "Once upon", "--explain")
+    text = bytes.fromhex("".join(explained["bytes"]))
+    assert text == b" Once upon" and explained["pieces"][0] == "<s>"
+    report = ok("tokenize", "-p", "Once upon", "--explain").decode()
+    for token_id, piece in zip(ids, explained["pieces"], strict=True):
+        assert f"{token_id}  {piece}  [" in report
+    assert "BOS: <s> put before the text" in report and "EOS: none" in report
+    assert "--no-bos" in ok_json("tokenize", "-p", "a", "--explain", "--no-bos")["bos"]
+
+
+def test_tokenize_as_chat_wraps_the_message():
+    pieces = ok_json("tokenize", "-p", "Hello", "--chat")["pieces"]
+    text = "".join(pieces)
+    assert pieces.count("<s>") == 1 and "INST]" in text and "/INST]" in text
+
+
+def test_bench_reports_rates_and_memory():
+    result = ok_json("bench", "--prompt-tokens", "16", "--new-tokens", "4", "--batch", "2", "--repeat", "1")
+    for name in ["load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "percent_of_roofline"]:
+        assert result[name] > 0
+    # The process holds the weights: 5.5 M parameters in bf16.
+    assert result["peak_memory_bytes"] > 10e6
+    one = ok_json("bench", "--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1")["weight_bytes_per_token"]
+    active = ok_json("info")["active_parameters"]
+    assert 0.5 * 2 * active < one < 2 * active  # bf16; of the embedding only one row
+    assert one / 2 < result["weight_bytes_per_token"] < one  # two tokens share what is not an expert
+
+
+def test_chat_over_a_pipe_answers_line_by_line():
+    arguments = ["chat", "--temp", "0", "-n", "8", "--ignore-eos"]
+    once = ok(*arguments, stdin=b"Once upon a time\n")
+    assert len(once) > 1 and once.endswith(b"\n")
+    assert ok(*arguments, stdin=b"Once upon a time\n/clear\nOnce upon a time") == 2 * once
+    assert ok(*arguments, stdin=b"\n/bye\nOnce upon a time\n") == b""
+    with_history = ok(*arguments, stdin=b"Once upon a time\nOnce upon a time\n")
+    assert with_history.startswith(once) and with_history != 2 * once
+
+
+def test_chat_drops_the_oldest_turns_when_the_context_is_full():
+    arguments = ["chat", "--temp", "0", "-n", "8", "--ignore-eos", "-c", "48"]
+    assert ok(*arguments, stdin=b"Once upon a time\n" * 6).count(b"\n") >= 6
+    refused = mixtral(*arguments, stdin=b"Once " * 60)
+    assert refused.returncode == 0 and b"does not fit the context of 48" in refused.stderr
+
+
+def test_help_and_version():
+    assert b"torch 2.11" in ok("--version")
+    assert b"generate" in ok("--help")
+    for command in ["generate", "chat", "info", "tokenize", "bench"]:
+        assert b"Examples:" in ok(command, "-h")

@@ -1,0 +1,256 @@
+"""The `mixtral` binary when things go wrong: exit codes, broken pipes, little memory, signals."""
+
+import functools
+import os
+import pty
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from binary import BINARY, DEMO, edit_config, environment, mixtral, ok_json
+from safetensors.torch import load_file, save_file
+
+ENDLESS = ["generate", "-p", "Once", "-n", "4000", "--ignore-eos"]
+
+
+def assert_fails(run: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    """Exit ``code`` and one line on stderr that has all ``words`` in it."""
+    message = run.stderr.decode()
+    assert run.returncode == code, message
+    assert message.startswith("mixtral: ") and message.count("\n") == 1, message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the demo model, to be damaged."""
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+# ---- exit codes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["command"]),
+        (["generat"], ["unknown command generat", "did you mean generate?"]),
+        (["generate", "--max-token", "3", "-p", "a"], ["--max-token", "did you mean --max-tokens?"]),
+        (["generate", "--max-tokens", "-1", "-p", "a"], ["max_tokens", "-1"]),
+        (["generate", "-n", "many", "-p", "a"], ["many"]),
+        (["generate", "--temp", "-1", "-p", "a"], ["temperature", "-1"]),
+        (["generate", "--top-p", "0", "-p", "a"], ["top_p"]),
+        (["generate", "--logprobs", "21", "--json", "-p", "a"], ["21"]),
+        (["generate", "--logprobs", "2", "-p", "a"], ["--json"]),
+        (["generate", "--device", "tpu", "-p", "a"], ["tpu"]),
+        (["generate", "--dtype", "int8", "-p", "a"], ["int8"]),
+        (["generate", "-c", "-5", "-p", "a"], ["-5"]),
+        (["generate", "-p", ""], ["empty"]),
+        (["generate"], ["empty"]),  # empty stdin
+        (["generate", "-p", "a", "-f", "b"], ["exclude"]),
+        (["generate", "-f", "/nonexistent/prompt"], ["/nonexistent/prompt"]),
+        (["generate", "-p", "one two three", "-c", "6", "-n", "5"], ["--max-tokens 5", "context of 6"]),
+        (["info", "one", "two"], ["two"]),
+        (["bench", "--new-tokens", "1"], ["1"]),
+        (["chat", "--min-p", "2"], ["min_p"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_usage_exits_with_2(arguments, words):
+    assert_fails(mixtral(*arguments), 2, *words)
+
+
+def test_too_long_prompt_names_both_lengths_before_the_weights_are_read(model):
+    (model / "model.safetensors").unlink()
+    length = len(ok_json("tokenize", "-p", "word " * 50)["token_ids"])
+    run = mixtral("generate", model, "-p", "word " * 50, "-n", "30", "-c", "60")
+    assert_fails(run, 2, f"{length} tokens", "60 tokens")
+
+
+def test_missing_model_exits_with_3(tmp_path):
+    for command in [["info"], ["generate", "-p", "a"], ["tokenize", "-p", "a"], ["chat"], ["bench"]]:
+        assert_fails(mixtral(*command, tmp_path / "nothing"), 3, "nothing")
+    assert_fails(mixtral("info", env=environment(MIXTRAL_DEMO_MODEL="/nonexistent")), 3, "/nonexistent")
+    assert_fails(mixtral("info", "-m", "/dev/null"), 3, "/dev/null")
+
+
+def truncate_weights(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (truncate_weights, "model.safetensors"),
+        (lambda model: (model / "model.safetensors").write_bytes(b""), "model.safetensors"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json"),
+        (lambda model: edit_config(model, num_experts_per_tok=9), "num_experts_per_tok"),
+        (lambda model: edit_config(model, hidden_size=256), "hidden_size"),
+        (lambda model: (model / "tokenizer.model").write_bytes(b"\0" * 100), "tokenizer.model"),
+        (lambda model: (model / "tokenizer.model").unlink(), "tokenizer"),
+    ],
+    ids=["truncated", "empty", "config", "top_k", "shape", "tokenizer", "no_tokenizer"],
+)
+def test_damaged_model_exits_with_3(model, damage: Callable[[Path], object], word):
+    damage(model)
+    run = mixtral("generate", model, "-p", "a", "-n", "2")
+    assert_fails(run, 3)
+    assert run.stdout == b""
+    if word != "hidden_size":  # seen as a wrong shape of some tensor
+        assert word in run.stderr.decode()
+
+
+def test_nan_logits_exit_with_5(model):
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][5] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    run = mixtral("generate", model, "-p", "a", "-n", "2")
+    assert run.returncode == 5 and "nan" in run.stderr.decode().splitlines()[-1].lower(), run.stderr
+
+
+def test_full_disk_exits_with_5():
+    with open("/dev/full", "wb") as full:
+        assert_fails(mixtral("generate", "-p", "a", "-n", "2", stdout=full), 5, "No space left")
+        assert_fails(mixtral("info", stdout=full), 5, "No space left")
+
+
+def test_reader_that_leaves_is_no_error():
+    process = subprocess.Popen([BINARY, *ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def limit_memory(mebibytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (mebibytes << 20, mebibytes << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def test_little_address_space_exits_with_4():
+    codes = []
+    for mebibytes in [450, 500, 550, 600, 650, 700, 800, 1000, 1500, 8000]:
+        run = mixtral("generate", "-p", "a", "-n", "2", preexec_fn=functools.partial(limit_memory, mebibytes))
+        if run.returncode == 127:  # the dynamic loader could not even map libtorch
+            assert b"error while loading shared libraries" in run.stderr
+        else:
+            assert run.returncode in (0, 4), (mebibytes, run.returncode, run.stderr)
+            assert run.returncode == 0 or run.stderr.count(b"\n") == 1, run.stderr
+        codes.append(run.returncode)
+    assert 4 in codes and codes[-1] == 0, codes
+
+
+FAILING_NEW = r"""
+#include <atomic>
+#include <cstdlib>
+#include <new>
+static std::atomic<long> calls{0};
+void* operator new(std::size_t size) {
+  static const long fail_at = std::atol(std::getenv("FAIL_AT"));
+  if (++calls == fail_at) throw std::bad_alloc();
+  if (void* memory = std::malloc(size ? size : 1)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+"""
+
+
+def test_failed_allocation_never_aborts(tmp_path):
+    (tmp_path / "new.cpp").write_text(FAILING_NEW)
+    library = tmp_path / "new.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-O1", tmp_path / "new.cpp", "-o", library], check=True)
+    codes = []
+    for count in [1, 2, 20, 200, 20_000, 200_000, 300_000, 400_000, 10**9]:
+        variables = environment(LD_PRELOAD=str(library), FAIL_AT=str(count))
+        run = mixtral("generate", "-p", "a", "-n", "2", env=variables)
+        assert run.returncode in (0, 4), (count, run.returncode, run.stderr)
+        codes.append(run.returncode)
+    assert codes[0] == 4 and codes[-1] == 0
+
+
+def test_cache_that_cannot_fit_exits_with_4(model):
+    edit_config(model, sliding_window=None, max_position_embeddings=2**31)
+    assert_fails(mixtral("generate", model, "-p", "a", "-n", "2000000000"), 4, "cache", "GiB")
+
+
+# ---- signals and terminals ---------------------------------------------------------------------------------------------
+
+
+def leaves_in_time(process: subprocess.Popen, number: signal.Signals) -> int:
+    start = time.monotonic()
+    process.send_signal(number)
+    code = process.wait(30)
+    assert time.monotonic() - start < 1.5  # 1 s, and what a busy machine adds
+    return code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("arguments", [ENDLESS, ["generate"], ["chat"]], ids=["decoding", "reading", "chatting"])
+def test_signal_ends_the_program(arguments, number, code):
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()}
+    process = subprocess.Popen([BINARY, *arguments], **options)
+    if arguments == ["chat"]:
+        process.stdin.write(b"Once\n")
+        process.stdin.flush()
+    if arguments != ["generate"]:
+        process.stdout.read(1)
+    else:
+        time.sleep(1.5)  # until the handlers are there
+    assert leaves_in_time(process, number) == code
+    assert process.stderr.read().count(b"\n") <= 1
+
+
+@pytest.fixture
+def terminal_chat() -> Iterator[tuple[subprocess.Popen, int]]:
+    """A chat on a terminal, past its first prompt; and the other end of the terminal."""
+    ours, theirs = pty.openpty()
+    arguments = [BINARY, "chat", "-n", "4000", "--ignore-eos"]
+    process = subprocess.Popen(arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment())
+    os.close(theirs)
+    read_until(ours, b"> ")
+    yield process, ours
+    process.kill()
+    process.wait()
+    os.close(ours)
+
+
+def read_until(terminal: int, mark: bytes) -> bytes:
+    text = b""
+    while not text.endswith(mark):
+        text += os.read(terminal, 1)
+    return text
+
+
+def test_ctrl_c_stops_the_answer_and_bye_leaves(terminal_chat):
+    process, terminal = terminal_chat
+    os.write(terminal, b"Once upon a time\n")
+    read_until(terminal, b"\n")  # the echo
+    os.read(terminal, 1)
+    process.send_signal(signal.SIGINT)
+    read_until(terminal, b"\n> ")
+    os.write(terminal, b"/bye\n")
+    assert process.wait(30) == 0
+
+
+def test_second_ctrl_c_and_ctrl_d_leave(terminal_chat):
+    process, terminal = terminal_chat
+    process.send_signal(signal.SIGINT)
+    read_until(terminal, b"\n> ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+
+def test_ctrl_d_leaves(terminal_chat):
+    process, terminal = terminal_chat
+    os.write(terminal, b"\x04")
+    assert process.wait(30) == 0

@@ -1,0 +1,159 @@
+"""grouped_gemm against the f64 reference, its bitwise invariances and its errors."""
+
+import pytest
+import torch
+from conftest import assert_within_twice_baseline, opcheck, with_threads
+from routing import ROUTINGS, make_routing, offsets
+
+import mixtral.ops as ops
+from mixtral import reference
+
+# M, Kdim, N, E: around the sizes of lanes (16), column blocks (32), row blocks (64) and panels (512)
+CASES = [
+    (0, 8, 5, 2),
+    (1, 1, 1, 1),
+    (3, 7, 5, 2),
+    (5, 16, 33, 3),
+    (130, 33, 64, 2),
+    (65, 513, 31, 8),
+    (257, 1040, 37, 16),
+]
+
+
+def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, depth, columns, experts = case
+    a = torch.randn(rows, depth, device=device, dtype=torch.float64).to(dtype)
+    b = torch.randn(experts, columns, depth, device=device, dtype=torch.float64).to(dtype)
+    return a, b, offsets(make_routing(routing, rows, experts, 1, device), experts)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, routing, device, dtype):
+    a, b, offs = make(case, routing, device, dtype)
+    oracle = reference.grouped_gemm(a.double(), b.double(), offs)
+    for ends in (offs, offs.long()):
+        assert_within_twice_baseline(ops.grouped_gemm(a, b, ends), oracle, reference.grouped_gemm(a, b, offs))
+
+
+@pytest.mark.parametrize("depth", [4096, 14336])
+def test_long_sums_match_reference(depth, device, dtype):
+    a, b, offs = make((100, depth, 24, 2), "uniform", device, dtype)
+    oracle = reference.grouped_gemm(a.double(), b.double(), offs)
+    assert_within_twice_baseline(ops.grouped_gemm(a, b, offs), oracle, reference.grouped_gemm(a, b, offs))
+
+
+@pytest.mark.parametrize("depth", [4096, 14336])
+def test_rows_do_not_depend_on_batch_or_threads(depth, device, dtype):
+    """The bits of a row are the same alone, in any batch, beside any neighbours and with any number of threads."""
+    a, b, _ = make((128, depth, 40, 1), "uniform", device, dtype)
+    whole = with_threads(2, lambda: ops.grouped_gemm(a, b, torch.tensor([128], device=device)))
+    for rows in (1, 16, 33, 100, 128):
+        for threads in (1, 2):
+            part, ends = a[-rows:].contiguous(), torch.tensor([rows], device=device)
+            actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, b, ends))
+            assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
+
+
+def test_rows_do_not_depend_on_the_other_experts(device, dtype):
+    a, b, _ = make((70, 600, 40, 3), "uniform", device, dtype)
+    together = ops.grouped_gemm(a, b, torch.tensor([5, 69, 70], device=device))
+    starts = [0, 5, 69, 70]
+    for e in range(3):
+        rows = slice(starts[e], starts[e + 1])
+        alone = ops.grouped_gemm(a[rows], b[e : e + 1], torch.tensor([starts[e + 1] - starts[e]], device=device))
+        assert torch.equal(together[rows], alone)
+
+
+@pytest.mark.parametrize("ends", [[0, 0, 9], [0, 9, 9], [9, 9, 9], [4, 4, 9]], ids=str)
+def test_empty_groups(ends, device, dtype):
+    a, b, _ = make((9, 20, 6, 3), "uniform", device, dtype)
+    offs = torch.tensor(ends, device=device)
+    oracle = reference.grouped_gemm(a.double(), b.double(), offs)
+    assert_within_twice_baseline(ops.grouped_gemm(a, b, offs), oracle, reference.grouped_gemm(a, b, offs))
+
+
+def test_empty_sizes(device, dtype):
+    def run(rows: int, depth: int, columns: int, experts: int) -> torch.Tensor:
+        a, b = torch.ones(rows, depth, device=device, dtype=dtype), torch.ones(experts, columns, depth, device=device)
+        return ops.grouped_gemm(a, b.to(dtype), torch.full((experts,), rows, device=device))
+
+    assert run(0, 3, 4, 2).shape == (0, 4) and run(3, 4, 0, 2).shape == (3, 0) and run(0, 3, 4, 0).shape == (0, 4)
+    assert torch.equal(run(3, 0, 4, 2), torch.zeros(3, 4, device=device, dtype=dtype))
+
+
+def test_strided_and_unaligned_inputs(device, dtype):
+    wide = torch.randn(12, 3 * 64 + 1, device=device).to(dtype)
+    weights = torch.randn(2, 64, 10, device=device).to(dtype)
+    offs = torch.tensor([4, 0, 12, 0], device=device)[::2]
+    for a in (wide[:, 1:65], wide[:, ::3][:, :64], wide[:1, :64].expand(12, -1), wide.flatten()[1:769].view(12, 64)):
+        for b in (weights.transpose(1, 2), weights[:1].transpose(1, 2).expand(2, -1, -1)):
+            expected = ops.grouped_gemm(a.clone(), b.contiguous(), offs.contiguous())
+            assert torch.equal(ops.grouped_gemm(a, b, offs), expected)
+
+
+def test_nan_stays_in_its_group(device, dtype):
+    a, b, _ = make((9, 70, 6, 3), "uniform", device, dtype)
+    offs = torch.tensor([3, 6, 9], device=device)
+    clean = ops.grouped_gemm(a, b, offs)
+    a[4, 69] = float("nan")
+    b[2, 1, 0] = float("inf")
+    out = ops.grouped_gemm(a, b, offs)
+    assert out[4].isnan().all() and not out[6:, 1].isfinite().any()
+    rest = torch.ones_like(out, dtype=torch.bool)
+    rest[4], rest[6:, 1] = False, False
+    assert torch.equal(out[rest], clean[rest])
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([3, 2, 4], "grouped_gemm: offs must be >= 0 and must not decrease, got 2 after 3 at expert 1"),
+        ([-1, 2, 4], "grouped_gemm: offs must be >= 0 and must not decrease, got -1 after 0 at expert 0"),
+        ([1, 2, 3], "grouped_gemm: offs must end at the 4 rows of a, got 3"),
+        ([1, 2, 2**32 + 4], "grouped_gemm: offs must end at the 4 rows of a, got 4294967300"),
+    ],
+    ids=str,
+)
+def test_bad_offsets_raise_on_cpu_and_stay_in_bounds_on_cuda(ends, message, device):
+    a, b = torch.ones(4, 2, device=device), torch.ones(3, 5, 2, device=device)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match=message):
+            ops.grouped_gemm(a, b, torch.tensor(ends))
+        return
+    out = ops.grouped_gemm(a, b, torch.tensor(ends, device=device))
+    covered = min(max(ends), 4)
+    assert torch.equal(out[:covered], torch.full((covered, 5), 2.0, device=device))
+    assert torch.equal(out[covered:], torch.zeros(4 - covered, 5, device=device))
+
+
+A, B, OFFS = torch.ones(4, 2), torch.ones(3, 5, 2), torch.tensor([1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "offs", "message"),
+    [
+        (A[0], B, OFFS, r"grouped_gemm: a must have 2 dimensions \[M, Kdim\], got shape \[2\]"),
+        (A.double(), B.double(), OFFS, "grouped_gemm: a must be Float, BFloat16 or Half, got Double"),
+        (A, B[0], OFFS, r"grouped_gemm: b must have 3 dimensions \[E, N, Kdim\], got shape \[5, 2\]"),
+        (A, B[..., :1], OFFS, r"grouped_gemm: b must have size 2 in dimension 2, got shape \[3, 5, 1\]"),
+        (A, B.half(), OFFS, "grouped_gemm: b must be Float, got Half"),
+        (A, B, OFFS[None], r"grouped_gemm: offs must have 1 dimensions \[E\], got shape \[1, 3\]"),
+        (A, B, OFFS[:2], r"grouped_gemm: offs must have size 3 in dimension 0, got shape \[2\]"),
+        (A, B, OFFS.float(), "grouped_gemm: offs must be Int or Long, got Float"),
+    ],
+)
+def test_bad_input_raises(a, b, offs, message, device):
+    with pytest.raises(RuntimeError, match=message):
+        ops.grouped_gemm(a.to(device), b.to(device), offs.to(device))
+
+
+def test_backward_is_an_error_in_words(device):
+    a = A.to(device).requires_grad_()
+    with pytest.raises(RuntimeError, match="grouped_gemm: has no backward"):
+        ops.grouped_gemm(a, B.to(device), OFFS.to(device)).sum().backward()
+
+
+@pytest.mark.parametrize("case", [(0, 8, 5, 2), (5, 16, 33, 3), (1, 3, 2, 1)], ids=str)
+def test_opcheck(case, device, dtype):
+    opcheck(torch.ops.mixtral.grouped_gemm.default, make(case, "uniform", device, dtype))

@@ -1,0 +1,135 @@
+"""moe_mlp against the f64 reference and, bit for bit, against the ops it is made of."""
+
+import pytest
+import torch
+from conftest import assert_within_twice_baseline, opcheck, with_threads
+from routing import ROUTINGS, make_routing
+
+import mixtral.ops as ops
+from mixtral import reference
+
+# T, H, I, E, K
+CASES = [(0, 8, 8, 4, 2), (1, 1, 1, 1, 1), (3, 5, 7, 2, 2), (17, 40, 33, 3, 1), (65, 64, 96, 8, 2), (33, 100, 31, 16, 4)]
+Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> Layer:
+    tokens, hidden, intermediate, experts, top_k = case
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float64)
+
+    return (
+        random(tokens, hidden).to(dtype),
+        torch.rand(tokens, top_k, device=device),
+        make_routing(routing, tokens, experts, top_k, device),
+        (random(experts, 2 * intermediate, hidden) / hidden**0.5).to(dtype),
+        (random(experts, hidden, intermediate) / intermediate**0.5).to(dtype),
+    )
+
+
+def composed(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    permuted, offs, row_map = ops.moe_permute(x, ids, len(gate_up))
+    y = ops.grouped_gemm(ops.swiglu(ops.grouped_gemm(permuted, gate_up, offs)), down, offs)
+    return ops.moe_unpermute(y, weights, row_map)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, routing, device, dtype):
+    layer = make(case, routing, device, dtype)
+    x, weights, ids, gate_up, down = layer
+    oracle = reference.moe_mlp(x.double(), weights.double(), ids, gate_up.double(), down.double())
+    assert_within_twice_baseline(ops.moe_mlp(*layer), oracle, reference.moe_mlp(*layer))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("case", [*CASES, (40, 600, 520, 8, 2)], ids=str)
+def test_equals_the_composition_of_the_ops(case, routing, device, dtype):
+    layer = make(case, routing, device, dtype)
+    assert torch.equal(ops.moe_mlp(*layer), composed(*layer))
+    x, weights, ids, gate_up, down = layer
+    assert torch.equal(ops.moe_mlp(x, weights, ids.long(), gate_up, down), composed(*layer))
+
+
+def test_token_does_not_depend_on_batch_or_threads(device, dtype):
+    x, weights, ids, gate_up, down = make((130, 600, 520, 8, 2), "zipf", device, dtype)
+    whole = with_threads(2, lambda: ops.moe_mlp(x, weights, ids, gate_up, down))
+    assert torch.equal(whole, with_threads(1, lambda: ops.moe_mlp(x, weights, ids, gate_up, down)))
+    for part in (slice(0, 1), slice(64, 65), slice(1, 17), slice(30, 130)):
+        assert torch.equal(whole[part], ops.moe_mlp(x[part], weights[part], ids[part], gate_up, down))
+
+
+def test_strided_inputs(device, dtype):
+    x, weights, ids, gate_up, down = make((9, 20, 24, 4, 2), "uniform", device, dtype)
+    strided = (x.T.contiguous().T, weights.T.contiguous().T, ids.T.contiguous().T, gate_up.mT.contiguous().mT, down.mT.contiguous().mT)
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    assert torch.equal(ops.moe_mlp(*strided), ops.moe_mlp(x, weights, ids, gate_up, down))
+
+
+def test_nan_stays_in_its_token(device, dtype):
+    layer = make((9, 20, 24, 4, 2), "uniform", device, dtype)
+    clean = ops.moe_mlp(*layer)
+    layer[0][3, 7] = float("nan")
+    out = ops.moe_mlp(*layer)
+    assert out[3].isnan().all()
+    rest = torch.arange(9, device=device) != 3
+    assert torch.equal(out[rest], clean[rest])
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1, -(2**31), 2**32 + 1])
+def test_bad_id_is_an_error_on_cpu_and_dropped_on_cuda(bad, device):
+    x, weights, ids, gate_up, down = make((9, 20, 24, 4, 2), "uniform", device, torch.float32)
+    clean = ops.moe_mlp(x, weights * (torch.arange(18, device=device).view(9, 2) != 7), ids, gate_up, down)
+    ids = ids.long()
+    ids[3, 1] = bad
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match=rf"moe_mlp: topk_ids must be in \[0, 4\), got {bad} at token 3"):
+            ops.moe_mlp(x, weights, ids, gate_up, down)
+    else:
+        assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), clean)
+
+
+X, W, IDS = torch.ones(2, 3), torch.ones(2, 1), torch.zeros(2, 1).int()
+GATE_UP, DOWN = torch.ones(4, 10, 3), torch.ones(4, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", X[0], r"moe_mlp: x must have 2 dimensions \[T, H\], got shape \[3\]"),
+        ("x", X.double(), "moe_mlp: x must be Float, BFloat16 or Half, got Double"),
+        ("topk_weights", W[0], r"moe_mlp: topk_weights must have 2 dimensions \[T, K\], got shape \[1\]"),
+        ("topk_weights", W.half(), "moe_mlp: topk_weights must be Float, got Half"),
+        ("topk_weights", W[:1], r"moe_mlp: topk_weights must have size 2 in dimension 0, got shape \[1, 1\]"),
+        ("topk_weights", W.expand(2, 2), r"moe_mlp: topk_weights must have size 1 in dimension 1, got shape \[2, 2\]"),
+        ("topk_ids", IDS[0], r"moe_mlp: topk_ids must have 2 dimensions \[T, K\], got shape \[1\]"),
+        ("topk_ids", IDS.float(), "moe_mlp: topk_ids must be Int or Long, got Float"),
+        ("topk_ids", IDS[:1], r"moe_mlp: topk_ids must have size 2 in dimension 0, got shape \[1, 1\]"),
+        ("gate_up_proj", GATE_UP[0], r"moe_mlp: gate_up_proj must have 3 dimensions \[E, 2I, H\], got shape \[10, 3\]"),
+        ("gate_up_proj", GATE_UP.half(), "moe_mlp: gate_up_proj must be Float, got Half"),
+        ("gate_up_proj", GATE_UP[..., :2], r"moe_mlp: gate_up_proj must have size 3 in dimension 2, got shape \[4, 10, 2\]"),
+        ("gate_up_proj", GATE_UP[:, :9], r"moe_mlp: gate_up_proj must have an even size in dimension 1, got shape \[4, 9, 3\]"),
+        ("gate_up_proj", GATE_UP[:0], r"moe_mlp: gate_up_proj must have at least one expert, got shape \[0, 10, 3\]"),
+        ("down_proj", DOWN[0], r"moe_mlp: down_proj must have 3 dimensions \[E, H, I\], got shape \[3, 5\]"),
+        ("down_proj", DOWN.half(), "moe_mlp: down_proj must be Float, got Half"),
+        ("down_proj", DOWN[:3], r"moe_mlp: down_proj must have size 4 in dimension 0, got shape \[3, 3, 5\]"),
+        ("down_proj", DOWN[:, :2], r"moe_mlp: down_proj must have size 3 in dimension 1, got shape \[4, 2, 5\]"),
+        ("down_proj", DOWN[..., :4], r"moe_mlp: down_proj must have size 5 in dimension 2, got shape \[4, 3, 4\]"),
+    ],
+)
+def test_bad_input_raises(name, value, message, device):
+    arguments = {"x": X, "topk_weights": W, "topk_ids": IDS, "gate_up_proj": GATE_UP, "down_proj": DOWN} | {name: value}
+    with pytest.raises(RuntimeError, match=message):
+        ops.moe_mlp(**{key: tensor.to(device) for key, tensor in arguments.items()})
+
+
+def test_backward_is_an_error_in_words(device):
+    x, *rest = (tensor.to(device) for tensor in (X.clone().requires_grad_(), W, IDS, GATE_UP, DOWN))
+    with pytest.raises(RuntimeError, match="moe_mlp: has no backward"):
+        ops.moe_mlp(x, *rest).sum().backward()
+
+
+@pytest.mark.parametrize("case", [(0, 8, 8, 4, 2), (5, 16, 9, 3, 2)], ids=str)
+def test_opcheck(case, device, dtype):
+    opcheck(torch.ops.mixtral.moe_mlp.default, make(case, "uniform", device, dtype))

@@ -1,0 +1,100 @@
+"""topk_softmax against the f64 reference: ties, NaN and infinite logits, invariances and errors."""
+
+import pytest
+import torch
+from conftest import assert_within_twice_baseline, opcheck, with_threads
+
+import mixtral.ops as ops
+from mixtral import reference
+
+CASES = [(0, 8, 2), (1, 1, 1), (3, 2, 1), (7, 3, 3), (33, 8, 2), (65, 16, 4), (5, 100, 7)]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalize", "plain"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, renormalize, device, dtype):
+    tokens, experts, top_k = case
+    logits = (3 * torch.randn(tokens, experts, device=device, dtype=torch.float64)).to(dtype)
+    weights, ids = ops.topk_softmax(logits, top_k, renormalize)
+    oracle_weights, oracle_ids = reference.topk_softmax(logits.double(), top_k, renormalize)
+    assert ids.dtype == torch.int32 and torch.equal(ids, oracle_ids)
+    assert_within_twice_baseline(weights, oracle_weights, reference.topk_softmax(logits, top_k, renormalize)[0])
+
+
+def test_ties_go_to_the_smaller_id(device, dtype):
+    logits = torch.tensor([[1, 2, 2, 1, 2], [0, 0, 0, 0, 0]], device=device, dtype=dtype)
+    assert ops.topk_softmax(logits, 4)[1].tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[NAN, 1, 2, 3], [3, 2, NAN, 1], [NAN] * 4, [INF, 0, 1, 2], [INF, INF, NAN, -INF], [-INF] * 4],
+    ids=str,
+)
+@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalize", "plain"])
+def test_not_a_distribution_gives_nan_weights_in_its_row_alone(row, renormalize, device, dtype):
+    logits = torch.randn(3, 4, device=device).to(dtype)
+    clean_weights, clean_ids = ops.topk_softmax(logits, 3, renormalize)
+    logits[1] = torch.tensor(row)
+    weights, ids = ops.topk_softmax(logits, 3, renormalize)
+    assert weights[1].isnan().all()
+    assert len(set(ids[1].tolist())) == 3 and set(ids[1].tolist()) <= set(range(4))
+    assert torch.equal(weights[[0, 2]], clean_weights[[0, 2]]) and torch.equal(ids[[0, 2]], clean_ids[[0, 2]])
+
+
+def test_nan_logits_rank_last(device):
+    logits = torch.tensor([[NAN, 1.0, NAN, 5.0]], device=device)
+    assert ops.topk_softmax(logits, 4)[1].tolist() == [[3, 1, 0, 2]]
+
+
+def test_huge_and_masked_logits_are_finite(device):
+    logits = torch.tensor([[3e38, -3e38, 3e38, 0], [-3e38, -3e38, -3e38, -3e38], [-INF, 1, -INF, -INF]], device=device)
+    weights, ids = ops.topk_softmax(logits, 2)
+    assert torch.equal(weights.cpu(), torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]]))
+    assert ids.tolist() == [[0, 2], [0, 1], [1, 0]]
+
+
+def test_strided_logits(device, dtype):
+    wide = torch.randn(9, 17, device=device).to(dtype)
+    for logits in (wide[:, ::2], wide.T, wide[:1].expand(4, -1), wide[:, 1:]):
+        expected = ops.topk_softmax(logits.contiguous(), 3)
+        for actual, want in zip(ops.topk_softmax(logits, 3), expected, strict=True):
+            assert torch.equal(actual, want)
+
+
+def test_row_does_not_depend_on_batch_or_threads(device, dtype):
+    logits = torch.randn(4097, 8, device=device).to(dtype)
+    weights, ids = with_threads(2, lambda: ops.topk_softmax(logits, 2))
+    assert torch.equal(weights, with_threads(1, lambda: ops.topk_softmax(logits, 2)[0]))
+    for t in (0, 2048, 4096):
+        alone = ops.topk_softmax(logits[t : t + 1], 2)
+        assert torch.equal(weights[t : t + 1], alone[0]) and torch.equal(ids[t : t + 1], alone[1])
+
+
+@pytest.mark.parametrize(
+    ("logits", "top_k", "message"),
+    [
+        (torch.ones(4), 1, r"topk_softmax: router_logits must have 2 dimensions \[T, E\], got shape \[4\]"),
+        (torch.ones(2, 4).long(), 1, "topk_softmax: router_logits must be Float, BFloat16 or Half, got Long"),
+        (torch.ones(2, 4), 0, r"topk_softmax: top_k must be in \[1, 4\], got 0"),
+        (torch.ones(2, 4), 5, r"topk_softmax: top_k must be in \[1, 4\], got 5"),
+        (torch.ones(2, 0), 1, r"topk_softmax: top_k must be in \[1, 0\], got 1"),
+    ],
+)
+def test_bad_input_raises(logits, top_k, message, device):
+    with pytest.raises(RuntimeError, match=message):
+        ops.topk_softmax(logits.to(device), top_k)
+
+
+def test_backward_is_an_error_in_words(device):
+    logits = torch.ones(2, 4, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="topk_softmax: has no backward"):
+        ops.topk_softmax(logits, 2)[0].sum().backward()
+
+
+@pytest.mark.parametrize("case", [(0, 8, 2), (5, 3, 1), (33, 8, 2)], ids=str)
+def test_opcheck(case, device, dtype):
+    tokens, experts, top_k = case
+    logits = torch.randn(tokens, experts, device=device).to(dtype)
+    opcheck(torch.ops.mixtral.topk_softmax.default, (logits, top_k))
