@@ -60,6 +60,21 @@ void expect_load_error(Action action, const std::string& part) {
   }
 }
 
+// Writes `bytes` to `path` and calls `load` once for each of the first `count` bits, with that bit of the file flipped.
+template <typename Load>
+void for_each_bit_flip(const std::filesystem::path& path, const std::string& bytes, size_t count, Load load) {
+  write_file(path, bytes);
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);  // in place: a new file each time is slow
+  const auto put = [&](size_t at, int byte) {
+    file.seekp(static_cast<std::streamoff>(at)).put(static_cast<char>(byte)).flush();
+  };
+  for (size_t i = 0; i < count; ++i) {
+    put(i / 8, bytes[i / 8] ^ 1 << i % 8);
+    load();
+    put(i / 8, bytes[i / 8]);
+  }
+}
+
 // Peak resident memory of this process so far, in bytes.
 inline int64_t peak_memory() {
   std::ifstream status("/proc/self/status");

@@ -1,12 +1,13 @@
-// Key ranges, cache addresses and query tiles of the attention kernels: what a CUDA block computes for itself, proved here.
-#include "ops/sliding_window_attention/attention_index.h"
-
+// Key ranges, cache addresses and query tiles of the attention kernels: what a CUDA block computes for itself, proved
+// here.
 #include <gtest/gtest.h>
 
 #include <cstdint>
 #include <limits>
 #include <random>
 #include <vector>
+
+#include "ops/sliding_window_attention/attention_index.h"
 
 namespace mixtral {
 namespace {
@@ -50,7 +51,8 @@ TEST(AttentionIndex, PackedKeysFollowOneAnother) {
 }
 
 TEST(AttentionIndex, PagesRollAndBadPagesHaveNoRow) {
-  const std::vector<int64_t> lens = {9, int64_t{1} << 33}, table = {4, 2, -1, 5, 0, 1};  // [B = 2, R = 3], 5 pages of 4 rows
+  const std::vector<int64_t> lens = {9, int64_t{1} << 33},
+                             table = {4, 2, -1, 5, 0, 1};  // [B = 2, R = 3], 5 pages of 4 rows
   KeyLayout keys;
   keys.kv_lens = lens.data();
   keys.page_table = table.data();
@@ -60,9 +62,9 @@ TEST(AttentionIndex, PagesRollAndBadPagesHaveNoRow) {
   EXPECT_EQ(keys.length(1), int64_t{1} << 33);
   EXPECT_EQ(keys.row(0, 0), 16);
   EXPECT_EQ(keys.row(0, 7), 2 * 4 + 3);
-  EXPECT_EQ(keys.row(0, 8), -1);       // page -1
-  EXPECT_EQ(keys.row(0, 12), 4 * 4);   // column 3 mod 3
-  EXPECT_EQ(keys.row(1, 1), -1);       // page 5 of 5
+  EXPECT_EQ(keys.row(0, 8), -1);      // page -1
+  EXPECT_EQ(keys.row(0, 12), 4 * 4);  // column 3 mod 3
+  EXPECT_EQ(keys.row(1, 1), -1);      // page 5 of 5
   EXPECT_EQ(keys.row(1, 6), 2);
   const int64_t far = (int64_t{1} << 33) + 1;  // page 2^31, column 2^31 mod 3 = 2
   EXPECT_EQ(keys.row(1, far), 1 * 4 + 1);

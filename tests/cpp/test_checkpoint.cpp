@@ -175,11 +175,12 @@ TEST(Checkpoint, ReadsDenseAndTiedModels) {
 
 TEST(Checkpoint, ConvertsEveryDtypeRoundingToNearestEven) {
   const Config config = small_config(2);
+  // Halfway between two bfloat16 values (twice), not a number, infinite.
+  const std::vector<double> special = {1.00390625, 1.01171875, NAN, INFINITY, 0, -0.0, 1, 2};
   for (const auto from : {torch::kFloat32, torch::kBFloat16, torch::kHalf}) {
     for (const auto to : {torch::kFloat32, torch::kBFloat16, torch::kHalf}) {
       Tensors t = random_tensors(config, WeightNames::kHuggingFace, from);
-      // Halfway between two bfloat16 values, a value with a NaN, one with an infinity.
-      t["model.norm.weight"] = torch::tensor({1.00390625, 1.01171875, NAN, INFINITY, 0., -0., 1., 2.}).to(from);
+      t["model.norm.weight"] = torch::tensor(special).to(from);
       const Parameters p = load(t, config, to);
       EXPECT_TRUE(torch::equal(p["lm_head"], t.at("lm_head.weight").to(to)));
       EXPECT_TRUE(torch::allclose(p["norm"], t.at("model.norm.weight").to(to), 0, 0, /*equal_nan=*/true));
@@ -346,15 +347,12 @@ TEST(Checkpoint, SurvivesEveryBitFlipOfItsHeader) {
   const size_t header_end = valid.find("}}") + 2;
   const Parameters parameters = empty_parameters(config, torch::kBFloat16);
   const TempFolder folder;
-  for (size_t i = 0; i < 8 * header_end; ++i) {
-    std::string flipped = valid;
-    flipped[i / 8] = static_cast<char>(flipped[i / 8] ^ 1 << i % 8);
-    write_file(folder / "model.safetensors", flipped);
+  testing::for_each_bit_flip(folder / "model.safetensors", valid, 8 * header_end, [&] {
     try {
       Checkpoint(folder.path(), config).read_into(parameters, nullptr);
     } catch (const LoadError&) {
     }
-  }
+  });
 }
 
 }  // namespace

@@ -1,6 +1,4 @@
 // Number conversions and exp of the CPU kernels, against torch's own conversions and the f64 library function.
-#include "ops/cpu/simd.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+
+#include "ops/cpu/simd.h"
 
 namespace mixtral::cpu {
 namespace {

@@ -29,7 +29,7 @@ def random_model(dense: bool = False, **overrides) -> PreTrainedModel:
     """A random Mixtral (or Mistral, its dense twin) in f32; the rotary base is 1e4 unless given."""
     settings = {"sliding_window": None, **TINY, **overrides}
     config = MistralConfig(**settings) if dense else MixtralConfig(**settings)
-    return (MistralForCausalLM if dense else MixtralForCausalLM)._from_config(config, attn_implementation="eager").eval()
+    return (MistralForCausalLM if dense else MixtralForCausalLM)._from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:

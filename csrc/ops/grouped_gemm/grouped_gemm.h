@@ -12,7 +12,7 @@
 namespace mixtral {
 
 // Output tile of one unit of CPU work.
-inline constexpr int64_t kGemmBlockRows = 64, kGemmBlockColumns = 32;
+inline constexpr int64_t kGemmBlockRows = 64, kGemmBlockColumns = 48;
 
 // a [M, Kdim], b [E, N, Kdim], offs [E] end offsets, out [M, N].
 template <typename T>

@@ -10,6 +10,7 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace mixtral {
 
@@ -17,8 +18,8 @@ using namespace cpu;
 
 namespace {
 
-constexpr int64_t kBlockDepth = 512, kTileRows = 4, kTileColumns = 4;
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kBlockDepth = 512, kTileRows = 4, kTileColumns = 6;
+constexpr int64_t kFewRows = 8;  // f16 is always packed: its conversion vectorises in a loop of its own only
 
 struct Scratch {
   alignas(64) float a[kGemmBlockRows * kBlockDepth];
@@ -55,12 +56,12 @@ MIXTRAL_INLINE void multiply_tile(const Panel<T>& a, int64_t r, const Panel<T>& 
   Lanes sum[Rows][kTileColumns] = {};
   for (int64_t k = 0; k < full; k += kLanes) {
     Lanes right[kTileColumns];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int64_t j = 0; j < kTileColumns; ++j) right[j] = load_lanes(right_rows[j] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int64_t i = 0; i < Rows; ++i) {
       const Lanes left = load_lanes(left_rows + i * a.stride + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int64_t j = 0; j < kTileColumns; ++j) fma_lanes(sum[i][j], left, right[j]);
     }
   }
@@ -94,7 +95,7 @@ MIXTRAL_INLINE void multiply_block(const GroupedGemm<T>& gemm, const GemmTile& t
     return Panel<T>{data + k, gemm.depth, count, std::min(kBlockDepth, gemm.depth - k)};
   };
   std::fill_n(scratch.sums, rows * kGemmBlockColumns, Lanes{});
-  if (rows <= kFewRows) {
+  if (rows <= kFewRows && !std::is_same_v<T, Half>) {
     for (int64_t c = 0; c < columns; c += kTileColumns)
       for (int64_t k = 0; k < gemm.depth; k += kBlockDepth)
         multiply_panels(panel(a, rows, k), panel(b, columns, k), c, scratch.sums);

@@ -1,10 +1,10 @@
 #include "rolling_kv_cache.h"
 
-#include "../dispatch.h"
-#include "../sliding_window_attention/attend.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "../dispatch.h"
+#include "../sliding_window_attention/attend.h"
 
 namespace mixtral {
 namespace {

@@ -2,18 +2,19 @@
 // rolling_kv_cache_attention:  sliding-window attention whose keys lie in the pages of that cache
 //
 // The cache is a pool of pages of P rows. Position p of sequence b lies in page page_table[b, (p div P) mod R], row
-// p mod P: with a window, R = ceil((W - 1 + chunk) / P) + 1 columns serve a sequence of any length, the rolling buffer of
-// Jiang et al., "Mistral 7B" (2023), page by page. A chunk is written first; attention then reads the cache alone. A row
-// that no query sees is never read: it may hold anything.
+// p mod P: with a window, R = ceil((W - 1 + chunk) / P) + 1 columns serve a sequence of any length, the rolling buffer
+// of Jiang et al., "Mistral 7B" (2023), page by page. A chunk is written first; attention then reads the cache alone. A
+// row that no query sees is never read: it may hold anything.
 #pragma once
-
-#include "../cuda/stream.h"
 
 #include <cstdint>
 
+#include "../cuda/stream.h"
+
 namespace mixtral {
 
-// k, v [T, row_size] and the caches [slots, row_size], row_size = Nkv * D. Tokens [begin, end); slot_mapping [T] was checked.
+// k, v [T, row_size] and the caches [slots, row_size], row_size = Nkv * D. Tokens [begin, end); slot_mapping [T] was
+// checked.
 template <typename T>
 void launch_rolling_kv_cache_write_cpu(const T* k, const T* v, T* k_cache, T* v_cache, const int64_t* slot_mapping,
                                        int64_t row_size, int64_t begin, int64_t end);

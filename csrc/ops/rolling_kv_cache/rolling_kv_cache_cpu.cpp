@@ -1,9 +1,9 @@
-#include "rolling_kv_cache.h"
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+
+#include "rolling_kv_cache.h"
 
 namespace mixtral {
 

@@ -1,7 +1,6 @@
 // One block per token copies its row of k and of v into the cache.
-#include "rolling_kv_cache.h"
-
 #include "../cuda/common.cuh"
+#include "rolling_kv_cache.h"
 
 namespace mixtral {
 namespace {
@@ -30,8 +29,8 @@ template <typename T>
 int launch_rolling_kv_cache_write_cuda(const T* k, const T* v, T* k_cache, T* v_cache, const int64_t* slot_mapping,
                                        int64_t tokens, int64_t slots, int64_t row_size, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
-  rolling_kv_cache_write_row_kernel<<<static_cast<unsigned>(tokens), kThreads, 0, stream>>>(k, v, k_cache, v_cache,
-                                                                                            slot_mapping, slots, row_size);
+  rolling_kv_cache_write_row_kernel<<<static_cast<unsigned>(tokens), kThreads, 0, stream>>>(
+      k, v, k_cache, v_cache, slot_mapping, slots, row_size);
   return cudaGetLastError();
 }
 

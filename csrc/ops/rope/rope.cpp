@@ -1,10 +1,10 @@
 #include "rope.h"
 
-#include "../dispatch.h"
-
 #include <cmath>
 #include <tuple>
 #include <vector>
+
+#include "../dispatch.h"
 
 namespace mixtral {
 namespace {

@@ -1,13 +1,13 @@
 // Rotary position embedding (Su et al. 2021), with the numbers of Hugging Face:
 //   angle(t, i) = float(positions[t]) * inverse_frequency[i],  inverse_frequency[i] = 1 / theta^(2i / D),  all f32
 //   out[a] = x[a] * cos - x[b] * sin,  out[b] = x[b] * cos + x[a] * sin
-// for i < D/2 and the pair (a, b) = (i, i + D/2), or (2i, 2i + 1) when interleaved. Cosine, sine and the rotation are f32,
-// rounded once.
+// for i < D/2 and the pair (a, b) = (i, i + D/2), or (2i, 2i + 1) when interleaved. Cosine, sine and the rotation are
+// f32, rounded once.
 #pragma once
 
-#include "../cuda/stream.h"
-
 #include <cstdint>
+
+#include "../cuda/stream.h"
 
 namespace mixtral {
 

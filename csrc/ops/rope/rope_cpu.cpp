@@ -1,8 +1,7 @@
-#include "rope.h"
+#include <vector>
 
 #include "../cpu/simd.h"
-
-#include <vector>
+#include "rope.h"
 
 namespace mixtral {
 namespace {

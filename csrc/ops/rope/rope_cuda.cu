@@ -1,9 +1,8 @@
 // One block per token: the angles once, into shared memory, then every head of q and k.
-#include "rope.h"
+#include <algorithm>
 
 #include "../cuda/common.cuh"
-
-#include <algorithm>
+#include "rope.h"
 
 namespace mixtral {
 namespace {
@@ -17,8 +16,8 @@ struct InverseFrequencies {
   float value[kMaxRopePairsCuda];
 };
 
-// sincosf falls back to a slow path with local memory for large angles. Here angle / pi is taken in two doubles, so that
-// its fraction is exact to f32 for every position below 2^53; sincospif needs no reduction then.
+// sincosf falls back to a slow path with local memory for large angles. Here angle / pi is taken in two doubles, so
+// that its fraction is exact to f32 for every position below 2^53; sincospif needs no reduction then.
 __device__ __forceinline__ void sine_cosine(float angle, float* sine, float* cosine) {
   constexpr double kInversePi = 0.31830988618379067154, kInversePiLow = -1.9678676675182486e-17;
   const double high = angle * kInversePi;

@@ -1,10 +1,10 @@
 // The host side that sliding_window_attention and rolling_kv_cache_attention share.
 #pragma once
 
+#include <optional>
+
 #include "../checks.h"
 #include "attention_index.h"
-
-#include <optional>
 
 namespace mixtral {
 

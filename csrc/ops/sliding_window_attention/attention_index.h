@@ -11,8 +11,8 @@ struct KeyRange {
   int64_t begin, end;
 };
 
-// The keys that the query at `position` sees: the last `window` ones up to and including its own (window 0: all of them);
-// without causality all `length` keys. A query before the first key (position < 0) sees none.
+// The keys that the query at `position` sees: the last `window` ones up to and including its own (window 0: all of
+// them); without causality all `length` keys. A query before the first key (position < 0) sees none.
 constexpr KeyRange visible_keys(int64_t position, int64_t length, int64_t window, bool causal) {
   if (!causal) return {0, length};
   if (position < 0) return {0, 0};

@@ -1,9 +1,9 @@
 #include "sliding_window_attention.h"
 
+#include <cmath>
+
 #include "../dispatch.h"
 #include "attend.h"
-
-#include <cmath>
 
 namespace mixtral {
 
@@ -42,8 +42,19 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   dispatch_float(op, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const AttentionProblem<T> problem{
-        const_ptr<T>(q_contiguous), const_ptr<T>(k),  const_ptr<T>(v), mutable_ptr<T>(out),
-        const_ptr<int64_t>(cu_seqlens_q), keys, tokens, sequences, num_heads, num_kv_heads, head_dim, window, causal,
+        const_ptr<T>(q_contiguous),
+        const_ptr<T>(k),
+        const_ptr<T>(v),
+        mutable_ptr<T>(out),
+        const_ptr<int64_t>(cu_seqlens_q),
+        keys,
+        tokens,
+        sequences,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        window,
+        causal,
         static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))))};
     if constexpr (kWithCuda) {
       if (q.is_cuda()) {
@@ -93,9 +104,7 @@ Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) {
-  m.impl("sliding_window_attention", TORCH_BOX(&sliding_window_attention));
-}
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) { m.impl("sliding_window_attention", TORCH_BOX(&sliding_window_attention)); }
 
 #ifdef MIXTRAL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) {

@@ -1,16 +1,16 @@
 // sliding_window_attention: out[i] = sum_j softmax_j(scale * q[i].k[j]) v[j] over the keys j of the same sequence with
-// 0 <= i - j < W. Queries are aligned to the end of their sequence: with Lq queries and Lk keys, query i sits at position
-// i + Lk - Lq. A query that sees no key gives zeros.
+// 0 <= i - j < W. Queries are aligned to the end of their sequence: with Lq queries and Lk keys, query i sits at
+// position i + Lk - Lq. A query that sees no key gives zeros.
 //
-// Windows as in Beltagy et al., "Longformer" (2020) and Jiang et al., "Mistral 7B" (2023); the softmax is the online one
-// of Milakov and Gimelshein (2018), over blocks of keys, in f32. rolling_kv_cache_attention is the same computation with
-// the keys in pages: it calls attend() too.
+// Windows as in Beltagy et al., "Longformer" (2020) and Jiang et al., "Mistral 7B" (2023); the softmax is the online
+// one of Milakov and Gimelshein (2018), over blocks of keys, in f32. rolling_kv_cache_attention is the same computation
+// with the keys in pages: it calls attend() too.
 #pragma once
+
+#include <cstdint>
 
 #include "../cuda/stream.h"
 #include "attention_index.h"
-
-#include <cstdint>
 
 namespace mixtral {
 

@@ -1,13 +1,12 @@
 // A tile of query rows walks over blocks of sixteen keys, converted to f32 once for the whole tile. Blocks start at
 // multiples of sixteen of the absolute position, and a row takes part only in blocks that hold a key it sees: its sums
 // run over the same blocks in the same order whatever its neighbours, the chunking or the layout of the keys.
-#include "sliding_window_attention.h"
-
-#include "../cpu/simd.h"
-
 #include <algorithm>
 #include <limits>
 #include <vector>
+
+#include "../cpu/simd.h"
+#include "sliding_window_attention.h"
 
 namespace mixtral {
 namespace {
@@ -34,31 +33,20 @@ MIXTRAL_INLINE void load_row(const T* row, int64_t head_dim, float* out) {
   if (full < head_dim) store_lanes(out + full, load_lanes(row + full, head_dim - full));
 }
 
-// q.k * scale for the 16 keys of a block, one lane each: nothing to fold. Four partial sums hide the latency of an fma.
-// q [width], k_block [width, 16].
-MIXTRAL_INLINE Lanes block_scores(const float* q, const float* k_block, int64_t width, float scale) {
-  Lanes sums[4] = {};
-  for (int64_t d = 0; d < width; d += 4, k_block += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i)
-      for (int64_t j = 0; j < kLanes; ++j)
-        sums[i].v[j] = __builtin_fmaf(q[d + i], k_block[i * kLanes + j], sums[i].v[j]);
-  }
-  Lanes out;
-  for (int64_t j = 0; j < kLanes; ++j)
-    out.v[j] = ((sums[0].v[j] + sums[1].v[j]) + (sums[2].v[j] + sums[3].v[j])) * scale;
-  return out;
-}
-
-// Keys [from, to) of a block join the row. q, acc [width]; k_block [width, 16], v_block [16, width]. Values outside are
-// not even multiplied by zero: they may be NaN.
+// Keys [from, to) of a block join the row. q, acc [width]; k_block, v_block [16, width]. Keys outside are not even
+// multiplied by zero: they may hold NaN.
 MIXTRAL_INLINE void update_row(RowState& state, const float* q, const float* k_block, const float* v_block, float* acc,
                                int64_t from, int64_t to, int64_t width, float scale) {
-  Lanes scores = block_scores(q, k_block, width, scale);
-  for (int64_t j = 0; j < kLanes; ++j)
-    scores.v[j] = j >= from && j < to ? scores.v[j] : -std::numeric_limits<float>::infinity();
+  Lanes scores;
+  for (int64_t j = 0; j < kLanes; ++j) scores.v[j] = -std::numeric_limits<float>::infinity();
   float max = state.max;
-  for (int64_t j = 0; j < kLanes; ++j) max = scores.v[j] > max ? scores.v[j] : max;
+  for (int64_t j = from; j < to; ++j) {
+    Lanes dot{};
+    for (int64_t d = 0; d < width; d += kLanes) fma_lanes(dot, load_lanes(q + d), load_lanes(k_block + j * width + d));
+    const float score = sum_lanes(dot) * scale;
+    scores.v[j] = score;
+    max = score > max ? score : max;
+  }
   Lanes weights;
   for (int64_t j = 0; j < kLanes; ++j) weights.v[j] = exp_f32(scores.v[j] - max);
   const float correction = exp_f32(state.max - max);
@@ -77,10 +65,9 @@ MIXTRAL_INLINE void update_row(RowState& state, const float* q, const float* k_b
 
 // Memory of one thread, reused from tile to tile.
 struct Scratch {
-  std::vector<float> q, acc;     // [rows, width]
-  std::vector<float> k_block;    // [width, 16]: rows past the head dim stay zero
-  std::vector<float> v_block;    // [16, width]
-  std::vector<RowState> states;  // [rows]
+  std::vector<float> q, acc;            // [rows, width]
+  std::vector<float> k_block, v_block;  // [16, width]
+  std::vector<RowState> states;         // [rows]
 };
 
 // The query heads of `kv_head` for the tokens of `tile`; row r is token r / group, head r % group of the group.
@@ -102,7 +89,7 @@ MIXTRAL_INLINE void attend_tile(const AttentionProblem<T>& p, const QueryTile& t
   for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) {
     for (int64_t j = std::max(first, block); j < std::min(last, block + kKeyBlock); ++j) {
       const int64_t offset = (p.keys.row(tile.sequence, j) * p.num_kv_heads + kv_head) * p.head_dim;
-      for (int64_t d = 0; d < p.head_dim; ++d) s.k_block[d * kLanes + j - block] = to_float(p.k[offset + d]);
+      load_row(p.k + offset, p.head_dim, &s.k_block[(j - block) * width]);
       load_row(p.v + offset, p.head_dim, &s.v_block[(j - block) * width]);
     }
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,10 +1,9 @@
-// One block per tile of 32 query rows: the tokens of a tile times the query heads of one key/value head, so that a key is
-// loaded once for its whole group. Blocks of 32 keys, aligned to absolute positions, pass through shared memory in f32; four
-// neighbouring threads share a row: each has 8 of its scores and a quarter of its output. A row that sees no key of a
-// block keeps its bits: a result does not depend on the other rows of the tile.
-#include "sliding_window_attention.h"
-
+// One block per tile of 32 query rows: the tokens of a tile times the query heads of one key/value head, so that a key
+// is loaded once for its whole group. Blocks of 32 keys, aligned to absolute positions, pass through shared memory in
+// f32; four neighbouring threads share a row: each has 8 of its scores and a quarter of its output. A row that sees no
+// key of a block keeps its bits: a result does not depend on the other rows of the tile.
 #include "../cuda/common.cuh"
+#include "sliding_window_attention.h"
 
 namespace mixtral {
 namespace {
