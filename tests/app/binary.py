@@ -12,7 +12,7 @@ DEMO = ROOT / "models" / "demo"
 
 def environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_")}
-    return {**kept, "OMP_NUM_THREADS": "2", **extra}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
 def mixtral(*arguments: str | bytes | Path, stdin: bytes = b"", **options) -> subprocess.CompletedProcess:
