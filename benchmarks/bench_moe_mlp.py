@@ -7,7 +7,9 @@ from common import Bench, main
 import mixtral.ops as ops
 
 
-def eager(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def eager(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
     out = torch.zeros_like(x)
     for e in range(len(gate_up)):
         tokens, choice = torch.where(ids == e)

@@ -59,7 +59,8 @@ def split_experts(name: str, tensor: torch.Tensor, num_experts: int) -> Iterator
         raise ConversionError(f"{name}: must stack {num_experts} experts, got shape {list(tensor.shape)}")
     else:
         for expert, rows in enumerate(tensor.chunk(num_experts)):
-            yield f"{stacked[1]}.feed_forward.experts.{expert}.{stacked[2]}.weight", rows.T if stacked[2] == "w2" else rows
+            matrix = rows.T if stacked[2] == "w2" else rows
+            yield f"{stacked[1]}.feed_forward.experts.{expert}.{stacked[2]}.weight", matrix
 
 
 def collect(shards: list[dict[str, torch.Tensor]], params: dict[str, object]) -> dict[str, torch.Tensor]:

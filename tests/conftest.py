@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach out
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin ruin each other on a busy machine
 
 import pytest
 import torch

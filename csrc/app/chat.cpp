@@ -78,20 +78,22 @@ class Conversation {
     }
     params.max_tokens = std::min(params.max_tokens, context() - static_cast<int64_t>(ids.size()));
 
-    const auto on_text = [](size_t, const std::string& piece) {
+    std::string answer;
+    const auto on_text = [&answer](size_t, const std::string& piece) {
       if (signalled()) return false;
-      write_out(piece);
+      const bool joins = answer.empty() && piece[0] == ' ';  // the space between the prompt and the first word
+      answer += piece.substr(joins);
+      write_out(piece.substr(joins));
       return true;
     };
     Timings timings;
-    const Generation answer = loaded_.engine.generate({ids}, {params}, on_text, &timings).front();
-    check_finished(answer);
+    check_finished(loaded_.engine.generate({ids}, {params}, on_text, &timings).front());
     write_out("\n");
     if (flags_.model.verbose) print_stats(timings, loaded_.seconds);
-    if (answer.text.empty()) {
+    if (answer.empty()) {
       messages_.pop_back();
     } else {
-      messages_.push_back({"assistant", answer.text});
+      messages_.push_back({"assistant", answer});
     }
   }
 

@@ -53,7 +53,7 @@ void print_json(const Generation& generation, const Flags& flags, const Tokenize
                            {"token_ids", generation.token_ids},
                            {"finish_reason", generation.finish_reason},
                            {"timings", timings_json(timings, load_seconds)}};
-  if (flags.sampling.logprobs >= 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
+  if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
   write_out(json_line(result));
 }
 

@@ -18,7 +18,7 @@ struct Request {
   Request(size_t index, const std::vector<int64_t>& prompt, const SamplingParams& params,
           const std::optional<Tokenizer>& tokenizer)
       : index(index), params(params), sampler(params, prompt), stop(params.stop), ids(prompt) {
-    if (tokenizer) decoder.emplace(*tokenizer);
+    if (tokenizer) decoder.emplace(*tokenizer, /*continues_text=*/true);
     result.prompt_token_ids = prompt;
   }
   bool finished() const { return !result.finish_reason.empty(); }

@@ -93,7 +93,7 @@ void SamplingParams::validate() const {
   require(min_p >= 0 && min_p <= 1, "min_p", "in [0, 1]", min_p);
   require(std::isfinite(repetition_penalty) && repetition_penalty > 0, "repetition_penalty", "finite and > 0",
           repetition_penalty);
-  require(logprobs >= -1 && logprobs <= 20, "logprobs", "in [0, 20], or -1 for none", logprobs);
+  require(logprobs >= 0 && logprobs <= 20, "logprobs", "in [0, 20]", logprobs);
   for (const std::string& text : stop) require(!text.empty(), "stop", "strings that are not empty", "\"\"");
 }
 

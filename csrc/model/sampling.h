@@ -19,7 +19,7 @@ struct SamplingParams {
   double repetition_penalty = 1.0;  // > 0, as in CTRL (Keskar et al. 2019): over prompt and generated ids
   std::optional<uint64_t> seed;     // none: taken from the operating system
   std::vector<std::string> stop;    // generation ends before any of these
-  int64_t logprobs = -1;            // -1: none; n >= 0: of the chosen token and the n most likely, n <= 20
+  int64_t logprobs = 0;             // 0: none; n: of the chosen token and of the n most likely, n <= 20
   bool ignore_eos = false;
 
   // Throws std::invalid_argument: "<field> must be ..., got ...".

@@ -172,7 +172,7 @@ class Mixtral:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=[stop] if isinstance(stop, str) else list(stop or []),
-            logprobs=logprobs or -1,
+            logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
         ids = [self._prompt_ids(prompt) for prompt in _prompt_list(prompts)]

@@ -136,7 +136,8 @@ TEST(Config, ReadsParamsOfBothReleases) {
   EXPECT_EQ(moe.layout, CheckpointLayout::kConsolidated);
   const std::string first =
       R"({"hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,"num_attention_heads":32,)"
-      R"("num_key_value_heads":8,"vocab_size":32000,"rms_norm_eps":1e-05,"rope_theta":1e6,"num_local_experts":8,"num_experts_per_tok":2})";
+      R"("num_key_value_heads":8,"vocab_size":32000,"rms_norm_eps":1e-05,"rope_theta":1e6,)"
+      R"("num_local_experts":8,"num_experts_per_tok":2})";
   EXPECT_EQ(Config::from_json(first, CheckpointLayout::kConsolidated, "params.json").total_parameters(),
             46'702'792'704);
   EXPECT_EQ(params({{"moe", "null"}}).num_experts, 0);

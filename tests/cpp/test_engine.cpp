@@ -202,6 +202,13 @@ class EngineText : public ::testing::Test {
   Mixtral model{nullptr};
 };
 
+// The text continues the prompt: both together are the decoding of all ids, the space between them included.
+std::string continuation(const Tokenizer& tokenizer, std::vector<int64_t> prompt, const std::vector<int64_t>& ids) {
+  const size_t length = tokenizer.decode(prompt).size();
+  prompt.insert(prompt.end(), ids.begin(), ids.end());
+  return tokenizer.decode(prompt).substr(length);
+}
+
 TEST_F(EngineText, StreamedPiecesAreTheText) {
   const Prompts prompts = {tokenizer.encode("Once upon", true), tokenizer.encode("a", true)};
   std::vector<std::string> streamed(2);
@@ -210,7 +217,7 @@ TEST_F(EngineText, StreamedPiecesAreTheText) {
     return true;
   });
   for (size_t i = 0; i < 2; ++i) {
-    EXPECT_EQ(results[i].text, tokenizer.decode(results[i].token_ids));
+    EXPECT_EQ(results[i].text, continuation(tokenizer, prompts[i], results[i].token_ids));
     EXPECT_EQ(results[i].text, streamed[i]);
     EXPECT_GT(results[i].text.size(), 60u);
   }
@@ -236,13 +243,14 @@ TEST_F(EngineText, TextEndsBeforeAStopString) {
 TEST_F(EngineText, IdsBeyondTheTokenizerHaveNoText) {
   Config config = tiny_config();
   config.vocab_size = 8 * tokenizer.vocab_size();
-  const auto result = Engine(tiny_model(config), tokenizer, {}).generate({{1}}, {params(20, 5.0)})[0];
+  const auto prompt = tokenizer.encode("a", true);
+  const auto result = Engine(tiny_model(config), tokenizer, {}).generate({prompt}, {params(20, 5.0)})[0];
   EXPECT_EQ(result.finish_reason, "length");
   std::vector<int64_t> known;
   for (const int64_t id : result.token_ids)
     if (id < tokenizer.vocab_size()) known.push_back(id);
   EXPECT_LT(known.size(), 20u);
-  EXPECT_EQ(result.text, tokenizer.decode(known));
+  EXPECT_EQ(result.text, continuation(tokenizer, prompt, known));
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
 // The tile numbering of the grouped GEMM: what the CUDA kernel looks up on the device is proved here, on the CPU.
-#include "ops/grouped_gemm/tiles.h"
-
 #include <gtest/gtest.h>
 
 #include <cstdint>
 #include <random>
 #include <vector>
+
+#include "ops/grouped_gemm/tiles.h"
 
 namespace mixtral {
 namespace {

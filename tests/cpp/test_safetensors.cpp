@@ -15,7 +15,8 @@ using testing::write_file;
 
 const std::string kHeader =
     R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},)"
-    R"("b":{"dtype":"F32","shape":[],"data_offsets":[12,16]},"empty":{"dtype":"F32","shape":[0,7],"data_offsets":[12,12]}})";
+    R"("b":{"dtype":"F32","shape":[],"data_offsets":[12,16]},)"
+    R"("empty":{"dtype":"F32","shape":[0,7],"data_offsets":[12,12]}})";
 const std::string kData = "abcdefghijklmnop";
 
 void expect_rejected(const std::string& bytes, const std::string& part) {

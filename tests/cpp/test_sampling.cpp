@@ -212,8 +212,8 @@ TEST(SamplingParams, EachFieldIsCheckedAtItsBounds) {
   EXPECT_EQ(error([](P p) { p.repetition_penalty = 0; }), "repetition_penalty must be finite and > 0, got 0");
   EXPECT_EQ(error([](P p) { p.repetition_penalty = INFINITY; }), "repetition_penalty must be finite and > 0, got inf");
   EXPECT_EQ(error([](P p) { p.logprobs = 20; }), "ok");
-  EXPECT_EQ(error([](P p) { p.logprobs = 21; }), "logprobs must be in [0, 20], or -1 for none, got 21");
-  EXPECT_EQ(error([](P p) { p.logprobs = -2; }), "logprobs must be in [0, 20], or -1 for none, got -2");
+  EXPECT_EQ(error([](P p) { p.logprobs = 21; }), "logprobs must be in [0, 20], got 21");
+  EXPECT_EQ(error([](P p) { p.logprobs = -1; }), "logprobs must be in [0, 20], got -1");
   EXPECT_EQ(error([](P p) { p.stop = {"a", ""}; }), "stop must be strings that are not empty, got \"\"");
   SamplingParams bad;
   bad.top_k = -1;

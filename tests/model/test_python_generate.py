@@ -52,9 +52,9 @@ def test_result_of_a_model_without_tokenizer_has_ids_only(tiny):
         tiny.stream([1])
 
 
-def test_text_is_the_decoding_of_the_ids(demo):
+def test_text_continues_the_prompt(demo):
     out = demo.generate("The", max_tokens=20)[0]
-    assert out.text and out.text == demo.tokenizer.decode(out.token_ids)
+    assert out.text and "The" + out.text == demo.tokenizer.decode(out.prompt_token_ids + out.token_ids)
     assert repr(out.text) in repr(out) and out.finish_reason in repr(out)
 
 

@@ -9,7 +9,14 @@ import mixtral.ops as ops
 from mixtral import reference
 
 # T, H, I, E, K
-CASES = [(0, 8, 8, 4, 2), (1, 1, 1, 1, 1), (3, 5, 7, 2, 2), (17, 40, 33, 3, 1), (65, 64, 96, 8, 2), (33, 100, 31, 16, 4)]
+CASES = [
+    (0, 8, 8, 4, 2),
+    (1, 1, 1, 1, 1),
+    (3, 5, 7, 2, 2),
+    (17, 40, 33, 3, 1),
+    (65, 64, 96, 8, 2),
+    (33, 100, 31, 16, 4),
+]
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -28,7 +35,8 @@ def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> Layer:
     )
 
 
-def composed(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def composed(*layer: torch.Tensor) -> torch.Tensor:
+    x, weights, ids, gate_up, down = layer
     permuted, offs, row_map = ops.moe_permute(x, ids, len(gate_up))
     y = ops.grouped_gemm(ops.swiglu(ops.grouped_gemm(permuted, gate_up, offs)), down, offs)
     return ops.moe_unpermute(y, weights, row_map)
@@ -62,7 +70,7 @@ def test_token_does_not_depend_on_batch_or_threads(device, dtype):
 
 def test_strided_inputs(device, dtype):
     x, weights, ids, gate_up, down = make((9, 20, 24, 4, 2), "uniform", device, dtype)
-    strided = (x.T.contiguous().T, weights.T.contiguous().T, ids.T.contiguous().T, gate_up.mT.contiguous().mT, down.mT.contiguous().mT)
+    strided = [tensor.mT.contiguous().mT for tensor in (x, weights, ids, gate_up, down)]
     assert not any(tensor.is_contiguous() for tensor in strided)
     assert torch.equal(ops.moe_mlp(*strided), ops.moe_mlp(x, weights, ids, gate_up, down))
 
@@ -108,8 +116,8 @@ GATE_UP, DOWN = torch.ones(4, 10, 3), torch.ones(4, 3, 5)
         ("topk_ids", IDS[:1], r"moe_mlp: topk_ids must have size 2 in dimension 0, got shape \[1, 1\]"),
         ("gate_up_proj", GATE_UP[0], r"moe_mlp: gate_up_proj must have 3 dimensions \[E, 2I, H\], got shape \[10, 3\]"),
         ("gate_up_proj", GATE_UP.half(), "moe_mlp: gate_up_proj must be Float, got Half"),
-        ("gate_up_proj", GATE_UP[..., :2], r"moe_mlp: gate_up_proj must have size 3 in dimension 2, got shape \[4, 10, 2\]"),
-        ("gate_up_proj", GATE_UP[:, :9], r"moe_mlp: gate_up_proj must have an even size in dimension 1, got shape \[4, 9, 3\]"),
+        ("gate_up_proj", GATE_UP[..., :2], r"gate_up_proj must have size 3 in dimension 2, got shape \[4, 10, 2\]"),
+        ("gate_up_proj", GATE_UP[:, :9], r"gate_up_proj must have an even size in dimension 1, got shape \[4, 9, 3\]"),
         ("gate_up_proj", GATE_UP[:0], r"moe_mlp: gate_up_proj must have at least one expert, got shape \[0, 10, 3\]"),
         ("down_proj", DOWN[0], r"moe_mlp: down_proj must have 3 dimensions \[E, H, I\], got shape \[3, 5\]"),
         ("down_proj", DOWN.half(), "moe_mlp: down_proj must be Float, got Half"),

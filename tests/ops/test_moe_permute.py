@@ -94,7 +94,8 @@ def test_bad_row_is_an_error_on_cpu_and_skipped_on_cuda(device):
     for bad in (2, -2, 2**32):
         row_map = torch.tensor([[1, bad]], device=device)
         if device == "cpu":
-            with pytest.raises(RuntimeError, match=rf"moe_unpermute: row_map must be in \[-1, 2\), got {bad} at token 0"):
+            message = rf"moe_unpermute: row_map must be in \[-1, 2\), got {bad} at token 0"
+            with pytest.raises(RuntimeError, match=message):
                 ops.moe_unpermute(y, weights, row_map)
         else:
             assert torch.equal(ops.moe_unpermute(y, weights, row_map), y[:1])
@@ -103,7 +104,8 @@ def test_bad_row_is_an_error_on_cpu_and_skipped_on_cuda(device):
 def test_strided_inputs(device, dtype):
     wide = torch.randn(8, 40, device=device).to(dtype)
     ids = make_routing("uniform", 8, 4, 4, device)
-    for x, topk_ids in ((wide[:, 1::2], ids[:, ::2]), (wide[:1].expand(8, -1), ids.T[:2].T), (wide[:, 1:9], ids[:, 1:3])):
+    cases = ((wide[:, 1::2], ids[:, ::2]), (wide[:1].expand(8, -1), ids.T[:2].T), (wide[:, 1:9], ids[:, 1:3]))
+    for x, topk_ids in cases:
         expected = ops.moe_permute(x.contiguous(), topk_ids.contiguous(), 4)
         permuted, _, row_map = actual = ops.moe_permute(x, topk_ids, 4)
         for got, want in zip(actual, expected, strict=True):
@@ -131,7 +133,7 @@ def test_does_not_depend_on_batch_or_threads(device, dtype):
     ("x", "ids", "experts", "message"),
     [
         (torch.ones(2), torch.zeros(2, 1).int(), 4, r"moe_permute: x must have 2 dimensions \[T, H\], got shape \[2\]"),
-        (torch.ones(2, 4).long(), torch.zeros(2, 1).int(), 4, "moe_permute: x must be Float, BFloat16 or Half, got Long"),
+        (torch.ones(2, 4).long(), torch.zeros(2, 1).int(), 4, "moe_permute: x must be Float, BFloat16 or Half"),
         (torch.ones(2, 4), torch.zeros(2).int(), 4, r"topk_ids must have 2 dimensions \[T, K\], got shape \[2\]"),
         (torch.ones(2, 4), torch.zeros(2, 1), 4, "moe_permute: topk_ids must be Int or Long, got Float"),
         (torch.ones(2, 4), torch.zeros(3, 1).int(), 4, r"topk_ids must have size 2 in dimension 0, got shape \[3, 1\]"),
@@ -176,7 +178,8 @@ def test_backward_is_an_error_in_words(device):
 @pytest.mark.parametrize("case", [(0, 8, 4, 2), (7, 33, 3, 1), (9, 16, 8, 2)], ids=str)
 def test_opcheck(case, device, dtype):
     tokens, hidden, experts, top_k = case
-    x, ids = torch.randn(tokens, hidden, device=device).to(dtype), make_routing("uniform", tokens, experts, top_k, device)
+    x = torch.randn(tokens, hidden, device=device).to(dtype)
+    ids = make_routing("uniform", tokens, experts, top_k, device)
     opcheck(torch.ops.mixtral.moe_permute.default, (x, ids, experts))
     permuted, _, row_map = ops.moe_permute(x, ids, experts)
     opcheck(torch.ops.mixtral.moe_unpermute.default, (permuted, torch.rand(tokens, top_k, device=device), row_map))

@@ -29,8 +29,14 @@ Tensor grouped_gemm_step(const char* op, const Tensor& a, const Tensor& b, const
   const Tensor out = torch::stable::new_empty(a, {rows, columns});
   dispatch_float(op, a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), const_ptr<T>(b_contiguous), ends, mutable_ptr<T>(out),
-                              experts,                    rows,                       columns, depth};
+    const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous),
+                              const_ptr<T>(b_contiguous),
+                              ends,
+                              mutable_ptr<T>(out),
+                              experts,
+                              rows,
+                              columns,
+                              depth};
     if constexpr (kWithCuda) {
       if (a.is_cuda()) {
         const CudaScope scope(a);
@@ -38,8 +44,7 @@ Tensor grouped_gemm_step(const char* op, const Tensor& a, const Tensor& b, const
         return;
       }
     }
-    const int64_t tiles =
-        count_gemm_tiles(ends, experts, rows, kGemmBlockRows, ceil_div(columns, kGemmBlockColumns));
+    const int64_t tiles = count_gemm_tiles(ends, experts, rows, kGemmBlockRows, ceil_div(columns, kGemmBlockColumns));
     parallel_rows(tiles, rows * columns / std::max<int64_t>(1, tiles) * depth / 8,
                   [&](int64_t begin, int64_t end) { launch_grouped_gemm_cpu(gemm, begin, end); });
   });

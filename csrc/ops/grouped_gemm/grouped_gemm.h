@@ -4,10 +4,10 @@
 // CUDA, where offs is not read by the host, rows behind the last group are zero.
 #pragma once
 
+#include <cstdint>
+
 #include "../cuda/stream.h"
 #include "../index_array.h"
-
-#include <cstdint>
 
 namespace mixtral {
 

@@ -1,16 +1,15 @@
-// A block of out is computed from panels of a and b that are kBlockDepth deep. Many rows: both panels are first converted
-// to f32 in a scratch buffer that fits the L2 cache. Few rows (decode): they are read in place, column after column, as
-// fast as memory gives the weights.
+// A block of out is computed from panels of a and b that are kBlockDepth deep. Many rows: both panels are first
+// converted to f32 in a scratch buffer that fits the L2 cache. Few rows (decode): they are read in place, column after
+// column, as fast as memory gives the weights.
 //
-// Every element of out owns 16 partial sums, kept in memory from panel to panel. Its products are added in the same order
-// on both ways, whatever the tile, the number of rows or the thread.
-#include "grouped_gemm.h"
-
-#include "../cpu/simd.h"
-#include "tiles.h"
-
+// Every element of out owns 16 partial sums, kept in memory from panel to panel. Its products are added in the same
+// order on both ways, whatever the tile, the number of rows or the thread.
 #include <algorithm>
 #include <type_traits>
+
+#include "../cpu/simd.h"
+#include "grouped_gemm.h"
+#include "tiles.h"
 
 namespace mixtral {
 

@@ -5,13 +5,12 @@
 // stages. Rows of shared memory are 80 bytes apart: the eight rows that one ldmatrix reads fall into different banks.
 // f32: 64x64 tiles, 4x4 values per thread, fused multiply-adds.
 // Both add the products of an output in the order of k, whatever the number of rows.
-#include "grouped_gemm.h"
-
-#include "../cuda/common.cuh"
-#include "tiles.h"
-
 #include <climits>
 #include <type_traits>
+
+#include "../cuda/common.cuh"
+#include "grouped_gemm.h"
+#include "tiles.h"
 
 namespace mixtral {
 namespace {
@@ -40,7 +39,8 @@ __device__ void clear_tile(const GroupedGemm<T>& gemm, const GemmTile& tile) {
   for (int64_t r = tile.row_begin; r < tile.row_end; ++r) gemm.out[r * gemm.columns + column] = from_float<T>(0.0f);
 }
 
-// ---- bf16, f16 -------------------------------------------------------------------------------------------------------
+// ---- bf16, f16
+// -------------------------------------------------------------------------------------------------------
 
 constexpr int kMmaThreads = 128, kMmaRows = 64, kMmaColumns = 128, kMmaDepth = 32, kStages = 3, kPitch = kMmaDepth + 8;
 constexpr int kWarpRows = 32, kWarpColumns = 64, kRowFragments = kWarpRows / 16, kColumnFragments = kWarpColumns / 8;
@@ -145,8 +145,8 @@ template <typename T>
 __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGemm<T> gemm) {
   __shared__ alignas(16) unsigned char memory[kStages * sizeof(MmaPanels<T>)];  // T has constructors: no shared T
   MmaPanels<T>* stages = reinterpret_cast<MmaPanels<T>*>(memory);
-  const GemmTile tile = find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kMmaRows,
-                                       ceil_div(gemm.columns, kMmaColumns), blockIdx.x);
+  const GemmTile tile =
+      find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kMmaRows, ceil_div(gemm.columns, kMmaColumns), blockIdx.x);
   if (tile.expert < 0) return;
   if (tile.expert == gemm.experts) return clear_tile<T, kMmaColumns>(gemm, tile);
 
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGe
   store_sums(gemm, tile, warp_row, warp_column, sums);
 }
 
-// ---- f32 -------------------------------------------------------------------------------------------------------------
+// ---- f32
+// -------------------------------------------------------------------------------------------------------------
 
 constexpr int kFmaThreads = 256, kFmaTile = 64, kFmaDepth = 16, kFmaPitch = kFmaTile + 4, kPerThread = 4;
 
@@ -191,8 +192,8 @@ __device__ __forceinline__ void load_transposed(const Operand<float>& source, in
 
 __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGemm<float> gemm) {
   __shared__ alignas(16) float a_panel[kFmaDepth * kFmaPitch], b_panel[kFmaDepth * kFmaPitch];
-  const GemmTile tile = find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kFmaTile,
-                                       ceil_div(gemm.columns, kFmaTile), blockIdx.x);
+  const GemmTile tile =
+      find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kFmaTile, ceil_div(gemm.columns, kFmaTile), blockIdx.x);
   if (tile.expert < 0) return;
   if (tile.expert == gemm.experts) return clear_tile<float, kFmaTile>(gemm, tile);
 

@@ -4,15 +4,15 @@
 // neighbours of a tile use the same columns of the weights.
 #pragma once
 
-#include "../index_array.h"
-
 #include <cstdint>
+
+#include "../index_array.h"
 
 namespace mixtral {
 
 struct GemmTile {
-  int64_t expert;        // `experts` for the rows behind the last group, -1 when there is no such tile
-  int64_t row_begin;     // rows [row_begin, row_end) of a and out, at most block_rows
+  int64_t expert;     // `experts` for the rows behind the last group, -1 when there is no such tile
+  int64_t row_begin;  // rows [row_begin, row_end) of a and out, at most block_rows
   int64_t row_end;
   int64_t column_block;
 };
@@ -25,7 +25,8 @@ MIXTRAL_HOST_DEVICE inline int64_t group_end(IndexArray offs, int64_t expert, in
   return end < begin ? begin : end > rows ? rows : end;
 }
 
-// Tile number `index` of the groups that offs [E] cuts from `rows`; what is left behind the last group is one group more.
+// Tile number `index` of the groups that offs [E] cuts from `rows`; what is left behind the last group is one group
+// more.
 MIXTRAL_HOST_DEVICE inline GemmTile find_gemm_tile(IndexArray offs, int64_t experts, int64_t rows, int64_t block_rows,
                                                    int64_t column_blocks, int64_t index) {
   int64_t begin = 0;

@@ -1,17 +1,17 @@
 #include "moe_permute.h"
 
-#include "../dispatch.h"
-#include "../moe_mlp/moe_mlp.h"
-
 #include <limits>
 #include <tuple>
+
+#include "../dispatch.h"
+#include "../moe_mlp/moe_mlp.h"
 
 namespace mixtral {
 
 Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts) {
   const int64_t tokens = topk_ids.size(0), top_k = topk_ids.size(1), copies = tokens * top_k, hidden = x.size(1);
-  MIXTRAL_CHECK(copies <= std::numeric_limits<int32_t>::max(), op, ": topk_ids must have at most 2^31 - 1 entries, got ",
-                copies);
+  MIXTRAL_CHECK(copies <= std::numeric_limits<int32_t>::max(), op,
+                ": topk_ids must have at most 2^31 - 1 entries, got ", copies);
   const Tensor x_contiguous = torch::stable::contiguous(x), ids = torch::stable::contiguous(topk_ids);
   const Tensor permuted = torch::stable::new_empty(x, {copies, hidden});
   const Tensor offs = torch::stable::new_empty(x, {num_experts}, ScalarType::Int);

@@ -6,10 +6,10 @@
 // no offset counts it, and moe_unpermute skips it. The rows of `permuted` that this leaves over are zero, at the end.
 #pragma once
 
+#include <cstdint>
+
 #include "../cuda/stream.h"
 #include "../index_array.h"
-
-#include <cstdint>
 
 namespace mixtral {
 

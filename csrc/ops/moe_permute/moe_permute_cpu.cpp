@@ -1,9 +1,8 @@
-#include "moe_permute.h"
-
-#include "../cpu/simd.h"
-
 #include <algorithm>
 #include <cstring>
+
+#include "../cpu/simd.h"
+#include "moe_permute.h"
 
 namespace mixtral {
 

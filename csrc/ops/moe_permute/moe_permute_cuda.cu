@@ -3,9 +3,8 @@
 //   2. one block turns the counts into offs and into the first row of every (chunk, expert);
 //   3. each warp walks its chunk again and hands out rows in order; 4. one block per copy moves the rows.
 // The chunks depend on the number of copies alone, and the result not even on that.
-#include "moe_permute.h"
-
 #include "../cuda/common.cuh"
+#include "moe_permute.h"
 
 namespace mixtral {
 namespace {
@@ -24,8 +23,8 @@ int64_t chunk_size(int64_t copies) {
 
 int64_t chunk_count(int64_t copies) { return (copies + chunk_size(copies) - 1) / chunk_size(copies); }
 
-// Walks the chunk of this block (one warp). rows [chunks, E] holds, for each expert, the next value to hand out; it moves
-// up by one per copy. With a row_map, every copy gets its value there, and -1 when its id is bad.
+// Walks the chunk of this block (one warp). rows [chunks, E] holds, for each expert, the next value to hand out; it
+// moves up by one per copy. With a row_map, every copy gets its value there, and -1 when its id is bad.
 __device__ __forceinline__ void walk_chunk(IndexArray ids, int32_t* rows, int32_t* row_map, int64_t copies,
                                            int64_t chunk, int64_t experts) {
   const int lane = threadIdx.x;
@@ -77,9 +76,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kWarpSize)
-    moe_permute_assign_kernel(IndexArray ids, int32_t* rows, int32_t* row_map, int64_t copies, int64_t chunk,
-                              int64_t experts) {
+__global__ void __launch_bounds__(kWarpSize) moe_permute_assign_kernel(IndexArray ids, int32_t* rows, int32_t* row_map,
+                                                                       int64_t copies, int64_t chunk, int64_t experts) {
   walk_chunk(ids, rows, row_map, copies, chunk, experts);
 }
 
@@ -157,7 +155,7 @@ template int launch_moe_unpermute_cuda(const float*, const float*, IndexArray, f
                                        int64_t, cudaStream_t);
 template int launch_moe_unpermute_cuda(const BFloat16*, const float*, IndexArray, BFloat16*, int64_t, int64_t, int64_t,
                                        int64_t, cudaStream_t);
-template int launch_moe_unpermute_cuda(const Half*, const float*, IndexArray, Half*, int64_t, int64_t, int64_t,
-                                       int64_t, cudaStream_t);
+template int launch_moe_unpermute_cuda(const Half*, const float*, IndexArray, Half*, int64_t, int64_t, int64_t, int64_t,
+                                       cudaStream_t);
 
 }  // namespace mixtral

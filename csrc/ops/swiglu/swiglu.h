@@ -3,9 +3,9 @@
 // Shazeer, "GLU Variants Improve Transformer" (2020), eq. 6.
 #pragma once
 
-#include "../cuda/stream.h"
-
 #include <cstdint>
+
+#include "../cuda/stream.h"
 
 namespace mixtral {
 

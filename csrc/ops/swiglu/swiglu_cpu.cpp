@@ -1,6 +1,5 @@
-#include "swiglu.h"
-
 #include "../cpu/simd.h"
+#include "swiglu.h"
 
 namespace mixtral {
 

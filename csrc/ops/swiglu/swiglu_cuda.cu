@@ -1,7 +1,6 @@
 // One thread per output value; a grid row per row of the matrix.
-#include "swiglu.h"
-
 #include "../cuda/common.cuh"
+#include "swiglu.h"
 
 namespace mixtral {
 namespace {

@@ -1,9 +1,9 @@
 #include "topk_softmax.h"
 
-#include "../dispatch.h"
-
 #include <limits>
 #include <tuple>
+
+#include "../dispatch.h"
 
 namespace mixtral {
 namespace {

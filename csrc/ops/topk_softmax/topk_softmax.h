@@ -1,15 +1,15 @@
 // topk_softmax: p[t, :] = softmax(router_logits[t, :]) in f32; the K largest in falling order, with their expert ids.
 //   renormalize: weights[t, k] = p[t, ids[t, k]] / sum_k p[t, ids[t, k]], otherwise p[t, ids[t, k]] itself.
 //
-// Experts are ranked by their logits, which is the order of p without its rounding, so that all devices choose alike; of
-// equal logits the smaller id comes first. A row that holds a NaN or +inf, or nothing but -inf, gets NaN weights and
+// Experts are ranked by their logits, which is the order of p without its rounding, so that all devices choose alike;
+// of equal logits the smaller id comes first. A row that holds a NaN or +inf, or nothing but -inf, gets NaN weights and
 // still distinct ids in [0, E).
 #pragma once
 
+#include <cstdint>
+
 #include "../cuda/stream.h"
 #include "../index_array.h"
-
-#include <cstdint>
 
 namespace mixtral {
 

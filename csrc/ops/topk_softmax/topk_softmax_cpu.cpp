@@ -1,8 +1,7 @@
-#include "topk_softmax.h"
+#include <limits>
 
 #include "../cpu/simd.h"
-
-#include <limits>
+#include "topk_softmax.h"
 
 namespace mixtral {
 

@@ -1,10 +1,9 @@
 // One warp per token: in each of K rounds the lanes look for the next expert in rank order, 32 logits at a time.
-#include "topk_softmax.h"
-
-#include "../cuda/common.cuh"
-
 #include <climits>
 #include <cmath>
+
+#include "../cuda/common.cuh"
+#include "topk_softmax.h"
 
 namespace mixtral {
 namespace {
@@ -64,8 +63,8 @@ int launch_topk_softmax_cuda(const T* logits, float* weights, int32_t* ids, int6
   if (tokens == 0) return cudaSuccess;
   constexpr int64_t kTokensPerBlock = kThreads / kWarpSize;
   topk_softmax_warp_kernel<<<static_cast<unsigned>((tokens + kTokensPerBlock - 1) / kTokensPerBlock), kThreads, 0,
-                             stream>>>(logits, weights, ids, tokens, static_cast<int>(experts),
-                                       static_cast<int>(top_k), renormalize);
+                             stream>>>(logits, weights, ids, tokens, static_cast<int>(experts), static_cast<int>(top_k),
+                                       renormalize);
   return cudaGetLastError();
 }
 

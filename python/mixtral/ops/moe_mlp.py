@@ -7,7 +7,7 @@ from ._library import register_fake, register_no_backward
 
 
 def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """``out[t] = sum_k topk_weights[t, k] * down_proj[e] @ swiglu(gate_up_proj[e] @ x[t])`` with ``e = topk_ids[t, k]``.
+    """``out[t] = sum_k topk_weights[t, k] * down_proj[e] @ swiglu(gate_up_proj[e] @ x[t])``, ``e = topk_ids[t, k]``.
 
     On the CPU equal bit for bit to ``moe_permute``, ``grouped_gemm``, ``swiglu``, ``grouped_gemm``, ``moe_unpermute``.
 
