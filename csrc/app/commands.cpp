@@ -6,7 +6,7 @@
 #include <cctype>
 #include <chrono>
 #include <cstdio>
-#include <fstream>
+#include <future>
 #include <map>
 
 namespace mixtral::app {
@@ -73,6 +73,17 @@ class ProgressBar {
   double last_ = 0;
   bool shown_ = false;
 };
+
+// torch waits for ever for threads of its pool that the system would not start, so all are tried first.
+void set_threads(int64_t count) {
+  {
+    std::vector<std::future<void>> threads;
+    std::promise<void> gate;  // destroyed before them: that lets them go
+    const std::shared_future<void> open = gate.get_future().share();
+    for (int64_t i = 0; i < count; ++i) threads.push_back(std::async(std::launch::async, [open] { open.wait(); }));
+  }
+  at::set_num_threads(static_cast<int>(count));
+}
 
 torch::Device device_of(const ModelFlags& flags) {
   if (flags.device == "cuda" && !torch::cuda::is_available()) {
@@ -177,7 +188,7 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
 
 LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer, Engine::Options options) {
   const double start = seconds_now();
-  if (flags.threads > 0) at::set_num_threads(static_cast<int>(flags.threads));
+  if (flags.threads > 0) set_threads(flags.threads);
   LoadOptions load_options;
   load_options.device = device_of(flags);
   if (flags.dtype != "auto") load_options.dtype = kDtypes.at(flags.dtype);

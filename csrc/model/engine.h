@@ -21,7 +21,7 @@ struct Timings {
 struct Generation {
   std::vector<int64_t> prompt_token_ids;
   std::vector<int64_t> token_ids;       // without the end-of-sequence token
-  std::string text;                     // of token_ids, cut before a stop string; empty without a tokenizer
+  std::string text;                     // continues the prompt's, cut before a stop string; empty without a tokenizer
   std::string finish_reason;            // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
   std::string error;                    // why, when finish_reason is "error": its logits were NaN
   std::vector<TokenLogprob> logprobs;   // one per token when asked for

@@ -198,6 +198,13 @@ class EngineText : public ::testing::Test {
     config.vocab_size = tokenizer.vocab_size();
     model = tiny_model(config);
   }
+  // What `ids` add to the text of `prompt`, the space between the two included.
+  std::string continued(std::vector<int64_t> prompt, const std::vector<int64_t>& ids) const {
+    const size_t begin = tokenizer.decode(prompt).size();
+    prompt.insert(prompt.end(), ids.begin(), ids.end());
+    return tokenizer.decode(prompt).substr(begin);
+  }
+
   Tokenizer tokenizer;
   Mixtral model{nullptr};
 };
