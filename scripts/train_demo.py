@@ -50,7 +50,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = "In the beginning"
+PROMPT = "And it came to pass"
 
 # Mixtral's own config.json, in its published form, with small numbers.
 CONFIG = {
@@ -140,7 +140,8 @@ On the held-out text, with the bfloat16 weights computed in float32:
 |---|---|---|---|---|
 {scores}
 
-Share of the routed tokens that one expert of one layer gets: {least:.3f} to {most:.3f} (perfectly even: {even:.3f}).
+Share of the routed tokens that one expert of one layer gets, both domains in equal parts: {least:.3f} to {most:.3f} (perfectly
+even: {even:.3f}). Within one domain: {domain_least:.3f} to {domain_most:.3f}; the experts specialise.
 
 ## Limits
 
@@ -297,13 +298,15 @@ def write_card(out: Path, corpora: list[Corpus], results: dict[str, dict], text:
         f"| {name} | {r['bits_per_byte']:.3f} | {r['perplexity']:.2f} | {r['tokens']:,} | {r['bytes']:,} |"
         for name, r in results.items()
     ]
-    shares = [share for r in results.values() for layer in r["load"] for share in layer]
+    load = torch.tensor([r["load"] for r in results.values()])  # [domains, layers, experts]
+    mixed = load.mean(0)
     card = CARD.format(
         **CONFIG, total=sum(p.numel() for p in model.parameters()) / 1e6, active=active_parameters(model) / 1e6,
         sample="\n".join(f"> {line}".rstrip() for line in text.splitlines()), prompt=PROMPT, sources="\n".join(sources),
         books=" and ".join(HELD_OUT_BOOKS), every=HELD_OUT_EVERY, **state, cores=os.cpu_count(), machine=platform.machine(),
         torch=torch.__version__.split("+")[0], transformers=transformers.__version__,
-        sentencepiece=sentencepiece.__version__, scores="\n".join(scores), least=min(shares), most=max(shares),
+        sentencepiece=sentencepiece.__version__, scores="\n".join(scores), least=float(mixed.min()),
+        most=float(mixed.max()), domain_least=float(load.min()), domain_most=float(load.max()),
         even=1 / CONFIG["num_local_experts"],
     )
     replace_file(out / "README.md", card.encode())

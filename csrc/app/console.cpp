@@ -98,7 +98,8 @@ int report_exception() noexcept {
   } catch (const std::filesystem::filesystem_error& e) {
     return fail(kBadModel, e.what());
   } catch (const std::system_error& e) {
-    return fail(means_no_memory(e.code()) ? kOutOfMemory : kRunTime, e.what());
+    if (means_no_memory(e.code())) return fail(kOutOfMemory, "out of memory, or no more threads can be started");
+    return fail(kRunTime, e.what());
   } catch (const std::exception& e) {
     return fail(kRunTime, e.what());
   } catch (...) {
