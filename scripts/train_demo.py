@@ -127,8 +127,8 @@ of HTML. Held out, and never trained on: {books}, and every {every}th page of th
 twice in the documentation were kept once; Luke retells much that Matthew and Mark tell, so its score flatters a little.
 The texts are in the public domain.
 
-{step:,} steps, {tokens:,} tokens drawn in equal parts from the two domains, {seconds:,.0f} seconds on {cores} virtual CPU
-cores ({machine}) shared with other work. Documents begin with BOS and end with EOS. Context {context} tokens at the end, longer
+{step:,} steps, {tokens:,} tokens drawn in equal parts from the two domains, {seconds:,.0f} seconds on {cores} virtual
+CPU cores ({machine}) shared with other work. Documents begin with BOS and end with EOS. Context {context} tokens at the end, longer
 than the window. PyTorch {torch}, transformers {transformers}, sentencepiece {sentencepiece}. To repeat it:
 `scripts/train_demo.py`.
 
@@ -141,7 +141,7 @@ On the held-out text, with the bfloat16 weights computed in float32:
 {scores}
 
 Share of the routed tokens that one expert of one layer gets, both domains in equal parts: {least:.3f} to {most:.3f} (perfectly
-even: {even:.3f}). Within one domain: {domain_least:.3f} to {domain_most:.3f}; the experts specialise.
+even: {even:.3f}). Within one domain: {domain_least:.3f} to {domain_most:.3f}; experts specialise.
 
 ## Limits
 

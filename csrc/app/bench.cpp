@@ -85,12 +85,11 @@ int64_t peak_memory_bytes() {
 }
 
 Result measure(const Flags& flags) {
-  const std::filesystem::path folder = model_path(flags.model);
   // All prompts advance together: no pass mixes prefill and decode.
   Engine::Options options;
   options.max_batch = flags.batch;
   options.token_budget = flags.batch * flags.model.chunk_size;
-  LoadedEngine loaded = load_engine(flags.model, Tokenizer(folder), options);
+  LoadedEngine loaded = load_engine(flags.model, std::nullopt, options);  // random ids: no text
   Engine& engine = loaded.engine;
   const Config& config = engine.model()->config();
   SamplingParams params;

@@ -186,7 +186,7 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
   return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
 }
 
-LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer, Engine::Options options) {
+LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   const double start = seconds_now();
   if (flags.threads > 0) set_threads(flags.threads);
   LoadOptions load_options;
@@ -200,7 +200,7 @@ LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer, En
   Mixtral model = Mixtral::from_pretrained(model_path(flags), load_options);
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
-  return {Engine(model, tokenizer, options), seconds_now() - start};
+  return {Engine(model, std::move(tokenizer), options), seconds_now() - start};
 }
 
 void check_finished(const Generation& generation) {

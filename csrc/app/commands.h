@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -61,7 +62,7 @@ struct LoadedEngine {
   double seconds;  // it took to load
 };
 // Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
-LoadedEngine load_engine(const ModelFlags& flags, const Tokenizer& tokenizer, Engine::Options options = {});
+LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
 // Throws when generation was interrupted or `generation` ended in an error.
 void check_finished(const Generation& generation);
 

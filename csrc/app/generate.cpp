@@ -67,7 +67,7 @@ void run(const Flags& flags) {
   check_fits(static_cast<int64_t>(ids.size()), flags.sampling.max_tokens, context_of(flags.model, config));
 
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
-  if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m\n");
+  if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
   const auto on_text = [&flags](size_t, const std::string& piece) {
     if (!flags.json && !signalled()) write_out(piece);
     return !signalled();
