@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from common import Bench, main
 
 import mixtral.ops as ops
+from common import Bench, main
 
 
 def loop(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> torch.Tensor:

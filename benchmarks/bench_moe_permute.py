@@ -1,9 +1,9 @@
 """moe_permute and moe_unpermute against indexing by an argsort. Bound: each row read and each copy written once."""
 
 import torch
-from common import Bench, main
 
 import mixtral.ops as ops
+from common import Bench, main
 from mixtral import reference
 
 

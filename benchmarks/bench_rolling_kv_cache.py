@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from common import Bench, main
 
 import mixtral.ops as ops
+from common import Bench, main
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
 

@@ -1,9 +1,9 @@
 """rope against the eager formula of Hugging Face. Bound: one read and one write of q and k."""
 
 import torch
-from common import Bench, main
 
 import mixtral.ops as ops
+from common import Bench, main
 
 HEADS, KV_HEADS, HEAD_DIM, THETA = 32, 8, 128, 1e6
 

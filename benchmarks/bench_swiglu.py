@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from common import Bench, main
 
 import mixtral.ops as ops
+from common import Bench, main
 
 
 def eager(gate_up: torch.Tensor) -> torch.Tensor:

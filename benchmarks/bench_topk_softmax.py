@@ -1,9 +1,9 @@
 """topk_softmax against torch.softmax, topk and the division. Bound: one read of the logits, one write of the choice."""
 
 import torch
-from common import Bench, main
 
 import mixtral.ops as ops
+from common import Bench, main
 
 
 def eager(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

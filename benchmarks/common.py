@@ -45,7 +45,9 @@ class Bench:
     device: str
     rows: list[Row] = field(default_factory=list)
 
-    def compare(self, case: str, ours: Callable, peer: Callable, peer_name: str, *, gigabytes: float = 0.0, gflop: float = 0.0) -> None:
+    def compare(
+        self, case: str, ours: Callable, peer: Callable, peer_name: str, *, gigabytes: float = 0.0, gflop: float = 0.0
+    ) -> None:
         """Time ``ours`` and ``peer`` in turn and keep the median rates.
 
         The metric is GFLOP/s where ``gflop`` is given, GB/s where ``gigabytes`` (the least traffic) is.
@@ -55,10 +57,22 @@ class Bench:
         bound = None if gflop else read_bandwidth(self.device)
         value = work / mine
         self.rows.append(
-            Row(case, f"median of {unit}", value, unit, bound, bound and 100 * value / bound, peer_name, work / theirs, theirs / mine)
+            Row(
+                case,
+                f"median of {unit}",
+                value,
+                unit,
+                bound,
+                bound and 100 * value / bound,
+                peer_name,
+                work / theirs,
+                theirs / mine,
+            )
         )
         bound_text = f"{100 * value / bound:5.1f} % of bound" if bound else ""
-        print(f"{case:44s} {1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s} x {theirs / mine:.2f} {peer_name}")
+        print(
+            f"{case:44s} {1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s} x {theirs / mine:.2f} {peer_name}"
+        )
 
     def write(self, folder: Path = RECORDS) -> None:
         """Write the record ``<folder>/<date>-<device>-<name>.json``."""

@@ -29,14 +29,17 @@ PACKAGES = ("bible-kjv-text", "sqlite3-doc")
 HELD_OUT_BOOKS = ("Luke", "Acts")
 HELD_OUT_EVERY = 20  # every 20th page of the SQLite documentation
 
-BOOKS = [name.replace("_", " ") for name in (
-    "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings 1_Chronicles "
-    "2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah Lamentations "
-    "Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark "
-    "Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
-    "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude "
-    "Revelation"
-).split()]
+BOOKS = [
+    name.replace("_", " ")
+    for name in (
+        "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings 1_Chronicles "
+        "2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah Lamentations "
+        "Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark "
+        "Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
+        "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude "
+        "Revelation"
+    ).split()
+]
 
 # Generated indexes, copies of other pages, and pages without prose.
 SKIPPED_PAGES = re.compile(
@@ -99,8 +102,30 @@ class _Prose(HTMLParser):
     """Collects the title and the paragraphs of one page; drops menus, scripts, drawings and forms."""
 
     SKIPPED = {"script", "style", "svg", "button", "form", "select"}
-    BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "tr", "table", "blockquote", "h1", "h2", "h3", "h4",
-              "h5", "br", "hr", "pre", "center", "td", "th"}
+    BLOCKS = {
+        "p",
+        "div",
+        "li",
+        "ul",
+        "ol",
+        "dl",
+        "dt",
+        "dd",
+        "tr",
+        "table",
+        "blockquote",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "br",
+        "hr",
+        "pre",
+        "center",
+        "td",
+        "th",
+    }
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -219,10 +244,24 @@ def train_tokenizer(corpora: list[Corpus], vocabulary: int) -> bytes:
     model = io.BytesIO()
     lines = (line for c in corpora for d in c.train for line in d.text.splitlines() if line)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocabulary,
-        normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False, byte_fallback=True,
-        split_digits=True, allow_whitespace_only_pieces=True, character_coverage=1.0, max_sentence_length=16384,
-        unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, num_threads=1, minloglevel=2,
+        sentence_iterator=lines,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        character_coverage=1.0,
+        max_sentence_length=16384,
+        unk_id=0,
+        bos_id=BOS,
+        eos_id=EOS,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
     )
     return model.getvalue()
 
@@ -238,25 +277,52 @@ def tokenizer_json(tokenizer: sentencepiece.SentencePieceProcessor) -> bytes:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
     def template(*names: str) -> list[dict]:
-        return [part for i, name in enumerate(names) for part in
-                ({"SpecialToken": {"id": "<s>", "type_id": i}}, {"Sequence": {"id": name, "type_id": i}})]
+        return [
+            part
+            for i, name in enumerate(names)
+            for part in ({"SpecialToken": {"id": "<s>", "type_id": i}}, {"Sequence": {"id": name, "type_id": i}})
+        ]
 
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in range(3)],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
         "pre_tokenizer": None,
-        "post_processor": {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
-                           "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                  "vocab": ids, "merges": merges},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template("A"),
+            "pair": template("A", "B"),
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
+        },
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -280,5 +346,7 @@ if __name__ == "__main__":
     for corpus in load_corpora():
         for split in ("train", "held_out"):
             documents = getattr(corpus, split)
-            print(f"{corpus.name:7s}{split:9s}{len(documents):5d} documents {sum(len(d.text) for d in documents):9d} bytes")
+            print(
+                f"{corpus.name:7s}{split:9s}{len(documents):5d} documents {sum(len(d.text) for d in documents):9d} bytes"
+            )
         print(f"  sha256 {corpus.sha256()}\n{corpus.train[0].text[:400]}\n")

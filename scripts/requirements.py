@@ -1,8 +1,9 @@
 """Prints the requirements of pyproject.toml: ``requirements.py build run test`` -> one per line, for pip install -r."""
 
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
 groups = {

@@ -26,12 +26,18 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin ruin each other on a shared machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: threads that spin ruin each other on a shared machine
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
 from demo_data import (
     BOS,
     EOS,
@@ -45,9 +51,6 @@ from demo_data import (
     tokenizer_json,
     train_tokenizer,
 )
-from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "And it came to pass"
@@ -239,8 +242,13 @@ def evaluate(model: MixtralForCausalLM, stream: Tensor, size: int, limit: int | 
             load[layer] += torch.bincount(chosen, minlength=c.num_local_experts)
     model.train()
     size = round(size * tokens / int((stream[1:] != BOS).sum()))  # of the part that was scored
-    return {"bits_per_byte": nats / math.log(2) / size, "perplexity": math.exp(nats / tokens), "tokens": tokens,
-            "bytes": size, "load": (load / load.sum(-1, keepdim=True)).tolist()}
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "perplexity": math.exp(nats / tokens),
+        "tokens": tokens,
+        "bytes": size,
+        "load": (load / load.sum(-1, keepdim=True)).tolist(),
+    }
 
 
 @torch.inference_mode()
@@ -271,7 +279,11 @@ def save_model(model: MixtralForCausalLM, tokenizer: bytes, out: Path) -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
         replace_file(out / "model.safetensors", (Path(folder) / "model.safetensors").read_bytes())
     generation = {"bos_token_id": BOS, "eos_token_id": EOS}
-    for name, content in (("config", CONFIG), ("generation_config", generation), ("tokenizer_config", TOKENIZER_CONFIG)):
+    for name, content in (
+        ("config", CONFIG),
+        ("generation_config", generation),
+        ("tokenizer_config", TOKENIZER_CONFIG),
+    ):
         replace_file(out / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
     replace_file(out / "tokenizer.model", tokenizer)
     replace_file(out / "tokenizer.json", tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=tokenizer)))
@@ -301,12 +313,25 @@ def write_card(out: Path, corpora: list[Corpus], results: dict[str, dict], text:
     load = torch.tensor([r["load"] for r in results.values()])  # [domains, layers, experts]
     mixed = load.mean(0)
     card = CARD.format(
-        **CONFIG, total=sum(p.numel() for p in model.parameters()) / 1e6, active=active_parameters(model) / 1e6,
-        sample="\n".join(f"> {line}".rstrip() for line in text.splitlines()), prompt=PROMPT, sources="\n".join(sources),
-        books=" and ".join(HELD_OUT_BOOKS), every=HELD_OUT_EVERY, **state, cores=os.cpu_count(), machine=platform.machine(),
-        torch=torch.__version__.split("+")[0], transformers=transformers.__version__,
-        sentencepiece=sentencepiece.__version__, scores="\n".join(scores), least=float(mixed.min()),
-        most=float(mixed.max()), domain_least=float(load.min()), domain_most=float(load.max()),
+        **CONFIG,
+        total=sum(p.numel() for p in model.parameters()) / 1e6,
+        active=active_parameters(model) / 1e6,
+        sample="\n".join(f"> {line}".rstrip() for line in text.splitlines()),
+        prompt=PROMPT,
+        sources="\n".join(sources),
+        books=" and ".join(HELD_OUT_BOOKS),
+        every=HELD_OUT_EVERY,
+        **state,
+        cores=os.cpu_count(),
+        machine=platform.machine(),
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+        sentencepiece=sentencepiece.__version__,
+        scores="\n".join(scores),
+        least=float(mixed.min()),
+        most=float(mixed.max()),
+        domain_least=float(load.min()),
+        domain_most=float(load.max()),
         even=1 / CONFIG["num_local_experts"],
     )
     replace_file(out / "README.md", card.encode())
@@ -329,10 +354,14 @@ def parse_args() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, default=80.0, help="train for this long (default 80)")
     length.add_argument("--steps", type=int, help="train for this many steps instead")
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "demo", help="model folder to write")
-    parser.add_argument("--state", type=Path, default=ROOT / "build" / "train_demo.pt", help="where --resume starts from")
+    parser.add_argument(
+        "--state", type=Path, default=ROOT / "build" / "train_demo.pt", help="where --resume starts from"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
-    parser.add_argument("--context", type=int, default=256, help="context length; doubled for the last fifth of the run")
+    parser.add_argument(
+        "--context", type=int, default=256, help="context length; doubled for the last fifth of the run"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between saves")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -363,13 +392,22 @@ def main() -> int:
     streams = [token_stream(c, tokenizer, args.seed) for c in corpora]
     held_out = {c.name: held_out_stream(c, tokenizer) for c in corpora}
     total = sum(p.numel() for p in model.parameters())
-    print(f"{total:,} parameters, {active_parameters(model):,} active; tokens: "
-          + ", ".join(f"{c.name} {len(s):,}" for c, s in zip(corpora, streams)), flush=True)
+    print(
+        f"{total:,} parameters, {active_parameters(model):,} active; tokens: "
+        + ", ".join(f"{c.name} {len(s):,}" for c, s in zip(corpora, streams)),
+        flush=True,
+    )
 
     def save() -> None:
         save_model(model, tokenizer_model, args.out)
-        save_state(args.state, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                   progress=progress, tokenizer=tokenizer_model)
+        save_state(
+            args.state,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            rng=torch.get_rng_state(),
+            progress=progress,
+            tokenizer=tokenizer_model,
+        )
 
     model.train()
     mean_loss, last_print, last_save = 0.0, time.monotonic(), time.monotonic() - args.save_every + 60
@@ -398,14 +436,20 @@ def main() -> int:
 
             if now - last_print > 15:
                 rate = (progress["tokens"] - tokens_at_print) / (now - last_print)
-                print(f"{done:6.1%} step {progress['step']:5d}  loss {mean_loss:.3f}  balance {balance.item():.3f}  "
-                      f"lr {learning_rate(done, args.lr):.2e}  {rate:,.0f} tokens/s", flush=True)
+                print(
+                    f"{done:6.1%} step {progress['step']:5d}  loss {mean_loss:.3f}  balance {balance.item():.3f}  "
+                    f"lr {learning_rate(done, args.lr):.2e}  {rate:,.0f} tokens/s",
+                    flush=True,
+                )
                 last_print, tokens_at_print = now, progress["tokens"]
             if now - last_save > args.save_every:
                 save()
                 scores = {n: evaluate(model, s, b, limit=16) for n, (s, b) in held_out.items()}
-                print("  saved; held-out bits per byte, part: "
-                      + ", ".join(f"{n} {r['bits_per_byte']:.3f}" for n, r in scores.items()), flush=True)
+                print(
+                    "  saved; held-out bits per byte, part: "
+                    + ", ".join(f"{n} {r['bits_per_byte']:.3f}" for n, r in scores.items()),
+                    flush=True,
+                )
                 last_save = last_print = time.monotonic()
     except KeyboardInterrupt:
         interrupted = True
@@ -418,7 +462,9 @@ def main() -> int:
     text = sample(final, tokenizer)
     write_card(args.out, corpora, results, text, progress)
     for name, r in results.items():
-        print(f"{name}: {r['bits_per_byte']:.4f} bits per byte, perplexity {r['perplexity']:.2f}; expert load per layer:")
+        print(
+            f"{name}: {r['bits_per_byte']:.4f} bits per byte, perplexity {r['perplexity']:.2f}; expert load per layer:"
+        )
         for layer in r["load"]:
             print("   " + " ".join(f"{share:.3f}" for share in layer))
     print(text)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from binary import edit_config, environment, mixtral, ok, ok_json
 
 MIXTRAL_8X7B = {

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from binary import BINARY, DEMO, edit_config, environment, mixtral, ok_json
 from safetensors.torch import load_file, save_file
+
+from binary import BINARY, DEMO, edit_config, environment, mixtral, ok_json
 
 LONG_PASS = ["bench", "--prompt-tokens", "4000", "--chunk-size", "4096", "--batch", "8", "--new-tokens", "2", "-t", "1"]
 ENDLESS = ["generate", "-p", "Once", "-n", "4000", "--ignore-eos"]

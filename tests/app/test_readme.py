@@ -19,7 +19,9 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
 def test_python_example_runs(index):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    run = subprocess.run([sys.executable, "-c", blocks("python")[index]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", blocks("python")[index]], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert index > 0 or len(run.stdout.split()) > 20
 

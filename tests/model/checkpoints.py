@@ -29,7 +29,11 @@ def random_model(dense: bool = False, **overrides) -> PreTrainedModel:
     """A random Mixtral (or Mistral, its dense twin) in f32; the rotary base is 1e4 unless given."""
     settings = {"sliding_window": None, **TINY, **overrides}
     config = MistralConfig(**settings) if dense else MixtralConfig(**settings)
-    return (MistralForCausalLM if dense else MixtralForCausalLM)._from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    return (
+        (MistralForCausalLM if dense else MixtralForCausalLM)
+        ._from_config(config, attn_implementation="eager", experts_implementation="eager")
+        .eval()
+    )
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -65,8 +69,12 @@ def save_consolidated(model: PreTrainedModel, folder: Path) -> None:
         ours, theirs = f"layers.{n}", f"model.layers.{n}"
         out[f"{ours}.attention_norm.weight"] = state[f"{theirs}.input_layernorm.weight"]
         out[f"{ours}.ffn_norm.weight"] = state[f"{theirs}.post_attention_layernorm.weight"]
-        out[f"{ours}.attention.wq.weight"] = interleaved(state[f"{theirs}.self_attn.q_proj.weight"], config.num_attention_heads)
-        out[f"{ours}.attention.wk.weight"] = interleaved(state[f"{theirs}.self_attn.k_proj.weight"], config.num_key_value_heads)
+        out[f"{ours}.attention.wq.weight"] = interleaved(
+            state[f"{theirs}.self_attn.q_proj.weight"], config.num_attention_heads
+        )
+        out[f"{ours}.attention.wk.weight"] = interleaved(
+            state[f"{theirs}.self_attn.k_proj.weight"], config.num_key_value_heads
+        )
         out[f"{ours}.attention.wv.weight"] = state[f"{theirs}.self_attn.v_proj.weight"]
         out[f"{ours}.attention.wo.weight"] = state[f"{theirs}.self_attn.o_proj.weight"]
         out[f"{ours}.feed_forward.gate.weight"] = state[f"{theirs}.mlp.gate.weight"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from python_models import tiny_config
 
 import mixtral
+from python_models import tiny_config
 
 
 @pytest.mark.parametrize("window", [0, 24])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TINY, random_model, save_consolidated
 from safetensors.torch import load_file
 
 import mixtral
+from checkpoints import TINY, random_model, save_consolidated
 
 CONVERT = Path(__file__).resolve().parents[2] / "scripts" / "convert_pth.py"
 

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
-from checkpoints import TINY, random_model, save_consolidated
 
 import mixtral
+from checkpoints import TINY, random_model, save_consolidated
 
 LAYOUTS = ["hugging face v4 names", "hugging face v5 names", "consolidated"]
 # Experts, top-k, window, key/value heads: each value of the matrix at least twice. 0 experts is the dense twin.
-SHAPES = [(1, 1, None, 4), (2, 1, 5, 2), (3, 2, None, 1), (4, 4, 7, 2), (8, 2, None, 2), (8, 2, 6, 1), (16, 3, 9, 4), (16, 4, None, 2)]
+SHAPES = [
+    (1, 1, None, 4),
+    (2, 1, 5, 2),
+    (3, 2, None, 1),
+    (4, 4, 7, 2),
+    (8, 2, None, 2),
+    (8, 2, 6, 1),
+    (16, 3, 9, 4),
+    (16, 4, None, 2),
+]
 
 
 def save(model, folder, layout: str) -> None:
@@ -26,7 +35,9 @@ def logits_of(model, input_ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("experts", "top_k", "window", "kv_heads"), SHAPES)
 def test_f32_logits_and_greedy_tokens_equal_transformers(experts, top_k, window, kv_heads, layout, tmp_path, device):
-    theirs = random_model(num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=window, num_key_value_heads=kv_heads)
+    theirs = random_model(
+        num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=window, num_key_value_heads=kv_heads
+    )
     save(theirs, tmp_path, layout)
     ours = mixtral.Mixtral.from_pretrained(tmp_path, device=device, dtype="float32")
     assert ours.config.window == (window or 0)

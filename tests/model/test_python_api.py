@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from python_models import DEMO, demo_model, tiny_config, tiny_model
 
 import mixtral
+from python_models import DEMO, demo_model, tiny_config, tiny_model
 
 
 @pytest.fixture

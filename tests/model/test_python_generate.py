@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from python_models import DEMO, ROOT, demo_model, tiny_config, tiny_model
 
 import mixtral
+from python_models import DEMO, ROOT, demo_model, tiny_config, tiny_model
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from python_models import DEMO, ROOT
 
 import mixtral
 from mixtral import _C, __main__, _torch_version
+from python_models import DEMO, ROOT
 
 
 def run_python(*args: str) -> subprocess.CompletedProcess:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checkpoints import random_model
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, StaticCache
 
 import mixtral
+from checkpoints import random_model
 from mixtral import ops
 from mixtral.integrations import transformers as integration
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
-from routing import ROUTINGS, make_routing, offsets
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
+from routing import ROUTINGS, make_routing, offsets
 
 # M, Kdim, N, E: around the sizes of lanes (16), column blocks (32), row blocks (64) and panels (512)
 CASES = [

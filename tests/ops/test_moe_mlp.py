@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
-from routing import ROUTINGS, make_routing
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
+from routing import ROUTINGS, make_routing
 
 # T, H, I, E, K
 CASES = [

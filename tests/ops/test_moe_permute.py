@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
-from routing import ROUTINGS, make_routing
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
+from routing import ROUTINGS, make_routing
 
 # T, H, E, K
 CASES = [(0, 8, 4, 2), (1, 1, 1, 1), (3, 5, 2, 2), (7, 33, 3, 1), (65, 64, 8, 2), (129, 100, 16, 4)]

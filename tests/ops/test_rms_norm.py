@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 
 SHAPES = [(0, 8), (1, 1), (3, 5), (2, 16), (7, 100), (33, 257), (5, 4096)]
@@ -63,11 +63,21 @@ def test_nan_stays_in_its_row(device, dtype):
 @pytest.mark.parametrize(
     ("x", "weight", "eps", "message"),
     [
-        (torch.ones(2, 3, 4), torch.ones(4), EPS, r"rms_norm: x must have 2 dimensions \[T, H\], got shape \[2, 3, 4\]"),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(4),
+            EPS,
+            r"rms_norm: x must have 2 dimensions \[T, H\], got shape \[2, 3, 4\]",
+        ),
         (torch.ones(2, 4), torch.ones(3), EPS, r"rms_norm: weight must have size 4 in dimension 0, got shape \[3\]"),
         (torch.ones(2, 4), torch.ones(4, 1), EPS, r"rms_norm: weight must have 1 dimensions \[H\], got shape \[4, 1\]"),
         (torch.ones(2, 4), torch.ones(4).half(), EPS, "rms_norm: weight must be Float, got Half"),
-        (torch.ones(2, 4).double(), torch.ones(4).double(), EPS, "rms_norm: x must be Float, BFloat16 or Half, got Double"),
+        (
+            torch.ones(2, 4).double(),
+            torch.ones(4).double(),
+            EPS,
+            "rms_norm: x must be Float, BFloat16 or Half, got Double",
+        ),
         (torch.ones(2, 4), torch.ones(4), -1.0, "rms_norm: eps must be >= 0, got -1"),
     ],
 )

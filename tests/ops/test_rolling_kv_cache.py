@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -24,13 +24,17 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 class Pool:
     """A pool of NaN-filled pages, and for every sequence all the keys it ever had."""
 
-    def __init__(self, device, dtype, window: int, chunk: int, page_size: int, sequences: int, columns: int | None = None):
+    def __init__(
+        self, device, dtype, window: int, chunk: int, page_size: int, sequences: int, columns: int | None = None
+    ):
         self.device, self.dtype, self.window, self.page_size = device, dtype, window, page_size
         self.columns = columns or -(-(window - 1 + chunk) // page_size) + 1
         shape = (sequences * self.columns + 1, page_size, KV_HEADS, HEAD_DIM)
         self.k_cache, self.v_cache = torch.full((2, *shape), float("nan"), device=device, dtype=dtype)
         self.free = random.Random(0).sample(range(shape[0]), shape[0])
-        self.table: list[dict[int, int]] = [{} for _ in range(sequences)]  # page number of the sequence -> page of the pool
+        self.table: list[dict[int, int]] = [
+            {} for _ in range(sequences)
+        ]  # page number of the sequence -> page of the pool
         self.q = [self.rows(0, HEADS) for _ in range(sequences)]
         self.k = [self.rows(0, KV_HEADS) for _ in range(sequences)]
         self.v = [self.rows(0, KV_HEADS) for _ in range(sequences)]
@@ -68,7 +72,9 @@ class Pool:
             self.k[b] = torch.cat([self.k[b], self.rows(count, KV_HEADS)])
             self.v[b] = torch.cat([self.v[b], self.rows(count, KV_HEADS)])
         q, k, v = (torch.cat([x[b][len(x[b]) - n :] for b, n in counts.items()]) for x in (self.q, self.k, self.v))
-        ops.rolling_kv_cache_write(self.k_cache, self.v_cache, k, v, torch.tensor(slots, dtype=torch.long, device=self.device))
+        ops.rolling_kv_cache_write(
+            self.k_cache, self.v_cache, k, v, torch.tensor(slots, dtype=torch.long, device=self.device)
+        )
         out = ops.rolling_kv_cache_attention(q, self.k_cache, self.v_cache, *self.index(counts), self.window)
         return dict(zip(counts, out.split(list(counts.values())), strict=True))
 
@@ -114,7 +120,9 @@ def test_matches_reference(window, page_size, device, dtype):
     pool.step(counts)
     q = pool.rows(10, HEADS)
     arguments = (pool.k_cache, pool.v_cache, *pool.index(counts), window)
-    oracle = reference.rolling_kv_cache_attention(q.double(), arguments[0].double(), arguments[1].double(), *arguments[2:])
+    oracle = reference.rolling_kv_cache_attention(
+        q.double(), arguments[0].double(), arguments[1].double(), *arguments[2:]
+    )
     actual = ops.rolling_kv_cache_attention(q, *arguments)
     assert_within_twice_baseline(actual, oracle, reference.rolling_kv_cache_attention(q, *arguments))
 
@@ -243,7 +251,8 @@ def test_does_not_depend_on_threads(dtype):
     pool.step(counts)
     q, index = pool.rows(120, HEADS), pool.index(counts)
     one, two = (
-        with_threads(n, lambda: ops.rolling_kv_cache_attention(q, pool.k_cache, pool.v_cache, *index, 9)) for n in (1, 2)
+        with_threads(n, lambda: ops.rolling_kv_cache_attention(q, pool.k_cache, pool.v_cache, *index, 9))
+        for n in (1, 2)
     )
     assert torch.equal(one, two)
 
@@ -294,7 +303,13 @@ def test_bad_slot_never_reaches_memory(device):
 
 
 CACHE = torch.zeros(3, 4, 2, 8)
-WRITE = {"k_cache": CACHE, "v_cache": CACHE.clone(), "k": torch.ones(2, 2, 8), "v": torch.ones(2, 2, 8), "slot_mapping": torch.arange(2)}
+WRITE = {
+    "k_cache": CACHE,
+    "v_cache": CACHE.clone(),
+    "k": torch.ones(2, 2, 8),
+    "v": torch.ones(2, 2, 8),
+    "slot_mapping": torch.arange(2),
+}
 ATTEND = {
     "q": torch.ones(2, 4, 8),
     "k_cache": CACHE,
@@ -309,7 +324,10 @@ ATTEND = {
     ("change", "message"),
     [
         ({"k_cache": CACHE[0]}, r"k_cache must have 4 dimensions \[pages, P, Nkv, D\], got shape \[4, 2, 8\]"),
-        ({"k_cache": CACHE.transpose(1, 2)}, r"k_cache must be contiguous, got shape \[3, 2, 4, 8\] with other strides"),
+        (
+            {"k_cache": CACHE.transpose(1, 2)},
+            r"k_cache must be contiguous, got shape \[3, 2, 4, 8\] with other strides",
+        ),
         ({"v_cache": CACHE[:2]}, r"v_cache must have size 3 in dimension 0, got shape \[2, 4, 2, 8\]"),
         ({"v_cache": CACHE.half()}, "v_cache must be Float, got Half"),
         ({"k": torch.ones(2, 2, 8).half()}, "k must be Float, got Half"),
@@ -345,8 +363,14 @@ def test_bad_attention_raises(change, message, device):
     [
         ({"cu_seqlens_q": torch.tensor([0, 1, 3])}, "cu_seqlens_q must end at 2, got 3"),
         ({"kv_lens": torch.tensor([7, 0])}, r"kv_lens must count the queries of the call \(1 in sequence 1\), got 0"),
-        ({"kv_lens": torch.tensor([7, 5])}, r"page_table must lie in \[0, 3\) for the keys that sequence 1 sees, got -1"),
-        ({"kv_lens": torch.tensor([9, 3])}, "page_table must have at least 3 columns for the keys that sequence 0 sees, got 2"),
+        (
+            {"kv_lens": torch.tensor([7, 5])},
+            r"page_table must lie in \[0, 3\) for the keys that sequence 1 sees, got -1",
+        ),
+        (
+            {"kv_lens": torch.tensor([9, 3])},
+            "page_table must have at least 3 columns for the keys that sequence 0 sees, got 2",
+        ),
     ],
 )
 def test_bad_index_raises_on_cpu(change, message):

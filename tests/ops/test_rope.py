@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 
 SHAPES = [(0, 2, 1, 8), (1, 1, 1, 2), (3, 4, 2, 6), (5, 8, 2, 128), (33, 3, 5, 80), (2, 1, 1, 256)]
 THETA = 1e6
 
 
-def make(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(
+    shape: tuple[int, int, int, int], device: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, heads, kv_heads, head_dim = shape
     q = torch.randn(tokens, heads, head_dim, device=device).to(dtype)
     k = torch.randn(tokens, kv_heads, head_dim, device=device).to(dtype)
@@ -96,7 +98,10 @@ def test_strided_inputs(device, dtype):
     ("change", "message"),
     [
         ({"q": torch.ones(3, 8)}, r"rope: q must have 3 dimensions \[T, Nq, D\], got shape \[3, 8\]"),
-        ({"q": torch.ones(3, 2, 7), "k": torch.ones(3, 1, 7)}, r"rope: q must have an even head dim, got shape \[3, 2, 7\]"),
+        (
+            {"q": torch.ones(3, 2, 7), "k": torch.ones(3, 1, 7)},
+            r"rope: q must have an even head dim, got shape \[3, 2, 7\]",
+        ),
         ({"q": torch.ones(3, 2, 8).double()}, "rope: q must be Float, BFloat16 or Half, got Double"),
         ({"k": torch.ones(3, 1, 8).half()}, "rope: k must be Float, got Half"),
         ({"k": torch.ones(2, 1, 8)}, r"rope: k must have size 3 in dimension 0, got shape \[2, 1, 8\]"),
@@ -107,7 +112,12 @@ def test_strided_inputs(device, dtype):
     ],
 )
 def test_bad_input_raises(change, message, device):
-    arguments = {"q": torch.ones(3, 2, 8), "k": torch.ones(3, 1, 8), "positions": torch.arange(3), "theta": THETA} | change
+    arguments = {
+        "q": torch.ones(3, 2, 8),
+        "k": torch.ones(3, 1, 8),
+        "positions": torch.arange(3),
+        "theta": THETA,
+    } | change
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(RuntimeError, match=message):
         ops.rope(**moved)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 
 WINDOWS = [0, 1, 2, 3, 4, 16]
@@ -16,7 +16,14 @@ def starts(lengths: list[int], device: str) -> torch.Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0)
 
 
-def make(lengths_q: list[int], lengths_k: list[int], device: str, dtype: torch.dtype, heads: tuple[int, int] = (4, 2), head_dim: int = 16):
+def make(
+    lengths_q: list[int],
+    lengths_k: list[int],
+    device: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 16,
+):
     """q, k, v, cu_seqlens_q, cu_seqlens_k of random packed sequences."""
     q = torch.randn(sum(lengths_q), heads[0], head_dim, device=device).to(dtype)
     k, v = torch.randn(2, sum(lengths_k), heads[1], head_dim, device=device).to(dtype)

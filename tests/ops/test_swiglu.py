@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 
 SHAPES = [(0, 8), (3, 0), (1, 2), (3, 10), (2, 32), (7, 34), (33, 514), (2, 28672)]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_within_twice_baseline, opcheck, with_threads
 
 import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 
 CASES = [(0, 8, 2), (1, 1, 1), (3, 2, 1), (7, 3, 3), (33, 8, 2), (65, 16, 4), (5, 100, 7)]
