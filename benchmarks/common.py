@@ -6,6 +6,7 @@ A record is ``benchmarks/records/<date>-<device>-<name>.json``; see docs/numeric
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
 import statistics
@@ -70,20 +71,19 @@ class Bench:
             )
         )
         bound_text = f"{100 * value / bound:5.1f} % of bound" if bound else ""
-        print(
-            f"{case:44s} {1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s} x {theirs / mine:.2f} {peer_name}"
-        )
+        ours_text = f"{1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s}"
+        print(f"{case:44s} {ours_text} x {theirs / mine:.2f} {peer_name}")
 
     def write(self, folder: Path = RECORDS) -> None:
         """Write the record ``<folder>/<date>-<device>-<name>.json``."""
         date = datetime.date.today().isoformat()
         device = device_name(self.device)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
         record = {
             "name": self.name,
             "device": device,
             "date": date,
-            "commit": commit.strip(),
+            "commit": os.environ.get("MIXTRAL_COMMIT", head.strip()),  # set where the tree is a copy without git
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "rows": [asdict(row) for row in self.rows],
         }

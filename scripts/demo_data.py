@@ -32,9 +32,10 @@ HELD_OUT_EVERY = 20  # every 20th page of the SQLite documentation
 BOOKS = [
     name.replace("_", " ")
     for name in (
-        "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings 1_Chronicles "
-        "2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah Lamentations "
-        "Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark "
+        "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings "
+        "1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalm Proverbs Ecclesiastes Song_of_Solomon Isaiah "
+        "Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai "
+        "Zechariah Malachi Matthew Mark "
         "Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
         "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude "
         "Revelation"
@@ -346,7 +347,6 @@ if __name__ == "__main__":
     for corpus in load_corpora():
         for split in ("train", "held_out"):
             documents = getattr(corpus, split)
-            print(
-                f"{corpus.name:7s}{split:9s}{len(documents):5d} documents {sum(len(d.text) for d in documents):9d} bytes"
-            )
+            size = sum(len(d.text.encode()) for d in documents)
+            print(f"{corpus.name:7s}{split:9s}{len(documents):5d} documents {size:9d} bytes")
         print(f"  sha256 {corpus.sha256()}\n{corpus.train[0].text[:400]}\n")

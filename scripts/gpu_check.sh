@@ -5,7 +5,8 @@
 #   scripts/gpu_check.sh [folder for the record; default benchmarks/records]
 # Builds, runs the op tests on CUDA against the f64 reference with opcheck, whole models CPU = CUDA, then
 # compute-sanitizer memcheck on the small shapes, and writes one JSON record with the cases passed. PYTHON chooses the
-# interpreter. Exit status 0 only if every step passed.
+# interpreter; MIXTRAL_COMMIT names the commit where the tree is a copy without git. Exit status 0 only if every step
+# passed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(command -v "${PYTHON:-python3}")

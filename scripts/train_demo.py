@@ -5,10 +5,11 @@
     python scripts/train_demo.py --steps 2000 --out /tmp/small
     python scripts/train_demo.py --resume                # go on after an interruption
 
-The loop is plain PyTorch around transformers' MixtralForCausalLM. The load-balancing loss is taken per layer and summed, as
-in Switch Transformers (transformers' own pools the layers, so that one may offset another). The output folder always holds
-a complete model: files are written aside and renamed. With --steps a run can be repeated; with --minutes the learning rate
-follows the clock. After a finished run, --resume only evaluates and writes the model card again.
+The loop is plain PyTorch around transformers' MixtralForCausalLM. The load-balancing loss is taken per layer and
+summed, as in Switch Transformers (transformers' own pools the layers, so that one may offset another). The output
+folder always holds a complete model: files are written aside and renamed. With --steps a run can be repeated; with
+--minutes the learning rate follows the clock. After a finished run, --resume only evaluates and writes the model card
+again.
 """
 
 from __future__ import annotations
@@ -125,15 +126,15 @@ are those of Mixtral 8x7B. It is for tests, examples and a first run without a d
 |---|---|---|---|---|
 {sources}
 
-`bible` is the King James Bible, a document per chapter; `sqlite` is the SQLite documentation, a document per page, stripped
-of HTML. Held out, and never trained on: {books}, and every {every}th page of the documentation. Paragraphs that occur
-twice in the documentation were kept once; Luke retells much that Matthew and Mark tell, so its score flatters a little.
-The texts are in the public domain.
+`bible` is the King James Bible, a document per chapter; `sqlite` is the SQLite documentation, a document per page,
+stripped of HTML. Held out, and never trained on: {books}, and every {every}th page of the documentation. Paragraphs
+that occur twice in the documentation were kept once; Luke retells much that Matthew and Mark tell, so its score
+flatters a little. The texts are in the public domain.
 
 {step:,} steps, {tokens:,} tokens drawn in equal parts from the two domains, {seconds:,.0f} seconds on {cores} virtual
-CPU cores ({machine}) shared with other work. Documents begin with BOS and end with EOS. Context {context} tokens at the end, longer
-than the window. PyTorch {torch}, transformers {transformers}, sentencepiece {sentencepiece}. To repeat it:
-`scripts/train_demo.py`.
+CPU cores ({machine}) shared with other work. Documents begin with BOS and end with EOS. Context {context} tokens at
+the end, longer than the window. PyTorch {torch}, transformers {transformers}, sentencepiece {sentencepiece}.
+To train another: `scripts/train_demo.py`.
 
 ## Evaluation
 
@@ -143,14 +144,14 @@ On the held-out text, with the bfloat16 weights computed in float32:
 |---|---|---|---|---|
 {scores}
 
-Share of the routed tokens that one expert of one layer gets, both domains in equal parts: {least:.3f} to {most:.3f} (perfectly
-even: {even:.3f}). Within one domain: {domain_least:.3f} to {domain_most:.3f}; experts specialise.
+Share of the routed tokens that one expert of one layer gets, both domains in equal parts: {least:.3f} to {most:.3f}
+(perfectly even: {even:.3f}). Within one domain: {domain_least:.3f} to {domain_most:.3f}; experts specialise.
 
 ## Limits
 
-It continues text in the manner of its two sources. It knows no facts, follows no instructions, holds no conversation, writes
-English only, and what it says of the Bible or of SQLite is often wrong. Nothing it writes is scripture or documentation. It
-sees at most some hundred words back. Speed and memory measured with it say little about Mixtral 8x7B.
+It continues text in the manner of its two sources. It knows no facts, follows no instructions, holds no conversation,
+writes English only, and what it says of the Bible or of SQLite is often wrong. Nothing it writes is scripture or
+documentation. It sees at most some hundred words back. Speed and memory measured with it say little about Mixtral 8x7B.
 
 ## Licence
 
@@ -220,8 +221,8 @@ def optimizer_for(model: MixtralForCausalLM, args: argparse.Namespace) -> torch.
 def evaluate(model: MixtralForCausalLM, stream: Tensor, size: int, limit: int | None = None) -> dict:
     """Bits per byte and perplexity of held-out text, and the share of tokens each expert gets, per layer.
 
-    Windows of 1024 tokens overlap by 256, so that nearly every token is scored with its whole context. The loss of BOS is
-    left out; the loss of EOS is counted.
+    Windows of 1024 tokens overlap by 256, so that nearly every token is scored with its whole context. The loss of BOS
+    is left out; the loss of EOS is counted.
     """
     window, overlap = 1024, 256
     c = model.config

@@ -69,7 +69,7 @@ def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Ten
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """[T,Nq,D], [T,Nkv,D], [T] -> q, k rotated. The angles are f32 products in every dtype: that is their definition."""
+    """[T,Nq,D], [T,Nkv,D], [T] -> q, k rotated. The angles are f32 products in every dtype, by definition."""
     head_dim = q.shape[-1]
     exponents = torch.arange(0, head_dim, 2, device=q.device).float() / head_dim
     inverse_frequency = 1.0 / (torch.tensor(theta).double() ** exponents.double()).float()
@@ -136,7 +136,7 @@ def rolling_kv_cache_attention(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """[T,Nq,D], caches [pages,P,Nkv,D], [B,R], [B+1], [B] -> [T,Nq,D]: gather the keys in sight, then dense attention."""
+    """[T,Nq,D], caches [pages,P,Nkv,D], [B,R], [B+1], [B] -> [T,Nq,D]: gather the keys, then dense attention."""
     out = torch.zeros_like(q)
     page_size, columns = k_cache.shape[1], page_table.shape[1]
     starts = cu_seqlens_q.tolist()

@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(DEMO, tmp_path / "model"))
 
 
-# ---- exit codes --------------------------------------------------------------------------------------------------------
+# ---- exit codes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_reader_that_leaves_is_no_error():
     assert process.stderr.read() == b""
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def run_within(mebibytes: int) -> subprocess.CompletedProcess:
@@ -187,7 +187,7 @@ def test_cache_that_cannot_fit_exits_with_4(model):
     assert_fails(mixtral("generate", model, "-p", "a", "-n", "2000000000"), 4, "cache", "GiB")
 
 
-# ---- signals and terminals ---------------------------------------------------------------------------------------------
+# ---- signals and terminals -------------------------------------------------------------------------------------------
 
 
 def leaves_in_time(process: subprocess.Popen, number: signal.Signals) -> int:

@@ -235,7 +235,7 @@ def test_random_programs_equal_keys_kept_for_ever(seed, device):
 @pytest.mark.parametrize("start", [2**31 - 5, 2**33 - 5], ids=["2^31", "2^33"])
 @pytest.mark.parametrize("window", [4, 7])
 def test_large_positions(window, start, device, dtype):
-    """A rolling cache whose first key in sight sits near 2^31 or 2^33 gives what the same cache gives at 32 + start % 32."""
+    """A cache whose first key in sight sits near 2^31 or 2^33 gives what the same cache gives at 32 + start % 32."""
     page_size, columns = 4, 8  # positions that agree modulo 32 share a row of the buffer and a place in their key block
     k_cache, v_cache = torch.randn(2, columns, page_size, KV_HEADS, HEAD_DIM, device=device).to(dtype)
     q, table = torch.randn(6, HEADS, HEAD_DIM, device=device).to(dtype), torch.randperm(columns, device=device)[None]

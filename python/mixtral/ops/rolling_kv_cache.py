@@ -1,4 +1,4 @@
-"""The rolling key/value cache: a pool of pages, written first and then attended to (Jiang et al., "Mistral 7B", 2023)."""
+"""The rolling key/value cache: a pool of pages, written, then attended to (Jiang et al., "Mistral 7B", 2023)."""
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def rolling_kv_cache_attention(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of B sequences' newest queries to their keys in the cache: prefill chunks and decode steps alike.
+    """Causal attention of B sequences' newest queries to their cached keys: prefill chunks and decode steps alike.
 
     Position p of sequence b lies in page ``page_table[b, (p // P) % R]``, row ``p % P``; query i of n sits at position
     ``kv_lens[b] - n + i`` and sees the last ``window`` keys up to its own.
@@ -46,8 +46,8 @@ def rolling_kv_cache_attention(
         scale: of the scores, 1 / sqrt(D) by default.
 
     Returns:
-        [T, Nq, D], dtype of ``q``, on the CPU bit for bit what ``sliding_window_attention`` gives on the same keys. Rows of
-        the cache that no query sees are never read.
+        [T, Nq, D], dtype of ``q``, on CPU bit for bit what ``sliding_window_attention`` gives on the same keys. Rows
+        of the cache that no query sees are never read.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; on the CPU also if a key that is seen has no page.

@@ -14,7 +14,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: boo
         k: [T, Nkv, D], dtype of ``q``.
         positions: [T], int32 or int64.
         theta: base of the frequencies, > 0.
-        interleaved: pairs are (2i, 2i + 1), as in Mistral's consolidated files; otherwise (i, i + D/2), as in Hugging Face.
+        interleaved: pairs are (2i, 2i + 1), as in Mistral's consolidated files; else (i, i + D/2), as in Hugging Face.
 
     Returns:
         (q, k) rotated, shapes and dtype as given. Angles are f32 as in Hugging Face; the rotation is f32, rounded once.

@@ -34,7 +34,7 @@ def sliding_window_attention(
         depend on the query and its keys alone.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; on the CPU also if cu_seqlens do not rise from 0 to the total.
+        RuntimeError: a shape, dtype or device does not fit; on the CPU also if cu_seqlens do not rise from 0 to T.
     """
     return torch.ops.mixtral.sliding_window_attention.default(
         q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale
