@@ -27,9 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: threads that spin ruin each other on a shared machine
+# Before torch: on a shared machine, threads that spin while they wait waste most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sentencepiece
 import torch
