@@ -4,4 +4,4 @@ set -euo pipefail
 root="$(dirname "${BASH_SOURCE[0]}")/.."
 prompt="${1:-In the beginning}"
 "$root/scripts/setup.sh"
-exec "$root/build/bin/mixtral" generate -p "$prompt" --temp 0.7 --top-p 0.9 "${@:2}"
+exec "$root/build/bin/mixtral" generate -p "$prompt" --temp 0.8 --top-p 0.9 --repetition-penalty 1.15 "${@:2}"
