@@ -23,7 +23,6 @@ std::string shape_string(const std::vector<int64_t>& shape) {
 }
 
 // ---- from a folder to open files
-// -------------------------------------------------------------------------------------
 
 // `weight_map` of an index: tensor name -> shard name. A shard is a file beside the index, never a path elsewhere.
 std::map<std::string, std::string> read_index(const fs::path& path) {
@@ -88,7 +87,6 @@ std::vector<SafetensorsFile> open_files(const fs::path& folder, CheckpointLayout
 }
 
 // ---- from tensors to slices
-// ------------------------------------------------------------------------------------------
 
 torch::ScalarType scalar_type(const SafetensorsFile& file, const std::string& tensor, const SafetensorsEntry& entry) {
   if (entry.dtype == "F32") return torch::kFloat32;
@@ -111,7 +109,6 @@ void check_unexpected(const SafetensorsFile& file, const std::set<std::string>& 
 }
 
 // ---- from slices to parameters
-// ---------------------------------------------------------------------------------------
 
 // Reads runs of rows, and reports progress about every kProgressBytes.
 class RowReader {

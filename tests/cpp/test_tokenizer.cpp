@@ -17,7 +17,6 @@ namespace mixtral {
 namespace {
 
 // ---- a SentencePiece model file, byte by byte
-// -------------------------------------------------------------------------
 
 std::string varint(uint64_t value) {
   std::string out;
@@ -93,7 +92,6 @@ class TokenizerTest : public testing::Test {
 };
 
 // ---- text
-// -------------------------------------------------------------------------------------------------------------
 
 TEST_F(TokenizerTest, EncodesByMergingTheBestPairAndMarksTheBeginning) {
   const Tokenizer tokenizer = load(small_model());
@@ -208,7 +206,6 @@ TEST_F(TokenizerTest, IdsOutsideTheVocabularyAreRefused) {
 }
 
 // ---- version and place of the file
-// ------------------------------------------------------------------------------------
 
 TEST_F(TokenizerTest, VersionComesFromTheArgumentThenTheNameThenTheFile) {
   const std::vector<std::string> v2 = {"[INST]", "[/INST]"};
@@ -248,7 +245,6 @@ TEST_F(TokenizerTest, MissingAndSpecialFilesAreLoadErrors) {
 }
 
 // ---- untrusted files
-// --------------------------------------------------------------------------------------------------
 
 TEST_F(TokenizerTest, UnsoundModelsAreRefusedWithTheReason) {
   struct Case {
@@ -342,7 +338,6 @@ TEST_F(TokenizerTest, EveryCutAndEveryFlippedBitParsesOrIsALoadError) {
 }
 
 // ---- chat
-// -------------------------------------------------------------------------------------------------------------
 
 TEST_F(TokenizerTest, ChatEncodesEachTurnOnItsOwn) {
   const Tokenizer v1 = load(small_model());

@@ -40,7 +40,6 @@ __device__ void clear_tile(const GroupedGemm<T>& gemm, const GemmTile& tile) {
 }
 
 // ---- bf16, f16
-// -------------------------------------------------------------------------------------------------------
 
 constexpr int kMmaThreads = 128, kMmaRows = 64, kMmaColumns = 128, kMmaDepth = 32, kStages = 3, kPitch = kMmaDepth + 8;
 constexpr int kWarpRows = 32, kWarpColumns = 64, kRowFragments = kWarpRows / 16, kColumnFragments = kWarpColumns / 8;
@@ -177,7 +176,6 @@ __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGe
 }
 
 // ---- f32
-// -------------------------------------------------------------------------------------------------------------
 
 constexpr int kFmaThreads = 256, kFmaTile = 64, kFmaDepth = 16, kFmaPitch = kFmaTile + 4, kPerThread = 4;
 
