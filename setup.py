@@ -28,7 +28,7 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake; for a wheel, copies the libraries and the binary out of the source tree."""
+    """Runs CMake; for a wheel, copies the libraries, the binary and the bundled model out of the source tree."""
 
     def build_extension(self, ext: CMakeExtension) -> None:
         configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
@@ -43,6 +43,7 @@ class CMakeBuild(build_ext):
         for file in (SOURCE_PACKAGE / "libmixtral_ops.so", SOURCE_PACKAGE / "libmixtral.so"):
             shutil.copy2(file, package)
         shutil.copy2(SOURCE_PACKAGE / extension.name, extension)
+        shutil.copytree(ROOT / "models" / "demo", package / "models" / "demo", dirs_exist_ok=True)
         binary = BUILD / "bin" / "mixtral"
         if binary.exists():  # CMake makes none without CLI11, and says so; the `mixtral` command then explains itself
             shutil.copy2(binary, package / "bin")

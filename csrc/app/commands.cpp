@@ -18,9 +18,9 @@ const std::map<std::string, torch::ScalarType> kDtypes = {
 std::filesystem::path demo_model() {
   if (const char* folder = std::getenv("MIXTRAL_DEMO_MODEL")) return folder;
   const std::filesystem::path bin = std::filesystem::read_symlink("/proc/self/exe").parent_path();
-  // Installed, in the build folder of the source tree, and in a build folder elsewhere.
-  for (const std::filesystem::path& folder : {bin / "../share/mixtral/models/demo", bin / "../../models/demo",
-                                              std::filesystem::path(MIXTRAL_SOURCE_DIR) / "models/demo"}) {
+  // In the Python package, in the build folder of the source tree, and in a build folder elsewhere.
+  for (const std::filesystem::path& folder :
+       {bin / "../models/demo", bin / "../../models/demo", std::filesystem::path(MIXTRAL_SOURCE_DIR) / "models/demo"}) {
     if (std::filesystem::exists(folder / "config.json")) return std::filesystem::canonical(folder);
   }
   throw std::invalid_argument("no MODEL given, and the demo model is not installed: name a model folder");
