@@ -126,6 +126,7 @@ std::vector<int64_t> chat_ids(const Tokenizer& tokenizer, const std::vector<py::
 
 void bind_tokenizer(py::module_& m) {
   py::class_<Tokenizer>(m, "Tokenizer", "SentencePiece BPE tokenizer of the Mistral family.")
+      .def_static("available", &Tokenizer::available, "False in a build without sentencepiece: none can be made.")
       .def(
           py::init([](const std::filesystem::path& path, const std::optional<std::string>& version) {
             return version ? Tokenizer(path, parse_tokenizer_version(*version)) : Tokenizer(path);

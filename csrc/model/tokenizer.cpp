@@ -192,6 +192,14 @@ struct Tokenizer::Impl {
 #endif
 };
 
+bool Tokenizer::available() {
+#ifdef MIXTRAL_WITH_SENTENCEPIECE
+  return true;
+#else
+  return false;
+#endif
+}
+
 Tokenizer::Tokenizer(const fs::path& path, std::optional<TokenizerVersion> version)
     : impl_(std::make_shared<const Impl>(find_model_file(path), version)) {}
 

@@ -24,6 +24,9 @@ TokenizerVersion parse_tokenizer_version(std::string_view name);
 
 class Tokenizer {
  public:
+  // False when the library was built without sentencepiece: then no Tokenizer can be made.
+  static bool available();
+
   // `path`: a tokenizer.model file, or a folder that holds one (tokenizer.model.v3 goes before tokenizer.model).
   // Without `version` the file name tells it ("....model.v3"), else the control tokens in the file.
   // Throws LoadError when the file is not a valid BPE SentencePiece model.

@@ -32,7 +32,8 @@ class Mixtral:
 
     Attributes:
         config: its architecture.
-        tokenizer: None when the folder has none; the model then works on token ids.
+        tokenizer: None when the folder has none or the library was built without sentencepiece; the model then works
+            on token ids.
         timings: of the last finished ``generate``; None before.
     """
 
@@ -246,4 +247,4 @@ def _scalar_type(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:
-    return Tokenizer(folder) if any(folder.glob("tokenizer.model*")) else None
+    return Tokenizer(folder) if Tokenizer.available() and any(folder.glob("tokenizer.model*")) else None
