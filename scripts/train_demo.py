@@ -394,7 +394,7 @@ def main() -> int:
     total = sum(p.numel() for p in model.parameters())
     print(
         f"{total:,} parameters, {active_parameters(model):,} active; tokens: "
-        + ", ".join(f"{c.name} {len(s):,}" for c, s in zip(corpora, streams)),
+        + ", ".join(f"{c.name} {len(s):,}" for c, s in zip(corpora, streams, strict=True)),
         flush=True,
     )
 

@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
+
 from python_models import DEMO, demo_model
 
 # Luke was held out of its training; the other is written in the manner of the SQLite documentation.
 TEXTS = {
     "bible": "And it came to pass in those days, that there went out a decree from Caesar Augustus, that all the world "
     "should be taxed. And all went to be taxed, every one into his own city.",
-    "sqlite": "The CREATE TABLE statement is used to create a new table in an SQLite database. The name of the table is "
-    "given after the TABLE keyword, and each column has a name and a data type.",
+    "sqlite": "The CREATE TABLE statement is used to create a new table in an SQLite database. The name of the table "
+    "is given after the TABLE keyword, and each column has a name and a data type.",
 }
 
 
