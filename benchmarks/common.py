@@ -88,6 +88,7 @@ class Bench:
             "rows": [asdict(row) for row in self.rows],
         }
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{date}-{slug}-{self.name}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {path}")
