@@ -1,9 +1,11 @@
 // `mixtral chat`: a conversation. On a terminal a prompt, commands and Ctrl-C; from a pipe one message per line.
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <optional>
+#include <utility>
 
 #include "commands.h"
 
@@ -33,16 +35,15 @@ class LineReader {
         held_.erase(0, end + 1);
         return line;
       }
+      wait_for_input(interactive);
       char buffer[4096];
       const ssize_t count = ::read(STDIN_FILENO, buffer, sizeof buffer);
-      const int error = errno;
-      throw_if_terminated();
       if (count > 0) {
         held_.append(buffer, static_cast<size_t>(count));
-      } else if (count < 0 && error == EINTR) {
-        if (interactive) write_err("\n(Ctrl-C again, Ctrl-D or /bye to leave)\n> ");
+      } else if (count < 0 && errno == EINTR) {
+        continue;
       } else if (count < 0) {
-        throw std::system_error(error, std::generic_category(), "cannot read stdin");
+        throw std::system_error(errno, std::generic_category(), "cannot read stdin");
       } else if (held_.empty()) {
         return std::nullopt;
       } else {
@@ -52,6 +53,19 @@ class LineReader {
   }
 
  private:
+  // Looks up ten times a second: a signal that comes just before a blocking read would not interrupt it.
+  static void wait_for_input(bool interactive) {
+    pollfd input = {STDIN_FILENO, POLLIN, 0};
+    bool hinted = false;
+    do {
+      throw_if_terminated();
+      if (interactive && signalled() && !std::exchange(hinted, true)) {
+        write_err("\n(Ctrl-C again, Ctrl-D or /bye to leave)\n> ");
+      }
+    } while (::poll(&input, 1, 100) <= 0);
+    throw_if_terminated();
+  }
+
   std::string held_;
 };
 

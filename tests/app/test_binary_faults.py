@@ -3,6 +3,7 @@
 import os
 import pty
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,7 @@ def terminal_chat() -> Iterator[tuple[subprocess.Popen, int]]:
 def read_until(terminal: int, mark: bytes) -> bytes:
     text = b""
     while not text.endswith(mark):
+        assert select.select([terminal], [], [], 30)[0], text
         text += os.read(terminal, 1)
     return text
 
