@@ -41,7 +41,7 @@ def resource_usage() -> list[tuple[str, str, int]]:
 USAGE = resource_usage()
 
 
-@pytest.mark.skipif(not USAGE, reason="built without CUDA kernels")
+@pytest.mark.skipif(not USAGE, reason="no CUDA kernels in the library, or no cuobjdump")
 def test_cuda_kernels_are_there_for_every_architecture():
     kernels: dict[str, set[str]] = {}
     for architecture, kernel, _ in USAGE:
@@ -51,6 +51,6 @@ def test_cuda_kernels_are_there_for_every_architecture():
     assert len(names) >= 10
 
 
-@pytest.mark.skipif(not USAGE, reason="built without CUDA kernels")
+@pytest.mark.skipif(not USAGE, reason="no CUDA kernels in the library, or no cuobjdump")
 def test_cuda_kernels_use_no_local_memory():
     assert not [entry for entry in USAGE if entry[2]]

@@ -2,7 +2,7 @@
 //
 // A reduction over K keeps lane j for the terms k = j (mod 16) and folds the lanes in one fixed tree. Every caller uses
 // the same functions whatever the number of rows, so the bits of a result never depend on batch size, chunking or the
-// number of threads. Products are fused (std::fma) in every build: AVX2 and AVX-512 give the same bits.
+// number of threads. Products are fused (std::fma) in every build, so that AVX2 and AVX-512 can give the same bits.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
