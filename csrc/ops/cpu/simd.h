@@ -12,15 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Compiles a function for several instruction sets; the loader picks one for the processor at hand. The x86-64 levels are
-// matched by features: a model name such as skylake-avx512 would match that model alone. Functions that it calls must be
-// inlined into it (MIXTRAL_INLINE), or they are compiled for the baseline only.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIXTRAL_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MIXTRAL_MULTIVERSION
-#endif
-#define MIXTRAL_INLINE inline __attribute__((always_inline))
+#include "isa.h"
 
 namespace mixtral::cpu {
 
@@ -124,7 +116,8 @@ MIXTRAL_INLINE float exp_f32(float x) {
   p = __builtin_fmaf(p, r * r, r + 1.0f);
   // 2^n in two halves: n reaches -150 (subnormal results) and 128 (infinity), beyond one f32 exponent.
   const int32_t n_low = static_cast<int32_t>(n) / 2, n_high = static_cast<int32_t>(n) - n_low;
-  const uint32_t low_bits = static_cast<uint32_t>(n_low + 127) << 23, high_bits = static_cast<uint32_t>(n_high + 127) << 23;
+  const uint32_t low_bits = static_cast<uint32_t>(n_low + 127) << 23, high_bits = static_cast<uint32_t>(n_high + 127)
+                                                                                  << 23;
   float low, high;
   std::memcpy(&low, &low_bits, sizeof low);
   std::memcpy(&high, &high_bits, sizeof high);

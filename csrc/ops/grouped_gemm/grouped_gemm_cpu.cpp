@@ -114,7 +114,7 @@ MIXTRAL_INLINE void multiply_block(const GroupedGemm<T>& gemm, const GemmTile& t
 }  // namespace
 
 template <typename T>
-MIXTRAL_MULTIVERSION void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, int64_t begin, int64_t end) {
+void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, int64_t begin, int64_t end) {
   Scratch scratch;
   const int64_t column_blocks = ceil_div(gemm.columns, kGemmBlockColumns);
   for (int64_t i = begin; i < end; ++i)

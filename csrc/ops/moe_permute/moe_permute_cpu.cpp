@@ -32,23 +32,25 @@ void launch_moe_permute_copy_cpu(const char* x, const int32_t* row_map, char* pe
 }
 
 template <typename T>
-MIXTRAL_MULTIVERSION void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out,
-                                                   int64_t top_k, int64_t hidden, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t h = 0; h < hidden; h += kLanes) {
-      const int64_t n = std::min(kLanes, hidden - h);
-      Lanes sum{};
-      for (int64_t k = 0; k < top_k; ++k) {
-        const int64_t row = row_map[t * top_k + k];
-        if (row < 0) continue;
-        const T* value = y + row * hidden + h;
-        const float weight = weights[t * top_k + k];
-        const Lanes lanes = n == kLanes ? load_lanes(value) : load_lanes(value, n);
-        for (int64_t j = 0; j < kLanes; ++j) sum.v[j] = __builtin_fmaf(weight, lanes.v[j], sum.v[j]);
+void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out, int64_t top_k,
+                              int64_t hidden, int64_t begin, int64_t end) {
+  for_cpu_isa([=] {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t h = 0; h < hidden; h += kLanes) {
+        const int64_t n = std::min(kLanes, hidden - h);
+        Lanes sum{};
+        for (int64_t k = 0; k < top_k; ++k) {
+          const int64_t row = row_map[t * top_k + k];
+          if (row < 0) continue;
+          const T* value = y + row * hidden + h;
+          const float weight = weights[t * top_k + k];
+          const Lanes lanes = n == kLanes ? load_lanes(value) : load_lanes(value, n);
+          for (int64_t j = 0; j < kLanes; ++j) sum.v[j] = __builtin_fmaf(weight, lanes.v[j], sum.v[j]);
+        }
+        for (int64_t j = 0; j < n; ++j) out[t * hidden + h + j] = from_float<T>(sum.v[j]);
       }
-      for (int64_t j = 0; j < n; ++j) out[t * hidden + h + j] = from_float<T>(sum.v[j]);
     }
-  }
+  });
 }
 
 template void launch_moe_unpermute_cpu(const float*, const float*, IndexArray, float*, int64_t, int64_t, int64_t,

@@ -111,19 +111,21 @@ MIXTRAL_INLINE void attend_tile(const AttentionProblem<T>& p, const QueryTile& t
 }  // namespace
 
 template <typename T>
-MIXTRAL_MULTIVERSION void launch_attention_cpu(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
-  const size_t width = (p.head_dim + kLanes - 1) / kLanes * kLanes;
-  const size_t rows = kQueryTileCpu * p.num_heads / p.num_kv_heads;
-  Scratch scratch;
-  scratch.q.resize(rows * width);
-  scratch.acc.resize(rows * width);
-  scratch.k_block.resize(kKeyBlock * width);
-  scratch.v_block.resize(kKeyBlock * width);
-  scratch.states.resize(rows);
-  for (int64_t item = begin; item < end; ++item) {
-    const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, kQueryTileCpu, item / p.num_kv_heads);
-    if (tile.begin < tile.end) attend_tile(p, tile, item % p.num_kv_heads, scratch);
-  }
+void launch_attention_cpu(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
+  for_cpu_isa([&] {
+    const size_t width = (p.head_dim + kLanes - 1) / kLanes * kLanes;
+    const size_t rows = kQueryTileCpu * p.num_heads / p.num_kv_heads;
+    Scratch scratch;
+    scratch.q.resize(rows * width);
+    scratch.acc.resize(rows * width);
+    scratch.k_block.resize(kKeyBlock * width);
+    scratch.v_block.resize(kKeyBlock * width);
+    scratch.states.resize(rows);
+    for (int64_t item = begin; item < end; ++item) {
+      const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, kQueryTileCpu, item / p.num_kv_heads);
+      if (tile.begin < tile.end) attend_tile(p, tile, item % p.num_kv_heads, scratch);
+    }
+  });
 }
 
 template void launch_attention_cpu(const AttentionProblem<float>&, int64_t, int64_t);

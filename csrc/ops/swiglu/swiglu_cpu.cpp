@@ -6,16 +6,17 @@ namespace mixtral {
 using namespace cpu;
 
 template <typename T>
-MIXTRAL_MULTIVERSION void launch_swiglu_cpu(const T* gate_up, T* out, int64_t intermediate, int64_t begin,
-                                            int64_t end) {
-  for (int64_t m = begin; m < end; ++m) {
-    const T* gate = gate_up + m * 2 * intermediate;
-    const T* up = gate + intermediate;
-    for (int64_t i = 0; i < intermediate; ++i) {
-      const float g = to_float(gate[i]);
-      out[m * intermediate + i] = from_float<T>(g / (1.0f + exp_f32(-g)) * to_float(up[i]));
+void launch_swiglu_cpu(const T* gate_up, T* out, int64_t intermediate, int64_t begin, int64_t end) {
+  for_cpu_isa([=] {
+    for (int64_t m = begin; m < end; ++m) {
+      const T* gate = gate_up + m * 2 * intermediate;
+      const T* up = gate + intermediate;
+      for (int64_t i = 0; i < intermediate; ++i) {
+        const float g = to_float(gate[i]);
+        out[m * intermediate + i] = from_float<T>(g / (1.0f + exp_f32(-g)) * to_float(up[i]));
+      }
     }
-  }
+  });
 }
 
 template void launch_swiglu_cpu(const float*, float*, int64_t, int64_t, int64_t);

@@ -31,27 +31,29 @@ MIXTRAL_INLINE RankedExpert next_expert(const T* row, int64_t experts, RankedExp
 }  // namespace
 
 template <typename T>
-MIXTRAL_MULTIVERSION void launch_topk_softmax_cpu(const T* logits, float* weights, int32_t* ids, int64_t experts,
-                                                  int64_t top_k, bool renormalize, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) {
-    const T* row = logits + t * experts;
-    float* row_weights = weights + t * top_k;
-    RankedExpert expert{kInfinity, -1};
-    float max = 0.0f;
-    double chosen = 0.0;
-    for (int64_t k = 0; k < top_k; ++k) {
-      expert = next_expert(row, experts, expert);
-      if (k == 0) max = expert.logit;
-      ids[t * top_k + k] = expert.id;
-      row_weights[k] = exp_f32(expert.logit - max);
-      chosen += row_weights[k];
+void launch_topk_softmax_cpu(const T* logits, float* weights, int32_t* ids, int64_t experts, int64_t top_k,
+                             bool renormalize, int64_t begin, int64_t end) {
+  for_cpu_isa([=] {
+    for (int64_t t = begin; t < end; ++t) {
+      const T* row = logits + t * experts;
+      float* row_weights = weights + t * top_k;
+      RankedExpert expert{kInfinity, -1};
+      float max = 0.0f;
+      double chosen = 0.0;
+      for (int64_t k = 0; k < top_k; ++k) {
+        expert = next_expert(row, experts, expert);
+        if (k == 0) max = expert.logit;
+        ids[t * top_k + k] = expert.id;
+        row_weights[k] = exp_f32(expert.logit - max);
+        chosen += row_weights[k];
+      }
+      // The sum over all experts also carries every NaN of the row into its weights.
+      double total = 0.0;
+      for (int64_t e = 0; e < experts; ++e) total += exp_f32(to_float(row[e]) - max);
+      const double denominator = renormalize && total == total ? chosen : total;
+      for (int64_t k = 0; k < top_k; ++k) row_weights[k] = static_cast<float>(row_weights[k] / denominator);
     }
-    // The sum over all experts also carries every NaN of the row into its weights.
-    double total = 0.0;
-    for (int64_t e = 0; e < experts; ++e) total += exp_f32(to_float(row[e]) - max);
-    const double denominator = renormalize && total == total ? chosen : total;
-    for (int64_t k = 0; k < top_k; ++k) row_weights[k] = static_cast<float>(row_weights[k] / denominator);
-  }
+  });
 }
 
 template void launch_topk_softmax_cpu(const float*, float*, int32_t*, int64_t, int64_t, bool, int64_t, int64_t);

@@ -1,0 +1,48 @@
+// The instruction sets of the CPU kernels and the one in use: the best that the processor has, or a lower one named by
+// the environment variable MIXTRAL_CPU_ISA (baseline, avx2, avx512, avx512_bf16 or amx).
+//
+// One binary holds the kernels of all of them. A function with a target attribute may use its instructions whatever the
+// compiler's flags; what it calls must be inlined into it (MIXTRAL_INLINE), or it is compiled for the baseline only.
+#pragma once
+
+#define MIXTRAL_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+// The x86-64 levels are matched by features: a model name such as skylake-avx512 would match that model alone.
+#define MIXTRAL_TARGET_AVX2 __attribute__((target("arch=x86-64-v3")))
+#define MIXTRAL_TARGET_AVX512 __attribute__((target("arch=x86-64-v4")))
+#define MIXTRAL_TARGET_AVX512_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define MIXTRAL_TARGET_AMX __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
+#endif
+
+namespace mixtral::cpu {
+
+enum class CpuIsa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+
+// Throws std::runtime_error when MIXTRAL_CPU_ISA names no instruction set, or one that the processor lacks.
+CpuIsa cpu_isa();
+
+#if defined(__x86_64__)
+template <typename F>
+MIXTRAL_TARGET_AVX512 __attribute__((flatten, noinline)) void run_avx512(const F& body) {
+  body();
+}
+
+template <typename F>
+MIXTRAL_TARGET_AVX2 __attribute__((flatten, noinline)) void run_avx2(const F& body) {
+  body();
+}
+#endif
+
+// Runs body(), a lambda over plain loops, in its copy for the instruction set in use.
+template <typename F>
+void for_cpu_isa(const F& body) {
+#if defined(__x86_64__)
+  const CpuIsa isa = cpu_isa();
+  if (isa >= CpuIsa::kAvx512) return run_avx512(body);
+  if (isa == CpuIsa::kAvx2) return run_avx2(body);
+#endif
+  body();
+}
+
+}  // namespace mixtral::cpu
