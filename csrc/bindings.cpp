@@ -192,6 +192,16 @@ void bind_results(py::module_& m) {
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
       .def_readonly("new_tokens", &Timings::new_tokens)
       .def_readonly("peak_pages", &Timings::peak_pages);
+  py::class_<Score>(m, "Score", "How well a model predicted a text.")
+      .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
+      .def_readonly("bytes", &Score::bytes, "Of the text in UTF-8.")
+      .def_property_readonly("nats_per_token", &Score::nats_per_token, "Negative log-likelihood, natural logarithm.")
+      .def_property_readonly("perplexity", &Score::perplexity, "Per token.")
+      .def_property_readonly("bits_per_byte", &Score::bits_per_byte, "Comparable between tokenizers.")
+      .def("__repr__", [](const py::object& self) {
+        return py::str("Score(perplexity={:.4f}, bits_per_byte={:.4f}, {} tokens)")
+            .format(self.attr("perplexity"), self.attr("bits_per_byte"), self.attr("tokens"));
+      });
 }
 
 // A Python error raised in here (Ctrl-C, or one of the callback's) travels through the engine to the caller.
@@ -213,6 +223,14 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
   Timings timings;
   std::vector<Generation> generations = engine.generate(prompts, {params}, forward_text, &timings);
   return {std::move(generations), timings};
+}
+
+Score score_text(MixtralImpl& model, const Tokenizer& tokenizer, const std::string& text, int64_t ctx_size,
+                 int64_t chunk_size) {
+  return score(model, tokenizer, text, {ctx_size, chunk_size, [](int64_t, int64_t) {
+                                          const py::gil_scoped_acquire gil;  // for Ctrl-C
+                                          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+                                        }});
 }
 
 std::shared_ptr<MixtralImpl> from_pretrained(const std::filesystem::path& folder, torch::Device device,
@@ -253,6 +271,8 @@ void bind_model(py::module_& m) {
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
+      .def("score", &score_text, py::arg("tokenizer"), py::arg("text"), py::arg("ctx_size"), py::arg("chunk_size"),
+           ReleaseGil())
       .def("named_parameters", &named_parameters)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("device", &MixtralImpl::device)

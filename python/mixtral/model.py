@@ -19,6 +19,7 @@ except ImportError as error:
 
 Config = _C.Config
 Generation = _C.Generation
+Score = _C.Score
 Timings = _C.Timings
 TokenLogprob = _C.TokenLogprob
 Tokenizer = _C.Tokenizer
@@ -194,6 +195,26 @@ class Mixtral:
         if self.tokenizer is None:
             raise ValueError("stream: model expected a tokenizer, got none; use generate for token ids")
         return self._pieces(self._prompt_ids(prompt), options)
+
+    def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = 512) -> Score:
+        """How well the model predicts a text.
+
+        Args:
+            text: what to score. Longer than the context it is cut into segments of ``ctx_size`` tokens; each starts
+                anew, behind a BOS token of its own, so every token is predicted once, and BOS never.
+            ctx_size: tokens of a segment; 0: what the model was made for.
+            chunk_size: tokens in one forward pass; it bounds the memory and does not change the result.
+
+        Returns:
+            ``perplexity`` and ``nats_per_token`` of the tokens, ``bits_per_byte`` of the text.
+
+        Raises:
+            ValueError: an empty text, a model without a tokenizer, or an option out of range.
+            MemoryError: the key/value cache does not fit the device.
+        """
+        if self.tokenizer is None:
+            raise ValueError("perplexity: model expected a tokenizer, got none")
+        return self._model.score(self.tokenizer, text, ctx_size, chunk_size)
 
     def _pieces(self, prompt_ids: list[int], options: dict[str, object]) -> Iterator[str]:
         events: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()  # None: the end
