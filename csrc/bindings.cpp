@@ -95,6 +95,7 @@ void bind_config(py::module_& m) {
       .def_readwrite("window_source", &Config::window_source)
       .def_readwrite("tie_word_embeddings", &Config::tie_word_embeddings)
       .def_readwrite("dtype", &Config::dtype)
+      .def_readwrite("quantization", &Config::quantization)
       .def_readwrite("bos_token_id", &Config::bos_token_id)
       .def_readwrite("eos_token_ids", &Config::eos_token_ids)
       .def_property_readonly("is_moe", &Config::is_moe)
@@ -234,8 +235,11 @@ Score score_text(MixtralImpl& model, const Tokenizer& tokenizer, const std::stri
 }
 
 std::shared_ptr<MixtralImpl> from_pretrained(const std::filesystem::path& folder, torch::Device device,
-                                             std::optional<torch::ScalarType> dtype, const py::object& progress) {
-  LoadOptions options{device, dtype, nullptr};
+                                             const std::string& dtype, bool pack, const py::object& progress) {
+  LoadOptions options;
+  options.device = device;
+  options.dtype = dtype;
+  options.pack = pack;
   options.progress = [&progress](uint64_t done, uint64_t total) {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) {
@@ -249,9 +253,10 @@ std::shared_ptr<MixtralImpl> from_pretrained(const std::filesystem::path& folder
   return Mixtral::from_pretrained(folder, options).ptr();
 }
 
-std::shared_ptr<MixtralImpl> from_config(const Config& config, torch::Device device, torch::ScalarType dtype,
+std::shared_ptr<MixtralImpl> from_config(const Config& config, torch::Device device, const std::string& dtype,
                                          uint64_t seed) {
-  auto model = std::make_shared<MixtralImpl>(config, dtype, device);
+  const WeightType type = parse_weight_type(dtype, config, device, /*pack=*/false);
+  auto model = std::make_shared<MixtralImpl>(config, type.dtype, device, type.packing);
   model->init_random(seed);
   return model;
 }
@@ -267,7 +272,7 @@ py::dict named_parameters(const MixtralImpl& model) {
 void bind_model(py::module_& m) {
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &from_pretrained, py::arg("folder"), py::arg("device"), py::arg("dtype"),
-                  py::arg("progress"))
+                  py::arg("pack"), py::arg("progress"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
@@ -276,7 +281,8 @@ void bind_model(py::module_& m) {
       .def("named_parameters", &named_parameters)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("device", &MixtralImpl::device)
-      .def_property_readonly("dtype", &MixtralImpl::dtype);
+      .def_property_readonly("dtype", &MixtralImpl::dtype)
+      .def_property_readonly("weight_type", [](const MixtralImpl& self) { return self.weight_type().name(); });
   py::class_<Engine::Options>(m, "EngineOptions")
       .def(py::init(&from_kwargs<Engine::Options>))
       .def_readwrite("chunk_size", &Engine::Options::chunk_size)

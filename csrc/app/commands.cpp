@@ -6,13 +6,9 @@
 #include <cctype>
 #include <cstdio>
 #include <future>
-#include <map>
 
 namespace mixtral::app {
 namespace {
-
-const std::map<std::string, torch::ScalarType> kDtypes = {
-    {"float32", torch::kFloat32}, {"bfloat16", torch::kBFloat16}, {"float16", torch::kFloat16}};
 
 std::filesystem::path demo_model() {
   if (const char* folder = std::getenv("MIXTRAL_DEMO_MODEL")) return folder;
@@ -73,7 +69,8 @@ CLI::Option* add_switch(CLI::App& app, const std::string& names, bool& value, co
 }
 
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help) {
-  return add_option(app, name, dtype, help)->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16"}));
+  return add_option(app, name, dtype, help)
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16", "int8", "int4"}));
 }
 
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names) {
@@ -146,15 +143,8 @@ std::filesystem::path model_path(const ModelFlags& flags) {
   return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
 }
 
-torch::ScalarType dtype_of(const ModelFlags& flags, const Config& config) {
-  return kDtypes.at(flags.dtype == "auto" ? config.dtype : flags.dtype);
-}
-
-const char* dtype_name(torch::ScalarType dtype) {
-  for (const auto& [name, value] : kDtypes) {
-    if (value == dtype) return name.c_str();
-  }
-  return "unknown";
+WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
+  return parse_weight_type(flags.dtype, config, torch::Device(flags.device));
 }
 
 int64_t context_of(const ModelFlags& flags, const Config& config) {
@@ -166,7 +156,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   if (flags.threads > 0) set_threads(flags.threads);
   LoadOptions load_options;
   load_options.device = device_of(flags);
-  if (flags.dtype != "auto") load_options.dtype = kDtypes.at(flags.dtype);
+  load_options.dtype = flags.dtype;
   ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();

@@ -21,6 +21,7 @@ void add_chat(CLI::App& app);
 void add_info(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_bench(CLI::App& app);
+void add_quantize(CLI::App& app);
 void add_perplexity(CLI::App& app);
 
 struct ModelFlags {
@@ -58,8 +59,7 @@ std::string read_file(const std::string& path);
 std::string read_prompt(const PromptFlags& flags);
 // The folder given, or the demo model's.
 std::filesystem::path model_path(const ModelFlags& flags);
-torch::ScalarType dtype_of(const ModelFlags& flags, const Config& config);
-const char* dtype_name(torch::ScalarType dtype);
+WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
 struct LoadedEngine {

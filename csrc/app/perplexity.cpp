@@ -33,7 +33,7 @@ Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& t
   };
   const double start = seconds_now();
   const Score score = mixtral::score(*model, tokenizer, text, options);
-  return {dtype_name(dtype_of(flags, config)), score, seconds_now() - start};
+  return {weight_type_of(flags, config).name(), score, seconds_now() - start};
 }
 
 // In per cent of `other`'s bits per byte: positive when `result` predicts the text less well.
