@@ -1,7 +1,7 @@
 """Whole models on the CPU against transformers and llama.cpp: prefill, decode, memory, load.
 
-Writes random checkpoints (``random_models.SHAPES``) into a folder, and lets engines that hold the same weights in as many
-bits take turns, round after round; medians count. What a peer lacks to run is said and its rows stay empty.
+Writes random checkpoints (``random_models.SHAPES``) into a folder, and lets engines that hold the same weights in as
+many bits take turns, round after round; medians count. What a peer lacks to run is said and its rows stay empty.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def rate_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Turns]
 
 
 def bound_rows(model: str, dtype: str, turns: Turns) -> list[Row]:
-    """What the machine allows: arithmetic of the prefill, reading of the weights in decoding, batch 8 against batch 1."""
+    """Rate of arithmetic in the prefill, decoding against reading the weights, batch 8 against batch 1."""
     shape, case = SHAPES[model], f"{model} {dtype}"
     rows = []
     for measure in MEASURES[:2]:

@@ -26,8 +26,8 @@ REPOSITORY = Path(__file__).parent.parent
 class Row:
     """One measurement; higher is better in ``value`` and ``ratio``; what does not apply is None.
 
-    The goal is one for the ratio where there is a peer, else for the percentage of the bound where there is a bound, else
-    for the value.
+    The goal is one for the ratio where there is a peer, else for the percentage of the bound where there is a bound,
+    else for the value.
     """
 
     case: str

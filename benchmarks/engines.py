@@ -1,7 +1,7 @@
 """The engines of the whole-model benchmark, each in a process of its own.
 
-``Worker`` starts ``engines.py ENGINE MODEL DTYPE THREADS``, which loads the model and then obeys commands: one JSON object a
-line on stdin, one answer a line on stdout. A worker that waits uses no processor, so the parent can let engines take turns.
+``Worker`` starts ``engines.py ENGINE MODEL DTYPE THREADS``, which loads the model and then obeys commands: one JSON
+object a line on stdin, one answer a line on stdout. A worker that waits uses no processor, so engines can take turns.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""A checkpoint of ``random_models`` as llama.cpp reads it: bf16 GGUF by the ``gguf`` package, fewer bits by llama.cpp."""
+"""A checkpoint of ``random_models`` as llama.cpp reads it: bf16 by the ``gguf`` package, fewer bits by llama.cpp."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_expert_used_count(shape.top_k)
     writer.add_vocab_size(shape.vocab)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    # The file must have a tokenizer, though only token ids are used: special tokens, bytes, and words without a meaning.
+    # The file must have a tokenizer, though only token ids are used: special tokens, bytes, and made-up words.
     special, byte, words = ["<unk>", "<s>", "</s>"], [f"<0x{b:02X}>" for b in range(256)], shape.vocab - 259
     types = gguf.TokenType
     writer.add_tokenizer_model("llama")
@@ -107,7 +107,7 @@ def _quantise(source: Path, path: Path, file_type: int) -> None:
 
 
 def write_gguf(shape: Shape, folder: Path, kind: str) -> Path:
-    """Write the checkpoint in ``folder`` as ``<folder>/<kind>.gguf``, kind BF16, Q8_0 or Q4_K_M; a file there is kept."""
+    """Write the checkpoint in ``folder`` as ``<kind>.gguf`` (BF16, Q8_0 or Q4_K_M) into it; a file there is kept."""
     path = folder / f"{kind}.gguf"
     if not path.exists():
         part = path.with_suffix(".part")

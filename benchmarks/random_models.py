@@ -133,7 +133,7 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
     config = folder / "config.json"
     if config.exists():  # written last
         if json.loads(config.read_text()) != config_of(shape):
-            raise ValueError(f"write_checkpoint: {folder} must be empty or hold the same shape, got another config.json")
+            raise ValueError(f"write_checkpoint: {folder} must hold the same shape, got another config.json")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     count, size, weight_map = shape.layers + 1, 0, {}
