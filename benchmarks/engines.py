@@ -158,8 +158,13 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            # Threads that spin while they wait would slow the engine whose turn it is.
-            env={**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(sys.path),  # the packages that this process sees
+                "OMP_WAIT_POLICY": "passive",  # threads that spin would slow the engine whose turn it is
+                "OMP_NUM_THREADS": str(threads),
+                "HF_HUB_OFFLINE": "1",
+            },
         )
         self.load_seconds: float = self._answer()
 
