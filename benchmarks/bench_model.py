@@ -18,6 +18,8 @@ from common import Bench, Row, measure_read_bandwidth
 from engines import Worker, missing_packages
 from random_models import SHAPES, Shape, write_checkpoint
 
+PEERS = ("transformers", "llama.cpp")
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -27,16 +29,16 @@ class Measure:
     command: str
     arguments: dict[str, int]
     tokens: int
+    peers: tuple[str, ...] = PEERS
 
 
 MEASURES = [
     Measure("prefill 512", "prefill", {"tokens": 512}, 512),
     Measure("prefill 2048", "prefill", {"tokens": 2048}, 2048),
     Measure("decode", "decode", {"batch": 1, "prompt": 128, "steps": 64}, 64),
-    Measure("decode batch 8", "decode", {"batch": 8, "prompt": 128, "steps": 32}, 8 * 32),
+    Measure("decode batch 8", "decode", {"batch": 8, "prompt": 128, "steps": 32}, 8 * 32, peers=("transformers",)),
 ]
 LONGEST = 2048  # positions that the cache has to hold
-PEERS = ["transformers", "llama.cpp"]
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
 EXPERTS = {"transformers": ["eager", "grouped_mm"]}  # its better implementation counts
 GGUF = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
@@ -103,7 +105,7 @@ def run_turns(engines: dict[str, Path], dtype: str, rounds: int, threads: int) -
 
 def run_measure(worker: Worker, measure: Measure, turns: Turns) -> None:
     """Let one engine do one thing in each of its implementations."""
-    if worker.engine == "llama.cpp" and measure.arguments.get("batch", 1) > 1:
+    if worker.engine not in ("ours", *measure.peers):
         return
     for experts in EXPERTS.get(worker.engine, [""]):
         if experts:
@@ -133,7 +135,7 @@ def rate_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Turns]
     goals = RATIO_GOALS | MINI_RATIO_GOALS if model == "mini" else RATIO_GOALS
     rows = []
     for measure in MEASURES:
-        for peer in peers:
+        for peer in filter(measure.peers.__contains__, peers):
             turns = groups.get(peer) or next(iter(groups.values()))  # a peer that did not run: only ours counts
             ours, theirs = turns.rate("ours", measure.name), turns.rate(peer, measure.name)
             goal = goals.get((measure.name, dtype, peer))

@@ -102,8 +102,8 @@ class LlamaCpp:
 
     def _step(self, ids: list[int]) -> int:
         """The most probable token after ``ids``, which follow what the cache holds."""
-        batch = self.api.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
-        if self.api.llama_decode(self.context, batch):
+        tokens = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points at them
+        if self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama.cpp: llama_decode failed")
         return int(self.as_array(self.api.llama_get_logits_ith(self.context, -1), (VOCAB,)).argmax())
 
