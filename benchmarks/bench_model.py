@@ -2,6 +2,12 @@
 
 Writes random checkpoints (``random_models.SHAPES``) into a folder, and lets engines that hold the same weights in as
 many bits take turns, round after round; medians count. What a peer lacks to run is said and its rows stay empty.
+
+The peers: ``pip install transformers gguf`` and llama.cpp for this processor, without its AMX code, which crashes on
+quantised files (llama-cpp-python 0.3.36):
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX_VNNI=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON
+    -DGGML_AVX512_BF16=ON" pip install --no-binary llama-cpp-python llama-cpp-python
 """
 
 import argparse
