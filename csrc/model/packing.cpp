@@ -56,7 +56,7 @@ WeightType parse_weight_type(const std::string& name, const Config& config, torc
 
 double bytes_per_weight(const WeightType& type) {
   if (type.packing == Packing::kInt8) return 1;
-  if (type.packing == Packing::kInt4) return 0.5 + 2.0 / kPackedRows;  // a f16 scale for each 32
+  if (type.packing == Packing::kInt4) return 0.5 + 1.0 / kPackedRows;  // a byte of scale for each 32
   return static_cast<double>(c10::elementSize(type.dtype));
 }
 

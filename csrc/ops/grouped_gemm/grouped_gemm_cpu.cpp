@@ -21,7 +21,7 @@ using namespace cpu;
 namespace {
 
 constexpr int64_t kChunkRows = 512, kFewRows = 32;  // few: rows and weights are used where they lie
-constexpr int64_t kPieceDepth = 512;                // a multiple of kSumDepth
+constexpr int64_t kPieceDepth = 256;                // a multiple of kSumDepth
 constexpr int64_t kMaxPanels = 8;
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }

@@ -6,15 +6,16 @@
 //
 //   quantize  packed                          one block
 //   none      float [E, N/32, Kdim/32, 1024]  steps; bf16 in pair order
-//   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order, then a f32 scale for each of the 32
-//   rows int4      Byte  [E, N/32, Kdim/32, 576]   steps: a f16 scale for each of the 32 rows, then 2 halves of 256
-//   bytes
+//   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order; then a f32 scale for each row
+//   int4      Byte  [E, N/32, Kdim/32, 544]   steps: a byte of scale for each row, then 2 halves of 256 bytes
 //
-// A quantised weight stands for bf16 values: scale * q rounded once, q in [-127, 127] with one scale a row (int8), or
-// in
-// [-8, 7] with one scale for each 32 depths of a row (int4). Half h of an int4 step holds rows 16 h to 16 h + 15 as
-// four times sixteen 32-bit words: nibble 2 i + j of word w in group g is the value (plus 8) of pair 4 g + i, row 16 h
-// + 8 j + w div 2, at the pair's depth w mod 2.
+// A quantised weight stands for bf16 values. int8: scale * q rounded once, q in [-127, 127], one scale a row. int4:
+// sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32 depths of a row. s is a power of
+// the square root of two: a level at any scale is then one of 32 bf16 values with another exponent, and a table look-up
+// and an addition to the exponent field make a weight. Scale byte e means
+//   value = bf16((q + 1/2) * (e odd ? sqrt(2) : 1)) * 2^(e div 2 - 64).
+// Half h of an int4 step holds rows 16 h to 16 h + 15 as four groups of 32 16-bit words: nibble i of word w in group g
+// is q + 8 of pair 4 g + i, row 16 h + w div 2, at the pair's depth w mod 2.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -29,7 +30,7 @@ using torch::headeronly::Half;
 
 enum class WeightFormat { kPlain, kPacked, kInt8, kInt4 };
 
-inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 576;
+inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 544;
 
 // Weights of a grouped product in any format; `data` is contiguous.
 struct WeightView {

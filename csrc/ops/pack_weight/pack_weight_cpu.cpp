@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 
 #include "../cpu/matmul.h"
@@ -14,63 +15,91 @@ using namespace cpu;
 
 namespace {
 
+constexpr float kSqrt2 = 1.41421356f;
+
 // Where the value of row j at depth d lies in a step: in pair order, or depth by depth.
-int64_t pair_index(int64_t j, int64_t d) { return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2; }
-int64_t plain_index(int64_t j, int64_t d) { return d * kPanelColumns + j; }
-
-// Where nibble and byte of row j at depth d lie in a step of int4 (pack_weight.h).
-struct NibbleIndex {
-  int64_t byte;
-  int shift;
-};
-NibbleIndex nibble_index(int64_t j, int64_t d) {
-  const int64_t half = j / 16, pair = d / 2, word = j % 8 * 2 + d % 2, nibble = pair % 4 * 2 + j % 16 / 8;
-  const int64_t first = kBlockRows * static_cast<int64_t>(sizeof(Half)) + half * 256 + pair / 4 * 64 + word * 4;
-  return {first + nibble / 2, static_cast<int>(nibble % 2 * 4)};
-}
-
-// The value of largest magnitude, with its sign; 0 when all are.
-template <typename T>
-float extreme(const T* values, int64_t count) {
-  float result = 0;
-  for (int64_t i = 0; i < count; ++i)
-    if (std::abs(to_float(values[i])) > std::abs(result)) result = to_float(values[i]);
-  return result;
-}
-
-int nearest(float value, float scale, float limit_low, float limit_high) {
-  return scale == 0 ? 0 : static_cast<int>(std::clamp(std::nearbyint(value / scale), limit_low, limit_high));
-}
+MIXTRAL_INLINE int64_t pair_index(int64_t j, int64_t d) { return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2; }
+MIXTRAL_INLINE int64_t plain_index(int64_t j, int64_t d) { return d * kPanelColumns + j; }
 
 // rows [32, depth]
 template <typename T>
-void quantize_int8(const T* rows, int64_t depth, char* block) {
-  float scales[kBlockRows];
+MIXTRAL_INLINE void quantize_int8(const T* rows, int64_t depth, char* block) {
   for (int64_t j = 0; j < kBlockRows; ++j) {
-    const float scale = scales[j] = std::abs(extreme(rows + j * depth, depth)) / 127;
-    for (int64_t d = 0; d < depth; ++d)
-      block[d / kStepDepth * kStepElements + pair_index(j, d % kStepDepth)] =
-          static_cast<char>(nearest(to_float(rows[j * depth + d]), scale, -127, 127));
+    const T* row = rows + j * depth;
+    float largest = 0;
+    for (int64_t d = 0; d < depth; ++d) largest = std::max(largest, std::abs(to_float(row[d])));
+    const float scale = largest / 127, divisor = scale > 0 ? scale : 1;
+    std::memcpy(block + kBlockRows * depth + j * sizeof scale, &scale, sizeof scale);
+    for (int64_t k = 0; k < depth; k += kStepDepth) {
+      int8_t q[kStepDepth];
+      for (int64_t d = 0; d < kStepDepth; ++d)
+        q[d] = static_cast<int8_t>(std::clamp(std::nearbyint(to_float(row[k + d]) / divisor), -127.0f, 127.0f));
+      for (int64_t d = 0; d < kStepDepth; ++d) block[k * kBlockRows + pair_index(j, d)] = static_cast<char>(q[d]);
+    }
   }
-  std::memcpy(block + kBlockRows * depth, scales, sizeof scales);
 }
 
-// The extreme value of 32 becomes -8: the side with one step more is the longer one.
+// 32 depths of a row at one int4 scale: q + 8 of each, and the squared error of all.
+struct Int4Group {
+  uint8_t levels[kStepDepth];
+  double error;
+};
+
+MIXTRAL_INLINE Int4Group quantize_group(const float* values, int scale) {
+  const float s = std::ldexp(scale % 2 == 1 ? kSqrt2 : 1.0f, scale / 2 - 64);
+  Int4Group group;
+  double errors[kStepDepth];
+  for (int64_t d = 0; d < kStepDepth; ++d) {
+    const float level = std::clamp(std::floor(values[d] / s) + 8, 0.0f, 15.0f);
+    group.levels[d] = static_cast<uint8_t>(level);
+    const double error = static_cast<double>(values[d]) - static_cast<double>(s) * (level - 7.5f);
+    errors[d] = error * error;
+  }
+  group.error = std::accumulate(errors, errors + kStepDepth, 0.0);
+  return group;
+}
+
+// The smallest scale whose outermost level reaches `largest`.
+int covering_scale(float largest) {
+  if (largest == 0) return 0;
+  int exponent;
+  const float fraction = std::frexp(largest / 7.5f, &exponent);  // in [1/2, 1)
+  return std::clamp(2 * (exponent + 64) - (fraction <= kSqrt2 / 2 ? 1 : 0), 0, 255);
+}
+
+// rows [32, depth]. A smaller scale cuts the largest values and is finer for the others: of three the best is taken.
 template <typename T>
-void quantize_int4(const T* rows, int64_t depth, char* block) {
-  std::memset(block, 0, depth / kStepDepth * kInt4StepBytes);
+MIXTRAL_INLINE void quantize_int4(const T* rows, int64_t depth, char* block) {
   for (int64_t k = 0; k < depth; k += kStepDepth, block += kInt4StepBytes) {
-    Half scales[kBlockRows];
+    uint8_t levels[kStepElements];  // in pair order
     for (int64_t j = 0; j < kBlockRows; ++j) {
-      const T* values = rows + j * depth + k;
-      scales[j] = from_float<Half>(extreme(values, kStepDepth) / -8);
+      float values[kStepDepth], largest = 0;
       for (int64_t d = 0; d < kStepDepth; ++d) {
-        const int q = nearest(to_float(values[d]), to_float(scales[j]), -8, 7) + 8;
-        const NibbleIndex at = nibble_index(j, d);
-        block[at.byte] = static_cast<char>(block[at.byte] | q << at.shift);
+        values[d] = to_float(rows[j * depth + k + d]);
+        largest = std::max(largest, std::abs(values[d]));
       }
+      const int covering = covering_scale(largest);
+      int scale = covering;
+      Int4Group best = quantize_group(values, scale);
+      for (int smaller = covering - 1; smaller >= std::max(0, covering - 2); --smaller) {
+        const Int4Group group = quantize_group(values, smaller);
+        if (group.error < best.error) {
+          best = group;
+          scale = smaller;
+        }
+      }
+      block[j] = static_cast<char>(scale);
+      for (int64_t d = 0; d < kStepDepth; ++d) levels[pair_index(j, d)] = best.levels[d];
     }
-    std::memcpy(block, scales, sizeof scales);
+    // Word w of a group takes the value w of its four pairs.
+    constexpr int64_t kGroups = kStepElements / (4 * kStepDepth);
+    for (int64_t group = 0; group < kGroups; ++group)
+      for (int64_t w = 0; w < kStepDepth; ++w) {
+        uint16_t word = 0;
+        for (int64_t i = 0; i < 4; ++i)
+          word = static_cast<uint16_t>(word | levels[(4 * group + i) * kStepDepth + w] << (4 * i));
+        std::memcpy(block + kBlockRows + (group * kStepDepth + w) * sizeof word, &word, sizeof word);
+      }
   }
 }
 
@@ -98,7 +127,8 @@ bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth,
       continue;
     }
     if (!all_finite(rows, block_values)) return false;
-    format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, depth, block);
+    for_cpu_isa(
+        [&] { format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, depth, block); });
   }
   return true;
 }
