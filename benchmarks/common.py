@@ -24,7 +24,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 @dataclass
 class Row:
-    """One measurement; higher is better in ``value`` and ``ratio``; what does not apply is None."""
+    """One measurement; higher is better in ``value`` and ``ratio``; what does not apply is None.
+
+    The goal is one for the ratio where there is a peer, else for the percentage of the bound where there is a bound,
+    else for the value.
+    """
 
     case: str
     metric: str
@@ -45,6 +49,9 @@ class Bench:
     name: str
     device: str
     rows: list[Row] = field(default_factory=list)
+    versions: dict[str, str] = field(
+        default_factory=lambda: {"torch": torch.__version__, "python": platform.python_version()}
+    )
 
     def compare(
         self, case: str, ours: Callable, peer: Callable, peer_name: str, *, gigabytes: float = 0.0, gflop: float = 0.0
@@ -84,7 +91,7 @@ class Bench:
             "device": device,
             "date": date,
             "commit": os.environ.get("MIXTRAL_COMMIT", head.strip()),  # set where the tree is a copy without git
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": self.versions,
             "rows": [asdict(row) for row in self.rows],
         }
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -125,13 +132,18 @@ def interleaved_seconds(a: Callable, b: Callable, device: str, budget: float = 1
 _bandwidth: dict[str, float] = {}
 
 
+def measure_read_bandwidth(device: str) -> float:
+    """Memory read rate in GB/s: the median of summing a buffer far larger than the caches."""
+    buffer = torch.ones(256 * 2**20, dtype=torch.float32, device=device)
+    buffer.sum()
+    seconds = statistics.median(_seconds(buffer.sum, device) for _ in range(5))
+    return buffer.numel() * 4 / seconds / 1e9
+
+
 def read_bandwidth(device: str) -> float:
-    """Memory read rate in GB/s, measured once: the median of summing a buffer far larger than the caches."""
+    """``measure_read_bandwidth``, once in a process."""
     if device not in _bandwidth:
-        buffer = torch.ones(256 * 2**20, dtype=torch.float32, device=device)
-        buffer.sum()
-        seconds = statistics.median(_seconds(buffer.sum, device) for _ in range(5))
-        _bandwidth[device] = buffer.numel() * 4 / seconds / 1e9
+        _bandwidth[device] = measure_read_bandwidth(device)
     return _bandwidth[device]
 
 

@@ -95,6 +95,7 @@ void bind_config(py::module_& m) {
       .def_readwrite("window_source", &Config::window_source)
       .def_readwrite("tie_word_embeddings", &Config::tie_word_embeddings)
       .def_readwrite("dtype", &Config::dtype)
+      .def_readwrite("quantization", &Config::quantization)
       .def_readwrite("bos_token_id", &Config::bos_token_id)
       .def_readwrite("eos_token_ids", &Config::eos_token_ids)
       .def_property_readonly("is_moe", &Config::is_moe)
@@ -192,6 +193,16 @@ void bind_results(py::module_& m) {
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
       .def_readonly("new_tokens", &Timings::new_tokens)
       .def_readonly("peak_pages", &Timings::peak_pages);
+  py::class_<Score>(m, "Score", "How well a model predicted a text.")
+      .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
+      .def_readonly("bytes", &Score::bytes, "Of the text in UTF-8.")
+      .def_property_readonly("nats_per_token", &Score::nats_per_token, "Negative log-likelihood, natural logarithm.")
+      .def_property_readonly("perplexity", &Score::perplexity, "Per token.")
+      .def_property_readonly("bits_per_byte", &Score::bits_per_byte, "Comparable between tokenizers.")
+      .def("__repr__", [](const py::object& self) {
+        return py::str("Score(perplexity={:.4f}, bits_per_byte={:.4f}, {} tokens)")
+            .format(self.attr("perplexity"), self.attr("bits_per_byte"), self.attr("tokens"));
+      });
 }
 
 // A Python error raised in here (Ctrl-C, or one of the callback's) travels through the engine to the caller.
@@ -215,9 +226,20 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
   return {std::move(generations), timings};
 }
 
+Score score_text(MixtralImpl& model, const Tokenizer& tokenizer, const std::string& text, int64_t ctx_size,
+                 int64_t chunk_size) {
+  return score(model, tokenizer, text, {ctx_size, chunk_size, [](int64_t, int64_t) {
+                                          const py::gil_scoped_acquire gil;  // for Ctrl-C
+                                          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+                                        }});
+}
+
 std::shared_ptr<MixtralImpl> from_pretrained(const std::filesystem::path& folder, torch::Device device,
-                                             std::optional<torch::ScalarType> dtype, const py::object& progress) {
-  LoadOptions options{device, dtype, nullptr};
+                                             const std::string& dtype, bool pack, const py::object& progress) {
+  LoadOptions options;
+  options.device = device;
+  options.dtype = dtype;
+  options.pack = pack;
   options.progress = [&progress](uint64_t done, uint64_t total) {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) {
@@ -231,9 +253,10 @@ std::shared_ptr<MixtralImpl> from_pretrained(const std::filesystem::path& folder
   return Mixtral::from_pretrained(folder, options).ptr();
 }
 
-std::shared_ptr<MixtralImpl> from_config(const Config& config, torch::Device device, torch::ScalarType dtype,
+std::shared_ptr<MixtralImpl> from_config(const Config& config, torch::Device device, const std::string& dtype,
                                          uint64_t seed) {
-  auto model = std::make_shared<MixtralImpl>(config, dtype, device);
+  const WeightType type = parse_weight_type(dtype, config, device, /*pack=*/false);
+  auto model = std::make_shared<MixtralImpl>(config, type.dtype, device, type.packing);
   model->init_random(seed);
   return model;
 }
@@ -249,14 +272,17 @@ py::dict named_parameters(const MixtralImpl& model) {
 void bind_model(py::module_& m) {
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &from_pretrained, py::arg("folder"), py::arg("device"), py::arg("dtype"),
-                  py::arg("progress"))
+                  py::arg("pack"), py::arg("progress"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
+      .def("score", &score_text, py::arg("tokenizer"), py::arg("text"), py::arg("ctx_size"), py::arg("chunk_size"),
+           ReleaseGil())
       .def("named_parameters", &named_parameters)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("device", &MixtralImpl::device)
-      .def_property_readonly("dtype", &MixtralImpl::dtype);
+      .def_property_readonly("dtype", &MixtralImpl::dtype)
+      .def_property_readonly("weight_type", [](const MixtralImpl& self) { return self.weight_type().name(); });
   py::class_<Engine::Options>(m, "EngineOptions")
       .def(py::init(&from_kwargs<Engine::Options>))
       .def_readwrite("chunk_size", &Engine::Options::chunk_size)

@@ -45,7 +45,7 @@ std::vector<std::vector<int64_t>> random_prompts(int64_t batch, int64_t length, 
 // A decode step reads every shared weight once, and the experts that at least one of the batch's tokens is routed to:
 // E (1 - (1 - K/E)^B) of them if routing is even. Of the embedding it reads single rows, unless lm_head is the same
 // tensor.
-double weight_bytes_per_token(const Config& config, int64_t batch, double element_size) {
+double weight_bytes_per_token(const Config& config, int64_t batch, double bytes_per_weight) {
   const double experts = static_cast<double>(config.num_experts), top_k = static_cast<double>(config.top_k);
   const double expert = 3.0 * static_cast<double>(config.hidden_size * config.intermediate_size);
   double shared = static_cast<double>(config.active_parameters());
@@ -56,7 +56,7 @@ double weight_bytes_per_token(const Config& config, int64_t batch, double elemen
     shared -= static_cast<double>(config.num_layers) * top_k * expert;
     routed = static_cast<double>(config.num_layers) * used * expert;
   }
-  return element_size * (shared + routed) / static_cast<double>(batch);
+  return bytes_per_weight * (shared + routed) / static_cast<double>(batch);
 }
 
 // Bytes per second of summing a buffer that is as large as the weights read in one step (up to 1 GiB), so that a model
@@ -111,8 +111,7 @@ Result measure(const Flags& flags) {
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);
   result.peak_memory = peak_memory_bytes();  // before the bandwidth buffer
-  const auto element_size = static_cast<double>(c10::elementSize(engine.model()->dtype()));
-  result.weight_bytes = weight_bytes_per_token(config, flags.batch, element_size);
+  result.weight_bytes = weight_bytes_per_token(config, flags.batch, bytes_per_weight(engine.model()->weight_type()));
   result.bandwidth = read_bandwidth(result.weight_bytes * static_cast<double>(flags.batch), engine.model()->device());
   return result;
 }
@@ -120,7 +119,7 @@ Result measure(const Flags& flags) {
 nlohmann::json to_json(const Flags& flags, const Result& result, const Config& config) {
   return {{"model", model_path(flags.model).string()},
           {"device", flags.model.device},
-          {"dtype", dtype_name(dtype_of(flags.model, config))},
+          {"dtype", weight_type_of(flags.model, config).name()},
           {"threads", at::get_num_threads()},
           {"prompt_tokens", flags.prompt_tokens},
           {"new_tokens", flags.new_tokens},

@@ -4,16 +4,11 @@
 
 #include <algorithm>
 #include <cctype>
-#include <chrono>
 #include <cstdio>
 #include <future>
-#include <map>
 
 namespace mixtral::app {
 namespace {
-
-const std::map<std::string, torch::ScalarType> kDtypes = {
-    {"float32", torch::kFloat32}, {"bfloat16", torch::kBFloat16}, {"float16", torch::kFloat16}};
 
 std::filesystem::path demo_model() {
   if (const char* folder = std::getenv("MIXTRAL_DEMO_MODEL")) return folder;
@@ -40,39 +35,6 @@ std::string read_all(int fd, const std::string& name) {
     }
   }
 }
-
-std::string read_file(const std::string& path) {
-  std::FILE* file = std::fopen(path.c_str(), "rb");
-  if (!file) throw std::invalid_argument("cannot open " + path + ": " + std::generic_category().message(errno));
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> closer(file, std::fclose);
-  return read_all(fileno(file), path);
-}
-
-// A bar that appears when loading takes more than half a second, and leaves no trace.
-class ProgressBar {
- public:
-  ~ProgressBar() {
-    if (shown_) write_err("\r\x1b[K");
-  }
-  void update(uint64_t done, uint64_t total) {
-    const double now = seconds_now();
-    if (!stderr_is_terminal() || total == 0 || now - start_ < 0.5 || now - last_ < 0.1) return;
-    last_ = now;
-    shown_ = true;
-    const double share = static_cast<double>(done) / static_cast<double>(total);
-    const std::string bar(static_cast<size_t>(30 * share), '#');
-    char line[160];
-    std::snprintf(line, sizeof line, "\rloading [%-30s] %3.0f%% of %s, %s/s\x1b[K", bar.c_str(), 100 * share,
-                  bytes_text(static_cast<double>(total)).c_str(),
-                  bytes_text(static_cast<double>(done) / (now - start_)).c_str());
-    write_err(line);
-  }
-
- private:
-  const double start_ = seconds_now();
-  double last_ = 0;
-  bool shown_ = false;
-};
 
 // torch waits for ever for threads of its pool that the system would not start, so all are tried first.
 void set_threads(int64_t count) {
@@ -106,19 +68,22 @@ CLI::Option* add_switch(CLI::App& app, const std::string& names, bool& value, co
   return option->envname(environment_name(*option));
 }
 
-void add_model_path(CLI::App& app, ModelFlags& flags) {
-  add_option(app, "MODEL,-m,--model", flags.model, "Folder of the checkpoint; without it, the bundled demo model")
+CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help) {
+  return add_option(app, name, dtype, help)
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16", "int8", "int4"}));
+}
+
+void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names) {
+  add_option(app, names, flags.model, "Folder of the checkpoint; without it, the bundled demo model")
       ->type_name("FOLDER");
 }
 
-void add_model_flags(CLI::App& app, ModelFlags& flags) {
-  add_model_path(app, flags);
+void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names) {
+  add_model_path(app, flags, path_names);
   add_option(app, "--device", flags.device, "Where to compute")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  add_option(app, "--dtype", flags.dtype, "Type of the weights; auto: the checkpoint's")
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16"}))
-      ->capture_default_str();
+  add_dtype(app, "--dtype", flags.dtype, "Type of the weights; auto: the checkpoint's")->capture_default_str();
   add_option(app, "-t,--threads", flags.threads, "CPU threads; 0: one per core")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
@@ -154,6 +119,13 @@ void add_prompt_flags(CLI::App& app, PromptFlags& flags) {
                           ->excludes(flags.text_option);
 }
 
+std::string read_file(const std::string& path) {
+  std::FILE* file = std::fopen(path.c_str(), "rb");
+  if (!file) throw std::invalid_argument("cannot open " + path + ": " + std::generic_category().message(errno));
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> closer(file, std::fclose);
+  return read_all(fileno(file), path);
+}
+
 std::string read_prompt(const PromptFlags& flags) {
   std::string text = flags.text;
   if (flags.text_option->count() == 0) {
@@ -171,15 +143,8 @@ std::filesystem::path model_path(const ModelFlags& flags) {
   return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
 }
 
-torch::ScalarType dtype_of(const ModelFlags& flags, const Config& config) {
-  return kDtypes.at(flags.dtype == "auto" ? config.dtype : flags.dtype);
-}
-
-const char* dtype_name(torch::ScalarType dtype) {
-  for (const auto& [name, value] : kDtypes) {
-    if (value == dtype) return name.c_str();
-  }
-  return "unknown";
+WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
+  return parse_weight_type(flags.dtype, config, torch::Device(flags.device));
 }
 
 int64_t context_of(const ModelFlags& flags, const Config& config) {
@@ -191,11 +156,11 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   if (flags.threads > 0) set_threads(flags.threads);
   LoadOptions load_options;
   load_options.device = device_of(flags);
-  if (flags.dtype != "auto") load_options.dtype = kDtypes.at(flags.dtype);
-  ProgressBar bar;
+  load_options.dtype = flags.dtype;
+  ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
-    bar.update(done, total);
+    bar.update(static_cast<double>(done), static_cast<double>(total));
   };
   Mixtral model = Mixtral::from_pretrained(model_path(flags), load_options);
   options.chunk_size = flags.chunk_size;
@@ -206,10 +171,6 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
 void check_finished(const Generation& generation) {
   throw_if_terminated();
   if (generation.finish_reason == "error") throw std::runtime_error(generation.error);
-}
-
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 double per_second(int64_t count, double seconds) { return seconds > 0 ? static_cast<double>(count) / seconds : 0.0; }

@@ -21,6 +21,8 @@ void add_chat(CLI::App& app);
 void add_info(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_bench(CLI::App& app);
+void add_quantize(CLI::App& app);
+void add_perplexity(CLI::App& app);
 
 struct ModelFlags {
   std::string model;  // empty: the demo model
@@ -38,8 +40,10 @@ struct PromptFlags {
   CLI::Option* file_option = nullptr;
 };
 
-void add_model_path(CLI::App& app, ModelFlags& flags);
-void add_model_flags(CLI::App& app, ModelFlags& flags);  // the path as well
+constexpr const char* kModelPathNames = "MODEL,-m,--model";  // as an argument or a flag
+void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names = kModelPathNames);
+void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
+CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 void add_sampling_flags(CLI::App& app, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);
 
@@ -49,12 +53,13 @@ CLI::Option* add_option(CLI::App& app, const std::string& names, T& value, const
 CLI::Option* add_switch(CLI::App& app, const std::string& names, bool& value, const std::string& help);
 std::string environment_name(const CLI::Option& option);
 
+// The bytes of a file. Throws std::invalid_argument.
+std::string read_file(const std::string& path);
 // From -p, -f or stdin; of the last two one final newline is dropped. Throws std::invalid_argument when it is empty.
 std::string read_prompt(const PromptFlags& flags);
 // The folder given, or the demo model's.
 std::filesystem::path model_path(const ModelFlags& flags);
-torch::ScalarType dtype_of(const ModelFlags& flags, const Config& config);
-const char* dtype_name(torch::ScalarType dtype);
+WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
 struct LoadedEngine {
@@ -66,7 +71,6 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
 // Throws when generation was interrupted or `generation` ended in an error.
 void check_finished(const Generation& generation);
 
-double seconds_now();  // of a monotonic clock
 double per_second(int64_t count, double seconds);
 int64_t decoded_tokens(const Timings& timings, size_t sequences);  // the first token of each comes from the prefill
 void print_stats(const Timings& timings, double load_seconds);     // one line on stderr

@@ -7,6 +7,7 @@
 #include <CLI/Error.hpp>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -161,6 +162,33 @@ std::string bytes_text(double bytes) {
   char text[32];
   std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.2f %s", bytes, kUnits[unit]);
   return text;
+}
+
+std::string tokens_text(double tokens) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.0f tokens", tokens);
+  return text;
+}
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+ProgressBar::~ProgressBar() {
+  if (shown_) write_err("\r\x1b[K");
+}
+
+void ProgressBar::update(double done, double total) {
+  const double now = seconds_now();
+  if (!stderr_is_terminal() || total == 0 || now - start_ < 0.5 || now - last_ < 0.1) return;
+  last_ = now;
+  shown_ = true;
+  const double share = done / total;
+  const std::string bar(static_cast<size_t>(30 * share), '#');
+  char line[160];
+  std::snprintf(line, sizeof line, "\r%s [%-30s] %3.0f%% of %s, %s/s\x1b[K", label_.c_str(), bar.c_str(), 100 * share,
+                amount_(total).c_str(), amount_(done / (now - start_)).c_str());
+  write_err(line);
 }
 
 }  // namespace mixtral::app

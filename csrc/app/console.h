@@ -41,5 +41,25 @@ void forget_sigint();
 
 // "1.50 GiB"
 std::string bytes_text(double bytes);
+// "1500 tokens"
+std::string tokens_text(double tokens);
+
+double seconds_now();  // of a monotonic clock
+
+// A bar on stderr that appears when the work takes more than half a second, and leaves no trace.
+class ProgressBar {
+ public:
+  // `amount` writes a quantity with its unit.
+  ProgressBar(std::string label, std::string (*amount)(double)) : label_(std::move(label)), amount_(amount) {}
+  ~ProgressBar();
+  void update(double done, double total);
+
+ private:
+  const std::string label_;
+  std::string (*const amount_)(double);
+  const double start_ = seconds_now();
+  double last_ = 0;
+  bool shown_ = false;
+};
 
 }  // namespace mixtral::app

@@ -15,16 +15,25 @@ struct MemoryPlan {
   int64_t weights, kv_per_token, context, cached_tokens, kv, total;
 };
 
-MemoryPlan plan(const Config& config, const ModelFlags& flags, int64_t element_size) {
+MemoryPlan plan(const Config& config, const ModelFlags& flags, const WeightType& type) {
+  const auto element_size = static_cast<int64_t>(c10::elementSize(type.dtype));
   const int64_t page_size = Engine::Options().page_size;
   MemoryPlan plan;
-  plan.weights = config.total_parameters() * element_size;
+  plan.weights = static_cast<int64_t>(weight_bytes(config, type));
   plan.kv_per_token = config.kv_bytes_per_token(element_size);
   plan.context = context_of(flags, config);
   plan.cached_tokens = RollingKVCache::pages_needed(config, page_size, flags.chunk_size, plan.context) * page_size;
   plan.kv = plan.cached_tokens * plan.kv_per_token;
   plan.total = plan.weights + plan.kv;
   return plan;
+}
+
+int64_t quantized_bytes(const Config& config, Packing packing) {
+  return static_cast<int64_t>(weight_bytes(config, {torch::kBFloat16, packing}));
+}
+
+std::string stored_dtype(const Config& config) {
+  return config.quantization.empty() ? config.dtype : config.quantization;
 }
 
 const char* layout_name(const Config& config) {
@@ -36,7 +45,7 @@ std::string architecture(const Config& config) {
   return "mixture of experts, top " + std::to_string(config.top_k) + " of " + std::to_string(config.num_experts);
 }
 
-nlohmann::json to_json(const Config& config, const MemoryPlan& memory, torch::ScalarType dtype) {
+nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const WeightType& type) {
   const int64_t parameters = config.total_parameters();
   nlohmann::json result = {{"architecture", architecture(config)},
                            {"layout", layout_name(config)},
@@ -54,12 +63,16 @@ nlohmann::json to_json(const Config& config, const MemoryPlan& memory, torch::Sc
                            {"rms_norm_eps", config.rms_norm_eps},
                            {"window", config.window},
                            {"window_source", config.window_source},
-                           {"checkpoint_dtype", config.dtype},
-                           {"dtype", dtype_name(dtype)},
+                           {"checkpoint_dtype", stored_dtype(config)},
+                           {"dtype", type.name()},
                            {"total_parameters", parameters},
                            {"active_parameters", config.active_parameters()}};
   result["memory"] = {{"weights_bytes_by_dtype",
-                       {{"float32", 4 * parameters}, {"bfloat16", 2 * parameters}, {"float16", 2 * parameters}}},
+                       {{"float32", 4 * parameters},
+                        {"bfloat16", 2 * parameters},
+                        {"float16", 2 * parameters},
+                        {"int8", quantized_bytes(config, Packing::kInt8)},
+                        {"int4", quantized_bytes(config, Packing::kInt4)}}},
                       {"weights_bytes", memory.weights},
                       {"kv_bytes_per_token", memory.kv_per_token},
                       {"ctx_size", memory.context},
@@ -84,7 +97,7 @@ std::string billions(int64_t parameters) {
 
 std::string size_of(int64_t bytes) { return bytes_text(static_cast<double>(bytes)); }
 
-std::string to_text(const Config& config, const MemoryPlan& memory, torch::ScalarType dtype) {
+std::string to_text(const Config& config, const MemoryPlan& memory, const WeightType& type) {
   const auto number = [](int64_t value) { return std::to_string(value); };
   const std::string window = config.window > 0 ? number(config.window) + " keys" : "none";
   const int64_t parameters = config.total_parameters();
@@ -100,9 +113,10 @@ std::string to_text(const Config& config, const MemoryPlan& memory, torch::Scala
   text += line("max position", number(config.max_position));
   text += line("parameters", billions(parameters));
   text += line("active", billions(config.active_parameters()) + " per token");
-  text += line("dtype", std::string(dtype_name(dtype)) + " (checkpoint: " + config.dtype + ")");
+  text += line("dtype", type.name() + " (checkpoint: " + stored_dtype(config) + ")");
   text += line("weights", size_of(memory.weights) + "; float32 " + size_of(4 * parameters) + ", bfloat16 and float16 " +
-                              size_of(2 * parameters));
+                              size_of(2 * parameters) + ", int8 " + size_of(quantized_bytes(config, Packing::kInt8)) +
+                              ", int4 " + size_of(quantized_bytes(config, Packing::kInt4)));
   text += line("cache", size_of(memory.kv_per_token) + " per token; " + size_of(memory.kv) + " for a context of " +
                             number(memory.context) + " (at most " + number(memory.cached_tokens) + " tokens kept)");
   text += line("total", size_of(memory.total));
@@ -111,9 +125,9 @@ std::string to_text(const Config& config, const MemoryPlan& memory, torch::Scala
 
 void run(const Flags& flags) {
   const Config config = Config::from_folder(model_path(flags.model));
-  const torch::ScalarType dtype = dtype_of(flags.model, config);
-  const MemoryPlan memory = plan(config, flags.model, static_cast<int64_t>(c10::elementSize(dtype)));
-  write_out(flags.json ? json_line(to_json(config, memory, dtype)) : to_text(config, memory, dtype));
+  const WeightType type = weight_type_of(flags.model, config);
+  const MemoryPlan memory = plan(config, flags.model, type);
+  write_out(flags.json ? json_line(to_json(config, memory, type)) : to_text(config, memory, type));
 }
 
 }  // namespace

@@ -73,6 +73,8 @@ void run(int argc, char** argv) {
   add_info(app);
   add_tokenize(app);
   add_bench(app);
+  add_quantize(app);
+  add_perplexity(app);
   check_command(app, argc, argv);
   try {
     app.parse(argc, argv);  // runs the command

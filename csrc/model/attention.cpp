@@ -4,7 +4,7 @@
 
 namespace mixtral {
 
-AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const torch::TensorOptions& options)
+AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const torch::TensorOptions& options, Packing packing)
     : layer_(layer),
       num_heads_(config.num_heads),
       num_kv_heads_(config.num_kv_heads),
@@ -12,16 +12,17 @@ AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const torch::T
       window_(config.window),
       rope_theta_(config.rope_theta) {
   const int64_t q_size = num_heads_ * head_dim_, kv_size = num_kv_heads_ * head_dim_;
-  qkv_proj_ = register_parameter("qkv_proj", torch::empty({q_size + 2 * kv_size, config.hidden_size}, options), false);
-  o_proj_ = register_parameter("o_proj", torch::empty({config.hidden_size, q_size}, options), false);
+  qkv_proj_ =
+      register_parameter("qkv_proj", empty_matrix({q_size + 2 * kv_size, config.hidden_size}, options, packing), false);
+  o_proj_ = register_parameter("o_proj", empty_matrix({config.hidden_size, q_size}, options, packing), false);
 }
 
 torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
   const auto qkv = ops::linear(x, qkv_proj_, batch.offs).view({x.size(0), num_heads_ + 2 * num_kv_heads_, head_dim_});
   const auto v = qkv.narrow(1, num_heads_ + num_kv_heads_, num_kv_heads_);  // [T,Nkv,D]
-  const auto [q, k] = ops::rope(qkv.narrow(1, 0, num_heads_), qkv.narrow(1, num_heads_, num_kv_heads_),
-                                batch.positions, rope_theta_);  // [T,Nq,D], [T,Nkv,D]
-  torch::Tensor out;  // [T,Nq,D]
+  const auto [q, k] = ops::rope(qkv.narrow(1, 0, num_heads_), qkv.narrow(1, num_heads_, num_kv_heads_), batch.positions,
+                                rope_theta_);  // [T,Nq,D], [T,Nkv,D]
+  torch::Tensor out;                           // [T,Nq,D]
   if (cache) {
     const auto keys = cache->keys(layer_), values = cache->values(layer_);
     // Write, then attend: one rule for prefill, chunks and decoding.

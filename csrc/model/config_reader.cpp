@@ -153,6 +153,19 @@ std::string read_dtype(const Fields& fields, const std::string& absent) {
   return dtype;
 }
 
+// Only the format that save_quantized writes.
+std::string read_quantization(const Fields& fields) {
+  const char* key = "quantization_config";
+  if (!fields.find(key)) return "";
+  const Fields quantization = fields.object(key);
+  const bool ours = quantization.find("quant_method") && quantization.at("quant_method") == "mixtral";
+  const std::string bits = ours ? quantization.string("dtype") : "";
+  if (bits != "int8" && bits != "int4") {
+    fields.fail(key, "must have quant_method \"mixtral\" and dtype \"int8\" or \"int4\", got " + shown(fields.at(key)));
+  }
+  return bits;
+}
+
 // What both kinds of file spell alike: the router's variants and the special tokens.
 void read_common(const Fields& fields, Config& config) {
   config.renormalize = fields.boolean("norm_topk_prob", true);
@@ -173,7 +186,7 @@ void read_common(const Fields& fields, Config& config) {
 }
 
 Config read_hugging_face(const Fields& fields, const std::string& source) {
-  fields.reject({"quantization_config", "attention_bias", "mlp_bias", "layer_types"});
+  fields.reject({"attention_bias", "mlp_bias", "layer_types"});
   const std::string type = fields.string("model_type");
   if (type != "mixtral" && type != "mistral") {
     fields.fail("model_type", "must be \"mixtral\" or \"mistral\", got " + shown(type));
@@ -196,6 +209,7 @@ Config read_hugging_face(const Fields& fields, const std::string& source) {
   config.rope_theta = read_rope_theta(fields);
   config.tie_word_embeddings = fields.boolean("tie_word_embeddings", false);
   config.dtype = read_dtype(fields, "float32");  // as transformers: every other type converts to it without loss
+  config.quantization = read_quantization(fields);
   read_window(fields, "sliding_window", source, config);
   return config;
 }

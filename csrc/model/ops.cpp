@@ -20,8 +20,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
-      "mixtral::add_rms_norm");
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>("mixtral::add_rms_norm");
   return op.call(x, residual, weight, eps);
 }
 
@@ -39,6 +39,11 @@ std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mixtral::grouped_gemm");
   return op.call(a, b, offs);
+}
+
+Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize) {
+  static const auto op = find<Tensor(const Tensor&, std::optional<c10::string_view>)>("mixtral::pack_weight");
+  return op.call(weight, quantize ? std::optional<c10::string_view>(*quantize) : std::nullopt);
 }
 
 Tensor swiglu(const Tensor& gate_up) {
@@ -70,14 +75,14 @@ void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const 
 Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,
                                   int64_t window) {
-  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                     const Tensor&, int64_t, std::optional<double>)>(
-      "mixtral::rolling_kv_cache_attention");
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                  std::optional<double>)>("mixtral::rolling_kv_cache_attention");
   return op.call(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, window, /*scale=*/std::nullopt);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs) {
-  return grouped_gemm(x, weight.unsqueeze(0), offs);
+  return grouped_gemm(x, weight.dim() == 2 ? weight.unsqueeze(0) : weight, offs);
 }
 
 }  // namespace mixtral::ops

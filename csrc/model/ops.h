@@ -5,6 +5,8 @@
 
 #include <torch/torch.h>
 
+#include <optional>
+#include <string>
 #include <tuple>
 
 namespace mixtral::ops {
@@ -19,11 +21,13 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, double theta);
 // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
 std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize);
-// a [M,Kdim], b [E,N,Kdim], end offsets [E] -> [M,N]
+// a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
+// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"
+Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize);
 // gate_up [M,2I] -> [M,I]
 Tensor swiglu(const Tensor& gate_up);
-// x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] -> [T,H]
+// x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj);
 // q [T,Nq,D], k, v [T,Nkv,D], cu_seqlens [B+1] of both -> [T,Nq,D]; causal
@@ -37,7 +41,7 @@ Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const 
                                   const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,
                                   int64_t window);
 
-// A dense linear layer is a grouped GEMM of one group: x [T,Kdim], weight [N,Kdim], offs [1] = T -> [T,N]
+// A dense linear layer is a grouped GEMM of one group: x [T,Kdim], weight [N,Kdim] or packed, offs [1] = T -> [T,N]
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs);
 
 }  // namespace mixtral::ops

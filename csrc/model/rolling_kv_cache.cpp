@@ -1,5 +1,7 @@
 #include "rolling_kv_cache.h"
 
+#include "memory.h"
+
 #include <algorithm>
 #include <set>
 #include <stdexcept>
@@ -83,6 +85,9 @@ RollingKVCache::RollingKVCache(const Config& config, Options options) : config_(
   require(options.max_chunk > 0, "max_chunk must be > 0, got " + std::to_string(options.max_chunk));
   require(options.num_pages > 0 && options.num_pages <= INT32_MAX,
           "num_pages must be in [1, 2^31), got " + std::to_string(options.num_pages));
+  const auto token_bytes = config.kv_bytes_per_token(static_cast<int64_t>(c10::elementSize(options.dtype)));
+  const double tokens = static_cast<double>(options.num_pages) * static_cast<double>(options.page_size);
+  check_memory("the key/value cache", static_cast<double>(token_bytes) * tokens, options.device);
   const auto tensor_options = torch::dtype(options.dtype).device(options.device);
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (auto* pool : {&keys_, &values_})

@@ -47,6 +47,7 @@ class RollingKVCache {
     std::vector<int64_t> input_ids;
   };
 
+  // Throws OutOfMemory when the pages do not fit the device, std::runtime_error when an option is out of range.
   RollingKVCache(const Config& config, Options options);
 
   // Pages one sequence of `length` tokens holds at most.

@@ -1,38 +1,32 @@
 #include "transformer.h"
 
-#include "ops.h"
-
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "ops.h"
+
 namespace mixtral {
 namespace {
-
-torch::ScalarType scalar_type(const std::string& name) {
-  if (name == "float32") return torch::kFloat32;
-  if (name == "float16") return torch::kFloat16;
-  if (name == "bfloat16") return torch::kBFloat16;
-  throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
-}
 
 // Below autograd nothing is recorded, and no gradient formula that Python registered for an op is asked for.
 using NoAutograd = at::AutoDispatchBelowAutograd;
 
 }  // namespace
 
-DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options)
+DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options,
+                                   Packing packing)
     : eps_(config.rms_norm_eps) {
   input_layernorm_ = register_parameter("input_layernorm", torch::empty({config.hidden_size}, options), false);
-  attention_ = register_module("attention", Attention(config, layer, options));
+  attention_ = register_module("attention", Attention(config, layer, options, packing));
   post_attention_layernorm_ =
       register_parameter("post_attention_layernorm", torch::empty({config.hidden_size}, options), false);
   if (config.is_moe()) {
-    moe_ = register_module("moe", SparseMoe(config, options));
+    moe_ = register_module("moe", SparseMoe(config, options, packing));
   } else {
-    mlp_ = register_module("mlp", DenseMlp(config, options));
+    mlp_ = register_module("mlp", DenseMlp(config, options, packing));
   }
 }
 
@@ -49,21 +43,26 @@ std::pair<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::T
   return {moe_ ? moe_->forward(normed, batch.offs) : mlp_->forward(normed, batch.offs), sum};
 }
 
-MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device) : config_(config) {
+MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing)
+    : config_(config), packing_(packing) {
   config.validate("config");
   const auto options = torch::dtype(dtype).device(device);
   embed_tokens_ =
       register_parameter("embed_tokens", torch::empty({config.vocab_size, config.hidden_size}, options), false);
   torch::nn::ModuleList list;
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    layers_.emplace_back(config, layer, options);
+    layers_.emplace_back(config, layer, options, packing);
     list->push_back(layers_.back());
   }
   register_module("layers", list);
   norm_ = register_parameter("norm", torch::empty({config.hidden_size}, options), false);
-  lm_head_ = config.tie_word_embeddings
-                 ? embed_tokens_
-                 : register_parameter("lm_head", torch::empty({config.vocab_size, config.hidden_size}, options), false);
+  if (config.tie_word_embeddings) {
+    lm_head_ = embed_tokens_;
+    return;
+  }
+  const Packing lm_head_packing = packs_lm_head(config, packing) ? packing : Packing::kNone;
+  lm_head_ = register_parameter("lm_head",
+                                empty_matrix({config.vocab_size, config.hidden_size}, options, lm_head_packing), false);
 }
 
 torch::Tensor MixtralImpl::forward(const torch::Tensor& input_ids) {
@@ -96,6 +95,7 @@ torch::Tensor MixtralImpl::logits(const torch::Tensor& hidden) {
 }
 
 void MixtralImpl::init_random(uint64_t seed) {
+  if (packing_ != Packing::kNone) throw std::invalid_argument("Mixtral: init_random needs weights that are not packed");
   const torch::NoGradGuard no_grad;
   auto generator = torch::make_generator<torch::CPUGeneratorImpl>(seed);
   constexpr int64_t kBlock = 1 << 22;
@@ -126,18 +126,17 @@ void MixtralImpl::check_ids(const int64_t* ids, int64_t count) const {
 Mixtral Mixtral::from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
   const Config config = Config::from_folder(folder);
   const Checkpoint checkpoint(folder, config);
-  const auto dtype = options.dtype.value_or(scalar_type(config.dtype));
-  const double bytes = static_cast<double>(config.total_parameters()) * static_cast<double>(c10::elementSize(dtype));
-  check_memory("the weights of " + folder.string(), bytes, options.device);
+  const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
+  check_memory("the weights of " + folder.string(), weight_bytes(config, type), options.device);
   const auto allocate = [&] {
     try {
-      return Mixtral(config, dtype, options.device);
+      return Mixtral(config, type.dtype, options.device, type.packing);
     } catch (const c10::Error& error) {  // allocating is all that torch does here
       throw OutOfMemory("the weights of " + folder.string() + ": " + error.what_without_backtrace());
     }
   };
   Mixtral model = allocate();
-  checkpoint.read_into(model->named_parameters(), options.progress);
+  checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
   return model;
 }
 

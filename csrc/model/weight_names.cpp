@@ -1,5 +1,7 @@
 #include "weight_names.h"
 
+#include "transformer.h"
+
 namespace mixtral {
 namespace {
 
@@ -126,8 +128,24 @@ int64_t WeightSlice::rows() const {
   return rows;
 }
 
+namespace {
+
+// Every parameter of the quantised model is one tensor of its own name.
+std::vector<WeightSlice> parameter_slices(const Config& config) {
+  const WeightType type = parse_weight_type("auto", config, torch::kCPU);
+  const MixtralImpl model(config, type.dtype, torch::kMeta, type.packing);
+  std::vector<WeightSlice> slices;
+  for (const auto& item : model.named_parameters()) {
+    const torch::Tensor& parameter = item.value();
+    slices.push_back({item.key(), parameter.sizes().vec(), item.key(), 0, 0, is_packed(parameter)});
+  }
+  return slices;
+}
+
+}  // namespace
+
 std::vector<WeightSlice> weight_slices(const Config& config, WeightNames names) {
-  return SliceList(config, names).build();
+  return names == WeightNames::kParameters ? parameter_slices(config) : SliceList(config, names).build();
 }
 
 }  // namespace mixtral

@@ -13,6 +13,7 @@ enum class WeightNames {
   kHuggingFace,        // one tensor per expert: transformers v4, and what v5 still saves
   kHuggingFaceMerged,  // all experts in one tensor: transformers v5 with save_original_format=False
   kConsolidated,       // Mistral's own
+  kParameters,         // the model's parameters as they are: a quantised checkpoint (save.h)
 };
 
 // A checkpoint tensor and the rows it fills. Matrices are seen as [rows, cols] with cols the last dimension, vectors as
@@ -25,6 +26,7 @@ struct WeightSlice {
   // > 0: rows come in rotary pairs (0,1), (2,3), ... of each head of this size, and go to the half-split order
   // 0, 2, 4, ..., 1, 3, 5, ...
   int64_t interleaved_head_dim = 0;
+  bool packed = false;  // quantised blocks (packing.h), which go to the parameter as they are
 
   int64_t cols() const { return shape.back(); }
   int64_t rows() const;

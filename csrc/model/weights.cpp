@@ -1,7 +1,7 @@
 #include "weights.h"
 
 #include <algorithm>
-#include <cctype>
+#include <numeric>
 #include <set>
 
 #include "json.h"
@@ -88,11 +88,17 @@ std::vector<SafetensorsFile> open_files(const fs::path& folder, CheckpointLayout
 
 // ---- from tensors to slices
 
-torch::ScalarType scalar_type(const SafetensorsFile& file, const std::string& tensor, const SafetensorsEntry& entry) {
+torch::ScalarType scalar_type(const SafetensorsFile& file, const WeightSlice& slice, const SafetensorsEntry& entry) {
+  if (slice.packed) {
+    const bool int8 = slice.shape.size() == 3;
+    if (entry.dtype == (int8 ? "I8" : "U8")) return int8 ? torch::kInt8 : torch::kUInt8;
+    throw LoadError(file.path(), slice.tensor,
+                    std::string("dtype must be ") + (int8 ? "I8" : "U8") + ", got " + entry.dtype);
+  }
   if (entry.dtype == "F32") return torch::kFloat32;
   if (entry.dtype == "BF16") return torch::kBFloat16;
   if (entry.dtype == "F16") return torch::kFloat16;
-  throw LoadError(file.path(), tensor, "dtype must be F32, BF16 or F16, got " + entry.dtype);
+  throw LoadError(file.path(), slice.tensor, "dtype must be F32, BF16 or F16, got " + entry.dtype);
 }
 
 // A tensor inside a layer that the model does not have (a bias, an expert or a layer too many) would be left out of the
@@ -115,32 +121,43 @@ class RowReader {
  public:
   RowReader(const LoadProgress& progress, uint64_t total) : progress_(progress), total_(total) {}
 
-  // out [rows,cols], a contiguous part of the parameter, on any device.
+  // out: the rows of the parameter that the slice becomes, [rows,cols], on any device; or, with packing, their packed
+  // blocks [rows/32,...].
   void read(const SafetensorsFile& file, const SafetensorsEntry& entry, const WeightSlice& slice,
-            torch::ScalarType type, const torch::Tensor& out) {
-    const int64_t rows = slice.rows(), group = std::max<int64_t>(slice.interleaved_head_dim, 1);
+            torch::ScalarType type, Packing packing, const torch::Tensor& out) {
+    const int64_t rows = slice.rows(), block = packing == Packing::kNone ? 1 : rows / out.size(0);
+    const int64_t group = std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), block);
     const int64_t row_bytes = slice.cols() * static_cast<int64_t>(c10::elementSize(type));
     const int64_t step = std::max<int64_t>(kStagingBytes / (row_bytes * group), 1) * group;
-    const bool direct = out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0;
+    const bool direct = out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0 && block == 1;
     for (int64_t row = 0; row < rows; row += step) {
       const int64_t count = std::min(step, rows - row), bytes = count * row_bytes;
-      const torch::Tensor part = out.narrow(0, row, count);
+      const torch::Tensor part = out.narrow(0, row / block, count / block);
       void* to = direct ? part.data_ptr() : staging(bytes);
       file.read(entry.begin + static_cast<uint64_t>(row * row_bytes), to, static_cast<uint64_t>(bytes));
-      if (!direct) copy(torch::from_blob(to, {count, slice.cols()}, type), slice.interleaved_head_dim, part);
+      if (!direct) {
+        const auto source = in_order(torch::from_blob(to, {count, slice.cols()}, type), slice.interleaved_head_dim);
+        part.copy_(packing == Packing::kNone ? source : pack(file, slice, source, packing, out.scalar_type()));
+      }
       report(static_cast<uint64_t>(bytes));
     }
   }
 
  private:
-  // rows and out [n,cols]
-  static void copy(const torch::Tensor& rows, int64_t interleaved_head_dim, const torch::Tensor& out) {
-    if (interleaved_head_dim == 0) {
-      out.copy_(rows);
-    } else {
-      const int64_t half = interleaved_head_dim / 2, cols = rows.size(1);
-      out.view({-1, 2, half, cols}).copy_(rows.view({-1, half, 2, cols}).transpose(1, 2));
+  // rows [n,cols], rotary pairs brought to the half-split order
+  static torch::Tensor in_order(const torch::Tensor& rows, int64_t interleaved_head_dim) {
+    if (interleaved_head_dim == 0) return rows;
+    const int64_t half = interleaved_head_dim / 2, cols = rows.size(1);
+    return rows.view({-1, half, 2, cols}).transpose(1, 2).reshape({-1, cols});
+  }
+
+  static torch::Tensor pack(const SafetensorsFile& file, const WeightSlice& slice, const torch::Tensor& rows,
+                            Packing packing, torch::ScalarType type) {
+    if (packing == Packing::kFloat) return pack_rows(rows.to(type), packing);
+    if (!torch::isfinite(rows).all().item<bool>()) {
+      throw LoadError(file.path(), slice.tensor, "must be finite to be quantised, got inf or NaN");
     }
+    return pack_rows(rows, packing);
   }
 
   void* staging(int64_t bytes) {
@@ -167,16 +184,17 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config) : files_(op
     for (const auto& [tensor, entry] : files_[f].entries()) where[tensor] = f;
   }
   const bool merged = where.count("model.layers.0.mlp.experts.gate_up_proj") > 0;
-  const WeightNames names = config.layout == CheckpointLayout::kConsolidated ? WeightNames::kConsolidated
-                            : merged                                         ? WeightNames::kHuggingFaceMerged
-                                                                             : WeightNames::kHuggingFace;
+  const WeightNames names = !config.quantization.empty()                       ? WeightNames::kParameters
+                            : config.layout == CheckpointLayout::kConsolidated ? WeightNames::kConsolidated
+                            : merged                                           ? WeightNames::kHuggingFaceMerged
+                                                                               : WeightNames::kHuggingFace;
   std::set<std::string> expected;
   for (WeightSlice& slice : weight_slices(config, names)) {
     const auto found = where.find(slice.tensor);
     if (found == where.end()) throw LoadError(folder.string(), slice.tensor, "tensor is missing");
     const SafetensorsFile& file = files_[found->second];
     const SafetensorsEntry& entry = file.entries().at(slice.tensor);
-    scalar_type(file, slice.tensor, entry);
+    scalar_type(file, slice, entry);
     if (entry.shape != slice.shape) {
       throw LoadError(file.path(), slice.tensor,
                       "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape));
@@ -196,14 +214,21 @@ uint64_t Checkpoint::bytes() const {
   return bytes;
 }
 
-void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters,
+void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                            const LoadProgress& progress) const {
   const torch::NoGradGuard no_grad;
   RowReader reader(progress, bytes());
   for (const auto& [file, entry, slice] : sources_) {
-    const torch::Tensor rows = parameters[slice.parameter].view({-1, slice.cols()});
-    reader.read(files_[file], entry, slice, scalar_type(files_[file], slice.tensor, entry),
-                rows.narrow(0, slice.first_row, slice.rows()));
+    const torch::Tensor& parameter = parameters[slice.parameter];
+    const torch::ScalarType type = scalar_type(files_[file], slice, entry);
+    if (is_packed(parameter) && !slice.packed) {
+      const auto blocks = parameter.flatten(0, 1);
+      reader.read(files_[file], entry, slice, type, packing,
+                  blocks.narrow(0, slice.first_row / kPackedRows, slice.rows() / kPackedRows));
+    } else {
+      const auto rows = parameter.view({-1, slice.cols()});
+      reader.read(files_[file], entry, slice, type, Packing::kNone, rows.narrow(0, slice.first_row, slice.rows()));
+    }
   }
 }
 

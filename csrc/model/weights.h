@@ -8,6 +8,9 @@
 //   layers.N.moe.gate_up_proj [E,2I,H]            layers.N.moe.down_proj [E,H,I]
 // A dense model has layers.N.mlp.gate_up_proj [1,2I,H] and layers.N.mlp.down_proj [1,H,I] instead of `moe`.
 // With tie_word_embeddings, lm_head is the same tensor as embed_tokens and is not read.
+//
+// When packed (packing.h), a matrix is what pack_weight makes of it, a dense one with E = 1. A quantised checkpoint
+// (save.h) holds the parameters themselves, under these names.
 #pragma once
 
 #include <torch/torch.h>
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "config.h"
+#include "packing.h"
 #include "safetensors.h"
 #include "weight_names.h"
 
@@ -33,8 +37,9 @@ class Checkpoint {
 
   uint64_t bytes() const;  // to be read
 
-  // Fills every parameter in place, converting dtype and layout through a small staging buffer.
-  void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, const LoadProgress& progress) const;
+  // Fills every parameter in place, converting dtype and layout, packing and quantising through a small staging buffer.
+  void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
+                 const LoadProgress& progress) const;
 
  private:
   // One tensor of the checkpoint, and the rows of the parameter it becomes.

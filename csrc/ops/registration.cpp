@@ -18,11 +18,15 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
   // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]
   m.def("moe_unpermute(Tensor y, Tensor topk_weights, Tensor row_map) -> Tensor");
-  // a [M,Kdim], b [E,N,Kdim], end offsets [E] -> [M,N]
+  // weight [E,N,Kdim] -> the same packed for the CPU kernels (pack_weight/pack_weight.h); quantize: "int8" or "int4"
+  m.def("pack_weight(Tensor weight, str? quantize=None) -> Tensor");
+  // packed -> weight [E,N,Kdim]
+  m.def("unpack_weight(Tensor packed) -> Tensor");
+  // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
   // gate_up [M,2I] -> [M,I]
   m.def("swiglu(Tensor gate_up) -> Tensor");
-  // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] -> [T,H]
+  // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
   m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
   // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]
   m.def("sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, bool causal=True, float? scale=None) -> Tensor");

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .model import Config as Config
     from .model import Generation as Generation
     from .model import Mixtral as Mixtral
+    from .model import Score as Score
     from .model import Timings as Timings
     from .model import Tokenizer as Tokenizer
     from .model import TokenLogprob as TokenLogprob
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "Config": "model",
     "Generation": "model",
     "Mixtral": "model",
+    "Score": "model",
     "Timings": "model",
     "TokenLogprob": "model",
     "Tokenizer": "model",

@@ -19,12 +19,12 @@ except ImportError as error:
 
 Config = _C.Config
 Generation = _C.Generation
+Score = _C.Score
 Timings = _C.Timings
 TokenLogprob = _C.TokenLogprob
 Tokenizer = _C.Tokenizer
 
 Prompt = str | Sequence[int]
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 class Mixtral:
@@ -65,24 +65,28 @@ class Mixtral:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "auto",
         *,
+        pack: bool = True,
         progress: Callable[[int, int], None] | None = None,
         **options: int,
     ) -> "Mixtral":
-        """Load a Hugging Face folder or a Mistral consolidated one.
+        """Load a Hugging Face folder, a Mistral consolidated one, or one that ``mixtral quantize`` wrote.
 
         Args:
             path: the folder.
             device: "cpu", "cuda" or "cuda:N".
-            dtype: of the weights: "float32", "bfloat16", "float16"; "auto": as in the files.
+            dtype: of the weights: "float32", "bfloat16", "float16", or quantised while they are read, on the CPU: "int8"
+                (one scale a row) or "int4" (one for every 32 weights); "auto": as in the files.
+            pack: on the CPU, keep matrices in the layout that the kernels read fastest (``ops.pack_weight``). False: as
+                in Hugging Face, so that ``named_parameters`` gives [rows, columns]. Results are the same bit for bit.
             progress: called with (bytes read, bytes in all).
             options: those of the constructor.
 
         Raises:
             LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason.
             MemoryError: the weights do not fit the device.
-            ValueError: an unknown dtype.
+            ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint.
         """
-        model = _C.Mixtral.from_pretrained(path, torch.device(device), _scalar_type(dtype), progress)
+        model = _C.Mixtral.from_pretrained(path, torch.device(device), _dtype_name(dtype), pack, progress)
         return cls(model, _tokenizer_in(Path(path)), **options)
 
     @classmethod
@@ -96,8 +100,7 @@ class Mixtral:
         **options: int,
     ) -> "Mixtral":
         """A model with random weights, drawn from ``seed``: for tests and benchmarks. "auto" is ``config.dtype``."""
-        scalar_type = _scalar_type(dtype) or _scalar_type(config.dtype)
-        return cls(_C.Mixtral.from_config(config, torch.device(device), scalar_type, seed), **options)
+        return cls(_C.Mixtral.from_config(config, torch.device(device), _dtype_name(dtype), seed), **options)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +108,13 @@ class Mixtral:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of activations; bfloat16 where the weights are quantised."""
         return self._model.dtype
+
+    @property
+    def weight_type(self) -> str:
+        """ "float32", "bfloat16", "float16", "int8" or "int4"."""
+        return self._model.weight_type
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The weights by name, not copies; csrc/model/weights.h lists names and shapes."""
@@ -195,6 +204,26 @@ class Mixtral:
             raise ValueError("stream: model expected a tokenizer, got none; use generate for token ids")
         return self._pieces(self._prompt_ids(prompt), options)
 
+    def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = 512) -> Score:
+        """How well the model predicts a text.
+
+        Args:
+            text: what to score. Longer than the context it is cut into segments of ``ctx_size`` tokens; each starts
+                anew, behind a BOS token of its own, so every token is predicted once, and BOS never.
+            ctx_size: tokens of a segment; 0: what the model was made for.
+            chunk_size: tokens in one forward pass; it bounds the memory and does not change the result.
+
+        Returns:
+            ``perplexity`` and ``nats_per_token`` of the tokens, ``bits_per_byte`` of the text.
+
+        Raises:
+            ValueError: an empty text, a model without a tokenizer, or an option out of range.
+            MemoryError: the key/value cache does not fit the device.
+        """
+        if self.tokenizer is None:
+            raise ValueError("perplexity: model expected a tokenizer, got none")
+        return self._model.score(self.tokenizer, text, ctx_size, chunk_size)
+
     def _pieces(self, prompt_ids: list[int], options: dict[str, object]) -> Iterator[str]:
         events: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()  # None: the end
         closed = threading.Event()
@@ -236,14 +265,8 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return [prompts] if one else prompts
 
 
-def _scalar_type(dtype: str | torch.dtype) -> torch.dtype | None:
-    """``None`` for "auto"."""
-    if dtype == "auto":
-        return None
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype: expected auto, {', '.join(_DTYPES)}, got {dtype}")
-    return found
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

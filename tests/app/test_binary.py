@@ -1,12 +1,13 @@
 """What the commands of the `mixtral` binary print."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from binary import edit_config, environment, mixtral, ok, ok_json
+from binary import DEMO, edit_config, environment, mixtral, ok, ok_json
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -144,6 +145,48 @@ def test_bench_reports_rates_and_memory():
     assert one / 2 < result["weight_bytes_per_token"] < one  # two tokens share what is not an expert
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("And it came to pass in those days, that there went out a decree.\n" * 8)
+    return file
+
+
+def test_perplexity_reports_the_score_of_a_file(text):
+    result = ok_json("perplexity", text)
+    tokens = ok_json("tokenize", stdin=text.read_bytes() + b"\n")["token_ids"]  # one newline of stdin is dropped
+    assert result["tokens"] == len(tokens) - 1  # BOS is not predicted
+    assert result["bytes"] == text.stat().st_size and result["dtype"] == "bfloat16" and result["seconds"] > 0
+    assert result["perplexity"] == pytest.approx(math.exp(result["nats_per_token"]))
+    bits = result["nats_per_token"] / math.log(2) * result["tokens"] / result["bytes"]
+    assert 0 < result["bits_per_byte"] == pytest.approx(bits)
+    report = ok("perplexity", text).decode()
+    for name in ["nats_per_token", "bits_per_byte"]:
+        assert f"{result[name]:.5f}" in report
+    assert f"{result['perplexity']:.4f}" in report
+
+
+def test_perplexity_takes_the_model_as_argument_or_flag(text):
+    expected = ok_json("perplexity", text)["bits_per_byte"]
+    for arguments in [[DEMO, text], ["-m", DEMO, text], ["--chunk-size", "5", text]]:
+        assert ok_json("perplexity", *arguments)["bits_per_byte"] == expected
+    variables = environment(MIXTRAL_MODEL="/nonexistent")
+    assert ok_json("perplexity", DEMO, text, env=variables)["bits_per_byte"] == expected
+    assert b"/nonexistent" in mixtral("perplexity", text, env=variables).stderr
+    assert ok_json("perplexity", text, "-c", "4")["bits_per_byte"] > expected + 0.3
+
+
+def test_perplexity_compares_dtypes(text):
+    result = ok_json("perplexity", text, "--compare-dtype", "float32")
+    other = ok_json("perplexity", text, "--dtype", "float32")
+    assert result["compared_with"]["dtype"] == "float32"
+    assert result["compared_with"]["bits_per_byte"] == other["bits_per_byte"] != result["bits_per_byte"]
+    difference = 100 * (result["bits_per_byte"] / other["bits_per_byte"] - 1)
+    assert result["bits_per_byte_difference_percent"] == pytest.approx(difference) != 0
+    report = ok("perplexity", text, "--compare-dtype", "float32").decode()
+    assert f"bfloat16 needs {difference:+.3f} % bits per byte against float32" in report
+
+
 def test_chat_over_a_pipe_answers_line_by_line():
     arguments = ["chat", "--temp", "0", "-n", "8", "--ignore-eos"]
     once = ok(*arguments, stdin=b"Once upon a time\n")
@@ -165,5 +208,5 @@ def test_chat_drops_the_oldest_turns_when_the_context_is_full():
 def test_help_and_version():
     assert b"torch 2.11" in ok("--version")
     assert b"generate" in ok("--help")
-    for command in ["generate", "chat", "info", "tokenize", "bench"]:
+    for command in ["generate", "chat", "info", "tokenize", "bench", "perplexity"]:
         assert b"Examples:" in ok(command, "-h")

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import resource
 import select
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from binary import BINARY, DEMO, edit_config, environment, mixtral, ok_json
 
 LONG_PASS = ["bench", "--prompt-tokens", "4000", "--chunk-size", "4096", "--batch", "8", "--new-tokens", "2", "-t", "1"]
+LONG_TEXT = ["perplexity", DEMO / "tokenizer.json"]
 ENDLESS = ["generate", "-p", "Once", "-n", "4000", "--ignore-eos"]
 
 
@@ -61,6 +63,11 @@ def model(tmp_path: Path) -> Path:
         (["info", "one", "two"], ["two"]),
         (["bench", "--new-tokens", "1"], ["1"]),
         (["chat", "--min-p", "2"], ["min_p"]),
+        (["perplexity"], ["FILE"]),
+        (["perplexity", "/nonexistent/text"], ["cannot open /nonexistent/text"]),
+        (["perplexity", "/dev/null"], ["FILE must not be empty", "/dev/null"]),
+        (["perplexity", "one", "two", "three"], ["three"]),
+        (["perplexity", "/etc/hostname", "--compare-dtype", "int3"], ["int3"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -78,6 +85,7 @@ def test_too_long_prompt_names_both_lengths_before_the_weights_are_read(model):
 def test_missing_model_exits_with_3(tmp_path):
     for command in [["info"], ["generate", "-p", "a"], ["tokenize", "-p", "a"], ["chat"], ["bench"]]:
         assert_fails(mixtral(*command, tmp_path / "nothing"), 3, "nothing")
+    assert_fails(mixtral("perplexity", tmp_path / "nothing", __file__), 3, "nothing")
     assert_fails(mixtral("info", env=environment(MIXTRAL_DEMO_MODEL="/nonexistent")), 3, "/nonexistent")
     assert_fails(mixtral("info", "-m", "/dev/null"), 3, "/dev/null")
 
@@ -112,8 +120,9 @@ def test_nan_logits_exit_with_5(model):
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"][5] = float("nan")
     save_file(tensors, model / "model.safetensors")
-    run = mixtral("generate", model, "-p", "a", "-n", "2")
-    assert run.returncode == 5 and "nan" in run.stderr.decode().splitlines()[-1].lower(), run.stderr
+    for command in [["generate", model, "-p", "a", "-n", "2"], ["perplexity", model, __file__]]:
+        run = mixtral(*command)
+        assert run.returncode == 5 and "nan" in run.stderr.decode().splitlines()[-1].lower(), run.stderr
 
 
 def test_full_disk_exits_with_5():
@@ -215,8 +224,8 @@ def wait_for_handler(process: subprocess.Popen, number: signal.Signals) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
     "arguments",
-    [ENDLESS, ["generate"], ["chat"], LONG_PASS],
-    ids=["decoding", "reading", "chatting", "in_one_long_forward_pass"],
+    [ENDLESS, ["generate"], ["chat"], LONG_PASS, LONG_TEXT],
+    ids=["decoding", "reading", "chatting", "in_one_long_forward_pass", "scoring"],
 )
 def test_signal_ends_the_program(arguments, number, code):
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()}
@@ -228,10 +237,22 @@ def test_signal_ends_the_program(arguments, number, code):
         process.stdout.read(1)
     else:
         wait_for_handler(process, number)
-    if arguments == LONG_PASS:
-        time.sleep(1)  # the model is loaded; a pass takes seconds
+    if arguments in (LONG_PASS, LONG_TEXT):
+        time.sleep(1)  # the model is loaded; a pass, or the text, takes seconds
     assert leaves_in_time(process, number) == code
     assert process.stderr.read().count(b"\n") <= 1
+
+
+def test_progress_is_shown_on_a_terminal_and_wiped_away():
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([BINARY, *LONG_TEXT], stdout=subprocess.PIPE, stderr=theirs, env=environment())
+    os.close(theirs)
+    shown = read_until(ours, b" tokens/s")
+    assert re.search(rb"\rscoring \[#* *\] +\d+% of \d+ tokens, \d+ tokens/s$", shown), shown
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert os.read(ours, 10_000).replace(b"\r\n", b"\n").endswith(b"\r\x1b[Kmixtral: interrupted\n")
+    os.close(ours)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from readme_table import newest_records, table, with_tables
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -31,3 +33,27 @@ def test_cpp_example_is_the_one_that_was_compiled_and_it_runs():
     run = subprocess.run([ROOT / "build/bin/readme_example"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) > 10
+
+
+def test_tables_are_what_the_script_writes_from_the_records():
+    records = newest_records(ROOT / "benchmarks/records")
+    assert records
+    assert README == with_tables(README, records)
+
+
+def test_a_table_puts_all_peers_of_a_measurement_on_one_line():
+    row = dict(case="mid bfloat16", metric="decode", value=10.0, unit="tokens/s", percent_of_bound=None)
+    rows = [
+        row | dict(peer="a", peer_value=5.0, ratio=2.0),
+        row | dict(peer="b", peer_value=None, ratio=None),
+        row | dict(peer="c", peer_value=20.0, ratio=0.5),
+        row | dict(peer=None, peer_value=None, ratio=None, percent_of_bound=91.2),
+        row | dict(metric="prefill", value=1234.5, peer="c", peer_value=0.1234, ratio=10004.0),
+    ]
+    record = dict(name="model", device="CPU", date="2026-01-01", commit="0" * 40, versions={"torch": "2"}, rows=rows)
+    assert table(record).splitlines()[2:] == [
+        "| case | measured | ours | of bound | a (ours ×) | c (ours ×) |",
+        "|---|---|---|---|---|---|",
+        "| mid bfloat16 | decode | 10 tokens/s | 91 % | 5 (×2.00) | 20 (×0.50) |",
+        "| mid bfloat16 | prefill | 1,234 tokens/s |  |  | 0.123 (×10004.00) |",
+    ]

@@ -85,7 +85,7 @@ std::string file_bytes(const Tensors& tensors) {
 
 Parameters load(const std::filesystem::path& folder, const Config& config, torch::ScalarType type) {
   const Parameters parameters = empty_parameters(config, type);
-  Checkpoint(folder, config).read_into(parameters, nullptr);
+  Checkpoint(folder, config).read_into(parameters, Packing::kNone, nullptr);
   return parameters;
 }
 
@@ -201,7 +201,7 @@ TEST(Checkpoint, ReadsTensorsLargerThanTheStagingBuffer) {
   for (const auto type : {torch::kBFloat16, torch::kFloat32}) {
     const Parameters p = empty_parameters(config, type);
     std::vector<uint64_t> seen;
-    checkpoint.read_into(p, [&](uint64_t done, uint64_t total) {
+    checkpoint.read_into(p, Packing::kNone, [&](uint64_t done, uint64_t total) {
       EXPECT_EQ(total, checkpoint.bytes());
       seen.push_back(done);
     });
@@ -331,7 +331,7 @@ TEST(CheckpointDeathTest, PeakMemoryIsThatOfTheWeights) {
     for (const auto& item : empty_parameters(small_config(0), torch::kBFloat16)) item.value().numel();  // warm up
     const Checkpoint checkpoint(folder.path(), config);
     for (const auto& item : empty_parameters(config, torch::kBFloat16)) parameters.insert(item.key(), item.value());
-    checkpoint.read_into(parameters, nullptr);
+    checkpoint.read_into(parameters, Packing::kNone, nullptr);
     const double grown = static_cast<double>(peak_memory() - before);
     std::cerr << "peak " << grown / static_cast<double>(end) << " x the weights";
     std::_Exit(grown < 1.1 * static_cast<double>(end) ? 0 : 1);
@@ -349,7 +349,7 @@ TEST(Checkpoint, SurvivesEveryBitFlipOfItsHeader) {
   const TempFolder folder;
   testing::for_each_bit_flip(folder / "model.safetensors", valid, 8 * header_end, [&] {
     try {
-      Checkpoint(folder.path(), config).read_into(parameters, nullptr);
+      Checkpoint(folder.path(), config).read_into(parameters, Packing::kNone, nullptr);
     } catch (const LoadError&) {
     }
   });

@@ -1,4 +1,4 @@
-// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine. CMake target: mixtral::mixtral.
+// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, save_quantized. CMake target: mixtral::mixtral.
 #pragma once
 
 #include "../../model/chat.h"
@@ -7,5 +7,7 @@
 #include "../../model/load_error.h"
 #include "../../model/rolling_kv_cache.h"
 #include "../../model/sampling.h"
+#include "../../model/save.h"
+#include "../../model/score.h"
 #include "../../model/tokenizer.h"
 #include "../../model/transformer.h"

@@ -23,10 +23,11 @@ namespace mixtral::cpu {
 inline constexpr int64_t kTileRows = 16, kTileDepth = 32;         // rows; bf16 values of one row
 inline constexpr int64_t kTileElements = kTileRows * kTileDepth;  // of a B tile: 16 columns at 32 depths
 
-// Tile numbers: the instructions take constants only. C: rows 0-15 and 16-31, columns 0-15 and 16-31.
-inline constexpr int kC00 = 0, kC01 = 1, kC10 = 2, kC11 = 3, kA0 = 4, kA1 = 5, kB0 = 6, kB1 = 7;
-
-// Sets the tile shapes for `upper` rows (1 to 16) in C0x and A0, and `lower` (0 to 16) in C1x and A1. Zeroes all tiles.
+// Tile registers, by number: the instructions take literals only.
+//   0 1   C: rows 0-15, columns 0-15 and 16-31      4   A: rows 0-15        6 7   B: columns 0-15 and 16-31
+//   2 3   C: rows 16-31                             5   A: rows 16-31
+// Sets the tile shapes for `upper` rows (1 to 16) in the upper tiles of C and A, and `lower` (0 to 16) in the lower
+// ones. Zeroes all tiles.
 MIXTRAL_TARGET_AMX MIXTRAL_INLINE void configure_tiles(int64_t upper, int64_t lower) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -34,9 +35,9 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void configure_tiles(int64_t upper, int64_t lo
     uint8_t rows[16] = {};
   } config;
   for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64;
-  for (const int tile : {kC00, kC01, kA0}) config.rows[tile] = static_cast<uint8_t>(upper);
-  for (const int tile : {kC10, kC11, kA1}) config.rows[tile] = static_cast<uint8_t>(lower > 0 ? lower : 1);
-  for (const int tile : {kB0, kB1}) config.rows[tile] = 16;
+  for (const int tile : {0, 1, 4}) config.rows[tile] = static_cast<uint8_t>(upper);
+  for (const int tile : {2, 3, 5}) config.rows[tile] = static_cast<uint8_t>(lower > 0 ? lower : 1);
+  for (const int tile : {6, 7}) config.rows[tile] = 16;
   _tile_loadconfig(&config);
 }
 

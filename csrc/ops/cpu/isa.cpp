@@ -34,14 +34,21 @@ CpuIsa best_isa() {
   if (!__builtin_cpu_supports("avx512bf16")) return CpuIsa::kAvx512;
   return can_use_amx() ? CpuIsa::kAmx : CpuIsa::kAvx512Bf16;
 }
+
+// On Intel's cores VDPBF16PS takes as long as four f32 multiply-adds of the same width, and does two of them: there it
+// is used only when asked for.
+CpuIsa default_isa(CpuIsa best) {
+  return best == CpuIsa::kAvx512Bf16 && __builtin_cpu_is("intel") ? CpuIsa::kAvx512 : best;
+}
 #else
 CpuIsa best_isa() { return CpuIsa::kBaseline; }
+CpuIsa default_isa(CpuIsa best) { return best; }
 #endif
 
 CpuIsa chosen_isa() {
   const CpuIsa best = best_isa();
   const char* name = std::getenv("MIXTRAL_CPU_ISA");
-  if (name == nullptr || *name == '\0') return best;
+  if (name == nullptr || *name == '\0') return default_isa(best);
   for (size_t i = 0; i < kNames.size(); ++i) {
     if (std::string(name) != kNames[i]) continue;
     if (static_cast<CpuIsa>(i) <= best) return static_cast<CpuIsa>(i);

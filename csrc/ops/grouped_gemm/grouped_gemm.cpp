@@ -1,7 +1,10 @@
 #include "grouped_gemm.h"
 
+#include <algorithm>
+
 #include "../dispatch.h"
 #include "../moe_mlp/moe_mlp.h"
+#include "../pack_weight/weight_view.h"
 #include "tiles.h"
 
 namespace mixtral {
@@ -18,25 +21,35 @@ void check_offsets(const char* op, IndexArray offs, int64_t experts, int64_t row
   MIXTRAL_CHECK(begin == rows, op, ": offs must end at the ", rows, " rows of a, got ", begin);
 }
 
-}  // namespace
+// Splits out into 32-column blocks, and the rows as well where there are fewer blocks than threads, as in a router.
+template <typename Launch>
+void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& launch) {
+  constexpr int64_t kSplitRows = 64;
+  if (blocks == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t splits = std::clamp<int64_t>(threads / blocks, 1, std::max<int64_t>(1, rows / kSplitRows));
+  parallel_rows(blocks * splits, rows / splits * kBlockRows * depth / 8, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t split = begin / blocks, last = std::min(end, (split + 1) * blocks);
+      launch(
+          GemmRange{rows * split / splits, rows * (split + 1) / splits, begin - split * blocks, last - split * blocks});
+      begin = last;
+    }
+  });
+}
 
-Tensor grouped_gemm_step(const char* op, const Tensor& a, const Tensor& b, const Tensor& offs) {
+// With `swiglu`, out is swiglu of the product.
+Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, bool swiglu) {
   const Tensor a_contiguous = torch::stable::contiguous(a), b_contiguous = torch::stable::contiguous(b);
   const Tensor offs_contiguous = torch::stable::contiguous(offs);
-  const int64_t experts = b.size(0), rows = a.size(0), columns = b.size(1), depth = a.size(1);
+  const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
+  const int64_t rows = a.size(0), columns = swiglu ? weight.columns / 2 : weight.columns;
   const IndexArray ends = index_array(offs_contiguous);
-  if (!a.is_cuda()) check_offsets(op, ends, experts, rows);
+  if (!a.is_cuda()) check_offsets(op, ends, weight.experts, rows);
   const Tensor out = torch::stable::new_empty(a, {rows, columns});
   dispatch_float(op, a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous),
-                              const_ptr<T>(b_contiguous),
-                              ends,
-                              mutable_ptr<T>(out),
-                              experts,
-                              rows,
-                              columns,
-                              depth};
+    const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), weight, ends, mutable_ptr<T>(out), rows};
     if constexpr (kWithCuda) {
       if (a.is_cuda()) {
         const CudaScope scope(a);
@@ -44,28 +57,40 @@ Tensor grouped_gemm_step(const char* op, const Tensor& a, const Tensor& b, const
         return;
       }
     }
-    const int64_t tiles = count_gemm_tiles(ends, experts, rows, kGemmBlockRows, ceil_div(columns, kGemmBlockColumns));
-    parallel_rows(tiles, rows * columns / std::max<int64_t>(1, tiles) * depth / 8,
-                  [&](int64_t begin, int64_t end) { launch_grouped_gemm_cpu(gemm, begin, end); });
+    parallel_blocks(rows, ceil_div(columns, kBlockRows), weight.depth, [&](const GemmRange& range) {
+      swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, range) : launch_grouped_gemm_cpu(gemm, range);
+    });
   });
   return out;
 }
 
+}  // namespace
+
+Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs) {
+  return run(op, a, b_name, b, offs, false);
+}
+
+Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
+                                const Tensor& offs) {
+  if (a.is_cuda()) return swiglu_step(op, run(op, a, b_name, b, offs, false));
+  return run(op, a, b_name, b, offs, true);
+}
+
 namespace {
 
+// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] -> [M, N]
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   constexpr const char* op = "grouped_gemm";
   check_rank(op, "a", a, 2, "[M, Kdim]");
   check_float(op, "a", a);
-  check_rank(op, "b", b, 3, "[E, N, Kdim]");
-  check_size(op, "b", b, 2, a.size(1));
-  check_dtype(op, "b", b, a.scalar_type());
+  const WeightView weight = view_weight(op, "b", b, a.scalar_type(), "[E, N, Kdim]");
+  check_weight_shape(op, "b", b, weight, weight.columns, a.size(1));
   check_same_device(op, "b", b, a);
   check_rank(op, "offs", offs, 1, "[E]");
   check_size(op, "offs", offs, 0, b.size(0));
   check_index(op, "offs", offs);
   check_same_device(op, "offs", offs, a);
-  return grouped_gemm_step(op, a, b, offs);
+  return grouped_gemm_step(op, "b", a, b, offs);
 }
 
 }  // namespace

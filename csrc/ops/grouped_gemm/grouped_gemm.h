@@ -8,25 +8,33 @@
 
 #include "../cuda/stream.h"
 #include "../index_array.h"
+#include "../pack_weight/pack_weight.h"
 
 namespace mixtral {
 
-// Output tile of one unit of CPU work.
-inline constexpr int64_t kGemmBlockRows = 64, kGemmBlockColumns = 48;
-
-// a [M, Kdim], b [E, N, Kdim], offs [E] end offsets, out [M, N].
+// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] end offsets, out [M, N]. The quantised formats of b are for
+// a of BFloat16; CUDA takes plain ones only.
 template <typename T>
 struct GroupedGemm {
   const T* a;
-  const T* b;
+  WeightView b;
   IndexArray offs;
   T* out;
-  int64_t experts, rows, columns, depth;  // E, M, N, Kdim
+  int64_t rows;  // M
 };
 
-// Tiles [begin, end) in the numbering of tiles.h.
+// Rows [row_begin, row_end) of a work on 32-column blocks [block_begin, block_end) of out.
+struct GemmRange {
+  int64_t row_begin, row_end, block_begin, block_end;
+};
+
 template <typename T>
-void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, int64_t begin, int64_t end);
+void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
+
+// The same with swiglu of each row: b [E, 2I, Kdim], out [M, I]; blocks are of I columns. Bit for bit what swiglu makes
+// of the plain product.
+template <typename T>
+void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
 
 template <typename T>
 int launch_grouped_gemm_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream);

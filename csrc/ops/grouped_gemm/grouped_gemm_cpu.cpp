@@ -1,13 +1,16 @@
-// A block of out is computed from panels of a and b that are kBlockDepth deep. Many rows: both panels are first
-// converted to f32 in a scratch buffer that fits the L2 cache. Few rows (decode): they are read in place, column after
-// column, as fast as memory gives the weights.
+// For each expert, a chunk of its rows meets a few 32-column panels of its weights at a time. Panels are walked along
+// the depth in pieces that stay in the cache while all the rows pass over them; sums are kept in f32 between pieces.
+// Each weight is read from memory once per chunk, and each piece of rows serves several panels.
 //
-// Every element of out owns 16 partial sums, kept in memory from panel to panel. Its products are added in the same
-// order on both ways, whatever the tile, the number of rows or the thread.
+// What is multiplied is bf16 where the instruction set has products of bf16 (and the weights are), f32 otherwise.
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
+#include <vector>
 
+#include "../cpu/matmul.h"
 #include "../cpu/simd.h"
+#include "../swiglu/swiglu_value.h"
 #include "grouped_gemm.h"
 #include "tiles.h"
 
@@ -17,112 +20,159 @@ using namespace cpu;
 
 namespace {
 
-constexpr int64_t kBlockDepth = 512, kTileRows = 4, kTileColumns = 6;
-constexpr int64_t kFewRows = 8;  // f16 is always packed: its conversion vectorises in a loop of its own only
+constexpr int64_t kChunkRows = 512, kFewRows = 32;  // few: rows and weights are used where they lie
+constexpr int64_t kPieceDepth = 512;                // a multiple of kSumDepth
+constexpr int64_t kMaxPanels = 8;
 
+int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
+
+// A buffer that each thread keeps from call to call.
+template <typename Operand>
 struct Scratch {
-  alignas(64) float a[kGemmBlockRows * kBlockDepth];
-  alignas(64) float b[kGemmBlockColumns * kBlockDepth];
-  alignas(64) Lanes sums[kGemmBlockRows * kGemmBlockColumns];
+  std::vector<Operand> rows, panel;
+  std::vector<float> sums;  // [panels, rows, 32]
 };
 
-// A panel of a or b: rows of `depth` values, `stride` apart.
-template <typename T>
-struct Panel {
-  const T* data;
-  int64_t stride, rows, depth;
-};
-
-template <typename T>
-MIXTRAL_INLINE Panel<float> pack_panel(const Panel<T>& source, float* target) {
-  const int64_t full = source.depth / kLanes * kLanes, tail = source.depth - full;
-  for (int64_t r = 0; r < source.rows; ++r) {
-    const T* from = source.data + r * source.stride;
-    float* to = target + r * kBlockDepth;
-    for (int64_t k = 0; k < full; k += kLanes) *reinterpret_cast<Lanes*>(to + k) = load_lanes(from + k);
-    for (int64_t k = full; k < full + tail; ++k) to[k] = to_float(from[k]);
-  }
-  return {target, kBlockDepth, source.rows, source.depth};
+template <typename Operand>
+Scratch<Operand>& thread_scratch() {
+  thread_local Scratch<Operand> scratch;
+  return scratch;
 }
 
-// sums [Rows, kTileColumns] += the products of rows r, r + 1, ... of a with rows c, c + 1, ... of b.
-template <int64_t Rows, typename T>
-MIXTRAL_INLINE void multiply_tile(const Panel<T>& a, int64_t r, const Panel<T>& b, int64_t c, Lanes* sums) {
-  const T* left_rows = a.data + r * a.stride;
-  const T* right_rows[kTileColumns];  // behind the last one, that one again: its sums are not used
-  for (int64_t j = 0; j < kTileColumns; ++j) right_rows[j] = b.data + std::min(c + j, b.rows - 1) * b.stride;
-  const int64_t full = a.depth / kLanes * kLanes, tail = a.depth - full;
-  Lanes sum[Rows][kTileColumns] = {};
-  for (int64_t k = 0; k < full; k += kLanes) {
-    Lanes right[kTileColumns];
-#pragma GCC unroll 6
-    for (int64_t j = 0; j < kTileColumns; ++j) right[j] = load_lanes(right_rows[j] + k);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < Rows; ++i) {
-      const Lanes left = load_lanes(left_rows + i * a.stride + k);
-#pragma GCC unroll 6
-      for (int64_t j = 0; j < kTileColumns; ++j) fma_lanes(sum[i][j], left, right[j]);
+template <typename V>
+V* grown(std::vector<V>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
+  return buffer.data();
+}
+
+// rows [count, depth] of stride `stride` -> out [count, padded depth], zero behind each row.
+template <typename T, typename Operand>
+void copy_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, Operand* out) {
+  const int64_t padded = round_up(depth, kStepDepth);
+  for (int64_t r = 0; r < count; ++r, rows += stride, out += padded) {
+    if constexpr (std::is_same_v<T, Operand>) {
+      std::memcpy(out, rows, depth * sizeof(T));
+    } else {
+      for (int64_t k = 0; k < depth; ++k) out[k] = to_float(rows[k]);
     }
-  }
-  // Each panel is summed alone and then added: shorter chains of additions than one over all of K, so smaller errors.
-  for (int64_t i = 0; i < Rows; ++i) {
-    for (int64_t j = 0; j < kTileColumns; ++j) {
-      if (tail > 0)
-        fma_lanes(sum[i][j], load_lanes(left_rows + i * a.stride + full, tail), load_lanes(right_rows[j] + full, tail));
-      Lanes& total = sums[i * kGemmBlockColumns + j];
-      for (int64_t l = 0; l < kLanes; ++l) total.v[l] += sum[i][j].v[l];
-    }
+    std::fill(out + depth, out + padded, Operand(0.0f));
   }
 }
 
-// All rows of a with rows c to c + kTileColumns - 1 of b.
+// Sums [panels, count, 32] of `count` rows of a from `row` on with the panels at `columns` of an expert.
+template <typename T, typename Operand>
+const float* multiply(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, int64_t expert, int64_t row,
+                      int64_t count, const int64_t* columns, int64_t panels) {
+  const int64_t depth = gemm.b.depth;
+  const bool same_type = std::is_same_v<T, Operand>, few = count <= kFewRows;
+  const bool rows_in_place = same_type && few && depth % kStepDepth == 0;
+  const bool whole_depth = rows_in_place && gemm.b.format == WeightFormat::kPacked;
+  const int64_t piece = whole_depth ? depth : kPieceDepth;
+  auto& scratch = thread_scratch<Operand>();
+  float* sums = grown(scratch.sums, panels * count * kPanelColumns);
+  std::fill_n(sums, panels * count * kPanelColumns, 0.0f);
+  for (int64_t k = 0; k < depth; k += piece) {
+    const int64_t size = std::min(piece, depth - k), padded = round_up(size, kStepDepth);
+    const T* a = gemm.a + row * depth + k;
+    const Operand* rows = nullptr;
+    if (rows_in_place) {
+      rows = reinterpret_cast<const Operand*>(a);
+    } else {
+      Operand* copy = grown(scratch.rows, count * padded);
+      for_cpu_isa([&] { copy_rows(a, depth, count, size, copy); });
+      rows = copy;
+    }
+    Operand* buffer = whole_depth ? nullptr : grown(scratch.panel, padded * kPanelColumns);
+    for (int64_t i = 0; i < panels; ++i) {
+      const Operand* panel = load_panel<T>(gemm.b, expert, columns[i], k, size, buffer);
+      kernel(rows, rows_in_place ? depth : padded, count, panel, padded, sums + i * count * kPanelColumns,
+             kPanelColumns);
+    }
+  }
+  return sums;
+}
+
+// sums [count, 32] -> out, `columns` <= 32 of a row of length `stride`.
 template <typename T>
-MIXTRAL_INLINE void multiply_panels(const Panel<T>& a, const Panel<T>& b, int64_t c, Lanes* sums) {
-  int64_t r = 0;
-  for (; r + kTileRows <= a.rows; r += kTileRows)
-    multiply_tile<kTileRows>(a, r, b, c, sums + r * kGemmBlockColumns + c);
-  for (; r < a.rows; ++r) multiply_tile<1>(a, r, b, c, sums + r * kGemmBlockColumns + c);
+MIXTRAL_INLINE void store(const float* sums, int64_t count, T* out, int64_t stride, int64_t columns) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t j = 0; j < columns; ++j) out[r * stride + j] = from_float<T>(sums[r * kPanelColumns + j]);
 }
 
 template <typename T>
-MIXTRAL_INLINE void multiply_block(const GroupedGemm<T>& gemm, const GemmTile& tile, Scratch& scratch) {
-  const int64_t rows = tile.row_end - tile.row_begin, column = tile.column_block * kGemmBlockColumns;
-  const int64_t columns = std::min(kGemmBlockColumns, gemm.columns - column);
-  const T* a = gemm.a + tile.row_begin * gemm.depth;                         // [rows, Kdim]
-  const T* b = gemm.b + (tile.expert * gemm.columns + column) * gemm.depth;  // [columns, Kdim]
-  const auto panel = [&](const T* data, int64_t count, int64_t k) {
-    return Panel<T>{data + k, gemm.depth, count, std::min(kBlockDepth, gemm.depth - k)};
-  };
-  std::fill_n(scratch.sums, rows * kGemmBlockColumns, Lanes{});
-  if (rows <= kFewRows && !std::is_same_v<T, Half>) {
-    for (int64_t c = 0; c < columns; c += kTileColumns)
-      for (int64_t k = 0; k < gemm.depth; k += kBlockDepth)
-        multiply_panels(panel(a, rows, k), panel(b, columns, k), c, scratch.sums);
-  } else {
-    for (int64_t k = 0; k < gemm.depth; k += kBlockDepth) {
-      const Panel<float> packed_a = pack_panel(panel(a, rows, k), scratch.a);
-      const Panel<float> packed_b = pack_panel(panel(b, columns, k), scratch.b);
-      for (int64_t c = 0; c < columns; c += kTileColumns) multiply_panels(packed_a, packed_b, c, scratch.sums);
-    }
+MIXTRAL_INLINE void store_swiglu(const float* gate, const float* up, int64_t count, T* out, int64_t stride,
+                                 int64_t columns) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t j = 0; j < columns; ++j)
+      out[r * stride + j] =
+          swiglu_value(from_float<T>(gate[r * kPanelColumns + j]), from_float<T>(up[r * kPanelColumns + j]));
+}
+
+// Calls visit(expert, row, count) for chunks of the rows [range.row_begin, range.row_end) of each expert.
+template <typename T, typename Visit>
+void for_each_chunk(const GroupedGemm<T>& gemm, const GemmRange& range, const Visit& visit) {
+  int64_t group_begin = 0;
+  for (int64_t expert = 0; expert < gemm.b.experts; ++expert) {
+    const int64_t begin = std::max(group_begin, range.row_begin);
+    group_begin = gemm.offs[expert];
+    const int64_t rows = std::min(group_begin, range.row_end) - begin;
+    if (rows <= 0) continue;
+    const int64_t chunk = round_up(ceil_div(rows, ceil_div(rows, kChunkRows)), kFewRows);
+    for (int64_t row = 0; row < rows; row += chunk) visit(expert, begin + row, std::min(chunk, rows - row));
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c)
-      gemm.out[(tile.row_begin + r) * gemm.columns + column + c] =
-          from_float<T>(sum_lanes(scratch.sums[r * kGemmBlockColumns + c]));
+}
+
+template <bool kSwiglu, typename T, typename Operand>
+void run(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, const GemmRange& range) {
+  constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;
+  const int64_t width = gemm.b.columns / kParts;  // of out
+  for_each_chunk(gemm, range, [&](int64_t expert, int64_t row, int64_t count) {
+    for (int64_t first = range.block_begin; first < range.block_end; first += kBlocks) {
+      const int64_t blocks = std::min(kBlocks, range.block_end - first);
+      int64_t columns[kMaxPanels];
+      for (int64_t i = 0; i < blocks * kParts; ++i)
+        columns[i] = (first + i / kParts) * kPanelColumns + i % kParts * width;
+      const float* sums = multiply(gemm, kernel, expert, row, count, columns, blocks * kParts);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t column = (first + i) * kPanelColumns, size = count * kPanelColumns;
+        T* out = gemm.out + row * width + column;
+        const float* part = sums + i * kParts * size;
+        const int64_t used = std::min(kPanelColumns, width - column);
+        if constexpr (kSwiglu) {
+          for_cpu_isa([&] { store_swiglu(part, part + size, count, out, width, used); });
+        } else {
+          for_cpu_isa([&] { store(part, count, out, width, used); });
+        }
+      }
+    }
+  });
+  release_tiles();
+}
+
+template <bool kSwiglu, typename T>
+void run(const GroupedGemm<T>& gemm, const GemmRange& range) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (const auto kernel = bf16_kernel()) return run<kSwiglu>(gemm, kernel, range);
+  run<kSwiglu>(gemm, f32_kernel(), range);
 }
 
 }  // namespace
 
 template <typename T>
-void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, int64_t begin, int64_t end) {
-  Scratch scratch;
-  const int64_t column_blocks = ceil_div(gemm.columns, kGemmBlockColumns);
-  for (int64_t i = begin; i < end; ++i)
-    multiply_block(gemm, find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kGemmBlockRows, column_blocks, i), scratch);
+void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range) {
+  run<false>(gemm, range);
 }
 
-template void launch_grouped_gemm_cpu(const GroupedGemm<float>&, int64_t, int64_t);
-template void launch_grouped_gemm_cpu(const GroupedGemm<BFloat16>&, int64_t, int64_t);
-template void launch_grouped_gemm_cpu(const GroupedGemm<Half>&, int64_t, int64_t);
+template <typename T>
+void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range) {
+  run<true>(gemm, range);
+}
+
+template void launch_grouped_gemm_cpu(const GroupedGemm<float>&, const GemmRange&);
+template void launch_grouped_gemm_cpu(const GroupedGemm<BFloat16>&, const GemmRange&);
+template void launch_grouped_gemm_cpu(const GroupedGemm<Half>&, const GemmRange&);
+template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<float>&, const GemmRange&);
+template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<BFloat16>&, const GemmRange&);
+template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<Half>&, const GemmRange&);
 
 }  // namespace mixtral

@@ -35,8 +35,8 @@ __device__ Operand<T> operand(const T* base, int64_t first_row, int64_t rows, in
 template <typename T, int Columns>
 __device__ void clear_tile(const GroupedGemm<T>& gemm, const GemmTile& tile) {
   const int64_t column = tile.column_block * Columns + threadIdx.x;
-  if (static_cast<int>(threadIdx.x) >= Columns || column >= gemm.columns) return;
-  for (int64_t r = tile.row_begin; r < tile.row_end; ++r) gemm.out[r * gemm.columns + column] = from_float<T>(0.0f);
+  if (static_cast<int>(threadIdx.x) >= Columns || column >= gemm.b.columns) return;
+  for (int64_t r = tile.row_begin; r < tile.row_end; ++r) gemm.out[r * gemm.b.columns + column] = from_float<T>(0.0f);
 }
 
 // ---- bf16, f16
@@ -135,8 +135,8 @@ __device__ __forceinline__ void store_sums(const GroupedGemm<T>& gemm, const Gem
       for (int i = 0; i < 4; ++i) {
         const int64_t row = tile.row_begin + warp_row + r * 16 + i / 2 * 8 + lane / 4;
         const int64_t column = tile.column_block * kMmaColumns + warp_column + c * 8 + lane % 4 * 2 + i % 2;
-        if (row < tile.row_end && column < gemm.columns)
-          gemm.out[row * gemm.columns + column] = from_float<T>(sums[r][c][i]);
+        if (row < tile.row_end && column < gemm.b.columns)
+          gemm.out[row * gemm.b.columns + column] = from_float<T>(sums[r][c][i]);
       }
 }
 
@@ -145,16 +145,17 @@ __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGe
   __shared__ alignas(16) unsigned char memory[kStages * sizeof(MmaPanels<T>)];  // T has constructors: no shared T
   MmaPanels<T>* stages = reinterpret_cast<MmaPanels<T>*>(memory);
   const GemmTile tile =
-      find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kMmaRows, ceil_div(gemm.columns, kMmaColumns), blockIdx.x);
+      find_gemm_tile(gemm.offs, gemm.b.experts, gemm.rows, kMmaRows, ceil_div(gemm.b.columns, kMmaColumns), blockIdx.x);
   if (tile.expert < 0) return;
-  if (tile.expert == gemm.experts) return clear_tile<T, kMmaColumns>(gemm, tile);
+  if (tile.expert == gemm.b.experts) return clear_tile<T, kMmaColumns>(gemm, tile);
 
   const int64_t column = tile.column_block * kMmaColumns;
-  const Operand<T> a = operand(gemm.a, tile.row_begin, tile.row_end - tile.row_begin, gemm.depth);
-  const Operand<T> b = operand(gemm.b, tile.expert * gemm.columns + column, gemm.columns - column, gemm.depth);
+  const Operand<T> a = operand(gemm.a, tile.row_begin, tile.row_end - tile.row_begin, gemm.b.depth);
+  const Operand<T> b = operand(static_cast<const T*>(gemm.b.data), tile.expert * gemm.b.columns + column,
+                               gemm.b.columns - column, gemm.b.depth);
   const int warp = threadIdx.x / kWarpSize;
   const int warp_row = warp / 2 * kWarpRows, warp_column = warp % 2 * kWarpColumns;
-  const int64_t panels = ceil_div(gemm.depth, kMmaDepth);
+  const int64_t panels = ceil_div(gemm.b.depth, kMmaDepth);
   float sums[kRowFragments][kColumnFragments][4] = {};
 
   // Every step commits one group, an empty one behind the end, so that "all but the newest" is always the right wait.
@@ -191,16 +192,17 @@ __device__ __forceinline__ void load_transposed(const Operand<float>& source, in
 __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGemm<float> gemm) {
   __shared__ alignas(16) float a_panel[kFmaDepth * kFmaPitch], b_panel[kFmaDepth * kFmaPitch];
   const GemmTile tile =
-      find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, kFmaTile, ceil_div(gemm.columns, kFmaTile), blockIdx.x);
+      find_gemm_tile(gemm.offs, gemm.b.experts, gemm.rows, kFmaTile, ceil_div(gemm.b.columns, kFmaTile), blockIdx.x);
   if (tile.expert < 0) return;
-  if (tile.expert == gemm.experts) return clear_tile<float, kFmaTile>(gemm, tile);
+  if (tile.expert == gemm.b.experts) return clear_tile<float, kFmaTile>(gemm, tile);
 
   const int64_t column = tile.column_block * kFmaTile;
-  const Operand<float> a = operand(gemm.a, tile.row_begin, tile.row_end - tile.row_begin, gemm.depth);
-  const Operand<float> b = operand(gemm.b, tile.expert * gemm.columns + column, gemm.columns - column, gemm.depth);
+  const Operand<float> a = operand(gemm.a, tile.row_begin, tile.row_end - tile.row_begin, gemm.b.depth);
+  const Operand<float> b = operand(static_cast<const float*>(gemm.b.data), tile.expert * gemm.b.columns + column,
+                                   gemm.b.columns - column, gemm.b.depth);
   const int thread_row = threadIdx.x / 16 * kPerThread, thread_column = threadIdx.x % 16 * kPerThread;
   float sums[kPerThread][kPerThread] = {};
-  for (int64_t k = 0; k < gemm.depth; k += kFmaDepth) {
+  for (int64_t k = 0; k < gemm.b.depth; k += kFmaDepth) {
     __syncthreads();  // the previous panels have been read
     load_transposed(a, k, a_panel);
     load_transposed(b, k, b_panel);
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGe
 #pragma unroll
     for (int c = 0; c < kPerThread; ++c) {
       const int64_t row = tile.row_begin + thread_row + r, n = column + thread_column + c;
-      if (row < tile.row_end && n < gemm.columns) gemm.out[row * gemm.columns + n] = sums[r][c];
+      if (row < tile.row_end && n < gemm.b.columns) gemm.out[row * gemm.b.columns + n] = sums[r][c];
     }
 }
 
@@ -231,8 +233,8 @@ __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGe
 template <typename T>
 int launch_grouped_gemm_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream) {
   constexpr bool kFloat = std::is_same_v<T, float>;
-  const int64_t tiles = max_gemm_tiles(gemm.experts, gemm.rows, kFloat ? kFmaTile : kMmaRows,
-                                       ceil_div(gemm.columns, kFloat ? kFmaTile : kMmaColumns));
+  const int64_t tiles = max_gemm_tiles(gemm.b.experts, gemm.rows, kFloat ? kFmaTile : kMmaRows,
+                                       ceil_div(gemm.b.columns, kFloat ? kFmaTile : kMmaColumns));
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT_MAX) return cudaErrorInvalidConfiguration;
   if constexpr (kFloat)

@@ -1,4 +1,4 @@
-// How the rows of a grouped GEMM are cut into tiles: the one index computation that the CPU and the CUDA kernel share.
+// How the rows of a grouped GEMM are cut into tiles: the one index computation of the CUDA kernels.
 //
 // Tiles are numbered expert by expert, then column block by column block, then row block by row block, so that the
 // neighbours of a tile use the same columns of the weights.
@@ -42,17 +42,6 @@ MIXTRAL_HOST_DEVICE inline GemmTile find_gemm_tile(IndexArray offs, int64_t expe
     begin = end;
   }
   return {-1, 0, 0, 0};
-}
-
-inline int64_t count_gemm_tiles(IndexArray offs, int64_t experts, int64_t rows, int64_t block_rows,
-                                int64_t column_blocks) {
-  int64_t begin = 0, row_blocks = 0;
-  for (int64_t e = 0; e <= experts; ++e) {
-    const int64_t end = e < experts ? group_end(offs, e, begin, rows) : rows;
-    row_blocks += ceil_div(end - begin, block_rows);
-    begin = end;
-  }
-  return row_blocks * column_blocks;
 }
 
 // No offs has more tiles: what a launch that may not read offs must provide. Every group has at most one partial block.

@@ -1,5 +1,7 @@
 #include "moe_mlp.h"
 
+#include "../pack_weight/weight_view.h"
+
 namespace mixtral {
 namespace {
 
@@ -18,29 +20,31 @@ void check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& 
   check_size(op, "topk_weights", topk_weights, 0, x.size(0));
   check_size(op, "topk_weights", topk_weights, 1, topk_ids.size(1));
   check_same_device(op, "topk_weights", topk_weights, x);
-  check_rank(op, "gate_up_proj", gate_up_proj, 3, "[E, 2I, H]");
-  check_size(op, "gate_up_proj", gate_up_proj, 2, x.size(1));
-  check_dtype(op, "gate_up_proj", gate_up_proj, x.scalar_type());
+  const WeightView gate_up = view_weight(op, "gate_up_proj", gate_up_proj, x.scalar_type(), "[E, 2I, H]");
+  check_weight_shape(op, "gate_up_proj", gate_up_proj, gate_up, gate_up.columns, x.size(1));
   check_same_device(op, "gate_up_proj", gate_up_proj, x);
-  MIXTRAL_CHECK(gate_up_proj.size(0) >= 1, op, ": gate_up_proj must have at least one expert, got shape ",
+  MIXTRAL_CHECK(gate_up.experts >= 1, op, ": gate_up_proj must have at least one expert, got shape ",
                 shape_string(gate_up_proj));
-  MIXTRAL_CHECK(gate_up_proj.size(1) % 2 == 0, op, ": gate_up_proj must have an even size in dimension 1, got shape ",
+  MIXTRAL_CHECK(gate_up.columns % 2 == 0, op, ": gate_up_proj must have an even size in dimension 1, got shape ",
                 shape_string(gate_up_proj));
-  check_rank(op, "down_proj", down_proj, 3, "[E, H, I]");
-  check_size(op, "down_proj", down_proj, 0, gate_up_proj.size(0));
-  check_size(op, "down_proj", down_proj, 1, x.size(1));
-  check_size(op, "down_proj", down_proj, 2, gate_up_proj.size(1) / 2);
-  check_dtype(op, "down_proj", down_proj, x.scalar_type());
+  MIXTRAL_CHECK(gate_up.format == WeightFormat::kPlain || gate_up.columns % (2 * kBlockRows) == 0, op,
+                ": gate_up_proj must be packed from an intermediate size that is a multiple of ", kBlockRows, ", got ",
+                gate_up.columns / 2);
+  const WeightView down = view_weight(op, "down_proj", down_proj, x.scalar_type(), "[E, H, I]");
+  check_size(op, "down_proj", down_proj, 0, gate_up.experts);
+  check_weight_shape(op, "down_proj", down_proj, down, x.size(1), gate_up.columns / 2);
   check_same_device(op, "down_proj", down_proj, x);
 }
 
-// x [T, H], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2I, H], down_proj [E, H, I] -> [T, H]
+// x [T, H], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2I, H] and down_proj [E, H, I],
+// each plain or packed -> [T, H]
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj) {
   check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
   const Permutation p = moe_permute_step(op, x, topk_ids, gate_up_proj.size(0));
-  const Tensor activated = swiglu_step(op, grouped_gemm_step(op, p.permuted, gate_up_proj, p.offs));  // [M, I]
-  return moe_unpermute_step(op, grouped_gemm_step(op, activated, down_proj, p.offs), topk_weights, p.row_map);
+  const Tensor activated = grouped_gemm_swiglu_step(op, "gate_up_proj", p.permuted, gate_up_proj, p.offs);  // [M, I]
+  const Tensor y = grouped_gemm_step(op, "down_proj", activated, down_proj, p.offs);                        // [M, H]
+  return moe_unpermute_step(op, y, topk_weights, p.row_map);
 }
 
 }  // namespace

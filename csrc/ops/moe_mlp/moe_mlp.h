@@ -19,8 +19,12 @@ struct Permutation {
 // x [T, H], topk_ids [T, K]
 Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts);
 
-// a [M, Kdim], b [E, N, Kdim], offs [E] -> [M, N]
-Tensor grouped_gemm_step(const char* op, const Tensor& a, const Tensor& b, const Tensor& offs);
+// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] -> [M, N]
+Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs);
+
+// Both steps, bit for bit, in one pass over the weights on the CPU: a [M, Kdim], b [E, 2I, Kdim], offs [E] -> [M, I]
+Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
+                                const Tensor& offs);
 
 // gate_up [M, 2I] -> [M, I]
 Tensor swiglu_step(const char* op, const Tensor& gate_up);

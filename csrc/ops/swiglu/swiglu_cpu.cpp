@@ -1,5 +1,6 @@
-#include "../cpu/simd.h"
 #include "swiglu.h"
+
+#include "swiglu_value.h"
 
 namespace mixtral {
 
@@ -11,10 +12,7 @@ void launch_swiglu_cpu(const T* gate_up, T* out, int64_t intermediate, int64_t b
     for (int64_t m = begin; m < end; ++m) {
       const T* gate = gate_up + m * 2 * intermediate;
       const T* up = gate + intermediate;
-      for (int64_t i = 0; i < intermediate; ++i) {
-        const float g = to_float(gate[i]);
-        out[m * intermediate + i] = from_float<T>(g / (1.0f + exp_f32(-g)) * to_float(up[i]));
-      }
+      for (int64_t i = 0; i < intermediate; ++i) out[m * intermediate + i] = swiglu_value(gate[i], up[i]);
     }
   });
 }

@@ -1,0 +1,120 @@
+// `mixtral perplexity`: how well a model predicts a text.
+#include <cstdio>
+
+#include "commands.h"
+
+namespace mixtral::app {
+namespace {
+
+struct Flags {
+  ModelFlags model;
+  std::vector<std::string> paths;  // [MODEL] FILE
+  std::string compare_dtype;       // empty: no comparison
+  bool json = false;
+};
+
+struct Result {
+  std::string dtype;
+  Score score;
+  double seconds;  // without loading
+};
+
+// The weights are gone when this returns, so that a second model finds the memory free.
+Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& tokenizer, const std::string& text) {
+  LoadedEngine loaded = load_engine(flags, tokenizer);
+  Mixtral& model = loaded.engine.model();
+  ProgressBar bar("scoring", tokens_text);
+  ScoreOptions options;
+  options.ctx_size = flags.ctx_size;
+  options.chunk_size = flags.chunk_size;
+  options.progress = [&bar](int64_t done, int64_t total) {
+    throw_if_terminated();
+    bar.update(static_cast<double>(done), static_cast<double>(total));
+  };
+  const double start = seconds_now();
+  const Score score = mixtral::score(*model, tokenizer, text, options);
+  return {weight_type_of(flags, config).name(), score, seconds_now() - start};
+}
+
+// In per cent of `other`'s bits per byte: positive when `result` predicts the text less well.
+double difference_percent(const Result& result, const Result& other) {
+  return 100 * (result.score.bits_per_byte() / other.score.bits_per_byte() - 1);
+}
+
+nlohmann::json to_json(const Result& result) {
+  return {{"dtype", result.dtype},
+          {"tokens", result.score.tokens},
+          {"bytes", result.score.bytes},
+          {"nats_per_token", result.score.nats_per_token()},
+          {"perplexity", result.score.perplexity()},
+          {"bits_per_byte", result.score.bits_per_byte()},
+          {"seconds", result.seconds}};
+}
+
+std::string to_text(const Result& result) {
+  char text[400];
+  std::snprintf(text, sizeof text,
+                "dtype           %12s\n"
+                "tokens          %12lld  (%lld bytes)\n"
+                "nats per token  %12.5f\n"
+                "perplexity      %12.4f\n"
+                "bits per byte   %12.5f\n"
+                "time            %12.2f s  (%.1f tokens/s)\n",
+                result.dtype.c_str(), static_cast<long long>(result.score.tokens),
+                static_cast<long long>(result.score.bytes), result.score.nats_per_token(), result.score.perplexity(),
+                result.score.bits_per_byte(), result.seconds, per_second(result.score.tokens, result.seconds));
+  return text;
+}
+
+void run(Flags& flags) {
+  if (flags.paths.size() > 2) throw std::invalid_argument("unexpected argument " + flags.paths[2]);
+  const std::string file = flags.paths.back();
+  if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
+  const std::string text = read_file(file);
+  if (text.empty()) throw std::invalid_argument("FILE must not be empty, got " + file);
+  const std::filesystem::path folder = model_path(flags.model);
+  const Config config = Config::from_folder(folder);
+  const Tokenizer tokenizer(folder);
+
+  const Result result = measure(flags.model, config, tokenizer, text);
+  nlohmann::json json = to_json(result);
+  std::string report = to_text(result);
+  if (!flags.compare_dtype.empty()) {
+    ModelFlags other_model = flags.model;
+    other_model.dtype = flags.compare_dtype;
+    const Result other = measure(other_model, config, tokenizer, text);
+    const double difference = difference_percent(result, other);
+    json["compared_with"] = to_json(other);
+    json["bits_per_byte_difference_percent"] = difference;
+    char line[80];
+    std::snprintf(line, sizeof line, "\n%s needs %+.3f %% bits per byte against %s\n", result.dtype.c_str(), difference,
+                  other.dtype.c_str());
+    report += "\n" + to_text(other) + line;
+  }
+  write_out(flags.json ? json_line(json) : report);
+}
+
+}  // namespace
+
+void add_perplexity(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  CLI::App& command = *app.add_subcommand("perplexity", "Measure how well a model predicts a text");
+  command.add_option("FILE", flags->paths, "The text, and before it the folder of the checkpoint")
+      ->option_text("[MODEL] FILE")
+      ->expected(-1)
+      ->required();
+  add_dtype(command, "--compare-dtype", flags->compare_dtype,
+            "Score the text again with weights of this type, and tell the difference");
+  add_switch(command, "--json", flags->json, "One JSON object");
+  add_model_flags(command, flags->model, "-m,--model");
+  command.footer(
+      "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
+      "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n\n"
+      "Examples:\n"
+      "  mixtral perplexity held_out.txt\n"
+      "  mixtral perplexity ./Mixtral-8x7B-v0.1 held_out.txt --ctx-size 4096 --json\n"
+      "  mixtral perplexity ./Mixtral-8x7B-v0.1 held_out.txt --dtype float16 --compare-dtype bfloat16");
+  command.callback([flags] { run(*flags); });
+}
+
+}  // namespace mixtral::app

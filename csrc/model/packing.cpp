@@ -1,0 +1,92 @@
+#include "packing.h"
+
+#include <optional>
+#include <stdexcept>
+
+#include "ops.h"
+
+namespace mixtral {
+namespace {
+
+bool is_quantized(Packing packing) { return packing == Packing::kInt8 || packing == Packing::kInt4; }
+
+std::optional<std::string> quantize_name(Packing packing) {
+  if (!is_quantized(packing)) return std::nullopt;
+  return packing == Packing::kInt8 ? "int8" : "int4";
+}
+
+// The first size that keeps the matrices from being packed, in words; empty when there is none.
+std::string unfit_size(const Config& config) {
+  const std::pair<const char*, int64_t> sizes[] = {{"hidden_size", config.hidden_size},
+                                                   {"intermediate_size", config.intermediate_size},
+                                                   {"num_heads * head_dim", config.num_heads * config.head_dim},
+                                                   {"num_kv_heads * head_dim", config.num_kv_heads * config.head_dim}};
+  for (const auto& [name, size] : sizes)
+    if (size % kPackedRows != 0) return std::string(name) + " " + std::to_string(size);
+  return "";
+}
+
+}  // namespace
+
+std::string WeightType::name() const {
+  if (is_quantized(packing)) return *quantize_name(packing);
+  return dtype == torch::kFloat32 ? "float32" : dtype == torch::kFloat16 ? "float16" : "bfloat16";
+}
+
+WeightType parse_weight_type(const std::string& name, const Config& config, torch::Device device, bool pack) {
+  const std::string stored = config.quantization.empty() ? config.dtype : config.quantization;
+  const std::string chosen = name == "auto" ? stored : name;
+  if (!config.quantization.empty() && chosen != stored) {
+    throw std::invalid_argument("dtype must be auto or " + stored + " for a checkpoint quantised to " + stored +
+                                ", got " + name);
+  }
+  const std::string unfit = unfit_size(config);
+  if (chosen == "int8" || chosen == "int4") {
+    if (!device.is_cpu()) throw std::invalid_argument("dtype " + chosen + " needs device cpu, got " + device.str());
+    if (!unfit.empty())
+      throw std::invalid_argument("dtype " + chosen + " needs sizes that are multiples of 32, got " + unfit);
+    return {torch::kBFloat16, chosen == "int8" ? Packing::kInt8 : Packing::kInt4};
+  }
+  const Packing packing = pack && device.is_cpu() && unfit.empty() ? Packing::kFloat : Packing::kNone;
+  if (chosen == "float32") return {torch::kFloat32, packing};
+  if (chosen == "float16") return {torch::kFloat16, packing};
+  if (chosen == "bfloat16") return {torch::kBFloat16, packing};
+  throw std::invalid_argument("dtype must be auto, float32, bfloat16, float16, int8 or int4, got " + name);
+}
+
+double bytes_per_weight(const WeightType& type) {
+  if (type.packing == Packing::kInt8) return 1;
+  if (type.packing == Packing::kInt4) return 0.5 + 2.0 / kPackedRows;  // a f16 scale for each 32
+  return static_cast<double>(c10::elementSize(type.dtype));
+}
+
+double weight_bytes(const Config& config, const WeightType& type) {
+  const auto embeddings = static_cast<double>(config.vocab_size * config.hidden_size);
+  const double others = static_cast<double>(config.total_parameters()) - embeddings;
+  return embeddings * static_cast<double>(c10::elementSize(type.dtype)) + others * bytes_per_weight(type);
+}
+
+torch::Tensor empty_matrix(const std::vector<int64_t>& shape, const torch::TensorOptions& options, Packing packing) {
+  if (packing == Packing::kNone) return torch::empty(shape, options);
+  const size_t rank = shape.size();
+  // What the op makes of no expert at all has the shape of one.
+  const auto none = torch::empty({0, shape[rank - 2], shape[rank - 1]}, options.device(torch::kCPU));
+  const auto packed = ops::pack_weight(none, quantize_name(packing));
+  auto packed_shape = packed.sizes().vec();
+  packed_shape[0] = rank == 3 ? shape[0] : 1;
+  return torch::empty(packed_shape, options.dtype(packed.dtype()));
+}
+
+torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing) {
+  return ops::pack_weight(rows.unsqueeze(0), quantize_name(packing)).squeeze(0);
+}
+
+bool is_packed(const torch::Tensor& parameter) {
+  return parameter.dim() == 4 || !torch::isFloatingType(parameter.scalar_type());
+}
+
+bool packs_lm_head(const Config& config, Packing packing) {
+  return packing != Packing::kNone && !config.tie_word_embeddings && config.vocab_size % kPackedRows == 0;
+}
+
+}  // namespace mixtral

@@ -1,0 +1,199 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "amx.h"
+#include "isa.h"
+
+namespace mixtral::cpu {
+namespace {
+
+// ---- f32, in plain vectors of the compiler
+
+template <int kBytes>
+struct VectorOf {
+  typedef float Type __attribute__((vector_size(kBytes), aligned(4), may_alias));
+};
+
+// kRows rows times kVectors vectors of columns stay in registers.
+template <int kBytes, int kRows, int kVectors>
+MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* panel, int64_t depth, float* c,
+                                      int64_t ldc) {
+  using Vector = typename VectorOf<kBytes>::Type;
+  constexpr int kLanes = kBytes / static_cast<int>(sizeof(float));
+  for (int64_t column = 0; column < kPanelColumns; column += kVectors * kLanes) {
+    for (int64_t begin = 0; begin < depth; begin += kSumDepth) {
+      Vector sum[kRows][kVectors] = {};
+      const int64_t end = std::min(depth, begin + kSumDepth);
+      for (int64_t k = begin; k < end; ++k) {
+        const Vector* b = reinterpret_cast<const Vector*>(panel + k * kPanelColumns + column);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[r][v] += a[r * lda + k] * b[v];
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(c + r * ldc + column + v * kLanes) += sum[r][v];
+    }
+  }
+}
+
+template <int kBytes, int kRows, int kVectors>
+MIXTRAL_INLINE void multiply_f32(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
+                                 int64_t ldc) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    multiply_rows_f32<kBytes, kRows, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r < rows; ++r) multiply_rows_f32<kBytes, 1, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+}
+
+void multiply_f32_baseline(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
+                           int64_t ldc) {
+  multiply_f32<16, 6, 2>(a, lda, rows, panel, depth, c, ldc);
+}
+
+#if defined(__x86_64__)
+MIXTRAL_TARGET_AVX2 void multiply_f32_avx2(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth,
+                                           float* c, int64_t ldc) {
+  multiply_f32<32, 6, 2>(a, lda, rows, panel, depth, c, ldc);
+}
+
+MIXTRAL_TARGET_AVX512 void multiply_f32_avx512(const float* a, int64_t lda, int64_t rows, const float* panel,
+                                               int64_t depth, float* c, int64_t ldc) {
+  multiply_f32<64, 12, 2>(a, lda, rows, panel, depth, c, ldc);
+}
+
+// ---- bf16 in AVX-512: each instruction adds the products of a pair to sixteen sums
+
+template <int kRows>
+MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void multiply_rows_bf16(const BFloat16* a, int64_t lda, const BFloat16* panel,
+                                                                  int64_t depth, float* c, int64_t ldc) {
+  for (int64_t begin = 0; begin < depth; begin += kSumDepth) {
+    __m512 sum[kRows][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    const int64_t end = std::min(depth, begin + kSumDepth);
+    for (int64_t k = begin; k < end; k += kStepDepth) {
+      const BFloat16* b = panel + k * kPanelColumns;
+      for (int64_t pair = 0; pair < kStepDepth / 2; ++pair) {
+        const auto left = (__m512bh)_mm512_loadu_si512(b + pair * kStepDepth);
+        const auto right = (__m512bh)_mm512_loadu_si512(b + kTileElements + pair * kStepDepth);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          int32_t two;
+          std::memcpy(&two, a + r * lda + k + 2 * pair, sizeof two);
+          const auto row = (__m512bh)_mm512_set1_epi32(two);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], row, left);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], row, right);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      for (int half = 0; half < 2; ++half) {
+        float* to = c + r * ldc + half * 16;
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][half]));
+      }
+  }
+}
+
+MIXTRAL_TARGET_AVX512_BF16 void multiply_bf16_avx512(const BFloat16* a, int64_t lda, int64_t rows,
+                                                     const BFloat16* panel, int64_t depth, float* c, int64_t ldc) {
+  constexpr int kRows = 12;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) multiply_rows_bf16<kRows>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r + 4 <= rows; r += 4) multiply_rows_bf16<4>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r < rows; ++r) multiply_rows_bf16<1>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+}
+
+// ---- bf16 in AMX
+
+// The rows that the tile registers of this thread are set for: setting them costs as much as some ten tile products.
+struct TileShape {
+  int64_t upper = 0, lower = 0;
+};
+thread_local TileShape tile_shape;
+
+// Up to 32 rows; kLower: more than 16. The sums stay in C's tiles over the whole depth.
+template <bool kLower>
+MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t lda, const BFloat16* panel,
+                                                      int64_t depth, float* c, int64_t ldc) {
+  const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(BFloat16)),
+                c_bytes = ldc * static_cast<int64_t>(sizeof(float));
+  _tile_loadd(0, c, c_bytes);
+  _tile_loadd(1, c + 16, c_bytes);
+  if constexpr (kLower) {
+    _tile_loadd(2, c + 16 * ldc, c_bytes);
+    _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+  }
+  for (int64_t k = 0; k < depth; k += kStepDepth) {
+    const BFloat16* b = panel + k * kPanelColumns;
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + kTileElements, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kLower) {
+      _tile_loadd(5, a + 16 * lda + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if constexpr (kLower) {
+    _tile_stored(2, c + 16 * ldc, c_bytes);
+    _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+  }
+}
+
+MIXTRAL_TARGET_AMX void multiply_bf16_amx(const BFloat16* a, int64_t lda, int64_t rows, const BFloat16* panel,
+                                          int64_t depth, float* c, int64_t ldc) {
+  for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
+    const TileShape shape{std::min(kTileRows, rows - r), std::clamp(rows - r - kTileRows, int64_t{0}, kTileRows)};
+    if (shape.upper != tile_shape.upper || shape.lower != tile_shape.lower) {
+      configure_tiles(shape.upper, shape.lower);
+      tile_shape = shape;
+    }
+    if (shape.lower > 0) {
+      multiply_tiles<true>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+    } else {
+      multiply_tiles<false>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+    }
+  }
+}
+
+MIXTRAL_TARGET_AMX void release_amx_tiles() {
+  _tile_release();
+  tile_shape = {};
+}
+#endif
+
+}  // namespace
+
+MicroKernel<float> f32_kernel() {
+#if defined(__x86_64__)
+  if (cpu_isa() >= CpuIsa::kAvx512) return multiply_f32_avx512;
+  if (cpu_isa() == CpuIsa::kAvx2) return multiply_f32_avx2;
+#endif
+  return multiply_f32_baseline;
+}
+
+MicroKernel<BFloat16> bf16_kernel() {
+#if defined(__x86_64__)
+  if (cpu_isa() == CpuIsa::kAmx) return multiply_bf16_amx;
+  if (cpu_isa() == CpuIsa::kAvx512Bf16) return multiply_bf16_avx512;
+#endif
+  return nullptr;
+}
+
+void release_tiles() {
+#if defined(__x86_64__)
+  if (tile_shape.upper > 0) release_amx_tiles();
+#endif
+}
+
+}  // namespace mixtral::cpu

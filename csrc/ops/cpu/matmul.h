@@ -1,0 +1,33 @@
+// The inner product of every CPU kernel: rows times one panel of 32 columns, summed in f32.
+//
+// A panel is [depth/32][1024] values: per step of 32 depths either f32 [32][32 columns], or bf16 in pair order
+// [2 halves][16 pairs][16 columns][2] (amx.h). The sum of an element runs over the depth in one order, which neither
+// the number of rows nor the place where a caller cuts the depth changes, as long as cuts are multiples of kSumDepth:
+// what a row's result is does not depend on the rows beside it.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <cstdint>
+
+namespace mixtral::cpu {
+
+using torch::headeronly::BFloat16;
+
+inline constexpr int64_t kPanelColumns = 32, kStepDepth = 32, kStepElements = kPanelColumns * kStepDepth;
+// Shorter sums that are added up have smaller errors than one long chain.
+inline constexpr int64_t kSumDepth = 256;
+
+// c [rows, 32] += a [rows, depth] * panel; lda and ldc are the row strides. depth is a multiple of 32.
+template <typename Operand>
+using MicroKernel = void (*)(const Operand* a, int64_t lda, int64_t rows, const Operand* panel, int64_t depth, float* c,
+                             int64_t ldc);
+
+MicroKernel<float> f32_kernel();
+// AMX or AVX-512 BF16; null where the instruction set in use has no products of bf16.
+MicroKernel<BFloat16> bf16_kernel();
+
+// At the end of a task that has called a micro-kernel: gives up the tile registers of this thread.
+void release_tiles();
+
+}  // namespace mixtral::cpu

@@ -1,0 +1,85 @@
+#include "pack_weight.h"
+
+#include <atomic>
+#include <optional>
+#include <string>
+
+#include "../dispatch.h"
+#include "weight_view.h"
+
+namespace mixtral {
+namespace {
+
+WeightFormat parse_format(const char* op, const std::optional<std::string>& quantize) {
+  if (!quantize) return WeightFormat::kPacked;
+  if (*quantize == "int8") return WeightFormat::kInt8;
+  MIXTRAL_CHECK(*quantize == "int4", op, ": quantize must be None, \"int8\" or \"int4\", got \"", *quantize, "\"");
+  return WeightFormat::kInt4;
+}
+
+Tensor empty_packed(const Tensor& weight, WeightFormat format) {
+  const int64_t experts = weight.size(0), blocks = weight.size(1) / kBlockRows, depth = weight.size(2);
+  switch (format) {
+    case WeightFormat::kInt8:
+      return torch::stable::new_empty(weight, {experts, blocks, packed_block_bytes(format, depth, 1)},
+                                      ScalarType::Char);
+    case WeightFormat::kInt4:
+      return torch::stable::new_empty(weight, {experts, blocks, depth / 32, kInt4StepBytes}, ScalarType::Byte);
+    default:
+      return torch::stable::new_empty(weight, {experts, blocks, depth / 32, 1024});
+  }
+}
+
+// weight [E, N, Kdim] -> packed
+Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize) {
+  constexpr const char* op = "pack_weight";
+  const WeightFormat format = parse_format(op, quantize);
+  check_rank(op, "weight", weight, 3, "[E, N, Kdim]");
+  check_float(op, "weight", weight);
+  MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % 32 == 0, op,
+                ": weight must have N and Kdim that are multiples of 32, got shape ", shape_string(weight));
+  const Tensor rows = torch::stable::contiguous(weight);
+  const Tensor packed = empty_packed(weight, format);
+  std::atomic<bool> finite = true;
+  dispatch_float(op, weight.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = const_ptr<T>(rows);
+    char* to = mutable_ptr<char>(packed);
+    const int64_t depth = weight.size(2);
+    parallel_rows(weight.size(0) * weight.size(1) / kBlockRows, kBlockRows * depth, [&](int64_t begin, int64_t end) {
+      if (!launch_pack_weight_cpu(from, format, depth, to, begin, end)) finite = false;
+    });
+  });
+  MIXTRAL_CHECK(finite, op, ": weight must be finite to be quantised, got inf or NaN");
+  return packed;
+}
+
+// packed -> weight [E, N, Kdim]; BFloat16 when quantised
+Tensor unpack_weight(const Tensor& packed) {
+  constexpr const char* op = "unpack_weight";
+  const Tensor contiguous = torch::stable::contiguous(packed);
+  const bool quantized = !is_float_type(packed.scalar_type());
+  const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
+  const WeightView view = view_weight(op, "packed", contiguous, type, "[E, N/32, Kdim/32, 1024]");
+  MIXTRAL_CHECK(view.format != WeightFormat::kPlain, op, ": packed must be a packed weight, got shape ",
+                shape_string(packed));
+  const Tensor out = torch::stable::new_empty(packed, {view.experts, view.columns, view.depth}, type);
+  dispatch_float(op, type, [&](auto tag) {
+    using T = decltype(tag);
+    const char* from = static_cast<const char*>(view.data);
+    T* to = mutable_ptr<T>(out);
+    parallel_rows(view.experts * view.columns / kBlockRows, kBlockRows * view.depth, [=](int64_t begin, int64_t end) {
+      launch_unpack_weight_cpu(from, view.format, view.depth, to, begin, end);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+}
+
+}  // namespace mixtral

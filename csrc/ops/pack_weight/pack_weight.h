@@ -1,0 +1,69 @@
+// pack_weight: the rows of weights [E, N, Kdim], which are the columns of a product, in the order in which the CPU
+// kernels read them, optionally quantised; unpack_weight: back to rows.
+//
+// A block holds 32 rows. Along the depth it is cut into steps of 32, in the order of cpu/matmul.h. N and Kdim are
+// multiples of 32, so that the shape of a packed weight tells them.
+//
+//   quantize  packed                          one block
+//   none      float [E, N/32, Kdim/32, 1024]  steps; bf16 in pair order
+//   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order, then a f32 scale for each of the 32
+//   rows int4      Byte  [E, N/32, Kdim/32, 576]   steps: a f16 scale for each of the 32 rows, then 2 halves of 256
+//   bytes
+//
+// A quantised weight stands for bf16 values: scale * q rounded once, q in [-127, 127] with one scale a row (int8), or
+// in
+// [-8, 7] with one scale for each 32 depths of a row (int4). Half h of an int4 step holds rows 16 h to 16 h + 15 as
+// four times sixteen 32-bit words: nibble 2 i + j of word w in group g is the value (plus 8) of pair 4 g + i, row 16 h
+// + 8 j + w div 2, at the pair's depth w mod 2.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+namespace mixtral {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+enum class WeightFormat { kPlain, kPacked, kInt8, kInt4 };
+
+inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 576;
+
+// Weights of a grouped product in any format; `data` is contiguous.
+struct WeightView {
+  WeightFormat format;
+  const void* data;
+  int64_t experts, columns, depth;  // E, N, Kdim
+};
+
+// Bytes of one packed block, for values of `element_size` bytes.
+inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t element_size) {
+  switch (format) {
+    case WeightFormat::kInt8:
+      return kBlockRows * (depth + static_cast<int64_t>(sizeof(float)));
+    case WeightFormat::kInt4:
+      return depth / 32 * kInt4StepBytes;
+    default:
+      return kBlockRows * depth * element_size;
+  }
+}
+
+// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. False where quantising meets inf or NaN.
+template <typename T>
+bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth, char* out, int64_t begin, int64_t end);
+
+// The inverse: packed -> out [E*N, Kdim]. T is BFloat16 for the quantised formats.
+template <typename T>
+void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t depth, T* out, int64_t begin,
+                              int64_t end);
+
+// The panel (cpu/matmul.h) of columns [column, column + 32) of `expert` at depths [k, k + depth), zero where there are
+// none; column and k are multiples of 32. It is the weight itself where its format allows, or is made in `scratch`,
+// which holds 32 * depth values (depth rounded up to 32). Weights are of type T; BFloat16 when quantised.
+template <typename T, typename Operand>
+const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
+                          Operand* scratch);
+
+}  // namespace mixtral

@@ -1,0 +1,146 @@
+// Panels of the micro-kernels from weights of every format.
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "../cpu/matmul.h"
+#include "../cpu/simd.h"
+#include "../cpu/transpose.h"
+#include "dequantize.h"
+#include "pack_weight.h"
+
+namespace mixtral {
+
+using namespace cpu;
+
+namespace {
+
+constexpr int64_t kHalf = kPanelColumns / 2;  // columns of one transposition
+
+// Word row `k` onwards (64 bytes) of sixteen rows from `column` on; what lies outside the weight is zero.
+template <typename T>
+class PlainRows {
+ public:
+  static constexpr int64_t kDepth = 64 / sizeof(T);
+
+  PlainRows(const WeightView& weight, int64_t expert, int64_t column, int64_t k) {
+    const T* first = static_cast<const T*>(weight.data) + (expert * weight.columns + column) * weight.depth + k;
+    const int64_t columns = std::clamp(weight.columns - column, int64_t{0}, kHalf);
+    const int64_t depth = std::clamp(weight.depth - k, int64_t{0}, kDepth);
+    const bool inside = columns == kHalf && depth == kDepth;
+    if (!inside) std::memset(padded_, 0, sizeof padded_);
+    for (int64_t j = 0; j < kHalf; ++j) {
+      if (!inside && j < columns) std::memcpy(padded_[j], first + j * weight.depth, depth * sizeof(T));
+      rows_[j] = inside ? first + j * weight.depth : padded_[j];
+    }
+  }
+  const void* const* rows() const { return rows_; }
+
+ private:
+  const void* rows_[kHalf];
+  T padded_[kHalf][kDepth];
+};
+
+// A step of bf16 rows in pair order.
+void transpose_step(const WeightView& weight, int64_t expert, int64_t column, int64_t k, BFloat16* out) {
+  for (int64_t half = 0; half < 2; ++half)
+    transpose_words(PlainRows<BFloat16>(weight, expert, column + half * kHalf, k).rows(),
+                    out + half * kHalf * kStepDepth, kHalf);
+}
+
+void transpose_step(const WeightView& weight, int64_t expert, int64_t column, int64_t k, float* out) {
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t d = 0; d < kStepDepth; d += kHalf)
+      transpose_words(PlainRows<float>(weight, expert, column + half * kHalf, k + d).rows(),
+                      out + d * kPanelColumns + half * kHalf, kPanelColumns);
+}
+
+// out [32 depths][32 columns] from a step in pair order.
+MIXTRAL_INLINE void widen_pairs(const BFloat16* pairs, float* out) {
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t p = 0; p < kStepDepth / 2; ++p) {
+      const BFloat16* from = pairs + (half * kHalf + p) * kStepDepth;
+      float* even = out + 2 * p * kPanelColumns + half * kHalf;
+      for (int64_t j = 0; j < kHalf; ++j) {
+        uint32_t word;
+        std::memcpy(&word, from + 2 * j, sizeof word);
+        const uint32_t low = word << 16, high = word & 0xffff0000u;
+        std::memcpy(even + j, &low, sizeof low);
+        std::memcpy(even + kPanelColumns + j, &high, sizeof high);
+      }
+    }
+}
+
+const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
+                           BFloat16* scratch) {
+  const int64_t steps = (depth + kStepDepth - 1) / kStepDepth;
+  if (weight.format == WeightFormat::kPlain) {
+    for (int64_t s = 0; s < steps; ++s)
+      transpose_step(weight, expert, column, k + s * kStepDepth, scratch + s * kStepElements);
+    return scratch;
+  }
+  const int64_t block_bytes = packed_block_bytes(weight.format, weight.depth, sizeof(BFloat16));
+  const char* block =
+      static_cast<const char*>(weight.data) + (expert * weight.columns + column) / kPanelColumns * block_bytes;
+  if (weight.format == WeightFormat::kInt8) {
+    dequantize_int8(block, weight.depth, k, steps, scratch);
+  } else if (weight.format == WeightFormat::kInt4) {
+    dequantize_int4(block, k, steps, scratch);
+  } else {
+    return reinterpret_cast<const BFloat16*>(block) + k * kPanelColumns;
+  }
+  return scratch;
+}
+
+template <typename T>
+const float* load_floats(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
+                         float* scratch) {
+  const int64_t steps = (depth + kStepDepth - 1) / kStepDepth;
+  const T* packed =
+      static_cast<const T*>(weight.data) + (expert * weight.columns + column) * weight.depth + k * kPanelColumns;
+  if constexpr (std::is_same_v<T, float>) {
+    if (weight.format == WeightFormat::kPacked) return packed;
+    for (int64_t s = 0; s < steps; ++s)
+      transpose_step(weight, expert, column, k + s * kStepDepth, scratch + s * kStepElements);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    for (int64_t s = 0; s < steps; ++s) {
+      BFloat16 pairs[kStepElements];
+      const BFloat16* step = load_pairs(weight, expert, column, k + s * kStepDepth, kStepDepth, pairs);
+      for_cpu_isa([&] { widen_pairs(step, scratch + s * kStepElements); });
+    }
+  } else if (weight.format == WeightFormat::kPacked) {
+    for_cpu_isa([&] {
+      for (int64_t i = 0; i < steps * kStepElements; ++i) scratch[i] = to_float(packed[i]);
+    });
+  } else {
+    const T* rows = static_cast<const T*>(weight.data) + (expert * weight.columns + column) * weight.depth;
+    const int64_t columns = std::min(kPanelColumns, weight.columns - column);
+    std::fill_n(scratch, steps * kStepElements, 0.0f);
+    for_cpu_isa([&] {
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t d = 0; d < std::min(depth, weight.depth - k); ++d)
+          scratch[d * kPanelColumns + j] = to_float(rows[j * weight.depth + k + d]);
+    });
+  }
+  return scratch;
+}
+
+}  // namespace
+
+template <typename T, typename Operand>
+const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
+                          Operand* scratch) {
+  if constexpr (std::is_same_v<Operand, BFloat16>) {
+    return load_pairs(weight, expert, column, k, depth, scratch);
+  } else {
+    return load_floats<T>(weight, expert, column, k, depth, scratch);
+  }
+}
+
+template const float* load_panel<float, float>(const WeightView&, int64_t, int64_t, int64_t, int64_t, float*);
+template const float* load_panel<Half, float>(const WeightView&, int64_t, int64_t, int64_t, int64_t, float*);
+template const float* load_panel<BFloat16, float>(const WeightView&, int64_t, int64_t, int64_t, int64_t, float*);
+template const BFloat16* load_panel<BFloat16, BFloat16>(const WeightView&, int64_t, int64_t, int64_t, int64_t,
+                                                        BFloat16*);
+
+}  // namespace mixtral
