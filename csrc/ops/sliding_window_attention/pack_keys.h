@@ -56,7 +56,7 @@ MIXTRAL_INLINE bool rows_are_finite(const BlockRows<Operand>& rows, int64_t from
 // Keys become columns: panels [2][width/32][1024] for keys 0-31 and 32-63; only `panel_begin` to `panel_end`.
 template <typename Operand>
 MIXTRAL_INLINE void pack_keys(const BlockRows<Operand>& rows, int64_t panel_begin, int64_t panel_end, int64_t width,
-                              cpu::TransposeWords transpose, Operand* panels) {
+                              Operand* panels) {
   constexpr int64_t kWord = sizeof(uint32_t) / sizeof(Operand);  // operands of a word
   // A transposition makes 16 words of 16 keys a piece of a panel. bf16: the half [16 pairs][16 columns][2] of a step.
   // f32: depths d to d + 15 of 16 of the 32 columns.
@@ -67,7 +67,7 @@ MIXTRAL_INLINE void pack_keys(const BlockRows<Operand>& rows, int64_t panel_begi
       for (int64_t j = 0; j < 16; ++j) words[j] = rows[16 * half + j] + d;
       Operand* panel = panels + half / 2 * kPanelColumns * width + d * kPanelColumns;
       Operand* to = panel + half % 2 * (kPairs ? kStepElements / 2 : 16);
-      transpose(words, reinterpret_cast<uint32_t*>(to), kPairs ? 16 : kPanelColumns);
+      cpu::transpose_words(words, to, kPairs ? 16 : kPanelColumns);
     }
   }
 }

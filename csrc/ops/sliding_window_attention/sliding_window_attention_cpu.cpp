@@ -40,7 +40,6 @@ class TileWorker {
   TileWorker(const AttentionProblem<T>& problem, MicroKernel<Operand> kernel)
       : p_(problem),
         multiply_(kernel),
-        transpose_(transpose_words_kernel()),
         group_(p_.num_heads / p_.num_kv_heads),
         width_((p_.head_dim + kPanelColumns - 1) / kPanelColumns * kPanelColumns),
         rows_(group_ * std::min(p_.tile_tokens(), p_.tokens)),
@@ -128,7 +127,7 @@ class TileWorker {
     const int64_t panel_begin = keys.begin / kPanelColumns;
     const int64_t panel_end = (keys.end + kPanelColumns - 1) / kPanelColumns;
     const int64_t row = begin * group_, rows = (end - begin) * group_;
-    pack_keys(k_rows_, panel_begin, panel_end, width_, transpose_, k_panels_.at(0));
+    pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_.at(0));
     std::fill_n(scores_.at(row * kKeyBlock), rows * kKeyBlock, 0.0f);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
       for (int64_t d = 0; d < width_; d += kScoreDepth)
@@ -149,7 +148,6 @@ class TileWorker {
 
   const AttentionProblem<T>& p_;
   const MicroKernel<Operand> multiply_;
-  const TransposeWords transpose_;
   const int64_t group_, width_, rows_;
   Buffer<Operand> q_;                   // [rows, width]
   Buffer<Operand> weights_;             // [rows, 64]
