@@ -7,6 +7,8 @@ import mixtral.ops as ops
 from common import Bench, main
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+# queries, keys, window
+CASES = [(512, 512, 0), (2048, 2048, 0), (2048, 2048, 256), (4096, 4096, 128), (1, 4096, 0), (1, 4096, 256)]
 
 
 def sdpa(q, k, v, window: int):
@@ -21,8 +23,8 @@ def sdpa(q, k, v, window: int):
 
 
 def run(bench: Bench) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        for queries, keys, window in ((512, 512, 0), (2048, 2048, 256), (1, 4096, 0), (1, 4096, 256)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for queries, keys, window in CASES:
             q = torch.randn(queries, HEADS, HEAD_DIM, device=bench.device).to(dtype)
             k, v = torch.randn(2, keys, KV_HEADS, HEAD_DIM, device=bench.device).to(dtype)
             cu_q, cu_k = (torch.tensor([0, n], device=bench.device) for n in (queries, keys))

@@ -180,6 +180,7 @@ def test_memory_per_sequence_does_not_grow_past_the_window(device):
     assert len(pool.table[0]) <= pool.columns == 4
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("stale", [float("nan"), float("inf"), 1e30])
 def test_stale_rows_have_no_effect(stale, device, dtype):
     pool = Pool(device, dtype, 6, 5, 4, 2)
@@ -206,6 +207,7 @@ def test_xformers_BlockDiagonalCausalWithOffsetPaddedKeysMask(device, dtype):
 # ---- invariances ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("window", [0, 5, 16])
 def test_chunked_equals_whole(window, device, dtype):
     length, w = 57, window or 16
@@ -216,6 +218,7 @@ def test_chunked_equals_whole(window, device, dtype):
         assert_same(parts, pool.expected(0, length))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs_equal_keys_kept_for_ever(seed, device):
     """Prefill, decode, eviction and reuse of pages, with pages and windows of odd sizes."""

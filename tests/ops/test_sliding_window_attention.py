@@ -38,6 +38,7 @@ def assert_matches_reference(q, k, v, cu_q, cu_k, *options) -> torch.Tensor:
     return actual
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("window", WINDOWS)
 def test_prompts_around_multiples_of_the_window(window, device, dtype):
     w = window or 16
@@ -57,10 +58,17 @@ def test_query_sees_exactly_the_last_window_keys(window, device):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1), (6, 2), (32, 8)], ids=str)
 @pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 128, 160, 256])
 def test_head_counts_and_head_dims(heads, head_dim, device, dtype):
     assert_matches_reference(*make([5, 1, 19], [9, 40, 19], device, dtype, heads, head_dim), 11)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (100, True), (0, False)])
+def test_many_tiles_of_queries_and_blocks_of_keys(window, causal, device, dtype):
+    assert_matches_reference(*make([70, 200], [300, 200], device, dtype, (8, 2), 64), window, causal)
 
 
 def test_scale(device, dtype):
@@ -126,10 +134,37 @@ def test_second_chunk_longer_than_the_window_has_no_empty_row(device, dtype):
     assert out.isfinite().all() and (out != 0).any(-1).all()
 
 
+@pytest.mark.every_isa
 def test_query_without_keys_gives_zeros(device, dtype):
     out = assert_matches_reference(*make([10, 3], [4, 0], device, dtype), 3)
     assert (out[:6] == 0).all() and (out[10:] == 0).all() and (out[6:10] != 0).any(-1).all()
     assert (ops.sliding_window_attention(*make([3], [0], device, dtype), 0, False) == 0).all()
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("window", [0, 20, 90])
+def test_one_value_reaches_only_the_queries_that_see_it(window, value, device, dtype):
+    """Whatever the place of its key in a block; beside them, other queries keep their bits."""
+    q, k, v, cu, _ = make([150], [150], device, dtype, (4, 2), 40)
+    clean = ops.sliding_window_attention(q, k, v, cu, cu, window)
+    for position in (0, 31, 63, 64, 100, 149):
+        spoilt = v.clone()
+        spoilt[position, 0, 7] = value
+        out = ops.sliding_window_attention(q, k, spoilt, cu, cu, window)
+        seeing = slice(position, position + (window or 150))
+        assert not out[seeing, :2, 7].isfinite().any()
+        out[seeing, :2, 7] = clean[seeing, :2, 7]
+        assert torch.equal(out, clean)
+
+
+@pytest.mark.every_isa
+def test_heads_do_not_see_each_other(device, dtype):
+    """Rows of a head dim that fills no panel lie next to another head's numbers."""
+    q, k, v, cu, _ = make([30], [30], device, dtype, (4, 2), 33)
+    clean = ops.sliding_window_attention(q, k, v, cu, cu)
+    q[:, 2:] = k[:, 1] = v[:, 1] = float("nan")
+    assert torch.equal(ops.sliding_window_attention(q, k, v, cu, cu)[:, :2], clean[:, :2])
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [0, 5, 0]], ids=str)
@@ -140,6 +175,7 @@ def test_empty(lengths, device, dtype):
 # ---- invariances ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("window", [0, 1, 5, 16])
 def test_chunked_equals_whole(window, device, dtype):
     """Bit for bit on the CPU, where key blocks are aligned to absolute positions."""
@@ -158,6 +194,21 @@ def test_chunked_equals_whole(window, device, dtype):
                 torch.testing.assert_close(part, whole[begin:end])
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("window", [0, 65, 130])
+def test_rows_of_a_long_prompt_do_not_depend_on_chunks(window, dtype):
+    """Over several tiles of queries and blocks of keys, down to one query at a time."""
+    length = 330
+    q, k, v, cu, _ = make([length], [length], "cpu", dtype, (8, 2), 64)
+    whole = ops.sliding_window_attention(q, k, v, cu, cu, window)
+    for begin, end in [(0, 1), (0, 50), (50, 51), (63, 66), (100, 300), (127, 128), (192, 330), (329, 330)]:
+        part = ops.sliding_window_attention(
+            q[begin:end], k[:end], v[:end], starts([end - begin], "cpu"), starts([end], "cpu"), window
+        )
+        assert torch.equal(part, whole[begin:end]), f"queries {begin} to {end}"
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize("causal", [True, False])
 def test_sequence_does_not_depend_on_neighbours_or_threads(causal, dtype):
     lengths = [70, 1, 33, 129]

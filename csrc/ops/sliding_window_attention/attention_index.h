@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace mixtral {
 
@@ -36,6 +37,11 @@ struct KeyLayout {
     if (!page_table) return cu_seqlens[sequence] + position;
     const int64_t page = page_table[sequence * columns + position / page_size % columns];
     return page < 0 || page >= pages ? -1 : page * page_size + position % page_size;
+  }
+
+  // How many keys from `position` on lie in successive rows at least.
+  constexpr int64_t run(int64_t position) const {
+    return page_table ? page_size - position % page_size : std::numeric_limits<int64_t>::max();
   }
 };
 

@@ -65,8 +65,9 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
         return;
       }
     }
-    parallel_rows(num_query_tiles(tokens, sequences, kQueryTileCpu) * num_kv_heads, kQueryTileCpu * head_dim * 64,
-                  [&](int64_t begin, int64_t end) { launch_attention_cpu(problem, begin, end); });
+    std::atomic<int64_t> next_item{0};
+    parallel_rows(problem.num_items(), head_dim * 512,
+                  [&](int64_t, int64_t) { launch_attention_cpu(problem, next_item); });
   });
   return out;
 }

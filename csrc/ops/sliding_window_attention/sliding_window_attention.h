@@ -7,6 +7,7 @@
 // with the keys in pages: it calls attend() too.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "../cuda/stream.h"
@@ -32,14 +33,17 @@ struct AttentionProblem {
     const int64_t length = keys.length(sequence);
     return visible_keys(token - cu_seqlens_q[sequence + 1] + length, length, window, causal);
   }
+
+  // CPU: a work item is one tile of so many query tokens of a sequence, for the query heads of one key/value head.
+  // Some 256 rows share the keys that are packed for them.
+  constexpr int64_t tile_tokens() const { return num_heads / num_kv_heads < 256 ? 256 * num_kv_heads / num_heads : 1; }
+  constexpr int64_t num_items() const { return num_query_tiles(tokens, sequences, tile_tokens()) * num_kv_heads; }
 };
 
-// A work item is one tile of kQueryTileCpu query tokens of a sequence, for the query heads of one key/value head.
-inline constexpr int64_t kQueryTileCpu = 8;
-
-// Work items [begin, end) of num_query_tiles(tokens, sequences, kQueryTileCpu) * num_kv_heads.
+// Work items are taken from next_item until it reaches problem.num_items(): threads that call this with the same counter
+// share the work evenly, and no result depends on which of them takes an item.
 template <typename T>
-void launch_attention_cpu(const AttentionProblem<T>& problem, int64_t begin, int64_t end);
+void launch_attention_cpu(const AttentionProblem<T>& problem, std::atomic<int64_t>& next_item);
 
 // head_dim is at most kMaxHeadDimCuda.
 inline constexpr int64_t kMaxHeadDimCuda = 256;

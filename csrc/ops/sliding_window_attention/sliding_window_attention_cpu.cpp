@@ -1,11 +1,17 @@
-// A tile of query rows walks over blocks of sixteen keys, converted to f32 once for the whole tile. Blocks start at
-// multiples of sixteen of the absolute position, and a row takes part only in blocks that hold a key it sees: its sums
-// run over the same blocks in the same order whatever its neighbours, the chunking or the layout of the keys.
+// A tile of query rows walks over blocks of 64 keys: scores = Q K^T, online softmax, acc = correction * acc + weights V.
+// Both products come from the micro-kernels of ../cpu/matmul.h, in bf16 where the processor has products of bf16, else
+// in f32; a row's bits do not depend on the rows beside it there.
+//
+// Blocks start at multiples of 64 of the absolute position, and a row takes part only in blocks that hold a key it sees:
+// its sums run over the same blocks in the same order whatever its neighbours, the chunking or the layout of the keys.
+// A key that a row does not see has the weight 0 in it, which leaves the sums as they are as long as the value is
+// finite.
 #include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "../cpu/simd.h"
+#include "../cpu/matmul.h"
+#include "online_softmax.h"
+#include "pack_keys.h"
 #include "sliding_window_attention.h"
 
 namespace mixtral {
@@ -13,123 +19,175 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t kKeyBlock = kLanes;
-
-// The running softmax of one query row.
-struct RowState {
-  float max = -std::numeric_limits<float>::infinity();
-  float sum = 0.0f;
-};
-
-MIXTRAL_INLINE void store_lanes(float* p, const Lanes& x) {
-  for (int64_t j = 0; j < kLanes; ++j) p[j] = x.v[j];
-}
-
-// row [D] as f32, padded with zeros to a multiple of the lanes.
+// Memory of one thread, aligned to cache lines for the tile loads.
 template <typename T>
-MIXTRAL_INLINE void load_row(const T* row, int64_t head_dim, float* out) {
-  const int64_t full = head_dim / kLanes * kLanes;
-  for (int64_t d = 0; d < full; d += kLanes) store_lanes(out + d, load_lanes(row + d));
-  if (full < head_dim) store_lanes(out + full, load_lanes(row + full, head_dim - full));
-}
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : lines_((size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)) {}
+  T* at(int64_t i) { return reinterpret_cast<T*>(lines_.data()) + i; }
 
-// Keys [from, to) of a block join the row. q, acc [width]; k_block, v_block [16, width]. Keys outside are not even
-// multiplied by zero: they may hold NaN.
-MIXTRAL_INLINE void update_row(RowState& state, const float* q, const float* k_block, const float* v_block, float* acc,
-                               int64_t from, int64_t to, int64_t width, float scale) {
-  Lanes scores;
-  for (int64_t j = 0; j < kLanes; ++j) scores.v[j] = -std::numeric_limits<float>::infinity();
-  float max = state.max;
-  for (int64_t j = from; j < to; ++j) {
-    Lanes dot{};
-    for (int64_t d = 0; d < width; d += kLanes) fma_lanes(dot, load_lanes(q + d), load_lanes(k_block + j * width + d));
-    const float score = sum_lanes(dot) * scale;
-    scores.v[j] = score;
-    max = score > max ? score : max;
-  }
-  Lanes weights;
-  for (int64_t j = 0; j < kLanes; ++j) weights.v[j] = exp_f32(scores.v[j] - max);
-  const float correction = exp_f32(state.max - max);
-  state = {max, state.sum * correction + sum_lanes(weights)};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    Lanes out = load_lanes(acc + d);
-    for (int64_t i = 0; i < kLanes; ++i) out.v[i] *= correction;
-    for (int64_t j = from; j < to; ++j) {
-      const float weight = weights.v[j];
-      const float* value = v_block + j * width + d;
-      for (int64_t i = 0; i < kLanes; ++i) out.v[i] = __builtin_fmaf(weight, value[i], out.v[i]);
-    }
-    store_lanes(acc + d, out);
-  }
-}
-
-// Memory of one thread, reused from tile to tile.
-struct Scratch {
-  std::vector<float> q, acc;            // [rows, width]
-  std::vector<float> k_block, v_block;  // [16, width]
-  std::vector<RowState> states;         // [rows]
-};
-
-// The query heads of `kv_head` for the tokens of `tile`; row r is token r / group, head r % group of the group.
-template <typename T>
-MIXTRAL_INLINE void attend_tile(const AttentionProblem<T>& p, const QueryTile& tile, int64_t kv_head, Scratch& s) {
-  const int64_t width = (p.head_dim + kLanes - 1) / kLanes * kLanes;
-  const int64_t group = p.num_heads / p.num_kv_heads, rows = (tile.end - tile.begin) * group;
-  const auto row_offset = [&](int64_t r) {
-    return ((tile.begin + r / group) * p.num_heads + kv_head * group + r % group) * p.head_dim;
+ private:
+  struct alignas(64) Line {
+    unsigned char bytes[64] = {};
   };
-  for (int64_t r = 0; r < rows; ++r) {
-    load_row(p.q + row_offset(r), p.head_dim, &s.q[r * width]);
-    s.states[r] = RowState{};
-  }
-  std::fill_n(s.acc.begin(), rows * width, 0.0f);
+  std::vector<Line> lines_;
+};
 
-  // Ranges begin and end in order from token to token and leave no gap: every key in between is seen by some row.
-  const int64_t first = p.visible(tile.sequence, tile.begin).begin, last = p.visible(tile.sequence, tile.end - 1).end;
-  for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) {
-    for (int64_t j = std::max(first, block); j < std::min(last, block + kKeyBlock); ++j) {
-      const int64_t offset = (p.keys.row(tile.sequence, j) * p.num_kv_heads + kv_head) * p.head_dim;
-      load_row(p.k + offset, p.head_dim, &s.k_block[(j - block) * width]);
-      load_row(p.v + offset, p.head_dim, &s.v_block[(j - block) * width]);
+// The work of one thread, tile after tile. Row r of a tile is query token r / group, head r % group of the group.
+template <typename T, typename Operand>
+class TileWorker {
+ public:
+  TileWorker(const AttentionProblem<T>& problem, MicroKernel<Operand> kernel)
+      : p_(problem),
+        multiply_(kernel),
+        group_(p_.num_heads / p_.num_kv_heads),
+        width_((p_.head_dim + kPanelColumns - 1) / kPanelColumns * kPanelColumns),
+        rows_(group_ * std::min(p_.tile_tokens(), p_.tokens)),
+        q_(rows_ * width_),
+        weights_(rows_ * kKeyBlock),
+        k_panels_(kKeyBlock * width_),
+        v_panels_(kKeyBlock * width_),
+        copies_(2 * kKeyBlock * width_),
+        zeros_(width_),
+        scores_(rows_ * kKeyBlock),
+        acc_(rows_ * width_),
+        states_(rows_) {}
+
+  MIXTRAL_INLINE void attend_tile(const QueryTile& tile, int64_t kv_head) {
+    tile_ = tile;
+    kv_head_ = kv_head;
+    const int64_t tokens = tile.end - tile.begin;
+    for (int64_t r = 0; r < tokens * group_; ++r) {
+      convert_row(p_.q + row_offset(r), p_.head_dim, width_, q_.at(r * width_));
+      states_[r] = SoftmaxState{};
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const KeyRange keys = p.visible(tile.sequence, tile.begin + r / group);
-      const int64_t from = std::max(keys.begin, block) - block, to = std::min(keys.end - block, kKeyBlock);
-      if (from < to)
-        update_row(s.states[r], &s.q[r * width], s.k_block.data(), s.v_block.data(), &s.acc[r * width], from, to, width,
-                   p.scale);
+    std::fill_n(acc_.at(0), tokens * group_ * width_, 0.0f);
+    const int64_t first = visible(0).begin, last = visible(tokens - 1).end;
+    for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) attend_block(block, tokens);
+    for (int64_t r = 0; r < tokens * group_; ++r) {
+      const float inverse = states_[r].sum == 0.0f ? 0.0f : 1.0f / states_[r].sum;  // 0: no key was seen
+      T* out = p_.out + row_offset(r);
+      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(*acc_.at(r * width_ + d) * inverse);
     }
   }
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = s.states[r].sum == 0.0f ? 0.0f : 1.0f / s.states[r].sum;  // 0: no key was seen
-    T* out = p.out + row_offset(r);
-    for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(s.acc[r * width + d] * inverse);
+ private:
+  // f32: short sums, added up, lose less than a long one.
+  static constexpr int64_t kScoreDepth = sizeof(Operand) == 4 ? 8 : kStepDepth;
+
+  int64_t row_offset(int64_t r) const {
+    return ((tile_.begin + r / group_) * p_.num_heads + kv_head_ * group_ + r % group_) * p_.head_dim;
   }
+
+  KeyRange visible(int64_t token) const { return p_.visible(tile_.sequence, tile_.begin + token); }
+
+  // The keys of a block that `token` of the tile sees, counted from its start.
+  KeyRange seen(int64_t block, int64_t token) const {
+    const KeyRange keys = visible(token);
+    return {std::clamp(keys.begin - block, int64_t{0}, kKeyBlock), std::clamp(keys.end - block, int64_t{0}, kKeyBlock)};
+  }
+
+  // The tokens of the tile that see a key of the block join it. Ranges of keys begin and end in order from token to
+  // token and leave no gap: these tokens are neighbours, and every key between their first and their last is seen.
+  MIXTRAL_INLINE void attend_block(int64_t block, int64_t tokens) {
+    int64_t begin = 0, end = tokens;
+    while (begin < end && seen(block, begin).begin >= seen(block, begin).end) ++begin;
+    while (begin < end && seen(block, end - 1).begin >= seen(block, end - 1).end) --end;
+    const KeyRange first = seen(block, begin), last = seen(block, end - 1), all{first.begin, last.end};
+    gather_rows(block, all);
+    const bool alike = first.begin == last.begin && first.end == last.end;
+    if (alike || rows_are_finite(v_rows_, all.begin, all.end, width_)) {
+      attend_rows(block, begin, end, all);
+      return;
+    }
+    // 0 * NaN is NaN: a token must not meet values that it does not see.
+    for (int64_t token = begin; token < end; ++token) {
+      const KeyRange own = seen(block, token);
+      gather_rows(block, own);
+      attend_rows(block, token, token + 1, own);
+    }
+  }
+
+  // Rows of keys and values; zeros for those outside `keys`, which may not even lie in memory.
+  MIXTRAL_INLINE void gather_rows(int64_t block, const KeyRange& keys) {
+    std::fill_n(k_rows_, kKeyBlock, zeros_.at(0));
+    std::fill_n(v_rows_, kKeyBlock, zeros_.at(0));
+    for (int64_t j = keys.begin; j < keys.end;) {
+      int64_t row = p_.keys.row(tile_.sequence, block + j);
+      for (const int64_t run_end = j + std::min(keys.end - j, p_.keys.run(block + j)); j < run_end; ++j, ++row) {
+        const int64_t offset = (row * p_.num_kv_heads + kv_head_) * p_.head_dim;
+        k_rows_[j] = operand_row(p_.k + offset, p_.head_dim, width_, copies_.at(j * width_));
+        v_rows_[j] = operand_row(p_.v + offset, p_.head_dim, width_, copies_.at((kKeyBlock + j) * width_));
+      }
+    }
+  }
+
+  // Rows of tokens [begin, end) meet the gathered `keys` of the block. Halves of it that no row sees are left out.
+  MIXTRAL_INLINE void attend_rows(int64_t block, int64_t begin, int64_t end, const KeyRange& keys) {
+    const int64_t panel_begin = keys.begin / kPanelColumns;
+    const int64_t panel_end = (keys.end + kPanelColumns - 1) / kPanelColumns;
+    const int64_t row = begin * group_, rows = (end - begin) * group_;
+    pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_.at(0));
+    std::fill_n(scores_.at(row * kKeyBlock), rows * kKeyBlock, 0.0f);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+      for (int64_t d = 0; d < width_; d += kScoreDepth)
+        multiply_(q_.at(row * width_ + d), width_, rows, k_panels_.at((panel * width_ + d) * kPanelColumns), kScoreDepth,
+                  scores_.at(row * kKeyBlock + panel * kPanelColumns), kKeyBlock);
+    for (int64_t token = begin; token < end; ++token) {
+      const KeyRange own = seen(block, token);
+      for (int64_t r = token * group_; r < (token + 1) * group_; ++r)
+        softmax_block(scores_.at(r * kKeyBlock), own.begin, own.end, p_.scale, states_[r], weights_.at(r * kKeyBlock),
+                      acc_.at(r * width_), width_);
+    }
+    pack_values(v_rows_, panel_begin, panel_end, width_, v_panels_.at(0));
+    const int64_t depth_begin = panel_begin * kStepDepth, depth = (panel_end - panel_begin) * kStepDepth;
+    for (int64_t d = 0; d < width_; d += kPanelColumns)
+      multiply_(weights_.at(row * kKeyBlock + depth_begin), kKeyBlock, rows,
+                v_panels_.at(d * kKeyBlock + depth_begin * kPanelColumns), depth, acc_.at(row * width_ + d), width_);
+  }
+
+  const AttentionProblem<T>& p_;
+  const MicroKernel<Operand> multiply_;
+  const int64_t group_, width_, rows_;
+  Buffer<Operand> q_;                   // [rows, width]
+  Buffer<Operand> weights_;             // [rows, 64]
+  Buffer<Operand> k_panels_;            // [2][width/32][1024]
+  Buffer<Operand> v_panels_;            // [width/32][2][1024]
+  Buffer<Operand> copies_;              // [2, 64, width]
+  Buffer<Operand> zeros_;               // [width]
+  Buffer<float> scores_;                // [rows, 64]
+  Buffer<float> acc_;                   // [rows, width]
+  std::vector<SoftmaxState> states_;    // [rows]
+  BlockRows<Operand> k_rows_, v_rows_;  // of the block
+  QueryTile tile_{};
+  int64_t kv_head_ = 0;
+};
+
+template <typename T, typename Operand>
+void attend_items(const AttentionProblem<T>& p, MicroKernel<Operand> kernel, std::atomic<int64_t>& next_item) {
+  const int64_t tiles = num_query_tiles(p.tokens, p.sequences, p.tile_tokens()), items = p.num_items();
+  for_cpu_isa([&] {
+    TileWorker<T, Operand> worker(p, kernel);
+    for (int64_t item = next_item++; item < items; item = next_item++) {
+      // Head after head, so that its keys stay in the cache; the last tiles of a sequence, which see most, first.
+      const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, p.tile_tokens(), tiles - 1 - item % tiles);
+      if (tile.begin < tile.end) worker.attend_tile(tile, item / tiles);
+    }
+  });
+  release_tiles();
 }
 
 }  // namespace
 
 template <typename T>
-void launch_attention_cpu(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
-  for_cpu_isa([&] {
-    const size_t width = (p.head_dim + kLanes - 1) / kLanes * kLanes;
-    const size_t rows = kQueryTileCpu * p.num_heads / p.num_kv_heads;
-    Scratch scratch;
-    scratch.q.resize(rows * width);
-    scratch.acc.resize(rows * width);
-    scratch.k_block.resize(kKeyBlock * width);
-    scratch.v_block.resize(kKeyBlock * width);
-    scratch.states.resize(rows);
-    for (int64_t item = begin; item < end; ++item) {
-      const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, kQueryTileCpu, item / p.num_kv_heads);
-      if (tile.begin < tile.end) attend_tile(p, tile, item % p.num_kv_heads, scratch);
-    }
-  });
+void launch_attention_cpu(const AttentionProblem<T>& p, std::atomic<int64_t>& next_item) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (bf16_kernel() != nullptr) return attend_items<T, BFloat16>(p, bf16_kernel(), next_item);
+  attend_items<T, float>(p, f32_kernel(), next_item);
 }
 
-template void launch_attention_cpu(const AttentionProblem<float>&, int64_t, int64_t);
-template void launch_attention_cpu(const AttentionProblem<BFloat16>&, int64_t, int64_t);
-template void launch_attention_cpu(const AttentionProblem<Half>&, int64_t, int64_t);
+template void launch_attention_cpu(const AttentionProblem<float>&, std::atomic<int64_t>&);
+template void launch_attention_cpu(const AttentionProblem<BFloat16>&, std::atomic<int64_t>&);
+template void launch_attention_cpu(const AttentionProblem<Half>&, std::atomic<int64_t>&);
 
 }  // namespace mixtral
