@@ -4,15 +4,15 @@
 // A block holds 32 rows. Along the depth it is cut into steps of 32, in the order of cpu/matmul.h. N and Kdim are
 // multiples of 32, so that the shape of a packed weight tells them.
 //
-//   quantize  packed                          one block
-//   none      float [E, N/32, Kdim/32, 1024]  steps; bf16 in pair order
-//   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order, then a f32 scale for each of the 32
-//   rows int4      Byte  [E, N/32, Kdim/32, 576]   steps: a f16 scale for each of the 32 rows, then 2 halves of 256
-//   bytes
+// clang-format off
+//   quantize  packed                                one block
+//   none      float [E, N/32, Kdim/32, 1024]        steps; bf16 in pair order
+//   int8      Char  [E, N/32, 32*Kdim + 128]        steps of 1024 values in pair order, then 32 f32 scales, one a row
+//   int4      Byte  [E, N/32, Kdim/32, 576]         steps: 32 f16 scales, one a row, then 2 halves of 256 bytes
+// clang-format on
 //
 // A quantised weight stands for bf16 values: scale * q rounded once, q in [-127, 127] with one scale a row (int8), or
-// in
-// [-8, 7] with one scale for each 32 depths of a row (int4). Half h of an int4 step holds rows 16 h to 16 h + 15 as
+// in [-8, 7] with one scale for each 32 depths of a row (int4). Half h of an int4 step holds rows 16 h to 16 h + 15 as
 // four times sixteen 32-bit words: nibble 2 i + j of word w in group g is the value (plus 8) of pair 4 g + i, row 16 h
 // + 8 j + w div 2, at the pair's depth w mod 2.
 #pragma once
@@ -50,7 +50,8 @@ inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t el
   }
 }
 
-// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. False where quantising meets inf or NaN.
+// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. False where a weight to be quantised, or its
+// scale in int4, is inf or NaN.
 template <typename T>
 bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth, char* out, int64_t begin, int64_t end);
 
@@ -60,8 +61,9 @@ void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t d
                               int64_t end);
 
 // The panel (cpu/matmul.h) of columns [column, column + 32) of `expert` at depths [k, k + depth), zero where there are
-// none; column and k are multiples of 32. It is the weight itself where its format allows, or is made in `scratch`,
-// which holds 32 * depth values (depth rounded up to 32). Weights are of type T; BFloat16 when quantised.
+// none; k is a multiple of 32, and so is column where the weight is packed. It is the weight itself where its format
+// allows, or is made in `scratch`, which holds 32 * depth values (depth rounded up to 32). Weights are of type T;
+// BFloat16 when quantised.
 template <typename T, typename Operand>
 const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                           Operand* scratch);

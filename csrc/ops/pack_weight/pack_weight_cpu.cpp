@@ -55,15 +55,16 @@ void quantize_int8(const T* rows, int64_t depth, char* block) {
   std::memcpy(block + kBlockRows * depth, scales, sizeof scales);
 }
 
-// The extreme value of 32 becomes -8: the side with one step more is the longer one.
+// The extreme value of 32 becomes -8: the side with one step more is the longer one. False where a scale overflows.
 template <typename T>
-void quantize_int4(const T* rows, int64_t depth, char* block) {
+bool quantize_int4(const T* rows, int64_t depth, char* block) {
   std::memset(block, 0, depth / kStepDepth * kInt4StepBytes);
   for (int64_t k = 0; k < depth; k += kStepDepth, block += kInt4StepBytes) {
     Half scales[kBlockRows];
     for (int64_t j = 0; j < kBlockRows; ++j) {
       const T* values = rows + j * depth + k;
       scales[j] = from_float<Half>(extreme(values, kStepDepth) / -8);
+      if (!std::isfinite(to_float(scales[j]))) return false;
       for (int64_t d = 0; d < kStepDepth; ++d) {
         const int q = nearest(to_float(values[d]), to_float(scales[j]), -8, 7) + 8;
         const NibbleIndex at = nibble_index(j, d);
@@ -72,6 +73,7 @@ void quantize_int4(const T* rows, int64_t depth, char* block) {
     }
     std::memcpy(block, scales, sizeof scales);
   }
+  return true;
 }
 
 template <typename T>
@@ -98,7 +100,8 @@ bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth,
       continue;
     }
     if (!all_finite(rows, block_values)) return false;
-    format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, depth, block);
+    if (format == WeightFormat::kInt8) quantize_int8(rows, depth, block);
+    if (format == WeightFormat::kInt4 && !quantize_int4(rows, depth, block)) return false;
   }
   return true;
 }
