@@ -12,14 +12,15 @@ RUN_MARKED_TESTS = """
 import pytest, sys
 sys.exit(pytest.main(["tests/ops", "-m", "every_isa", "-q", "-p", "no:cacheprovider"]))
 """
-# The bits of two products. In the first, every order of summation gives other bits: terms of all magnitudes cancel.
+# The bits of some products. In the first, every order of summation gives other bits: terms of all magnitudes cancel.
 MULTIPLY = """
 import json, torch, mixtral.ops as ops
 from test_every_isa import cancelling_rows
 bf16 = ops.grouped_gemm(cancelling_rows(), torch.ones(1, 32, 1280).bfloat16(), torch.tensor([40]))
 torch.manual_seed(0)
-f32 = ops.grouped_gemm(torch.randn(5, 640), torch.randn(1, 40, 640), torch.tensor([5]))
-print(json.dumps({"bf16": bf16[:, 0].tolist(), "f32": f32.view(torch.int32).tolist()}))
+a, b, offs = torch.randn(5, 640), torch.randn(1, 40, 640), torch.tensor([5])
+f32, f16 = ops.grouped_gemm(a, b, offs), ops.grouped_gemm(a.half(), b.half(), offs)
+print(json.dumps({"bf16": bf16[:, 0].tolist(), "f32": f32.tolist(), "f16": f16.tolist()}))
 """
 
 
@@ -74,7 +75,8 @@ def test_order_of_sums():
         assert products(isa)["bf16"] == expected.tolist(), isa
 
 
-def test_f32_has_the_same_bits_from_avx2_on():
+def test_f16_has_the_same_bits_everywhere_and_f32_from_avx2_on():
+    assert len({str(products(isa)["f16"]) for isa in available_isas()}) == 1
     assert len({str(products(isa)["f32"]) for isa in available_isas() if isa != "baseline"}) <= 1
 
 
