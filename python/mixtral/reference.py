@@ -68,6 +68,75 @@ def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Ten
     return moe_unpermute(grouped_gemm(activated, down_proj, offs), topk_weights, row_map)
 
 
+def _pair_order(rows: Tensor) -> Tensor:
+    """[E,N,Kdim] -> [E,N/32,Kdim/32,1024]: two neighbouring depths of a row side by side, 16 rows at a time."""
+    experts, columns, depth = rows.shape
+    split = rows.reshape(experts, columns // 32, 2, 16, depth // 32, 16, 2)  # block, half, row, step, pair, depth
+    return split.permute(0, 1, 4, 2, 5, 3, 6).reshape(experts, columns // 32, depth // 32, 1024)
+
+
+def _from_pair_order(steps: Tensor) -> Tensor:
+    """The inverse of ``_pair_order``."""
+    experts, blocks, count, _ = steps.shape
+    split = steps.reshape(experts, blocks, count, 2, 16, 16, 2)  # block, step, half, pair, row, depth
+    return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(experts, blocks * 32, count * 32)
+
+
+def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[E,N,Kdim] -> q [E,N,Kdim], f32 scales [E,N,1]: the value of largest magnitude becomes 127 or -127."""
+    scales = weight.float().abs().amax(-1, keepdim=True) / 127
+    return torch.where(scales == 0, 0, weight.float() / scales).round().clamp(-127, 127), scales
+
+
+def _quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[E,N,Kdim] -> q [E,N,Kdim/32,32], f16 scales [E,N,Kdim/32,1]: the largest of 32 depths becomes -8."""
+    groups = weight.float().unflatten(-1, (-1, 32))
+    scales = (groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8).half()
+    return torch.where(scales == 0, 0, groups / scales.float()).round().clamp(-8, 7), scales
+
+
+def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
+    """[E,N,Kdim] -> packed: the layout of csrc/ops/pack_weight/pack_weight.h, byte for byte."""
+    experts, columns, depth = weight.shape
+    if quantize == "int8":
+        q, scales = _quantize_int8(weight)
+        values = _pair_order(q).to(torch.int8).reshape(experts, columns // 32, 32 * depth)
+        return torch.cat((values, scales.reshape(experts, columns // 32, 32).view(torch.int8)), -1)
+    if quantize == "int4":
+        q, scales = _quantize_int4(weight)
+        # block, half, row div 8, row mod 8, step, group of pairs, pair, depth
+        levels = (q + 8).to(torch.uint8).reshape(experts, columns // 32, 2, 2, 8, depth // 32, 4, 4, 2)
+        low, high = levels.permute(3, 0, 1, 5, 2, 6, 4, 8, 7)  # block, step, half, group, row mod 8, depth, pair
+        values = (low + 16 * high).reshape(experts, columns // 32, depth // 32, 512)
+        step_scales = scales.reshape(experts, columns // 32, 32, depth // 32).mT.contiguous()
+        return torch.cat((step_scales.view(torch.uint8), values), -1)
+    if weight.dtype == torch.bfloat16:
+        return _pair_order(weight)
+    split = weight.reshape(experts, columns // 32, 32, depth // 32, 32)  # block, row, step, depth
+    return split.permute(0, 1, 3, 4, 2).reshape(experts, columns // 32, depth // 32, 1024)
+
+
+def unpack_weight(packed: Tensor) -> Tensor:
+    """packed -> [E,N,Kdim]; bf16 when quantised."""
+    experts, blocks = packed.shape[:2]
+    if packed.dtype == torch.int8:
+        values, scales = packed[..., :-128], packed[..., -128:].contiguous().view(torch.float32)
+        q = _from_pair_order(values.reshape(experts, blocks, -1, 1024))
+        return (q * scales.reshape(experts, blocks * 32, 1)).bfloat16()
+    count = packed.shape[2]
+    if packed.dtype == torch.uint8:
+        scales = packed[..., :64].contiguous().view(torch.float16).mT.reshape(experts, blocks * 32, count, 1)
+        # block, step, half, group of pairs, row mod 8, depth, pair
+        values = packed[..., 64:].reshape(experts, blocks, count, 2, 4, 8, 2, 4)
+        q = torch.stack((values & 15, values >> 4)).float() - 8  # row div 8 in front
+        q = q.permute(1, 2, 4, 0, 6, 3, 5, 8, 7).reshape(experts, blocks * 32, count, 32)
+        return (q * scales.float()).bfloat16().flatten(2)
+    if packed.dtype == torch.bfloat16:
+        return _from_pair_order(packed)
+    split = packed.reshape(experts, blocks, count, 32, 32)  # block, step, depth, row
+    return split.permute(0, 1, 4, 2, 3).reshape(experts, blocks * 32, count * 32)
+
+
 def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """[T,Nq,D], [T,Nkv,D], [T] -> q, k rotated. The angles are f32 products in every dtype, by definition."""
     head_dim = q.shape[-1]

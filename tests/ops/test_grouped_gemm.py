@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import assert_within_twice_baseline, opcheck, with_threads
+from conftest import DTYPES, assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing, offsets
 
@@ -18,6 +18,16 @@ CASES = [
     (65, 513, 31, 8),
     (257, 1040, 37, 16),
 ]
+PACKED_FORMATS = [(dtype, None) for dtype in DTYPES] + [(torch.bfloat16, "int8"), (torch.bfloat16, "int4")]
+# The same, for packed weights: also beyond a chunk of rows (512)
+PACKED_CASES = [
+    (0, 32, 32, 2),
+    (1, 32, 32, 1),
+    (5, 544, 96, 3),
+    (130, 64, 288, 2),
+    (65, 1056, 160, 5),
+    (600, 1024, 32, 1),
+]
 
 
 def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,6 +37,7 @@ def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> tuple[to
     return a, b, offsets(make_routing(routing, rows, experts, 1, device), experts)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case, routing, device, dtype):
@@ -36,6 +47,7 @@ def test_matches_reference(case, routing, device, dtype):
         assert_within_twice_baseline(ops.grouped_gemm(a, b, ends), oracle, reference.grouped_gemm(a, b, offs))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("depth", [4096, 14336])
 def test_long_sums_match_reference(depth, device, dtype):
     a, b, offs = make((100, depth, 24, 2), "uniform", device, dtype)
@@ -43,6 +55,7 @@ def test_long_sums_match_reference(depth, device, dtype):
     assert_within_twice_baseline(ops.grouped_gemm(a, b, offs), oracle, reference.grouped_gemm(a, b, offs))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("depth", [4096, 14336])
 def test_rows_do_not_depend_on_batch_or_threads(depth, device, dtype):
     """The bits of a row are the same alone, in any batch, beside any neighbours and with any number of threads."""
@@ -53,6 +66,45 @@ def test_rows_do_not_depend_on_batch_or_threads(depth, device, dtype):
             part, ends = a[-rows:].contiguous(), torch.tensor([rows], device=device)
             actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, b, ends))
             assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_packed_equals_plain(case, dtype):
+    a, b, offs = make(case, "zipf", "cpu", dtype)
+    assert torch.equal(ops.grouped_gemm(a, ops.pack_weight(b), offs), ops.grouped_gemm(a, b, offs))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_quantised_equals_what_it_stands_for(case, quantize):
+    a, b, offs = make(case, "zipf", "cpu", torch.bfloat16)
+    packed = ops.pack_weight(b, quantize)
+    assert torch.equal(ops.grouped_gemm(a, packed, offs), ops.grouped_gemm(a, ops.unpack_weight(packed), offs))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize(("dtype", "quantize"), PACKED_FORMATS, ids=str)
+@pytest.mark.parametrize("depth", [4096, 14336])
+def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype, quantize):
+    a, b, _ = make((128, depth, 32, 1), "uniform", "cpu", dtype)  # one column block: threads split the rows
+    packed = ops.pack_weight(b, quantize)
+    whole = with_threads(2, lambda: ops.grouped_gemm(a, packed, torch.tensor([128])))
+    for rows in (1, 16, 33, 100, 128):
+        for threads in (1, 2):
+            part, ends = a[-rows:].contiguous(), torch.tensor([rows])
+            actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, packed, ends))
+            assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
+
+
+def test_packed_inputs_may_be_strided():
+    a, b, offs = make((9, 64, 96, 3), "uniform", "cpu", torch.bfloat16)
+    for quantize in (None, "int8", "int4"):
+        packed = ops.pack_weight(b, quantize)
+        strided = packed.transpose(0, 1).contiguous().transpose(0, 1)
+        assert not strided.is_contiguous()
+        assert torch.equal(ops.grouped_gemm(a, strided, offs), ops.grouped_gemm(a, packed, offs))
 
 
 def test_rows_do_not_depend_on_the_other_experts(device, dtype):
@@ -148,6 +200,44 @@ def test_bad_input_raises(a, b, offs, message, device):
         ops.grouped_gemm(a.to(device), b.to(device), offs.to(device))
 
 
+PLAIN = torch.ones(3, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.ones(4, 64), PLAIN, r"grouped_gemm: b must be packed from \[3, 64, 64\], got \[3, 64, 96\]"),
+        (torch.ones(4, 96).half(), PLAIN, "grouped_gemm: b must be Half, got Float"),
+        (torch.ones(4, 96).half(), PLAIN.bfloat16(), "grouped_gemm: b must be Half, got BFloat16"),
+    ],
+)
+def test_packed_weight_that_does_not_fit_raises(a, b, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.grouped_gemm(a, ops.pack_weight(b), OFFS)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised_weight_that_does_not_fit_raises(quantize):
+    packed = ops.pack_weight(PLAIN, quantize)
+    with pytest.raises(RuntimeError, match=r"b must be packed from \[3, 64, 64\], got \[3, 64, 96\]"):
+        ops.grouped_gemm(torch.ones(4, 64).bfloat16(), packed, OFFS)
+    for dtype, name in ((torch.float32, "Float"), (torch.float16, "Half")):
+        message = f"grouped_gemm: b is quantised and must meet inputs of BFloat16, got {name}"
+        with pytest.raises(RuntimeError, match=message):
+            ops.grouped_gemm(torch.ones(4, 96, dtype=dtype), packed, OFFS)
+    with pytest.raises(RuntimeError, match=r"grouped_gemm: b must have the shape of a packed weight, got \[3, "):
+        ops.grouped_gemm(torch.ones(4, 96).bfloat16(), packed[..., :-1], OFFS)
+
+
+def test_packed_weights_are_for_the_cpu(device):
+    a, packed, offs = (tensor.to(device) for tensor in (torch.ones(4, 96), ops.pack_weight(PLAIN), OFFS))
+    if device == "cpu":
+        assert torch.equal(ops.grouped_gemm(a, packed, offs), torch.full((4, 64), 96.0))
+        return
+    with pytest.raises(RuntimeError, match=r"b must be a plain weight \[E, N, Kdim\] on cuda, got a packed one"):
+        ops.grouped_gemm(a, packed, offs)
+
+
 def test_backward_is_an_error_in_words(device):
     a = A.to(device).requires_grad_()
     with pytest.raises(RuntimeError, match="grouped_gemm: has no backward"):
@@ -157,3 +247,9 @@ def test_backward_is_an_error_in_words(device):
 @pytest.mark.parametrize("case", [(0, 8, 5, 2), (5, 16, 33, 3), (1, 3, 2, 1)], ids=str)
 def test_opcheck(case, device, dtype):
     opcheck(torch.ops.mixtral.grouped_gemm.default, make(case, "uniform", device, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), PACKED_FORMATS, ids=str)
+def test_opcheck_of_packed_weights(dtype, quantize):
+    a, b, offs = make((5, 64, 96, 3), "uniform", "cpu", dtype)
+    opcheck(torch.ops.mixtral.grouped_gemm.default, (a, ops.pack_weight(b, quantize), offs))

@@ -14,16 +14,18 @@ SCHEMAS = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops/registration.cpp").r
 FOLDER = {
     "add_rms_norm": "rms_norm",
     "moe_unpermute": "moe_permute",
+    "unpack_weight": "pack_weight",
     "rolling_kv_cache_write": "rolling_kv_cache",
     "rolling_kv_cache_attention": "rolling_kv_cache",
 }
+# moe_mlp chains the kernels of the other ops; the layout of a packed weight is that of the CPU kernels.
+KERNELS = {"moe_mlp": (), "pack_weight": ("_cpu.cpp",)}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_every_schema_has_all_its_parts(op):
     folder = FOLDER.get(op, op)
-    # moe_mlp chains the kernels of the other ops and has none itself.
-    kernels = () if folder == "moe_mlp" else ("_cpu.cpp", "_cuda.cu")
+    kernels = KERNELS.get(folder, ("_cpu.cpp", "_cuda.cu"))
     parts = [f"csrc/ops/{folder}/{folder}{suffix}" for suffix in (".h", ".cpp", *kernels)]
     parts += [f"python/mixtral/ops/{folder}.py", f"tests/ops/test_{folder}.py", f"benchmarks/bench_{folder}.py"]
     missing = [part for part in parts if not (ROOT / part).exists()]
@@ -36,4 +38,4 @@ def test_nothing_exists_without_a_schema():
     folders = {FOLDER.get(op, op) for op in SCHEMAS}
     assert {path.name for path in (ROOT / "csrc/ops").iterdir() if path.is_dir()} == folders | {"cpu", "cuda"}
     assert set(ops.__all__) == set(SCHEMAS)
-    assert len(SCHEMAS) == 12
+    assert len(SCHEMAS) == 14

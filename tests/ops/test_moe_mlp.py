@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import assert_within_twice_baseline, opcheck, with_threads
+from conftest import DTYPES, assert_within_twice_baseline, opcheck, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing
 
@@ -17,6 +17,10 @@ CASES = [
     (65, 64, 96, 8, 2),
     (33, 100, 31, 16, 4),
 ]
+PACKED_CASES = [(0, 32, 32, 4, 2), (1, 32, 32, 1, 1), (40, 544, 96, 8, 2), (130, 64, 160, 3, 1)]
+# Formats of gate_up_proj and down_proj
+PACKED_FORMATS = [(dtype, None, None) for dtype in DTYPES]
+PACKED_FORMATS += [(torch.bfloat16, *formats) for formats in (("int8", "int8"), ("int4", "int4"), ("int4", None))]
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -58,6 +62,30 @@ def test_equals_the_composition_of_the_ops(case, routing, device, dtype):
     assert torch.equal(ops.moe_mlp(*layer), composed(*layer))
     x, weights, ids, gate_up, down = layer
     assert torch.equal(ops.moe_mlp(x, weights, ids.long(), gate_up, down), composed(*layer))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_packed_weights_equal_what_they_stand_for(case, dtype, gate_up_format, down_format):
+    x, weights, ids, gate_up, down = make(case, "zipf", "cpu", dtype)
+    gate_up, down = ops.pack_weight(gate_up, gate_up_format), ops.pack_weight(down, down_format)
+    plain = ops.unpack_weight(gate_up), ops.unpack_weight(down)
+    expected = ops.moe_mlp(x, weights, ids, *plain)
+    assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), expected)
+    assert torch.equal(composed(x, weights, ids, gate_up, down), expected)
+    assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, plain[1]), expected)
+    assert torch.equal(ops.moe_mlp(x, weights, ids, plain[0], down), expected)
+
+
+@pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
+def test_token_with_packed_weights_does_not_depend_on_batch_or_threads(dtype, gate_up_format, down_format):
+    x, weights, ids, gate_up, down = make((130, 608, 544, 8, 2), "zipf", "cpu", dtype)
+    packed = ops.pack_weight(gate_up, gate_up_format), ops.pack_weight(down, down_format)
+    whole = with_threads(2, lambda: ops.moe_mlp(x, weights, ids, *packed))
+    assert torch.equal(whole, with_threads(1, lambda: ops.moe_mlp(x, weights, ids, *packed)))
+    for part in (slice(0, 1), slice(64, 65), slice(1, 17), slice(30, 130)):
+        assert torch.equal(whole[part], ops.moe_mlp(x[part], weights[part], ids[part], *packed))
 
 
 def test_token_does_not_depend_on_batch_or_threads(device, dtype):
@@ -132,6 +160,47 @@ def test_bad_input_raises(name, value, message, device):
         ops.moe_mlp(**{key: tensor.to(device) for key, tensor in arguments.items()})
 
 
+BF16, GATE_UP_32, DOWN_32 = torch.ones(2, 32).bfloat16(), torch.ones(4, 64, 32), torch.ones(4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("x", "gate_up", "down", "message"),
+    [
+        (BF16.float(), "int8", None, "moe_mlp: gate_up_proj is quantised and must meet inputs of BFloat16, got Float"),
+        (BF16.float(), None, "int4", "moe_mlp: down_proj is quantised and must meet inputs of BFloat16, got Float"),
+        (BF16.half(), None, None, "moe_mlp: gate_up_proj must be Half, got Float"),
+        (torch.ones(2, 64), None, None, r"gate_up_proj must be packed from \[4, 64, 64\], got \[4, 64, 32\]"),
+    ],
+)
+def test_packed_weights_that_do_not_fit_raise(x, gate_up, down, message):
+    packed = ops.pack_weight(GATE_UP_32, gate_up), ops.pack_weight(DOWN_32, down)
+    with pytest.raises(RuntimeError, match=message):
+        ops.moe_mlp(x, W, IDS, *packed)
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down", "message"),
+    [
+        (GATE_UP_32, DOWN_32[:3], r"down_proj must have size 4 in dimension 0, got shape \[3, 1, 1, 1024\]"),
+        (GATE_UP_32, torch.ones(4, 32, 64), r"down_proj must be packed from \[4, 32, 32\], got \[4, 32, 64\]"),
+        (GATE_UP_32, torch.ones(4, 64, 32), r"down_proj must be packed from \[4, 32, 32\], got \[4, 64, 32\]"),
+        (GATE_UP_32[:, :32], DOWN_32, "packed from an intermediate size that is a multiple of 32, got 16"),
+    ],
+)
+def test_packed_weights_that_do_not_fit_each_other_raise(gate_up, down, message):
+    with pytest.raises(RuntimeError, match="moe_mlp: .*" + message):
+        ops.moe_mlp(BF16.float(), W, IDS, ops.pack_weight(gate_up), ops.pack_weight(down))
+
+
+def test_packed_weights_are_for_the_cpu(device):
+    layer = (BF16.float(), W, IDS, ops.pack_weight(GATE_UP_32), ops.pack_weight(DOWN_32))
+    if device == "cpu":
+        assert ops.moe_mlp(*layer).isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match=r"must be a plain weight \[E, 2I, H\] on cuda, got a packed one"):
+        ops.moe_mlp(*(tensor.to(device) for tensor in layer))
+
+
 def test_backward_is_an_error_in_words(device):
     x, *rest = (tensor.to(device) for tensor in (X.clone().requires_grad_(), W, IDS, GATE_UP, DOWN))
     with pytest.raises(RuntimeError, match="moe_mlp: has no backward"):
@@ -141,3 +210,10 @@ def test_backward_is_an_error_in_words(device):
 @pytest.mark.parametrize("case", [(0, 8, 8, 4, 2), (5, 16, 9, 3, 2)], ids=str)
 def test_opcheck(case, device, dtype):
     opcheck(torch.ops.mixtral.moe_mlp.default, make(case, "uniform", device, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
+def test_opcheck_of_packed_weights(dtype, gate_up_format, down_format):
+    x, weights, ids, gate_up, down = make((5, 32, 32, 3, 2), "uniform", "cpu", dtype)
+    packed = ops.pack_weight(gate_up, gate_up_format), ops.pack_weight(down, down_format)
+    opcheck(torch.ops.mixtral.moe_mlp.default, (x, weights, ids, *packed))

@@ -12,6 +12,7 @@ from routing import ROUTINGS, make_routing
 CASES = [(0, 8, 4, 2), (1, 1, 1, 1), (3, 5, 2, 2), (7, 33, 3, 1), (65, 64, 8, 2), (129, 100, 16, 4)]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permute_matches_reference(case, routing, device, dtype):
@@ -39,6 +40,7 @@ def test_permute_of_many_copies_is_stable(device):
     assert start == tokens * top_k
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_unpermute_matches_reference(case, routing, device, dtype):

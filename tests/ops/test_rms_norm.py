@@ -16,6 +16,7 @@ def make(shape: tuple[int, int], device: str, dtype: torch.dtype) -> tuple[torch
     return x, residual, torch.randn(shape[1], device=device, dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm_matches_reference(shape, device, dtype):
     x, _, weight = make(shape, device, dtype)
@@ -23,6 +24,7 @@ def test_rms_norm_matches_reference(shape, device, dtype):
     assert_within_twice_baseline(ops.rms_norm(x, weight, EPS), oracle, reference.rms_norm(x, weight, EPS))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_rms_norm_matches_reference(shape, device, dtype):
     x, residual, weight = make(shape, device, dtype)

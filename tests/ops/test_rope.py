@@ -27,6 +27,7 @@ def assert_matches_reference(q, k, positions, theta, interleaved) -> None:
         assert_within_twice_baseline(actual, want, plain)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("theta", [1e4, THETA])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,12 +10,14 @@ from mixtral import reference
 SHAPES = [(0, 8), (3, 0), (1, 2), (3, 10), (2, 32), (7, 34), (33, 514), (2, 28672)]
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, device, dtype):
     gate_up = (4 * torch.randn(shape, device=device, dtype=torch.float64)).to(dtype)
     assert_within_twice_baseline(ops.swiglu(gate_up), reference.swiglu(gate_up.double()), reference.swiglu(gate_up))
 
 
+@pytest.mark.every_isa
 def test_extreme_gates(device, dtype):
     gate = torch.tensor([0.0, 100, -100, 1e4, -1e4, float("nan")], device=device, dtype=dtype)
     out = ops.swiglu(torch.cat([gate, torch.ones_like(gate)])[None])[0]
@@ -29,6 +31,7 @@ def test_strided_inputs(device, dtype):
         assert torch.equal(ops.swiglu(gate_up), ops.swiglu(gate_up.contiguous()))
 
 
+@pytest.mark.every_isa
 def test_row_does_not_depend_on_batch_or_threads(device, dtype):
     gate_up = torch.randn(129, 2 * 1000, device=device).to(dtype)
     whole = with_threads(2, lambda: ops.swiglu(gate_up))

@@ -11,6 +11,7 @@ CASES = [(0, 8, 2), (1, 1, 1), (3, 2, 1), (7, 3, 3), (33, 8, 2), (65, 16, 4), (5
 INF, NAN = float("inf"), float("nan")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("renormalize", [True, False], ids=["renormalize", "plain"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case, renormalize, device, dtype):
@@ -22,6 +23,7 @@ def test_matches_reference(case, renormalize, device, dtype):
     assert_within_twice_baseline(weights, oracle_weights, reference.topk_softmax(logits, top_k, renormalize)[0])
 
 
+@pytest.mark.every_isa
 def test_ties_go_to_the_smaller_id(device, dtype):
     logits = torch.tensor([[1, 2, 2, 1, 2], [0, 0, 0, 0, 0]], device=device, dtype=dtype)
     assert ops.topk_softmax(logits, 4)[1].tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]

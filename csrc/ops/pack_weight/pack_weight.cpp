@@ -58,7 +58,8 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize) {
 Tensor unpack_weight(const Tensor& packed) {
   constexpr const char* op = "unpack_weight";
   const Tensor contiguous = torch::stable::contiguous(packed);
-  const bool quantized = !is_float_type(packed.scalar_type());
+  const bool quantized = packed.scalar_type() == ScalarType::Char || packed.scalar_type() == ScalarType::Byte;
+  if (!quantized) check_float(op, "packed", packed);
   const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
   const WeightView view = view_weight(op, "packed", contiguous, type, "[E, N/32, Kdim/32, 1024]");
   MIXTRAL_CHECK(view.format != WeightFormat::kPlain, op, ": packed must be a packed weight, got shape ",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._library import register_fake, register_no_backward
+from .pack_weight import weight_columns
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
@@ -13,7 +14,9 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
     Args:
         a: [M, Kdim], float.
-        b: [E, N, Kdim], the layout of ``torch.nn.Linear.weight``, dtype of ``a``.
+        b: [E, N, Kdim], the layout of ``torch.nn.Linear.weight``, dtype of ``a``; on the CPU plain or packed
+            (:func:`pack_weight`). Packed without quantisation it gives the bits of the plain one; a quantised one,
+            for bf16 ``a`` alone, those of ``unpack_weight(b)``.
         offs: [E], int32 or int64 **end** offsets, as in ``torch.nn.functional.grouped_mm``.
 
     Returns:
@@ -28,7 +31,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 @register_fake("grouped_gemm")
 def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]))
+    return a.new_empty((a.shape[0], weight_columns(b)))
 
 
 register_no_backward("grouped_gemm")

@@ -1,0 +1,81 @@
+"""Weights laid out once for the CPU kernels, optionally quantised; the matmul ops take them in place of plain ones."""
+
+import torch
+from torch import Tensor
+
+from ._library import register_fake, register_no_backward
+
+
+def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
+    """The rows of ``weight`` in the order in which the CPU kernels read them, 32 rows to a block.
+
+    ``grouped_gemm`` and ``moe_mlp`` take the result in place of ``weight``; shape and dtype tell the format. Only the
+    format without quantisation gives the bits of the plain weight; a quantised one stands for what
+    :func:`unpack_weight` returns, and goes with bf16 inputs alone.
+
+    ========  ===================================  ==========================================================
+    quantize  packed                               a weight is
+    ========  ===================================  ==========================================================
+    None      [E, N/32, Kdim/32, 1024], its dtype  itself
+    "int8"    int8 [E, N/32, 32 * Kdim + 128]      f32 scale of its row * q, -127 <= q <= 127, rounded to bf16
+    "int4"    uint8 [E, N/32, Kdim/32, 576]        f16 scale of 32 depths of its row * q, -8 <= q <= 7, likewise
+    ========  ===================================  ==========================================================
+
+    Args:
+        weight: [E, N, Kdim], float, N and Kdim multiples of 32.
+        quantize: None, "int8" or "int4".
+
+    Returns:
+        The packed weight: as many bytes as ``weight`` without quantisation, 1 byte a value and 4 a row with "int8", 4.5
+        bits a value with "int4".
+
+    Raises:
+        RuntimeError: a shape, dtype or format does not fit; a weight to be quantised is not finite, or one to become
+            int4 is 524160 or more in magnitude, which f16 scales cannot hold.
+        NotImplementedError: ``weight`` is on CUDA.
+    """
+    return torch.ops.mixtral.pack_weight.default(weight, quantize)
+
+
+def unpack_weight(packed: Tensor) -> Tensor:
+    """The weight that ``packed`` stands for: what was packed, or the bf16 values of a quantised one.
+
+    Args:
+        packed: as from :func:`pack_weight`.
+
+    Returns:
+        [E, N, Kdim], dtype of ``packed``, bf16 when quantised.
+
+    Raises:
+        RuntimeError: the shape or dtype is not that of a packed weight.
+        NotImplementedError: ``packed`` is on CUDA.
+    """
+    return torch.ops.mixtral.unpack_weight.default(packed)
+
+
+def weight_columns(weight: Tensor) -> int:
+    """N of a plain or packed weight."""
+    packed = weight.dim() == 4 or weight.dtype == torch.int8
+    return weight.shape[1] * (32 if packed else 1)
+
+
+@register_fake("pack_weight")
+def _(weight: Tensor, quantize: str | None = None) -> Tensor:
+    experts, columns, depth = weight.shape
+    if quantize == "int8":
+        return weight.new_empty((experts, columns // 32, 32 * depth + 128), dtype=torch.int8)
+    if quantize == "int4":
+        return weight.new_empty((experts, columns // 32, depth // 32, 576), dtype=torch.uint8)
+    return weight.new_empty((experts, columns // 32, depth // 32, 1024))
+
+
+@register_fake("unpack_weight")
+def _(packed: Tensor) -> Tensor:
+    int8, int4 = packed.dtype == torch.int8, packed.dtype == torch.uint8
+    depth = (packed.shape[2] - 128) // 32 if int8 else packed.shape[2] * 32
+    dtype = torch.bfloat16 if int8 or int4 else packed.dtype
+    return packed.new_empty((packed.shape[0], weight_columns(packed), depth), dtype=dtype)
+
+
+register_no_backward("pack_weight")
+register_no_backward("unpack_weight")
