@@ -88,11 +88,30 @@ def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(scales == 0, 0, weight.float() / scales).round().clamp(-127, 127), scales
 
 
+def _int4_scale(byte: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale that a byte means, as a factor, 1 or the square root of two, and the exponent of a power of two."""
+    return torch.where(byte % 2 == 1, 2**0.5, 1.0).float(), byte.int() // 2 - 64
+
+
 def _quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[E,N,Kdim] -> q [E,N,Kdim/32,32], f16 scales [E,N,Kdim/32,1]: the largest of 32 depths becomes -8."""
+    """[E,N,Kdim] -> q + 8 [E,N,Kdim/32,32], bytes of scales [E,N,Kdim/32]: of three scales the one of least error."""
     groups = weight.float().unflatten(-1, (-1, 32))
-    scales = (groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8).half()
-    return torch.where(scales == 0, 0, groups / scales.float()).round().clamp(-8, 7), scales
+    fraction, exponent = torch.frexp(groups.abs().amax(-1) / 7.5)
+    covering = 2 * (exponent + 64) - (fraction <= torch.tensor(2**0.5).float() / 2).int()
+    covering = torch.where(fraction == 0, 0, covering).clamp(0, 255)
+
+    def at(byte: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.ldexp(*_int4_scale(byte))[..., None]
+        levels = (torch.floor(groups / scale) + 8).clamp(0, 15)
+        return levels, (groups.double() - scale.double() * (levels - 7.5)).square().sum(-1)
+
+    best, (levels, error) = covering, at(covering)
+    for smaller in (covering - 1, covering - 2):
+        smaller_levels, smaller_error = at(smaller.clamp(min=0))
+        better = (smaller >= 0) & (smaller_error < 0.999999 * error)
+        best, error = torch.where(better, smaller, best), torch.where(better, smaller_error, error)
+        levels = torch.where(better[..., None], smaller_levels, levels)
+    return levels, best.to(torch.uint8)
 
 
 def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
@@ -103,13 +122,11 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
         values = _pair_order(q).to(torch.int8).reshape(experts, columns // 32, 32 * depth)
         return torch.cat((values, scales.reshape(experts, columns // 32, 32).view(torch.int8)), -1)
     if quantize == "int4":
-        q, scales = _quantize_int4(weight)
-        # block, half, row div 8, row mod 8, step, group of pairs, pair, depth
-        levels = (q + 8).to(torch.uint8).reshape(experts, columns // 32, 2, 2, 8, depth // 32, 4, 4, 2)
-        low, high = levels.permute(3, 0, 1, 5, 2, 6, 4, 8, 7)  # block, step, half, group, row mod 8, depth, pair
-        values = (low + 16 * high).reshape(experts, columns // 32, depth // 32, 512)
-        step_scales = scales.reshape(experts, columns // 32, 32, depth // 32).mT.contiguous()
-        return torch.cat((step_scales.view(torch.uint8), values), -1)
+        levels, scales = _quantize_int4(weight)
+        # block, step, half, group of pairs, pair, word: nibble `pair` of a word is in byte pair // 2, low half first
+        words = _pair_order(levels.flatten(2)).to(torch.uint8).unflatten(-1, (2, 4, 2, 2, 32))
+        values = (words[..., 0, :] + 16 * words[..., 1, :]).mT.flatten(3)
+        return torch.cat((scales.unflatten(1, (-1, 32)).mT, values), -1)
     if weight.dtype == torch.bfloat16:
         return _pair_order(weight)
     split = weight.reshape(experts, columns // 32, 32, depth // 32, 32)  # block, row, step, depth
@@ -125,12 +142,11 @@ def unpack_weight(packed: Tensor) -> Tensor:
         return (q * scales.reshape(experts, blocks * 32, 1)).bfloat16()
     count = packed.shape[2]
     if packed.dtype == torch.uint8:
-        scales = packed[..., :64].contiguous().view(torch.float16).mT.reshape(experts, blocks * 32, count, 1)
-        # block, step, half, group of pairs, row mod 8, depth, pair
-        values = packed[..., 64:].reshape(experts, blocks, count, 2, 4, 8, 2, 4)
-        q = torch.stack((values & 15, values >> 4)).float() - 8  # row div 8 in front
-        q = q.permute(1, 2, 4, 0, 6, 3, 5, 8, 7).reshape(experts, blocks * 32, count, 32)
-        return (q * scales.float()).bfloat16().flatten(2)
+        factor, exponent = _int4_scale(packed[..., :32].mT.reshape(experts, blocks * 32, count, 1))
+        values = packed[..., 32:].unflatten(-1, (2, 4, 32, 2)).mT  # block, step, half, group of pairs, byte, word
+        levels = torch.stack((values & 15, values >> 4), -2).reshape(experts, blocks, count, 1024)
+        rows = (_from_pair_order(levels).float() - 7.5).unflatten(-1, (-1, 32))
+        return torch.ldexp((rows * factor).bfloat16().float(), exponent).bfloat16().flatten(2)
     if packed.dtype == torch.bfloat16:
         return _from_pair_order(packed)
     split = packed.reshape(experts, blocks, count, 32, 32)  # block, step, depth, row

@@ -50,7 +50,7 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize) {
       if (!launch_pack_weight_cpu(from, format, depth, to, begin, end)) finite = false;
     });
   });
-  MIXTRAL_CHECK(finite, op, ": weight must be finite to be quantised, got inf or NaN");
+  MIXTRAL_CHECK(finite, op, ": weight must be below 2^66 in magnitude to be quantised, got more, inf or NaN");
   return packed;
 }
 

@@ -51,7 +51,7 @@ inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t el
   }
 }
 
-// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. False where quantising meets inf or NaN.
+// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. False where quantising meets 2^66, inf or NaN.
 template <typename T>
 bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth, char* out, int64_t begin, int64_t end);
 

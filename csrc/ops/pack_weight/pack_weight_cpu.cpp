@@ -16,6 +16,8 @@ using namespace cpu;
 namespace {
 
 constexpr float kSqrt2 = 1.41421356f;
+constexpr float kLargest = 0x1p66f;        // that a scale of int4 reaches
+constexpr double kClearlyLess = 0.999999;  // so that a rounding error decides nothing
 
 // Where the value of row j at depth d lies in a step: in pair order, or depth by depth.
 MIXTRAL_INLINE int64_t pair_index(int64_t j, int64_t d) { return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2; }
@@ -83,7 +85,7 @@ MIXTRAL_INLINE void quantize_int4(const T* rows, int64_t depth, char* block) {
       Int4Group best = quantize_group(values, scale);
       for (int smaller = covering - 1; smaller >= std::max(0, covering - 2); --smaller) {
         const Int4Group group = quantize_group(values, smaller);
-        if (group.error < best.error) {
+        if (group.error < kClearlyLess * best.error) {
           best = group;
           scale = smaller;
         }
@@ -104,8 +106,8 @@ MIXTRAL_INLINE void quantize_int4(const T* rows, int64_t depth, char* block) {
 }
 
 template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  return std::all_of(values, values + count, [](T value) { return std::isfinite(to_float(value)); });
+bool can_quantize(const T* values, int64_t count) {
+  return std::all_of(values, values + count, [](T value) { return std::abs(to_float(value)) < kLargest; });
 }
 
 }  // namespace
@@ -126,7 +128,7 @@ bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth,
       }
       continue;
     }
-    if (!all_finite(rows, block_values)) return false;
+    if (!can_quantize(rows, block_values)) return false;
     for_cpu_isa(
         [&] { format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, depth, block); });
   }
