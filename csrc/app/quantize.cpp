@@ -17,6 +17,7 @@ void run(const Flags& flags) {
   model_flags.dtype = flags.dtype;
   model_flags.threads = flags.threads;
   const std::filesystem::path folder = model_path(model_flags);
+  check_unused(flags.out);  // before the model is read, which may take minutes
   const Config config = Config::from_folder(folder);
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
   LoadedEngine loaded = load_engine(model_flags, std::nullopt);

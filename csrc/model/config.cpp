@@ -4,6 +4,7 @@
 
 #include "config_fields.h"
 #include "load_error.h"
+#include "packing.h"
 
 namespace mixtral {
 namespace {
@@ -59,6 +60,10 @@ void Config::validate(const std::string& source) const {
   check_positive(rope_theta, source, "rope_theta");
   check(dtype == "float32" || dtype == "bfloat16" || dtype == "float16", source, "dtype",
         "must be float32, bfloat16 or float16");
+  if (!quantization.empty()) {
+    const std::string unfit = unfit_size(*this);
+    check(unfit.empty(), source, "quantization_config", "needs sizes that are multiples of 32, got " + unfit);
+  }
   const auto is_token = [&](int64_t id) { return 0 <= id && id < vocab_size; };
   const std::string token_range = "must be a token id in [0, " + std::to_string(vocab_size) + "), got ";
   check(is_token(bos_token_id), source, "bos_token_id", token_range + std::to_string(bos_token_id));

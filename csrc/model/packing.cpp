@@ -15,7 +15,13 @@ std::optional<std::string> quantize_name(Packing packing) {
   return packing == Packing::kInt8 ? "int8" : "int4";
 }
 
-// The first size that keeps the matrices from being packed, in words; empty when there is none.
+}  // namespace
+
+std::string WeightType::name() const {
+  if (is_quantized(packing)) return *quantize_name(packing);
+  return dtype == torch::kFloat32 ? "float32" : dtype == torch::kFloat16 ? "float16" : "bfloat16";
+}
+
 std::string unfit_size(const Config& config) {
   const std::pair<const char*, int64_t> sizes[] = {{"hidden_size", config.hidden_size},
                                                    {"intermediate_size", config.intermediate_size},
@@ -24,13 +30,6 @@ std::string unfit_size(const Config& config) {
   for (const auto& [name, size] : sizes)
     if (size % kPackedRows != 0) return std::string(name) + " " + std::to_string(size);
   return "";
-}
-
-}  // namespace
-
-std::string WeightType::name() const {
-  if (is_quantized(packing)) return *quantize_name(packing);
-  return dtype == torch::kFloat32 ? "float32" : dtype == torch::kFloat16 ? "float16" : "bfloat16";
 }
 
 WeightType parse_weight_type(const std::string& name, const Config& config, torch::Device device, bool pack) {
@@ -61,9 +60,10 @@ double bytes_per_weight(const WeightType& type) {
 }
 
 double weight_bytes(const Config& config, const WeightType& type) {
-  const auto embeddings = static_cast<double>(config.vocab_size * config.hidden_size);
-  const double others = static_cast<double>(config.total_parameters()) - embeddings;
-  return embeddings * static_cast<double>(c10::elementSize(type.dtype)) + others * bytes_per_weight(type);
+  const bool plain_head = !config.tie_word_embeddings && !packs_lm_head(config, type.packing);
+  const auto plain = static_cast<double>((plain_head ? 2 : 1) * config.vocab_size * config.hidden_size);
+  const double others = static_cast<double>(config.total_parameters()) - plain;
+  return plain * static_cast<double>(c10::elementSize(type.dtype)) + others * bytes_per_weight(type);
 }
 
 torch::Tensor empty_matrix(const std::vector<int64_t>& shape, const torch::TensorOptions& options, Packing packing) {

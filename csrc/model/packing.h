@@ -32,6 +32,9 @@ struct WeightType {
 // are no multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
 WeightType parse_weight_type(const std::string& name, const Config& config, torch::Device device, bool pack = true);
 
+// The first size that keeps the matrices from being packed, in words; empty when there is none.
+std::string unfit_size(const Config& config);
+
 // Bytes of all weights, to within 1 %.
 double weight_bytes(const Config& config, const WeightType& type);
 // Bytes of one value of a matrix.

@@ -97,7 +97,7 @@ class NewFolder {
  public:
   explicit NewFolder(const fs::path& final_path) : final_path_(final_path), path_(final_path.string() + ".incomplete") {
     remove();
-    if (!fs::create_directories(path_)) throw std::runtime_error(path_.string() + ": cannot be created");
+    if (!fs::create_directories(path_)) throw std::runtime_error(path_.string() + ": cannot be replaced");
   }
   ~NewFolder() { remove(); }
   const fs::path& path() const { return path_; }
@@ -118,7 +118,26 @@ class NewFolder {
   const fs::path final_path_, path_;
 };
 
-fs::path without_trailing_slash(const fs::path& path) { return path.has_filename() ? path : path.parent_path(); }
+// Absolute, without a slash at the end.
+fs::path folder_path(const fs::path& folder) {
+  const fs::path path = fs::absolute(folder).lexically_normal();
+  return path.has_filename() ? path : path.parent_path();
+}
+
+void write_folder(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
+                  const LoadProgress& progress) {
+  NewFolder incomplete(folder);
+  Config config = model.config();
+  config.quantization = model.weight_type().name();
+  config.dtype = "bfloat16";
+  write_text(incomplete.path() / "config.json", config_json(config));
+  for (const auto& entry : fs::directory_iterator(source)) {
+    if (entry.is_regular_file() && entry.path().filename().string().rfind("tokenizer", 0) == 0)
+      fs::copy_file(entry.path(), incomplete.path() / entry.path().filename());
+  }
+  write_weights(model, incomplete.path() / "model.safetensors", progress);
+  incomplete.finish();
+}
 
 }  // namespace
 
@@ -152,27 +171,26 @@ std::string config_json(const Config& config) {
   return result.dump(2) + "\n";
 }
 
+void check_unused(const fs::path& folder) {
+  std::error_code ignored;
+  if (!fs::exists(folder, ignored)) return;
+  if (!fs::is_directory(folder, ignored) || !fs::is_empty(folder, ignored)) {
+    throw std::invalid_argument(folder.string() + ": must not exist or be an empty folder");
+  }
+}
+
 void save_quantized(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
                     const LoadProgress& progress) {
   const WeightType type = model.weight_type();
   if (type.packing != Packing::kInt8 && type.packing != Packing::kInt4) {
     throw std::invalid_argument("save_quantized: model must be int8 or int4, got " + type.name());
   }
-  const fs::path target = without_trailing_slash(folder);
-  if (fs::exists(target) && !(fs::is_directory(target) && fs::is_empty(target))) {
-    throw std::invalid_argument(target.string() + ": must not exist or be an empty folder");
+  check_unused(folder);
+  try {
+    write_folder(model, source, folder_path(folder), progress);
+  } catch (const fs::filesystem_error& error) {
+    throw std::runtime_error(folder.string() + ": cannot be written: " + error.code().message());
   }
-  NewFolder incomplete(target);
-  Config config = model.config();
-  config.quantization = type.name();
-  config.dtype = "bfloat16";
-  write_text(incomplete.path() / "config.json", config_json(config));
-  for (const auto& entry : fs::directory_iterator(source)) {
-    if (entry.is_regular_file() && entry.path().filename().string().rfind("tokenizer", 0) == 0)
-      fs::copy_file(entry.path(), incomplete.path() / entry.path().filename());
-  }
-  write_weights(model, incomplete.path() / "model.safetensors", progress);
-  incomplete.finish();
 }
 
 }  // namespace mixtral

@@ -11,12 +11,16 @@
 
 namespace mixtral {
 
-// The text of a config.json for `config`; Config::from_json of it gives `config` back, but for window_source.
+// The text of a config.json for `config`; Config::from_json of it gives `config` back, but for layout and
+// window_source.
 std::string config_json(const Config& config);
 
-// `model` quantised to int8 or int4, read from folder `source`, into `folder`, which must not exist or be empty. The
-// folder appears complete or not at all. Throws std::invalid_argument when the model is not quantised or `folder` is in
-// use; std::runtime_error when it cannot be written.
+// Throws std::invalid_argument unless `folder` does not exist or is an empty folder.
+void check_unused(const std::filesystem::path& folder);
+
+// `model` quantised to int8 or int4, read from folder `source`, into an unused `folder`, which appears complete or not
+// at all. Throws std::invalid_argument when the model is not quantised or `folder` is in use; std::runtime_error when
+// it cannot be written.
 void save_quantized(const MixtralImpl& model, const std::filesystem::path& source, const std::filesystem::path& folder,
                     const LoadProgress& progress = nullptr);
 

@@ -53,7 +53,7 @@ def model(tmp_path: Path) -> Path:
         (["generate", "--logprobs", "21", "--json", "-p", "a"], ["21"]),
         (["generate", "--logprobs", "2", "-p", "a"], ["--json"]),
         (["generate", "--device", "tpu", "-p", "a"], ["tpu"]),
-        (["generate", "--dtype", "int8", "-p", "a"], ["int8"]),
+        (["generate", "--dtype", "int3", "-p", "a"], ["int3"]),
         (["generate", "-c", "-5", "-p", "a"], ["-5"]),
         (["generate", "-p", ""], ["empty"]),
         (["generate"], ["empty"]),  # empty stdin

@@ -60,8 +60,9 @@ std::string error_of(Engine& engine, const Prompts& prompts, const SamplingParam
 }
 
 TEST(Engine, NeitherChunksNorNeighboursNorBatchLimitsChangeAResult) {
-  for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
-    auto model = tiny_model(tiny_config(), dtype);
+  const auto packable = tiny_model(packable_config(), torch::kBFloat16);
+  for (auto& model : {tiny_model(tiny_config()), tiny_model(tiny_config(), torch::kBFloat16),
+                      packed_model(packable, Packing::kFloat), packed_model(packable, Packing::kInt4)}) {
     const Prompts prompts = some_prompts();
     const std::vector<SamplingParams> sampling = {params(20), params(9, 1.0, 5), params(15, 0.7, 6)};
     std::vector<Generation> alone;

@@ -92,6 +92,7 @@ TEST(Transformer, MatchesAFloat64ForwardPass) {
 struct Case {
   int64_t num_experts, top_k, window;
   torch::ScalarType dtype;
+  Packing packing = Packing::kNone;
 };
 
 std::vector<Case> cases() {
@@ -100,21 +101,33 @@ std::vector<Case> cases() {
     for (const int64_t window : {0, 8})
       for (const auto& [experts, top_k] : std::vector<std::pair<int64_t, int64_t>>{{0, 0}, {1, 1}, {4, 1}, {8, 2}})
         all.push_back({experts, top_k, window, dtype});
+  const std::vector<std::pair<torch::ScalarType, Packing>> packed = {{torch::kFloat32, Packing::kFloat},
+                                                                     {torch::kBFloat16, Packing::kFloat},
+                                                                     {torch::kBFloat16, Packing::kInt8},
+                                                                     {torch::kBFloat16, Packing::kInt4}};
+  for (const auto& [dtype, packing] : packed) {
+    all.push_back({0, 0, 8, dtype, packing});
+    all.push_back({8, 2, 0, dtype, packing});
+  }
   return all;
+}
+
+Mixtral model_of(const Case& c) {
+  if (c.packing == Packing::kNone) return tiny_model(tiny_config(c.num_experts, c.top_k, c.window), c.dtype);
+  return packed_model(tiny_model(packable_config(c.num_experts, c.top_k, c.window), c.dtype), c.packing);
 }
 
 class Invariance : public ::testing::TestWithParam<Case> {
  protected:
-  Invariance()
-      : model(tiny_model(tiny_config(GetParam().num_experts, GetParam().top_k, GetParam().window), GetParam().dtype)),
-        ids(random_ids(43, 101, 7)) {}
+  Invariance() : model(model_of(GetParam())), ids(random_ids(43, 101, 7)) {}
   Mixtral model;
   std::vector<int64_t> ids;
 };
+const char* const kPackingNames[] = {"", "Packed", "Int8", "Int4"};
 INSTANTIATE_TEST_SUITE_P(Transformer, Invariance, ::testing::ValuesIn(cases()), [](const auto& info) {
   const Case& c = info.param;
   return "E" + std::to_string(c.num_experts) + "K" + std::to_string(c.top_k) + "W" + std::to_string(c.window) +
-         torch::toString(c.dtype);
+         torch::toString(c.dtype) + kPackingNames[static_cast<size_t>(c.packing)];
 });
 
 TEST_P(Invariance, ChunkedThroughTheRollingCacheEqualsWholeWithoutOne) {
@@ -172,6 +185,16 @@ TEST(Transformer, OneLayerOfMixtral8x7BIsBatchInvariant) {
     const auto prefix = whole(model, {ids.begin(), ids.begin() + tokens});
     EXPECT_TRUE(same_bits(model->logits(prefix), expected.narrow(0, 0, tokens))) << tokens;
   }
+}
+
+TEST(Transformer, PackingDoesNotChangeABit) {
+  for (const auto dtype : {torch::kFloat32, torch::kBFloat16, torch::kFloat16})
+    for (const int64_t experts : {0, 4}) {
+      auto plain = tiny_model(packable_config(experts), dtype);
+      auto packed = packed_model(plain, Packing::kFloat);
+      const auto ids = random_ids(43, 101, 7);
+      EXPECT_TRUE(same_bits(packed->logits(whole(packed, ids)), plain->logits(whole(plain, ids)))) << dtype;
+    }
 }
 
 // ---- interface -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,32 @@ inline Mixtral tiny_model(const Config& config, torch::ScalarType dtype = torch:
   return model;
 }
 
+// The same with sizes that can be packed, lm_head's included.
+inline Config packable_config(int64_t num_experts = 4, int64_t top_k = 2, int64_t window = 8) {
+  Config config = tiny_config(num_experts, top_k, window);
+  config.hidden_size = 64;
+  config.intermediate_size = 96;
+  config.head_dim = 16;
+  config.vocab_size = 128;
+  return config;
+}
+
+// A model with the weights of `plain`, its matrices packed.
+inline Mixtral packed_model(const Mixtral& plain, Packing packing) {
+  const torch::NoGradGuard no_grad;
+  Mixtral model(plain->config(), plain->dtype(), torch::kCPU, packing);
+  const auto weights = plain->named_parameters();
+  for (auto& item : model->named_parameters()) {
+    const torch::Tensor& weight = weights[item.key()];
+    if (is_packed(item.value())) {
+      item.value().flatten(0, 1).copy_(pack_rows(weight.view({-1, weight.size(-1)}), packing));
+    } else {
+      item.value().copy_(weight);
+    }
+  }
+  return model;
+}
+
 inline std::vector<int64_t> random_ids(int64_t length, int64_t vocab, uint64_t seed) {
   auto generator = torch::make_generator<torch::CPUGeneratorImpl>(seed);
   const auto ids = torch::randint(vocab, {length}, generator, torch::kInt64);

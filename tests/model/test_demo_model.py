@@ -1,11 +1,17 @@
 """The bundled model is small, complete and trained: it predicts English of its two kinds far better than chance."""
 
 import math
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 
+import mixtral
 from python_models import DEMO, demo_model
+
+# Luke 15, and a page of the SQLite documentation: whole documents of the held-out set.
+HELD_OUT = Path(__file__).resolve().parents[1] / "data" / "held_out"
 
 # Luke was held out of its training; the other is written in the manner of the SQLite documentation.
 TEXTS = {
@@ -30,6 +36,19 @@ def test_predicts_english(domain):
     scrambled = " ".join(sorted(text.split()))
     assert bits_per_byte(text) < 1.9  # a uniform guess over the vocabulary is about 4
     assert bits_per_byte(scrambled) > bits_per_byte(text) + 0.5
+
+
+@lru_cache
+def held_out_bits_per_byte(domain: str, dtype: str) -> float:
+    text = (HELD_OUT / f"{domain}.txt").read_text()
+    return mixtral.Mixtral.from_pretrained(DEMO, dtype=dtype).perplexity(text).bits_per_byte
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("int8", 0.003), ("int4", 0.02)])
+@pytest.mark.parametrize("domain", TEXTS)
+def test_quantised_weights_predict_nearly_as_well(domain, dtype, allowed):
+    ratio = held_out_bits_per_byte(domain, dtype) / held_out_bits_per_byte(domain, "bfloat16")
+    assert abs(ratio - 1) < allowed
 
 
 def test_fits_the_repository():

@@ -42,9 +42,11 @@ def test_dtype_and_device_are_names_or_torch_objects(dtype, device):
     assert mixtral.Mixtral.from_config(tiny_config(), device=device, dtype=dtype).dtype == torch.float16
 
 
-@pytest.mark.parametrize("dtype", ["int8", "half", torch.float64])
+@pytest.mark.parametrize("dtype", ["int3", "half", torch.float64])
 def test_unknown_dtype_is_a_value_error(dtype):
-    with pytest.raises(ValueError, match="dtype: expected auto, float32"):
+    name = str(dtype).removeprefix("torch.")
+    message = f"dtype must be auto, float32, bfloat16, float16, int8 or int4, got {name}"
+    with pytest.raises(ValueError, match=message):
         mixtral.Mixtral.from_pretrained(DEMO, dtype=dtype)
 
 

@@ -1,0 +1,103 @@
+// Which weights are packed, what errors say, and the config.json that a quantised checkpoint gets.
+#include <gtest/gtest.h>
+
+#include "checkpoint_files.h"
+#include "model/packing.h"
+#include "model/save.h"
+#include "tiny_model.h"
+
+namespace mixtral {
+namespace {
+
+std::string error_of(const std::string& name, const Config& config, torch::Device device) {
+  try {
+    parse_weight_type(name, config, device);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(Packing, FloatWeightsArePackedOnTheCpuWhereSizesAllow) {
+  const Config config = packable_config();
+  EXPECT_EQ(parse_weight_type("auto", config, torch::kCPU).packing, Packing::kFloat);
+  EXPECT_EQ(parse_weight_type("float32", config, torch::kCPU, /*pack=*/false).packing, Packing::kNone);
+  EXPECT_EQ(parse_weight_type("float32", config, torch::kCUDA).packing, Packing::kNone);
+  for (int64_t Config::*size : {&Config::hidden_size, &Config::intermediate_size, &Config::head_dim}) {
+    Config unfit = config;
+    unfit.*size = 36;
+    EXPECT_EQ(parse_weight_type("float32", unfit, torch::kCPU).packing, Packing::kNone);
+  }
+}
+
+TEST(Packing, NamesAreThoseOfTheWeights) {
+  for (const std::string name : {"float32", "bfloat16", "float16", "int8", "int4"})
+    EXPECT_EQ(parse_weight_type(name, packable_config(), torch::kCPU).name(), name);
+}
+
+TEST(Packing, ErrorsSayWhatDoesNotFit) {
+  const Config config = packable_config();
+  EXPECT_EQ(error_of("int3", config, torch::kCPU),
+            "dtype must be auto, float32, bfloat16, float16, int8 or int4, got int3");
+  EXPECT_EQ(error_of("int4", config, torch::Device("cuda:1")), "dtype int4 needs device cpu, got cuda:1");
+  Config unfit = config;
+  unfit.num_kv_heads = 1;
+  EXPECT_EQ(error_of("int8", unfit, torch::kCPU),
+            "dtype int8 needs sizes that are multiples of 32, got num_kv_heads * head_dim 16");
+  Config quantized = config;
+  quantized.quantization = "int8";
+  EXPECT_EQ(error_of("auto", quantized, torch::kCPU), "");
+  EXPECT_EQ(error_of("int4", quantized, torch::kCPU),
+            "dtype must be auto or int8 for a checkpoint quantised to int8, got int4");
+  EXPECT_EQ(error_of("auto", quantized, torch::kCUDA), "dtype int8 needs device cpu, got cuda");
+}
+
+TEST(Packing, PlannedBytesAreThoseOfTheParameters) {
+  Config config = packable_config(8);
+  config.hidden_size = 512;
+  config.intermediate_size = 1024;
+  for (const int64_t vocab : {4096, 4097})  // with a packed lm_head and a plain one
+    for (const bool tied : {false, true})
+      for (const Packing packing : {Packing::kNone, Packing::kFloat, Packing::kInt8, Packing::kInt4}) {
+        config.vocab_size = vocab;
+        config.tie_word_embeddings = tied;
+        const MixtralImpl model(config, torch::kBFloat16, torch::kMeta, packing);
+        double bytes = 0;
+        for (const torch::Tensor& parameter : model.parameters()) bytes += static_cast<double>(parameter.nbytes());
+        EXPECT_NEAR(weight_bytes(config, model.weight_type()) / bytes, 1, 0.01) << model.weight_type().name() << vocab;
+      }
+}
+
+TEST(Save, ConfigJsonGivesTheConfigBack) {
+  Config config = packable_config(8, 3, 0);
+  config.head_dim = 48;  // not hidden_size / num_heads
+  config.rms_norm_eps = 1.0 / 3;
+  config.rope_theta = 123456.75;
+  config.dtype = "float16";
+  config.bos_token_id = 5;
+  config.eos_token_ids = {7, 0};
+  config.quantization = "int4";
+  Config dense = packable_config(0, 0, 77);
+  dense.renormalize = dense.router_in_f32 = false;
+  dense.tie_word_embeddings = true;
+  dense.eos_token_ids = {};
+  for (const Config& c : {config, dense}) {
+    const auto back = Config::from_json(config_json(c), CheckpointLayout::kHuggingFace, "config.json");
+    const auto fields = [](const Config& x) {
+      return std::tuple(x.hidden_size, x.intermediate_size, x.num_layers, x.num_heads, x.num_kv_heads, x.head_dim,
+                        x.vocab_size, x.max_position, x.num_experts, x.top_k, x.renormalize, x.router_in_f32,
+                        x.rms_norm_eps, x.rope_theta, x.window, x.tie_word_embeddings, x.dtype, x.quantization,
+                        x.bos_token_id, x.eos_token_ids);
+    };
+    EXPECT_EQ(fields(back), fields(c)) << config_json(c);
+  }
+}
+
+TEST(Save, OnlyQuantisedModels) {
+  const testing::TempFolder folder;
+  EXPECT_THROW(save_quantized(*tiny_model(packable_config()), folder.path(), folder / "out"), std::invalid_argument);
+  EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+}
+
+}  // namespace
+}  // namespace mixtral
