@@ -10,15 +10,16 @@ namespace mixtral {
 
 struct SoftmaxState {
   float max = -std::numeric_limits<float>::infinity();
-  float sum = 0.0f;
+  cpu::Lanes sum{};  // lane j: keys j (mod 16)
 };
 
-// scores, weights [64]; keys [from, to) are seen, the others get the weight 0. acc [width], the weighted sum of values so
-// far, is scaled to the new maximum. The sum is that of the weights as they are rounded for the product.
+// scores, weights [64]; keys [from, to) are seen, the others get the weight 0. acc [width] is the weighted sum of values so
+// far; it and the sum of weights are scaled when the maximum rises. The weights are summed as they are rounded for the
+// product.
 template <typename Operand>
 MIXTRAL_INLINE void softmax_block(const float* scores, int64_t from, int64_t to, float scale, SoftmaxState& state,
                                   Operand* weights, float* acc, int64_t width) {
-  using cpu::kLanes, cpu::Lanes;
+  using cpu::kLanes;
   static_assert(kKeyBlock == 4 * kLanes);
   constexpr float kUnseen = -std::numeric_limits<float>::infinity();
   float x[kKeyBlock];
@@ -37,12 +38,13 @@ MIXTRAL_INLINE void softmax_block(const float* scores, int64_t from, int64_t to,
   for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::exp_f32(x[j] - max);
   for (int64_t j = 0; j < kKeyBlock; ++j) weights[j] = cpu::from_float<Operand>(x[j]);
   for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::to_float(weights[j]);
-  Lanes sum;
-  for (int64_t j = 0; j < kLanes; ++j) sum.v[j] = (x[j] + x[j + 16]) + (x[j + 32] + x[j + 48]);
-  const float correction = cpu::exp_f32(state.max - max);
-  state = {max, state.sum * correction + cpu::sum_lanes(sum)};
-  if (correction == 1.0f) return;
-  for (int64_t d = 0; d < width; ++d) acc[d] *= correction;
+  if (max != state.max) {
+    const float correction = cpu::exp_f32(state.max - max);
+    for (int64_t j = 0; j < kLanes; ++j) state.sum.v[j] *= correction;
+    for (int64_t d = 0; d < width; ++d) acc[d] *= correction;
+    state.max = max;
+  }
+  for (int64_t j = 0; j < kLanes; ++j) state.sum.v[j] += (x[j] + x[j + 16]) + (x[j + 32] + x[j + 48]);
 }
 
 }  // namespace mixtral

@@ -65,7 +65,7 @@ class TileWorker {
     const int64_t first = visible(0).begin, last = visible(tokens - 1).end;
     for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) attend_block(block, tokens);
     for (int64_t r = 0; r < tokens * group_; ++r) {
-      const float inverse = states_[r].sum == 0.0f ? 0.0f : 1.0f / states_[r].sum;  // 0: no key was seen
+      const float sum = sum_lanes(states_[r].sum), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key was seen
       T* out = p_.out + row_offset(r);
       for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(*acc_.at(r * width_ + d) * inverse);
     }
