@@ -13,9 +13,9 @@ struct SoftmaxState {
   cpu::Lanes sum{};  // lane j: keys j (mod 16)
 };
 
-// scores, weights [64]; keys [from, to) are seen, the others get the weight 0. acc [width] is the weighted sum of values so
-// far; it and the sum of weights are scaled when the maximum rises. The weights are summed as they are rounded for the
-// product.
+// scores, weights [64]; keys [from, to) are seen, the others get the weight 0. acc [width] is the weighted sum of
+// values so far; it and the sum of weights are scaled when the maximum rises. The weights are summed as they are
+// rounded for the product.
 template <typename Operand>
 MIXTRAL_INLINE void softmax_block(const float* scores, int64_t from, int64_t to, float scale, SoftmaxState& state,
                                   Operand* weights, float* acc, int64_t width) {
@@ -29,8 +29,7 @@ MIXTRAL_INLINE void softmax_block(const float* scores, int64_t from, int64_t to,
 
   const auto larger = [](float a, float b) { return a > b ? a : b; };
   float top[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j)
-    top[j] = larger(larger(x[j], x[j + 16]), larger(x[j + 32], x[j + 48]));
+  for (int64_t j = 0; j < kLanes; ++j) top[j] = larger(larger(x[j], x[j + 16]), larger(x[j + 32], x[j + 48]));
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t j = 0; j < half; ++j) top[j] = larger(top[j], top[j + half]);
   const float max = larger(state.max, top[0]);

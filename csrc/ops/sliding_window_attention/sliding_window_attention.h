@@ -40,8 +40,8 @@ struct AttentionProblem {
   constexpr int64_t num_items() const { return num_query_tiles(tokens, sequences, tile_tokens()) * num_kv_heads; }
 };
 
-// Work items are taken from next_item until it reaches problem.num_items(): threads that call this with the same counter
-// share the work evenly, and no result depends on which of them takes an item.
+// Work items are taken from next_item until it reaches problem.num_items(): threads that call this with the same
+// counter share the work evenly, and no result depends on which of them takes an item.
 template <typename T>
 void launch_attention_cpu(const AttentionProblem<T>& problem, std::atomic<int64_t>& next_item);
 

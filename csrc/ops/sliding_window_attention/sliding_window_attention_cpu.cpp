@@ -1,12 +1,13 @@
-// A tile of query rows walks over blocks of 64 keys: scores = Q K^T, online softmax, acc = correction * acc + weights V.
-// Both products come from the micro-kernels of ../cpu/matmul.h, in bf16 where the processor has products of bf16, else
-// in f32; a row's bits do not depend on the rows beside it there.
+// A tile of query rows walks over blocks of 64 keys: scores = Q K^T, online softmax, acc = correction * acc + weights
+// V. Both products come from the micro-kernels of ../cpu/matmul.h, in bf16 where the processor has products of bf16,
+// else in f32; a row's bits do not depend on the rows beside it there.
 //
-// Blocks start at multiples of 64 of the absolute position, and a row takes part only in blocks that hold a key it sees:
-// its sums run over the same blocks in the same order whatever its neighbours, the chunking or the layout of the keys.
-// A key that a row does not see has the weight 0 in it, which leaves the sums as they are as long as the value is
+// Blocks start at multiples of 64 of the absolute position, and a row takes part only in blocks that hold a key it
+// sees: its sums run over the same blocks in the same order whatever its neighbours, the chunking or the layout of the
+// keys. A key that a row does not see has the weight 0 in it, which leaves the sums as they are as long as the value is
 // finite.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu/matmul.h"
@@ -131,8 +132,8 @@ class TileWorker {
     std::fill_n(scores_.at(row * kKeyBlock), rows * kKeyBlock, 0.0f);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
       for (int64_t d = 0; d < width_; d += kScoreDepth)
-        multiply_(q_.at(row * width_ + d), width_, rows, k_panels_.at((panel * width_ + d) * kPanelColumns), kScoreDepth,
-                  scores_.at(row * kKeyBlock + panel * kPanelColumns), kKeyBlock);
+        multiply_(q_.at(row * width_ + d), width_, rows, k_panels_.at((panel * width_ + d) * kPanelColumns),
+                  kScoreDepth, scores_.at(row * kKeyBlock + panel * kPanelColumns), kKeyBlock);
     for (int64_t token = begin; token < end; ++token) {
       const KeyRange own = seen(block, token);
       for (int64_t r = token * group_; r < (token + 1) * group_; ++r)
