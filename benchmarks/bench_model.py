@@ -48,7 +48,7 @@ LONGEST = 2048  # positions that the cache has to hold
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
 EXPERTS = {"transformers": ["eager", "grouped_mm"]}  # its better implementation counts
 GGUF = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
-BYTES_PER_WEIGHT = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}  # int4: with a 16-bit scale for every 32
+BYTES_PER_WEIGHT = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.53125}  # int4: with a byte of scale for every 32
 # Memory that an engine may need, in multiples of its weights: transformers merges the experts while it loads.
 FOOTPRINT = {"ours": 1.1, "transformers": 2.2, "llama.cpp": 1.0}
 

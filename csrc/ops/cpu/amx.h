@@ -38,6 +38,8 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void configure_tiles(int64_t upper, int64_t lo
   for (const int tile : {0, 1, 4}) config.rows[tile] = static_cast<uint8_t>(upper);
   for (const int tile : {2, 3, 5}) config.rows[tile] = static_cast<uint8_t>(lower > 0 ? lower : 1);
   for (const int tile : {6, 7}) config.rows[tile] = 16;
+  // GCC's intrinsic names only the first bytes of its operand: without this, it may drop the stores to the others.
+  asm volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 

@@ -18,7 +18,7 @@ inline constexpr int64_t kPanelColumns = 32, kStepDepth = 32, kStepElements = kP
 // Shorter sums that are added up have smaller errors than one long chain.
 inline constexpr int64_t kSumDepth = 256;
 
-// c [rows, 32] += a [rows, depth] * panel; lda and ldc are the row strides. depth is a multiple of 32.
+// c [rows, 32] += a [rows, depth] * panel; lda and ldc are the row strides. For bf16, depth is a multiple of 32.
 template <typename Operand>
 using MicroKernel = void (*)(const Operand* a, int64_t lda, int64_t rows, const Operand* panel, int64_t depth, float* c,
                              int64_t ldc);
