@@ -117,6 +117,12 @@ struct TileShape {
 };
 thread_local TileShape tile_shape;
 
+MIXTRAL_TARGET_AMX MIXTRAL_INLINE void set_tile_shape(const TileShape& shape) {
+  if (shape.upper == tile_shape.upper && shape.lower == tile_shape.lower) return;
+  configure_tiles(shape.upper, shape.lower);
+  tile_shape = shape;
+}
+
 // Up to 32 rows; kLower: more than 16. The sums stay in C's tiles over the whole depth.
 template <bool kLower>
 MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t lda, const BFloat16* panel,
@@ -154,15 +160,56 @@ MIXTRAL_TARGET_AMX void multiply_bf16_amx(const BFloat16* a, int64_t lda, int64_
                                           int64_t depth, float* c, int64_t ldc) {
   for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
     const TileShape shape{std::min(kTileRows, rows - r), std::clamp(rows - r - kTileRows, int64_t{0}, kTileRows)};
-    if (shape.upper != tile_shape.upper || shape.lower != tile_shape.lower) {
-      configure_tiles(shape.upper, shape.lower);
-      tile_shape = shape;
-    }
+    set_tile_shape(shape);
     if (shape.lower > 0) {
       multiply_tiles<true>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
     } else {
       multiply_tiles<false>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
     }
+  }
+}
+
+template <bool kPrefetch>
+MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tile_rows(const BFloat16* tiles, int64_t rows, const BFloat16* panel,
+                                                          int64_t depth, float* c, const BFloat16* next) {
+  constexpr int64_t kRowBytes = kPanelColumns * sizeof(float), kLineElements = 64 / sizeof(BFloat16);
+  const int64_t lower = kTileRows * depth;  // from one group of sixteen rows to the next
+  const int64_t blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
+  const int64_t share = (kStepElements + blocks - 1) / blocks;  // each block fetches its share of each step of `next`
+  for (int64_t i = 0; i < blocks; ++i, tiles += 2 * lower, c += 2 * kTileRows * kPanelColumns) {
+    float* c_lower = c + kTileRows * kPanelColumns;
+    _tile_loadd(0, c, kRowBytes);
+    _tile_loadd(1, c + 16, kRowBytes);
+    _tile_loadd(2, c_lower, kRowBytes);
+    _tile_loadd(3, c_lower + 16, kRowBytes);
+    for (int64_t k = 0; k < depth; k += kStepDepth) {
+      if constexpr (kPrefetch)
+        for (int64_t e = 0; e < share; e += kLineElements)
+          _mm_prefetch(next + k * kPanelColumns + i * share + e, _MM_HINT_T1);
+      const BFloat16 *a = tiles + k * kTileRows, *b = panel + k * kPanelColumns;
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + kTileElements, 64);
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, a + lower, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, kRowBytes);
+    _tile_stored(1, c + 16, kRowBytes);
+    _tile_stored(2, c_lower, kRowBytes);
+    _tile_stored(3, c_lower + 16, kRowBytes);
+  }
+}
+
+MIXTRAL_TARGET_AMX void multiply_tiles_amx(const BFloat16* tiles, int64_t rows, const BFloat16* panel, int64_t depth,
+                                           float* c, const BFloat16* next) {
+  set_tile_shape({kTileRows, kTileRows});
+  if (next) {
+    multiply_tile_rows<true>(tiles, rows, panel, depth, c, next);
+  } else {
+    multiply_tile_rows<false>(tiles, rows, panel, depth, c, next);
   }
 }
 
@@ -186,6 +233,13 @@ MicroKernel<BFloat16> bf16_kernel() {
 #if defined(__x86_64__)
   if (cpu_isa() == CpuIsa::kAmx) return multiply_bf16_amx;
   if (cpu_isa() == CpuIsa::kAvx512Bf16) return multiply_bf16_avx512;
+#endif
+  return nullptr;
+}
+
+TileKernel tile_kernel() {
+#if defined(__x86_64__)
+  if (cpu_isa() == CpuIsa::kAmx) return multiply_tiles_amx;
 #endif
   return nullptr;
 }

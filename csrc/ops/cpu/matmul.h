@@ -27,6 +27,14 @@ MicroKernel<float> f32_kernel();
 // AMX or AVX-512 BF16; null where the instruction set in use has no products of bf16.
 MicroKernel<BFloat16> bf16_kernel();
 
+// The product of many rows by AMX. Both operands are read tile by tile, so rows come in the order of the tiles,
+// [rows/16][depth/32][16][32] with zeros behind the last row, and c is [rows rounded up to 32, 32]. Meanwhile the piece
+// of the panel that comes after this one, `next` or null, is fetched into the cache. The bits are those of
+// bf16_kernel().
+using TileKernel = void (*)(const BFloat16* tiles, int64_t rows, const BFloat16* panel, int64_t depth, float* c,
+                            const BFloat16* next);
+TileKernel tile_kernel();  // null without AMX
+
 // At the end of a task that has called a micro-kernel: gives up the tile registers of this thread.
 void release_tiles();
 

@@ -21,7 +21,7 @@ using namespace cpu;
 namespace {
 
 constexpr int64_t kChunkRows = 512, kFewRows = 32;  // few: rows and weights are used where they lie
-constexpr int64_t kPieceDepth = 256;                // a multiple of kSumDepth
+constexpr int64_t kPieceDepth = 512;                // half of it, a multiple of kSumDepth, where panels are made
 constexpr int64_t kMaxPanels = 8;
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
@@ -59,38 +59,101 @@ void copy_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, Oper
   }
 }
 
-// Sums [panels, count, 32] of `count` rows of a from `row` on with the panels at `columns` of an expert.
+// The same in the order of tile_kernel(): out [count rounded up to 32 / 16, padded depth / 32, 16, 32].
+void copy_tiles(const BFloat16* rows, int64_t stride, int64_t count, int64_t depth, BFloat16* out) {
+  const int64_t padded = round_up(depth, kStepDepth);
+  std::memset(static_cast<void*>(out), 0, round_up(count, kFewRows) * padded * sizeof(BFloat16));
+  const auto at = [&](int64_t r, int64_t k) { return out + (r / 16 * padded + k) * 16 + r % 16 * kStepDepth; };
+  const int64_t whole = depth / kStepDepth * kStepDepth;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t k = 0; k < whole; k += kStepDepth)
+      std::memcpy(at(r, k), rows + r * stride + k, kStepDepth * sizeof(BFloat16));
+    std::memcpy(at(r, whole), rows + r * stride + whole, (depth - whole) * sizeof(BFloat16));
+  }
+}
+
+// `count` rows of a from `row` on, at depths [k, k + depth), times panels of an expert's weights.
 template <typename T, typename Operand>
-const float* multiply(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, int64_t expert, int64_t row,
-                      int64_t count, const int64_t* columns, int64_t panels) {
-  const int64_t depth = gemm.b.depth;
-  const bool same_type = std::is_same_v<T, Operand>, few = count <= kFewRows;
-  const bool rows_in_place = same_type && few && depth % kStepDepth == 0;
-  const bool whole_depth = rows_in_place && gemm.b.format == WeightFormat::kPacked;
-  const int64_t piece = whole_depth ? depth : kPieceDepth;
-  auto& scratch = thread_scratch<Operand>();
-  float* sums = grown(scratch.sums, panels * count * kPanelColumns);
-  std::fill_n(sums, panels * count * kPanelColumns, 0.0f);
-  for (int64_t k = 0; k < depth; k += piece) {
-    const int64_t size = std::min(piece, depth - k), padded = round_up(size, kStepDepth);
-    const T* a = gemm.a + row * depth + k;
-    const Operand* rows = nullptr;
-    if (rows_in_place) {
-      rows = reinterpret_cast<const Operand*>(a);
-    } else {
-      Operand* copy = grown(scratch.rows, count * padded);
-      for_cpu_isa([&] { copy_rows(a, depth, count, size, copy); });
-      rows = copy;
+class Multiplication {
+ public:
+  Multiplication(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, int64_t expert, int64_t row, int64_t count)
+      : gemm_(gemm), kernel_(kernel), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth) {
+    const int64_t depth = gemm.b.depth;
+    const bool few = count <= kFewRows, in_place = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
+    rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
+    panels_in_place_ = in_place;
+    piece_ = rows_in_place_ && in_place ? depth : in_place ? kPieceDepth : kPieceDepth / 2;
+    if constexpr (std::is_same_v<Operand, BFloat16>) tile_kernel_ = few ? nullptr : tile_kernel();
+    sum_rows_ = tile_kernel_ ? round_up(count, kFewRows) : count;
+    if (!rows_in_place_) copy_pieces();
+  }
+
+  // Rows of the sums of one panel; the last ones may be none of ours.
+  int64_t sum_rows() const { return sum_rows_; }
+
+  // Sums [panels, sum_rows, 32] with the panels at `columns`.
+  const float* run(const int64_t* columns, int64_t panels) const {
+    auto& scratch = thread_scratch<Operand>();
+    float* sums = grown(scratch.sums, panels * sum_rows_ * kPanelColumns);
+    std::fill_n(sums, panels * sum_rows_ * kPanelColumns, 0.0f);
+    for (int64_t k = 0; k < gemm_.b.depth; k += piece_) {
+      const int64_t size = std::min(piece_, gemm_.b.depth - k);
+      const Operand* rows = rows_at(k);
+      for (int64_t i = 0; i < panels; ++i) {
+        const bool last = i + 1 == panels;
+        const Operand* next = panel(columns[last ? 0 : i + 1], last ? k + piece_ : k);
+        multiply(rows, columns[i], k, size, next, sums + i * sum_rows_ * kPanelColumns);
+      }
     }
-    Operand* buffer = whole_depth ? nullptr : grown(scratch.panel, padded * kPanelColumns);
-    for (int64_t i = 0; i < panels; ++i) {
-      const Operand* panel = load_panel<T>(gemm.b, expert, columns[i], k, size, buffer);
-      kernel(rows, rows_in_place ? depth : padded, count, panel, padded, sums + i * count * kPanelColumns,
-             kPanelColumns);
+    return sums;
+  }
+
+ private:
+  // All rows, piece by piece of the depth, into this thread's buffer.
+  void copy_pieces() const {
+    const int64_t depth = gemm_.b.depth;
+    Operand* copy = grown(thread_scratch<Operand>().rows, sum_rows_ * round_up(depth, kStepDepth));
+    for (int64_t k = 0; k < depth; k += piece_, copy += sum_rows_ * piece_) {
+      const int64_t size = std::min(piece_, depth - k);
+      if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Operand, BFloat16>) {
+        if (tile_kernel_) {
+          copy_tiles(a_ + k, depth, count_, size, copy);
+          continue;
+        }
+      }
+      for_cpu_isa([&] { copy_rows(a_ + k, depth, count_, size, copy); });
     }
   }
-  return sums;
-}
+
+  const Operand* rows_at(int64_t k) const {
+    if (rows_in_place_) return reinterpret_cast<const Operand*>(a_ + k);
+    return thread_scratch<Operand>().rows.data() + sum_rows_ * k;
+  }
+
+  // Where a panel lies that is used in place; null otherwise, and behind the depth.
+  const Operand* panel(int64_t column, int64_t k) const {
+    if (!panels_in_place_ || k >= gemm_.b.depth) return nullptr;
+    return load_panel<T, Operand>(gemm_.b, expert_, column, k, 0, nullptr);
+  }
+
+  void multiply(const Operand* rows, int64_t column, int64_t k, int64_t size, const Operand* next, float* sums) const {
+    const int64_t padded = round_up(size, kStepDepth);
+    Operand* buffer = panels_in_place_ ? nullptr : grown(thread_scratch<Operand>().panel, padded * kPanelColumns);
+    const Operand* panel = load_panel<T>(gemm_.b, expert_, column, k, size, buffer);
+    if constexpr (std::is_same_v<Operand, BFloat16>) {
+      if (tile_kernel_) return tile_kernel_(rows, count_, panel, padded, sums, next);
+    }
+    kernel_(rows, rows_in_place_ ? gemm_.b.depth : padded, count_, panel, padded, sums, kPanelColumns);
+  }
+
+  const GroupedGemm<T>& gemm_;
+  const MicroKernel<Operand> kernel_;
+  const int64_t expert_, count_;
+  const T* a_;
+  TileKernel tile_kernel_ = nullptr;
+  bool rows_in_place_, panels_in_place_;
+  int64_t piece_, sum_rows_;
+};
 
 // sums [count, 32] -> out, `columns` <= 32 of a row of length `stride`.
 template <typename T>
@@ -127,14 +190,15 @@ void run(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, const GemmRang
   constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;
   const int64_t width = gemm.b.columns / kParts;  // of out
   for_each_chunk(gemm, range, [&](int64_t expert, int64_t row, int64_t count) {
+    const Multiplication<T, Operand> multiplication(gemm, kernel, expert, row, count);
     for (int64_t first = range.block_begin; first < range.block_end; first += kBlocks) {
       const int64_t blocks = std::min(kBlocks, range.block_end - first);
       int64_t columns[kMaxPanels];
       for (int64_t i = 0; i < blocks * kParts; ++i)
         columns[i] = (first + i / kParts) * kPanelColumns + i % kParts * width;
-      const float* sums = multiply(gemm, kernel, expert, row, count, columns, blocks * kParts);
+      const float* sums = multiplication.run(columns, blocks * kParts);
       for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t column = (first + i) * kPanelColumns, size = count * kPanelColumns;
+        const int64_t column = (first + i) * kPanelColumns, size = multiplication.sum_rows() * kPanelColumns;
         T* out = gemm.out + row * width + column;
         const float* part = sums + i * kParts * size;
         const int64_t used = std::min(kPanelColumns, width - column);
