@@ -121,7 +121,9 @@ def test_strided_inputs_and_threads(quantize, dtype):
 def test_weights_that_are_not_finite_cannot_be_quantised(quantize, value, dtype):
     weight = make((2, 64, 96), dtype)
     weight[1, 40, 95] = value
-    with pytest.raises(RuntimeError, match=r"pack_weight: weight must be below 2\^66 in magnitude to be quantised, got"):
+    with pytest.raises(
+        RuntimeError, match=r"pack_weight: weight must be below 2\^66 in magnitude to be quantised, got"
+    ):
         ops.pack_weight(weight, quantize)
 
 

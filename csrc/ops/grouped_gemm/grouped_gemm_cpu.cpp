@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
+#include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
 #include "../cpu/simd.h"
 #include "../swiglu/swiglu_value.h"
@@ -26,23 +26,17 @@ constexpr int64_t kMaxPanels = 8;
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
-// A buffer that each thread keeps from call to call.
+// Memory that each thread keeps from call to call.
 template <typename Operand>
 struct Scratch {
-  std::vector<Operand> rows, panel;
-  std::vector<float> sums;  // [panels, rows, 32]
+  Buffer<Operand> rows, panel;
+  Buffer<float> sums;  // [panels, rows, 32]
 };
 
 template <typename Operand>
 Scratch<Operand>& thread_scratch() {
   thread_local Scratch<Operand> scratch;
   return scratch;
-}
-
-template <typename V>
-V* grown(std::vector<V>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
-  return buffer.data();
 }
 
 // rows [count, depth] of stride `stride` -> out [count, padded depth], zero behind each row.
@@ -72,17 +66,17 @@ void copy_tiles(const BFloat16* rows, int64_t stride, int64_t count, int64_t dep
   }
 }
 
-// `count` rows of a from `row` on, at depths [k, k + depth), times panels of an expert's weights.
+// `count` rows of a from `row` on times panels of an expert's weights.
 template <typename T, typename Operand>
 class Multiplication {
  public:
   Multiplication(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, int64_t expert, int64_t row, int64_t count)
       : gemm_(gemm), kernel_(kernel), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth) {
     const int64_t depth = gemm.b.depth;
-    const bool few = count <= kFewRows, in_place = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
+    const bool few = count <= kFewRows;
     rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
-    panels_in_place_ = in_place;
-    piece_ = rows_in_place_ && in_place ? depth : in_place ? kPieceDepth : kPieceDepth / 2;
+    panels_in_place_ = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
+    piece_ = rows_in_place_ && panels_in_place_ ? depth : panels_in_place_ ? kPieceDepth : kPieceDepth / 2;
     if constexpr (std::is_same_v<Operand, BFloat16>) tile_kernel_ = few ? nullptr : tile_kernel();
     sum_rows_ = tile_kernel_ ? round_up(count, kFewRows) : count;
     if (!rows_in_place_) copy_pieces();
@@ -94,7 +88,7 @@ class Multiplication {
   // Sums [panels, sum_rows, 32] with the panels at `columns`.
   const float* run(const int64_t* columns, int64_t panels) const {
     auto& scratch = thread_scratch<Operand>();
-    float* sums = grown(scratch.sums, panels * sum_rows_ * kPanelColumns);
+    float* sums = scratch.sums.grow(panels * sum_rows_ * kPanelColumns);
     std::fill_n(sums, panels * sum_rows_ * kPanelColumns, 0.0f);
     for (int64_t k = 0; k < gemm_.b.depth; k += piece_) {
       const int64_t size = std::min(piece_, gemm_.b.depth - k);
@@ -112,7 +106,7 @@ class Multiplication {
   // All rows, piece by piece of the depth, into this thread's buffer.
   void copy_pieces() const {
     const int64_t depth = gemm_.b.depth;
-    Operand* copy = grown(thread_scratch<Operand>().rows, sum_rows_ * round_up(depth, kStepDepth));
+    Operand* copy = thread_scratch<Operand>().rows.grow(sum_rows_ * round_up(depth, kStepDepth));
     for (int64_t k = 0; k < depth; k += piece_, copy += sum_rows_ * piece_) {
       const int64_t size = std::min(piece_, depth - k);
       if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Operand, BFloat16>) {
@@ -127,7 +121,7 @@ class Multiplication {
 
   const Operand* rows_at(int64_t k) const {
     if (rows_in_place_) return reinterpret_cast<const Operand*>(a_ + k);
-    return thread_scratch<Operand>().rows.data() + sum_rows_ * k;
+    return thread_scratch<Operand>().rows.at(sum_rows_ * k);
   }
 
   // Where a panel lies that is used in place; null otherwise, and behind the depth.
@@ -138,7 +132,7 @@ class Multiplication {
 
   void multiply(const Operand* rows, int64_t column, int64_t k, int64_t size, const Operand* next, float* sums) const {
     const int64_t padded = round_up(size, kStepDepth);
-    Operand* buffer = panels_in_place_ ? nullptr : grown(thread_scratch<Operand>().panel, padded * kPanelColumns);
+    Operand* buffer = panels_in_place_ ? nullptr : thread_scratch<Operand>().panel.grow(padded * kPanelColumns);
     const Operand* panel = load_panel<T>(gemm_.b, expert_, column, k, size, buffer);
     if constexpr (std::is_same_v<Operand, BFloat16>) {
       if (tile_kernel_) return tile_kernel_(rows, count_, panel, padded, sums, next);

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
 #include "online_softmax.h"
 #include "pack_keys.h"
@@ -19,20 +20,6 @@ namespace mixtral {
 namespace {
 
 using namespace cpu;
-
-// Memory of one thread, aligned to cache lines for the tile loads.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : lines_((size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)) {}
-  T* at(int64_t i) { return reinterpret_cast<T*>(lines_.data()) + i; }
-
- private:
-  struct alignas(64) Line {
-    unsigned char bytes[64] = {};
-  };
-  std::vector<Line> lines_;
-};
 
 // The work of one thread, tile after tile. Row r of a tile is query token r / group, head r % group of the group.
 template <typename T, typename Operand>

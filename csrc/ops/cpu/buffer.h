@@ -1,0 +1,30 @@
+// Memory that starts at a cache line: a tile or vector load of a row of 64 bytes then touches one line, not two.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace mixtral::cpu {
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0) { grow(size); }
+
+  T* at(int64_t i) { return reinterpret_cast<T*>(lines_.data()) + i; }
+
+  // At least `size` values; what is in the buffer may be lost.
+  T* grow(int64_t size) {
+    const size_t lines = (static_cast<size_t>(size) * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+    if (lines_.size() < lines) lines_ = std::vector<Line>(lines);
+    return at(0);
+  }
+
+ private:
+  struct alignas(64) Line {
+    unsigned char bytes[64] = {};
+  };
+  std::vector<Line> lines_;
+};
+
+}  // namespace mixtral::cpu
