@@ -11,8 +11,8 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
 
     ``grouped_gemm`` and ``moe_mlp`` take the result in place of ``weight``; shape and dtype tell the format. Only the
     format without quantisation gives the bits of the plain weight; a quantised one stands for what
-    :func:`unpack_weight` returns, and goes with bf16 inputs alone. A scale of int4 is a power of the square root of two;
-    of the three candidates at and below the largest of the 32 weights, the one with the least squared error. There is no
+    :func:`unpack_weight` returns, and goes with bf16 inputs alone. A scale of int4 is a power of the square root of two:
+    of the smallest that covers all 32 weights and the two below it, the one with the least squared error. There is no
     zero among its levels: zeros become half a scale, 2^-65 where all 32 are zero.
 
     ========  ===================================  ==========================================================
@@ -28,8 +28,8 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
         quantize: None, "int8" or "int4".
 
     Returns:
-        The packed weight: as many bytes as ``weight`` without quantisation, 1 byte a value and 4 a row with "int8", 4.25
-        bits a value with "int4".
+        The packed weight: as many bytes as ``weight`` without quantisation, 1 byte a value and 4 a row with "int8",
+        4.25 bits a value with "int4".
 
     Raises:
         RuntimeError: a shape, dtype or format does not fit; a weight to be quantised is not below 2^66 in magnitude.
