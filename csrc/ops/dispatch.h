@@ -1,14 +1,14 @@
 // From a run-time dtype and device to a typed kernel call.
 #pragma once
 
-#include "checks.h"
-#include "cpu/isa.h"
-#include "cuda/stream.h"
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cuda/stream.h"
 
 namespace mixtral {
 

@@ -1,5 +1,4 @@
 #include "swiglu.h"
-
 #include "swiglu_value.h"
 
 namespace mixtral {

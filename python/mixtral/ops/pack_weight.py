@@ -11,7 +11,7 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
 
     ``grouped_gemm`` and ``moe_mlp`` take the result in place of ``weight``; shape and dtype tell the format. Only the
     format without quantisation gives the bits of the plain weight; a quantised one stands for what
-    :func:`unpack_weight` returns, and goes with bf16 inputs alone. A scale of int4 is a power of the square root of two:
+    :func:`unpack_weight` returns, and goes with bf16 inputs alone. An int4 scale is a power of the square root of two:
     of the smallest that covers all 32 weights and the two below it, the one with the least squared error. There is no
     zero among its levels: zeros become half a scale, 2^-65 where all 32 are zero.
 
