@@ -11,6 +11,8 @@
 namespace mixtral {
 namespace {
 
+constexpr double kPackingBytes = 64 << 20;  // rows as read (weights.cpp), as converted, and as packed
+
 // Below autograd nothing is recorded, and no gradient formula that Python registered for an op is asked for.
 using NoAutograd = at::AutoDispatchBelowAutograd;
 
@@ -127,7 +129,9 @@ Mixtral Mixtral::from_pretrained(const std::filesystem::path& folder, const Load
   const Config config = Config::from_folder(folder);
   const Checkpoint checkpoint(folder, config);
   const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
-  check_memory("the weights of " + folder.string(), weight_bytes(config, type), options.device);
+  // Torch ends the process when memory runs out inside an op, so what packing holds for a while is asked for as well.
+  const double staging = type.packing == Packing::kNone ? 0 : kPackingBytes;
+  check_memory("the weights of " + folder.string(), weight_bytes(config, type) + staging, options.device);
   const auto allocate = [&] {
     try {
       return Mixtral(config, type.dtype, options.device, type.packing);

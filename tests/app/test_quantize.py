@@ -228,8 +228,8 @@ def damage(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "reason"),
     [
-        (QKV, torch.zeros(1, 10, 6, 576, dtype=torch.int8), "dtype must be U8, got I8"),
-        (QKV, torch.zeros(1, 10, 5, 576, dtype=torch.uint8), r"shape must be \[1, 10, 6, 576\], got \[1, 10, 5, 576\]"),
+        (QKV, torch.zeros(1, 10, 6, 544, dtype=torch.int8), "dtype must be U8, got I8"),
+        (QKV, torch.zeros(1, 10, 5, 544, dtype=torch.uint8), r"shape must be \[1, 10, 6, 544\], got \[1, 10, 5, 544\]"),
         (QKV, torch.zeros(320, 192, dtype=torch.bfloat16), "dtype must be U8, got BF16"),
         ("embed_tokens", torch.zeros(4096, 192, dtype=torch.uint8), "dtype must be F32, BF16 or F16, got U8"),
         (QKV, None, "tensor is missing"),
