@@ -18,7 +18,7 @@ FOLDER = {
     "rolling_kv_cache_write": "rolling_kv_cache",
     "rolling_kv_cache_attention": "rolling_kv_cache",
 }
-# moe_mlp, and moe_route on the CPU, chain the kernels of the other ops; the layout of a packed weight is that of the CPU kernels.
+# moe_mlp chains the kernels of the other ops, as moe_route does on the CPU; packed weights are for the CPU.
 KERNELS = {"moe_mlp": (), "moe_route": ("_cuda.cu",), "pack_weight": ("_cpu.cpp",)}
 
 
