@@ -15,7 +15,6 @@ from conftest import DTYPES, assert_within_twice_baseline
 from mixtral import reference
 from routing import ROUTINGS, make_routing
 
-ROUNDINGS = 4  # beyond twice the error of plain PyTorch, which is tiny by luck in some of many small cases
 CASES = int(os.environ.get("MIXTRAL_RANDOM_CASES", 30))
 TOKENS = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 257]
 
@@ -36,6 +35,9 @@ class Case:
         torch.manual_seed(seed)
         self.aligned = seed % 2 == 0
         self.dtype = torch.bfloat16 if self.aligned else self.choose.choice(DTYPES)
+        # Beyond twice the error of plain PyTorch, which is tiny by luck in some of many small cases. In f32 that error
+        # is made of the roundings of sums, which add up in another order here.
+        self.roundings = 8 if self.dtype == torch.float32 else 1
 
     def size(self, largest: int = 160) -> int:
         return 8 * self.choose.randint(1, largest // 4) if self.aligned else self.choose.randint(1, largest)
@@ -66,7 +68,7 @@ def test_grouped_gemm(device):
         offs = ids.flatten().long().bincount(minlength=experts).cumsum(0)
         oracle = reference.grouped_gemm(a.double(), b.double(), offs)
         assert_within_twice_baseline(
-            ops.grouped_gemm(a, b, offs), oracle, reference.grouped_gemm(a, b, offs), ROUNDINGS
+            ops.grouped_gemm(a, b, offs), oracle, reference.grouped_gemm(a, b, offs), case.roundings
         )
 
     each_case(device, check)
@@ -84,7 +86,7 @@ def test_moe_mlp(device):
             case.normal(experts, hidden, intermediate) / intermediate**0.5,
         )
         oracle = reference.moe_mlp(*(x if x is ids else x.double() for x in layer))
-        assert_within_twice_baseline(ops.moe_mlp(*layer), oracle, reference.moe_mlp(*layer), ROUNDINGS)
+        assert_within_twice_baseline(ops.moe_mlp(*layer), oracle, reference.moe_mlp(*layer), case.roundings)
 
     each_case(device, check)
 
@@ -99,7 +101,7 @@ def test_moe_permute_and_unpermute(device):
         weights = torch.rand(tokens, top_k, device=device)
         oracle = reference.moe_unpermute(permuted.double(), weights.double(), row_map)
         baseline = reference.moe_unpermute(permuted, weights, row_map)
-        assert_within_twice_baseline(ops.moe_unpermute(permuted, weights, row_map), oracle, baseline, ROUNDINGS)
+        assert_within_twice_baseline(ops.moe_unpermute(permuted, weights, row_map), oracle, baseline, case.roundings)
 
     each_case(device, check)
 
@@ -147,7 +149,7 @@ def test_sliding_window_attention(device):
         options = (starts(queries, device), starts(keys, device), window, causal)
         oracle = reference.sliding_window_attention(q.double(), k.double(), v.double(), *options)
         baseline = reference.sliding_window_attention(q, k, v, *options)
-        assert_within_twice_baseline(ops.sliding_window_attention(q, k, v, *options), oracle, baseline, ROUNDINGS)
+        assert_within_twice_baseline(ops.sliding_window_attention(q, k, v, *options), oracle, baseline, case.roundings)
 
     each_case(device, check)
 
@@ -181,7 +183,7 @@ def test_rolling_kv_cache_attention(device):
         oracle = reference.rolling_kv_cache_attention(q.double(), k_cache.double(), v_cache.double(), *index)
         baseline = reference.rolling_kv_cache_attention(q, k_cache, v_cache, *index)
         assert_within_twice_baseline(
-            ops.rolling_kv_cache_attention(q, k_cache, v_cache, *index), oracle, baseline, ROUNDINGS
+            ops.rolling_kv_cache_attention(q, k_cache, v_cache, *index), oracle, baseline, case.roundings
         )
 
     each_case(device, check)
