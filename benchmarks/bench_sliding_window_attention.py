@@ -46,8 +46,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, window: int, compiled: bool = True) ->
     """q, k, v [T,heads,D], as many queries as keys."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    reach = window or len(k)
+
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key < (window or len(k)))
+        return (query >= key) & (query - key < reach)
 
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
     mask = create_block_mask(sees, None, None, q.shape[2], k.shape[2], device=q.device.type)
