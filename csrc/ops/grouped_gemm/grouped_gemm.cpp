@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../dispatch.h"
-#include "../moe_mlp/moe_mlp.h"
+#include "../steps.h"
 #include "../pack_weight/weight_view.h"
 #include "tiles.h"
 

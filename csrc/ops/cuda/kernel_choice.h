@@ -1,0 +1,13 @@
+// Which CUDA kernels an op runs: the simple ones, for every GPU, or those written for Hopper (compute capability 9.0).
+#pragma once
+
+#include "../checks.h"
+
+namespace mixtral {
+
+// True on a Hopper GPU when the environment says MIXTRAL_CUDA_KERNELS=hopper and the build has them. "simple" is the
+// default; throws for another value. Both kinds give a token the same bits at every run; only the simple ones give it
+// the same bits in every batch.
+bool use_hopper_kernels(const Tensor& t);
+
+}  // namespace mixtral

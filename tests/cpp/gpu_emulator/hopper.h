@@ -1,0 +1,473 @@
+// The building blocks of csrc/ops/cuda/{hopper.cuh,wgmma.cuh} for the emulated GPU, from the text of the PTX ISA alone:
+// nothing here asks the kernels how they think that memory is laid out. Include it before a kernel header.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "block.h"
+#include "ops/cuda/hopper_layout.h"
+#include "ops/cuda/vector.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define gridDim (::emulator::grid_size())
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline void __syncthreads() { emulator::named_barrier(0, static_cast<int>(emulator::block_size()), false); }
+inline void __syncwarp() { emulator::exchange_in_warp(nullptr, 0); }
+inline void __threadfence() {}
+
+template <typename T>
+T lane_value(const unsigned char* lanes, int lane) {
+  T value;
+  std::memcpy(&value, lanes + lane * 64, sizeof(T));
+  return value;
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return lane_value<T>(emulator::exchange_in_warp(&value, sizeof(T)), lane % 32);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return lane_value<T>(emulator::exchange_in_warp(&value, sizeof(T)), (emulator::thread_index().x % 32) ^ mask);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulator::thread_index().x % 32;
+  return lane_value<T>(emulator::exchange_in_warp(&value, sizeof(T)), lane < delta ? lane : lane - delta);
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const unsigned char* lanes = emulator::exchange_in_warp(&predicate, sizeof(bool));
+  unsigned mask = 0;
+  for (int lane = 0; lane < 32; ++lane) mask |= lane_value<bool>(lanes, lane) ? 1u << lane : 0;
+  return mask;
+}
+template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  const unsigned char* lanes = emulator::exchange_in_warp(&value, sizeof(T));
+  unsigned mask = 0;
+  for (int lane = 0; lane < 32; ++lane) mask |= lane_value<T>(lanes, lane) == value ? 1u << lane : 0;
+  return mask;
+}
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
+  return old;
+}
+
+namespace mixtral::cuda {
+
+using emulator::require;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+inline constexpr int kWarpSize = 32;
+
+template <typename T>
+float to_float(T x) {
+  return static_cast<float>(x);
+}
+template <typename T>
+T from_float(float x) {
+  return static_cast<T>(x);
+}
+inline float warp_sum(float x) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+inline float block_sum(float x) {
+  static float partial[kWarpSize];  // blocks run one after the other
+  const unsigned thread = emulator::thread_index().x, warps = emulator::block_size() / kWarpSize;
+  x = warp_sum(x);
+  __syncthreads();
+  if (thread % kWarpSize == 0) partial[thread / kWarpSize] = x;
+  __syncthreads();
+  return warp_sum(thread % kWarpSize < warps ? partial[thread % kWarpSize] : 0.0f);
+}
+
+// Addresses of shared memory start at 1024: a null pointer is none of them.
+inline uint32_t shared_address(const void* pointer) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - emulator::shared_memory();
+  require(offset >= 0 && offset < static_cast<ptrdiff_t>(emulator::shared_bytes()),
+          "an address lies outside the block's shared memory");
+  return static_cast<uint32_t>(offset) + 1024;
+}
+inline unsigned char* shared_pointer(uint32_t address) {
+  require(address >= 1024 && address < 1024 + emulator::shared_bytes(), "a shared address lies outside the block's");
+  return emulator::shared_memory() + address - 1024;
+}
+inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
+
+// ---- mbarrier
+
+struct Barrier {
+  int32_t bytes;  // announced and not yet here; may be negative for a while
+  uint32_t expected : 10, pending : 10, parity : 1, initialised : 11;
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline constexpr unsigned kInitialised = 0x2A5;
+
+inline void check_barrier(const Barrier* barrier) {
+  shared_address(barrier);
+  require(barrier->initialised == kInitialised, "an mbarrier is used before it is initialised");
+}
+inline void complete_phase(Barrier* barrier) {
+  if (barrier->pending > 0 || barrier->bytes != 0) return;
+  barrier->pending = barrier->expected;
+  barrier->parity ^= 1;
+}
+inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
+  shared_address(barrier);
+  require(arrivals > 0 && arrivals < 1024, "an mbarrier counts 1 to 1023 arrivals here");
+  *barrier = {};
+  barrier->expected = barrier->pending = arrivals;
+  barrier->initialised = kInitialised;
+}
+inline void fence_barrier_init() {}
+inline void arrive(Barrier* barrier) {
+  check_barrier(barrier);
+  require(barrier->pending > 0, "more arrivals at an mbarrier than its phase expects");
+  --barrier->pending;
+  complete_phase(barrier);
+}
+inline void arrive_expect_bytes(Barrier* barrier, uint32_t bytes) {
+  check_barrier(barrier);
+  barrier->bytes += static_cast<int32_t>(bytes);
+  arrive(barrier);
+}
+inline void wait(Barrier* barrier, uint32_t parity) {
+  check_barrier(barrier);
+  require(parity <= 1, "a parity is 0 or 1");
+  emulator::wait_until(parity == 0 ? "parity 0 of an mbarrier" : "parity 1 of an mbarrier",
+                       [=] { return barrier->parity != parity; });
+}
+
+// ---- TMA
+
+// What cuTensorMapEncodeTiled takes, unencoded.
+struct alignas(64) TensorMap {
+  const unsigned char* data;
+  int rank, element_bytes;
+  bool swizzled;
+  std::array<int64_t, 5> sizes, strides;  // strides in bytes, of dimensions 1 and up
+  std::array<int, 5> box;
+};
+
+enum class MapElement { kBFloat16, kByte };
+
+// As in csrc/ops/cuda/tensor_map.cuh; every map there is swizzled.
+template <size_t kRank>
+bool encode_tensor_map(TensorMap* map, const void* data, MapElement element, const std::array<int64_t, kRank>& sizes,
+                       const std::array<int64_t, kRank - 1>& strides, const std::array<int, kRank>& box) {
+  *map = {};
+  map->data = static_cast<const unsigned char*>(data);
+  map->rank = kRank;
+  map->element_bytes = element == MapElement::kBFloat16 ? 2 : 1;
+  map->swizzled = true;
+  bool legal = reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] * map->element_bytes <= 128;
+  for (size_t d = 0; d < kRank; ++d) {
+    map->sizes[d] = sizes[d];
+    map->box[d] = box[d];
+    if (d > 0) map->strides[d] = strides[d - 1];
+    legal = legal && sizes[d] > 0 && sizes[d] <= int64_t{1} << 32 && box[d] > 0 && box[d] <= 256 &&
+            map->strides[d] % 16 == 0;
+  }
+  return legal;
+}
+
+enum class L2Policy : uint64_t { kNormal, kEvictFirst, kEvictLast };
+
+inline void prefetch_tensor_map(const TensorMap*) {}
+
+inline void land(Barrier* barrier, int64_t bytes) {
+  check_barrier(barrier);
+  barrier->bytes -= static_cast<int32_t>(bytes);
+  complete_phase(barrier);
+}
+
+inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, const std::array<int64_t, 5>& at, int rank) {
+  require(map->rank == rank, "a box has as many coordinates as its tensor map");
+  const uint32_t address = shared_address(shared);
+  require(address % (map->swizzled ? 1024 : 128) == 0, "a box lies unaligned in shared memory");
+  int64_t bytes = map->element_bytes;
+  for (int d = 0; d < rank; ++d) bytes *= map->box[d];
+  shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
+  check_barrier(barrier);
+  emulator::run_later([=] {
+    std::array<int, 5> i{};
+    for (int64_t offset = 0; offset < bytes; offset += map->element_bytes) {
+      const unsigned char* from = map->data;
+      bool inside = true;
+      for (int d = 0; d < rank; ++d) {
+        const int64_t c = at[d] + i[d];
+        inside = inside && c >= 0 && c < map->sizes[d];
+        from += c * (d == 0 ? map->element_bytes : map->strides[d]);
+      }
+      // PTX: the 128-byte mode exchanges 16-byte chunks: address bits 4 to 6 are xored with bits 7 to 9.
+      uint32_t to = address + static_cast<uint32_t>(offset);
+      if (map->swizzled) to ^= (to >> 7 & 7) << 4;
+      unsigned char* target = shared_pointer(to);
+      inside ? std::memcpy(target, from, map->element_bytes) : std::memset(target, 0, map->element_bytes);
+      for (int d = 0; d < rank && ++i[d] == map->box[d]; ++d) i[d] = 0;
+    }
+    land(barrier, bytes);
+  });
+}
+inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1,
+                     L2Policy = L2Policy::kNormal) {
+  load_box(shared, map, barrier, std::array<int64_t, 5>{c0, c1}, 2);
+}
+inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2,
+                     L2Policy = L2Policy::kNormal) {
+  load_box(shared, map, barrier, std::array<int64_t, 5>{c0, c1, c2}, 3);
+}
+inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3,
+                     L2Policy = L2Policy::kNormal) {
+  load_box(shared, map, barrier, std::array<int64_t, 5>{c0, c1, c2, c3}, 4);
+}
+inline void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier* barrier,
+                       L2Policy = L2Policy::kNormal) {
+  require(shared_address(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0 && bytes % 16 == 0,
+          "a bulk copy is aligned to 16 bytes");
+  shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
+  emulator::run_later([=] {
+    std::memcpy(shared, global, bytes);
+    land(barrier, bytes);
+  });
+}
+inline void fence_async_proxy() {}
+
+// ---- cp.async
+
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+  require(shared_address(shared) % 16 == 0 && (!valid || reinterpret_cast<uintptr_t>(global) % 16 == 0),
+          "cp.async is aligned to 16 bytes");
+  emulator::copies().open.push_back([=] { valid ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16); });
+}
+inline void commit_copies() { emulator::copies().commit(); }
+template <int kPending>
+void wait_copies() {
+  emulator::copies().wait(kPending);
+}
+
+// ---- threads
+
+inline void named_barrier_sync(int id, int threads) { emulator::named_barrier(id, threads, false); }
+inline void named_barrier_arrive(int id, int threads) { emulator::named_barrier(id, threads, true); }
+template <int kRegisters>
+void increase_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+template <int kRegisters>
+void decrease_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+// ---- fragments
+
+inline uint32_t bf16_bits(float x) { return std::bit_cast<uint16_t>(BFloat16(x)); }
+inline float bf16_value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+
+// ldmatrix: lane l holds columns 2 (l % 4), + 1 of row l / 4 of each matrix; transposed: of column l / 4.
+inline void load_matrices(uint32_t (&registers)[4], const void* shared, bool transposed) {
+  require(shared_address(shared) % 16 == 0, "a row of ldmatrix is aligned to 16 bytes");
+  const unsigned char* lanes = emulator::exchange_in_warp(&shared, sizeof(shared));
+  const int lane = static_cast<int>(emulator::thread_index().x % 32);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int row = transposed ? lane % 4 * 2 + i : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i;
+      std::memcpy(&pair[i], lane_value<const unsigned char*>(lanes, matrix * 8 + row) + column * 2, 2);
+    }
+    registers[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+  }
+  __syncwarp();
+}
+inline void load_matrices(uint32_t (&registers)[4], const void* shared) { load_matrices(registers, shared, false); }
+inline void load_matrices_transposed(uint32_t (&registers)[4], const void* shared) {
+  load_matrices(registers, shared, true);
+}
+inline void store_matrices(void* shared, const uint32_t (&registers)[4], bool transposed) {
+  require(shared_address(shared) % 16 == 0, "a row of stmatrix is aligned to 16 bytes");
+  const unsigned char* lanes = emulator::exchange_in_warp(&shared, sizeof(shared));
+  const int lane = static_cast<int>(emulator::thread_index().x % 32);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int i = 0; i < 2; ++i) {
+      const int row = transposed ? lane % 4 * 2 + i : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i;
+      const uint16_t value = static_cast<uint16_t>(registers[matrix] >> 16 * i);
+      std::memcpy(lane_value<unsigned char*>(lanes, matrix * 8 + row) + column * 2, &value, 2);
+    }
+  }
+  __syncwarp();
+}
+inline void store_matrices(void* shared, const uint32_t (&registers)[4]) { store_matrices(shared, registers, false); }
+inline void store_matrices_transposed(void* shared, const uint32_t (&registers)[4]) {
+  store_matrices(shared, registers, true);
+}
+
+// mma m16n8k16: a: register r of lane l is row l / 4 + 8 (r % 2), columns 2 (l % 4) + 8 (r / 2), + 1;
+// b: register r is depths 2 (l % 4) + 8 r, + 1 of column l / 4; sums: as an accumulator of wgmma.
+inline void mma_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } own{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const unsigned char* lanes = emulator::exchange_in_warp(&own, sizeof(own));
+  const int lane = static_cast<int>(emulator::thread_index().x % 32);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double total = sum[i];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t left = lane_value<Fragments>(lanes, row % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + row / 8];
+      const uint32_t right = lane_value<Fragments>(lanes, column * 4 + k % 8 / 2).b[k / 8];
+      total +=
+          static_cast<double>(bf16_value(left >> 16 * (k % 2) & 0xFFFF)) * bf16_value(right >> 16 * (k % 2) & 0xFFFF);
+    }
+    sum[i] = static_cast<float>(total);
+  }
+  __syncwarp();
+}
+
+// ---- wgmma
+
+// A matrix descriptor, taken apart again.
+struct Matrix {
+  uint32_t address, leading, stride;
+  explicit Matrix(uint64_t descriptor)
+      : address(static_cast<uint32_t>(descriptor & 0x3FFF) << 4),
+        leading(static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4),
+        stride(static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4) {
+    require(descriptor >> 62 == 1, "a matrix descriptor here has the 128-byte swizzle");
+    require((descriptor >> 49 & 7) == 0, "a matrix descriptor here has base offset 0");
+  }
+  static const unsigned char* at(uint32_t linear) { return shared_pointer(linear ^ (linear >> 7 & 7) << 4); }
+  // K-major: rows of 128 bytes, groups of 8 rows `stride` apart.
+  const unsigned char* row(int row, int byte) const { return at(address + row / 8 * stride + row % 8 * 128 + byte); }
+  // MN-major, 16-bit: depths are rows of 64 values, groups of 8 `stride` apart; chunks of 64 rows `leading` apart.
+  const unsigned char* column(int row, int depth) const {
+    return at(address + row / 64 * leading + depth / 8 * stride + depth % 8 * 128 + row % 64 * 2);
+  }
+};
+
+inline float bf16_at(const unsigned char* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return bf16_value(bits);
+}
+// OCP 8-bit e4m3: bias 7, no infinities, NaN is S.1111.111.
+inline float e4m3_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                    : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return bits & 0x80 ? -value : value;
+}
+
+inline void fence_accumulators() { emulator::exchange_in_warp(nullptr, 0); }
+inline void commit_products() { emulator::products().commit(); }
+template <int kPending>
+void wait_products() {
+  emulator::products().wait(kPending);
+}
+
+// At once, or when the thread waits for it: both are allowed to happen on a GPU.
+inline void issue(std::function<void()> work) {
+  auto& groups = emulator::products();
+  if (groups.open.empty() && groups.committed.empty() && emulator::flip()) return work();
+  groups.open.push_back(std::move(work));
+}
+
+// sums += a [2 rows of this thread, kDepth] * b(column, depth)
+template <int N, int kDepth, typename A, typename B>
+void multiply_fragment(float (&sums)[N / 2], const A& a, const B& b, bool accumulate) {
+  const int thread = static_cast<int>(emulator::thread_index().x % 128), lane = thread % 32;
+  float rows[2][kDepth];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < kDepth; ++k) rows[half][k] = a(thread / 32 * 16 + lane / 4 + half * 8, k);
+  }
+  for (int column = lane % 4 * 2; column < N; column += column % 2 == 0 ? 1 : 7) {
+    float values[kDepth];
+    for (int k = 0; k < kDepth; ++k) values[k] = b(column, k);
+    for (int half = 0; half < 2; ++half) {
+      float& sum = sums[column / 8 * 4 + half * 2 + column % 2];
+      double total = accumulate ? sum : 0.0;
+      for (int k = 0; k < kDepth; ++k) total += static_cast<double>(rows[half][k]) * values[k];
+      sum = static_cast<float>(total);
+    }
+  }
+}
+
+template <int N>
+void multiply_bf16(float (&sums)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  const Matrix left(a), right(b);
+  issue([=, &sums] {
+    multiply_fragment<N, 16>(
+        sums, [&](int row, int k) { return bf16_at(left.row(row, k * 2)); },
+        [&](int column, int k) { return bf16_at(right.row(column, k * 2)); }, accumulate);
+  });
+}
+
+template <int N, bool kTransposed>
+void multiply_bf16(float (&sums)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const Matrix right(b);
+  const unsigned char* lanes = emulator::exchange_in_warp(&a, sizeof(a));
+  std::array<std::array<uint32_t, 4>, 32> words;
+  for (int lane = 0; lane < 32; ++lane) words[lane] = lane_value<std::array<uint32_t, 4>>(lanes, lane);
+  issue([=, &sums] {
+    multiply_fragment<N, 16>(
+        sums,
+        [&](int row, int k) {
+          return bf16_value(words[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row % 16 / 8] >> 16 * (k % 2) & 0xFFFF);
+        },
+        [&](int column, int k) { return bf16_at(kTransposed ? right.column(column, k) : right.row(column, k * 2)); },
+        accumulate);
+  });
+}
+
+template <int N>
+void multiply_e4m3(float (&sums)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  const Matrix left(a), right(b);
+  issue([=, &sums] {
+    multiply_fragment<N, 32>(
+        sums, [&](int row, int k) { return e4m3_value(*left.row(row, k)); },
+        [&](int column, int k) { return e4m3_value(*right.row(column, k)); }, accumulate);
+  });
+}
+
+}  // namespace mixtral::cuda
