@@ -1,4 +1,4 @@
-"""Whole models on the CPU against transformers and llama.cpp: prefill, decode, memory, load.
+"""Whole models against transformers and llama.cpp: prefill, decode, memory, load; on CUDA Mixtral 8x7B (model_cuda.py).
 
 Writes random checkpoints (``random_models.SHAPES``) into a folder, and lets engines that hold the same weights in as
 many bits take turns, round after round; medians count. What a peer lacks to run is said and its rows stay empty.
@@ -22,7 +22,7 @@ import model_cuda
 from common import Bench, Row
 from engines import missing_packages
 from model_turns import MEASURES, PEERS, Turns, run_turns
-from random_models import SHAPES, Shape, write_checkpoint
+from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
 
 LONGEST = 2048  # positions that the cache has to hold
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
@@ -201,6 +201,7 @@ def parse_arguments() -> argparse.Namespace:
         "--isa", type=names, default=[], help=f"instead: prefill without more than {','.join(ISA_GOALS)}"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: Mixtral 8x7B instead")
+    parser.add_argument("--layers", type=int, default=MIXTRAL_8X7B.layers, help="of Mixtral 8x7B, at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a case starts no new round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -242,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bench = Bench("model-isa" if arguments.isa else "model", arguments.device)
     if arguments.device == "cuda":
-        model_cuda.run(bench, arguments.rounds)
+        model_cuda.run(bench, arguments.layers, arguments.rounds)
     elif arguments.isa:
         run_isas(bench, arguments)
     else:

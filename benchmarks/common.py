@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from roofline import bound_of, rates_of
+from roofline import bound_of, hopper_peak, rates_of
 from timing import Sample, gpu_state, take_turns
 
 RECORDS = Path(__file__).parent / "records"
@@ -100,6 +100,10 @@ class Bench:
         if self.device == "cuda":
             self.versions |= gpu_state()
             print(device_name(self.device), *(f"{name} {value}" for name, value in self.versions.items()), sep=", ")
+            if torch.cuda.get_device_capability() == (9, 0):
+                clock = float(self.versions["SM clock"].split()[0])
+                peak = hopper_peak(torch.cuda.get_device_properties().multi_processor_count, clock)
+                print(f"dense bf16 at this SM clock: {peak:.0f} TFLOP/s")
         if record:
             self.write()
 

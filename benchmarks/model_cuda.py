@@ -132,9 +132,9 @@ def run_model(bench: Bench, shape: Shape, full: Shape, rounds: int) -> None:
         print(f"  batch {batch}: {bench.rows[-1].value:.1f} tokens/s", flush=True)
 
 
-def run(bench: Bench, rounds: int) -> None:
-    """Mixtral 8x7B on the GPU."""
-    layers = layers_that_fit(MIXTRAL_8X7B, torch.cuda.mem_get_info()[0])
+def run(bench: Bench, most_layers: int, rounds: int) -> None:
+    """Mixtral 8x7B on the GPU, no more than ``most_layers`` of it."""
+    layers = min(most_layers, layers_that_fit(MIXTRAL_8X7B, torch.cuda.mem_get_info()[0]))
     if layers < 1:
         raise RuntimeError("model_cuda.run: the GPU must have room for one layer of Mixtral 8x7B, got none")
     run_model(bench, replace(MIXTRAL_8X7B, layers=layers), MIXTRAL_8X7B, rounds)

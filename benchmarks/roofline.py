@@ -53,6 +53,11 @@ def data_sheet_rates(gpu: str, element_size: int) -> Rates | None:
     return None
 
 
+def hopper_peak(multiprocessors: int, megahertz: float) -> float:
+    """TFLOP/s of dense bf16 at a clock: what is left of the data sheet's rate where power holds the clock down."""
+    return 4096 * multiprocessors * megahertz * 1e6 / 1e12
+
+
 @functools.cache
 def rates_of(device: str, dtype: torch.dtype) -> Rates:
     """From the data sheet where there is one, else measured, once in a process."""

@@ -1,7 +1,5 @@
 """The op benchmarks: who is timed when, what counts, and that the peers compute what the ops do."""
 
-import time
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ import mixtral.ops as ops
 import timing
 from bench_sliding_window_attention import flex, sdpa, sight
 from common import Bench
-from roofline import Rates, bound_of, data_sheet_rates
+from roofline import Rates, bound_of, data_sheet_rates, hopper_peak
+from timing import Sample
 
 RATES = Rates(bandwidth=10.0, arithmetic=100.0)
 
@@ -40,15 +39,15 @@ def test_functions_take_turns_and_medians_count(monkeypatch):
     assert samples["a"].variation == pytest.approx((2 / 3) ** 0.5 / 2)
 
 
-def test_the_fastest_peer_counts_and_a_bound_goal_has_its_own_row(bench):
-    peers = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.004)}
-    ours = lambda: time.sleep(0.001)  # noqa: E731
-    bench.compare("case", ours, peers, gigabytes=0.001, goal=1.5, bound_goal=90.0, budget=0.1)
+def test_the_fastest_peer_counts_and_a_bound_goal_has_its_own_row(bench, monkeypatch):
+    samples = {"ours": Sample(0.001, 0.1), "slow": Sample(0.004, 0.1), "fast": Sample(0.002, 0.1)}
+    monkeypatch.setattr("common.take_turns", lambda functions, device, budget: samples)
+    returned = bench.compare("case", print, {"slow": print, "fast": print}, gigabytes=0.005, goal=1.5, bound_goal=90.0)
     against_peer, against_bound = bench.rows
-    assert (against_peer.peer, against_peer.goal) == ("fast", 1.5)
-    assert 1.5 < against_peer.ratio < 6
-    assert (against_bound.peer, against_bound.goal, against_bound.bound) == (None, 90.0, RATES.bandwidth)
-    assert against_bound.percent_of_bound == pytest.approx(100 * against_bound.value / RATES.bandwidth)
+    assert (against_peer.peer, against_peer.ratio, against_peer.goal) == ("fast", 2.0, 1.5)
+    assert (against_peer.value, against_peer.peer_value, against_peer.unit) == (5.0, 2.5, "GB/s")
+    assert (against_bound.peer, against_bound.goal, against_bound.percent_of_bound) == (None, 90.0, 50.0)
+    assert returned == samples
 
 
 def test_bound_is_the_slower_of_memory_and_arithmetic():
@@ -63,6 +62,7 @@ def test_data_sheet_is_that_of_the_gpu():
     assert data_sheet_rates("NVIDIA H100 80GB HBM3", 2) == Rates(3350.0, 989.4e3)
     assert data_sheet_rates("NVIDIA H200", 2) == Rates(4800.0, 989.4e3)
     assert data_sheet_rates("NVIDIA H100 PCIe", 2) is None  # slower: it must not be taken for the other
+    assert hopper_peak(132, 1830) == pytest.approx(989.4, rel=1e-3)  # the clock that the data sheet assumes
 
 
 def test_work_of_a_layer_of_8x7b():
