@@ -1,11 +1,14 @@
 """The op benchmarks: who is timed when, what counts, and that the peers compute what the ops do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import bench_moe_mlp
 import bench_moe_permute
 import mixtral.ops as ops
+import run_all
 import timing
 from bench_sliding_window_attention import flex, sdpa, sight
 from common import Bench
@@ -119,3 +122,11 @@ def test_moe_mlp_writes_rows_with_the_goals_of_uniform_routing(bench, monkeypatc
     bench_moe_mlp.run_router(bench, experts, 16, "tiny")
     assert [row.goal for row in bench.rows] == [1.3, None, 40.0]
     assert all(row.value > 0 for row in bench.rows)
+
+
+def test_one_command_runs_every_benchmark_once():
+    files = {path.name for path in Path(run_all.__file__).parent.glob("bench_*.py")}
+    commands = run_all.commands("cpu")
+    assert len(commands) == len(files) and {command[0] for command in commands} == files
+    assert all(command[-3:] == ["--device", "cpu", "--record"] for command in commands)
+    assert {command[0] for command in run_all.commands("cuda")} == files - {"bench_pack_weight.py"}
