@@ -211,6 +211,8 @@ def parse_arguments() -> argparse.Namespace:
     for option, known in (("models", SHAPES), ("dtypes", GGUF), ("peers", PEERS), ("isa", ISA_GOALS)):
         if unknown := set(getattr(arguments, option)) - set(known):
             parser.error(f"--{option}: expected names among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if arguments.isa and arguments.device == "cuda":
+        parser.error("--isa: expected --device cpu, got cuda")
     return arguments
 
 
