@@ -19,8 +19,7 @@ def run(bench: Bench) -> None:
         bench.compare(
             f"T={tokens} H={hidden} E={experts} K={top_k} bfloat16",
             lambda x=x: ops.moe_route(x, router, top_k),
-            lambda x=x: eager(x, router, top_k),
-            "torch",
+            {"torch": lambda x=x: eager(x, router, top_k)},
             gigabytes=(x.numel() * 2 + router.numel() * 4) / 1e9,
         )
 
