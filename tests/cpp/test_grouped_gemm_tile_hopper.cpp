@@ -121,7 +121,9 @@ TEST_P(GroupedGemmTile, ComputesWholeTiles) {
   expect_products(Problem({128, 256}, 256, GetParam() ? 128 : 256, 128, GetParam()), 1);
 }
 
-TEST_P(GroupedGemmTile, ComputesTheSmallestProduct) { expect_products(Problem({1}, 1, 8, 8, GetParam()), 1); }
+TEST_P(GroupedGemmTile, ComputesTheSmallestProductUnderEverySchedule) {
+  for (uint64_t seed = 0; seed < 8; ++seed) expect_products(Problem({1}, 1, 8, 8, GetParam()), 1, seed);
+}
 
 TEST_P(GroupedGemmTile, ManyExpertsWithFewRows) { expect_products(Problem({1, 1, 4, 4, 5}, 5, 24, 72, GetParam()), 2); }
 

@@ -7,11 +7,12 @@
 // 128 of up that belong to them, so that one thread holds both halves of a value, as sums i and i + 64.
 //
 // Rows of groups are compact: a tile may load rows of the next group, or zeros behind the last row and the last column.
-// Their sums are never stored. A warp brings its sums through 2 KB of shared memory into rows of 128 bytes that it
-// stores 16 bytes a thread; only the threads of a warp wait for each other.
+// Their sums are never stored, and a warpgroup without rows in a tile lets it pass. A warp brings its sums through 2 KB
+// of shared memory into rows of 128 bytes that it stores 16 bytes a thread; only the threads of a warp wait for each
+// other.
 //
 // Shared memory: 4 stages of (128 + 256) * 128 bytes = 192 KB, 8 warps * 2 KB to store = 16 KB, of 227 KB.
-// Registers: 65536 = 128 * 40 for the loading warpgroup, 256 * 232 for the others, rounded down.
+// Registers: 128 * 40 for the loading warpgroup and 256 * 232 for the others: what 384 * 168 at the launch are.
 //
 // Roofline: 2 M N K FLOP at 989 TFLOP/s; E N K + M K + M N values of 2 bytes at 3.35 TB/s. Computing bounds it from
 // about 300 rows a group on. A step of a tile is 1024 cycles of products for 48 KB, 48 bytes a cycle from L2; the
@@ -116,6 +117,14 @@ __device__ __forceinline__ void multiply_tile(GemmShared& shared, RingPosition& 
   if (steps > 0) release_stage(shared, (ring.stage + kGemmStages - 1) % kGemmStages);
 }
 
+// For a warpgroup that has no rows in the tile.
+__device__ __forceinline__ void skip_tile(GemmShared& shared, RingPosition& ring, int steps) {
+  for (int step = 0; step < steps; ++step, ring.advance(kGemmStages)) {
+    wait(&shared.full[ring.stage], ring.parity);
+    release_stage(shared, ring.stage);
+  }
+}
+
 // Values 2 i and 2 i + 1 of this thread's row of out, rounded.
 template <bool kSwiglu>
 __device__ __forceinline__ uint32_t out_pair(const float (&sums)[kGemmColumns / 2], int i) {
@@ -191,6 +200,10 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     const GemmTile tile = gemm_tile<kSwiglu>(gemm, index);
     if (tile.expert < 0) return;
     const int steps = gemm_steps(gemm, tile);
+    if (tile.row_begin + warp / 4 * kGemmRows / 2 >= tile.row_end) {
+      skip_tile(shared, ring, steps);
+      continue;
+    }
     float sums[kGemmColumns / 2];
     if (steps == 0) {
 #pragma unroll
