@@ -43,7 +43,8 @@ class Block {
         random_(random),
         threads_(launch.threads),
         warps_((launch.threads + 31) / 32),
-        memory_(kSharedLimit + 2048) {
+        memory_(kSharedLimit + 2048),
+        lateness_(4u << random() % 3 * 4) {
     shared_ = memory_.data();
     while (reinterpret_cast<uintptr_t>(shared_) % 1024 != 0) ++shared_;
     std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xFF));  // NaN in bf16, f32 and e4m3
@@ -58,6 +59,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<unsigned char> memory_;
+  const unsigned lateness_;  // turns of threads until a copy lands: few, or as many as it takes all to wait
   unsigned char* shared_;
   std::map<int, NamedBarrier> barriers_;
   std::vector<std::function<void()>> later_;
@@ -138,7 +140,7 @@ void Block::run() {
       if (!thread->ready()) continue;
       resume(*thread);
       progress = true;
-      if (random_() % 4 == 0) run_one_later();
+      if (random_() % lateness_ == 0) run_one_later();
     }
     order.erase(std::remove_if(order.begin(), order.end(), [](Thread* thread) { return thread->done; }), order.end());
     if (!progress && !run_one_later()) throw std::runtime_error("gpu emulator: deadlock:" + what_threads_wait_for());

@@ -335,7 +335,6 @@ inline void store_matrices(void* shared, const uint32_t (&registers)[4], bool tr
       std::memcpy(lane_value<unsigned char*>(lanes, matrix * 8 + row) + column * 2, &value, 2);
     }
   }
-  __syncwarp();
 }
 inline void store_matrices(void* shared, const uint32_t (&registers)[4]) { store_matrices(shared, registers, false); }
 inline void store_matrices_transposed(void* shared, const uint32_t (&registers)[4]) {
