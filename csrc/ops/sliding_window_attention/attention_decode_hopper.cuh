@@ -113,6 +113,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void add_to_seeing_rows(const DecodeRows<kHeadDim>& rows, int first,
                                                    const uint32_t (&weights)[4], uint32_t b0, uint32_t b1,
                                                    float (&out)[4]) {
+#pragma unroll 1
   for (int key = 0; key < kChunkKeys; ++key) {
     const uint32_t pair = key % 2 ? 0xFFFF0000u : 0xFFFFu;
     const bool mine = key % 8 / 2 == static_cast<int>(threadIdx.x % 4);
@@ -149,32 +150,59 @@ __device__ __forceinline__ void add_values(DecodeRows<kHeadDim>& rows, const flo
   }
 }
 
-// One row of parts that lie `stride` floats apart, merged in their order: four columns.
-struct MergedRow {
-  float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
-  float max = -INFINITY, sum = 0.0f;
-};
+// A row of the result in the making: lane l of a warp has columns from l * kHeadDim / 32 on.
 template <int kHeadDim>
-__device__ __forceinline__ MergedRow merge_parts(const float* row, int parts, int64_t stride, int column) {
-  MergedRow merged;
-  for (int i = 0; i < parts; ++i) merged.max = fmaxf(merged.max, row[i * stride + kHeadDim]);
-  const float origin = merged.max == -INFINITY ? 0.0f : merged.max;
-#pragma unroll 4
+struct MergedRow {
+  struct alignas(kHeadDim / 8) Columns {
+    float at[kHeadDim / kWarpSize];
+  } values = {};
+  float max, sum;
+};
+
+// Merges the parts of a row, `stride` floats apart, in their order. At most 32: each lane weighs one.
+template <int kHeadDim>
+__device__ __forceinline__ MergedRow<kHeadDim> merge_parts(const float* row, int parts, int64_t stride) {
+  using Columns = typename MergedRow<kHeadDim>::Columns;
+  const int lane = threadIdx.x % kWarpSize;
+  const bool mine = lane < parts;
+  const float max = mine ? row[lane * stride + kHeadDim] : -INFINITY;
+  const float sum = mine ? row[lane * stride + kHeadDim + 1] : 0.0f;
+  MergedRow<kHeadDim> merged;
+  merged.max = max;
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
+    merged.max = fmaxf(merged.max, __shfl_xor_sync(0xffffffffu, merged.max, mask));
+  const float weight = exp2f(max - (merged.max == -INFINITY ? 0.0f : merged.max));
+  merged.sum = warp_sum(weight * sum);
+#pragma unroll 8
   for (int i = 0; i < parts; ++i) {
-    const float* part = row + i * stride;
-    const float4 x = *reinterpret_cast<const float4*>(part + column);
-    const float weight = exp2f(part[kHeadDim] - origin);
-    merged.sum = fmaf(weight, part[kHeadDim + 1], merged.sum);
-    merged.values = {fmaf(weight, x.x, merged.values.x), fmaf(weight, x.y, merged.values.y),
-                     fmaf(weight, x.z, merged.values.z), fmaf(weight, x.w, merged.values.w)};
+    const Columns part = *reinterpret_cast<const Columns*>(row + i * stride + lane * (kHeadDim / kWarpSize));
+    const float part_weight = __shfl_sync(0xffffffffu, weight, i);
+#pragma unroll
+    for (int c = 0; c < kHeadDim / kWarpSize; ++c)
+      merged.values.at[c] = fmaf(part_weight, part.at[c], merged.values.at[c]);
   }
   return merged;
 }
 
-__device__ __forceinline__ void store_row(const MergedRow& row, BFloat16* out) {
+template <int kHeadDim>
+__device__ __forceinline__ void store_merged(const MergedRow<kHeadDim>& row, float* part) {
+  using Columns = typename MergedRow<kHeadDim>::Columns;
+  const int lane = threadIdx.x % kWarpSize;
+  *reinterpret_cast<Columns*>(part + lane * (kHeadDim / kWarpSize)) = row.values;
+  if (lane == 0) *reinterpret_cast<float2*>(part + kHeadDim) = {row.max, row.sum};
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void store_result(const MergedRow<kHeadDim>& row, BFloat16* out) {
+  struct alignas(kHeadDim / 16) Packed {
+    uint32_t pairs[kHeadDim / kWarpSize / 2];
+  } packed;
   const float inverse = row.sum == 0.0f ? 0.0f : 1.0f / row.sum;  // 0: no key was seen
-  *reinterpret_cast<uint2*>(out) = {pack_bf16(row.values.x * inverse, row.values.y * inverse),
-                                    pack_bf16(row.values.z * inverse, row.values.w * inverse)};
+#pragma unroll
+  for (int i = 0; i < kHeadDim / kWarpSize / 2; ++i)
+    packed.pairs[i] = pack_bf16(row.values.at[2 * i] * inverse, row.values.at[2 * i + 1] * inverse);
+  *reinterpret_cast<Packed*>(out + threadIdx.x % kWarpSize * (kHeadDim / kWarpSize)) = packed;
 }
 
 // Whether this block is the last one to say that its part is written; if so, it sees all of them.
@@ -253,6 +281,7 @@ __device__ __forceinline__ void attend_keys(const DecodeProblem& p, const Decode
     const int64_t row = p.keys.row(tile.tokens.sequence, key);
     return row < 0 ? -1 : (row * p.num_kv_heads + kv_head) * kHeadDim;
   };
+  const int warps_per_row = kDecodeWarps / row_tiles;
   int next = 0, next_stage = 0;
   int64_t offset = offset_in_block(0);
   const auto copy_next = [&] {
@@ -261,6 +290,7 @@ __device__ __forceinline__ void attend_keys(const DecodeProblem& p, const Decode
     offset = offset_in_block(++next);
     next_stage = next_stage == kDecodeStages - 1 ? 0 : next_stage + 1;
   };
+#pragma unroll 1
   for (int i = 0; i < kDecodeStages - 1; ++i) copy_next();
   load_rows(p, tile, warp % row_tiles * kDecodeTileRows, range, blocks.begin * kDecodeKeys, rows);
   const float scale = p.scale * 1.4426950408889634f;  // of scores in base 2
@@ -269,7 +299,8 @@ __device__ __forceinline__ void attend_keys(const DecodeProblem& p, const Decode
     wait_copies<kDecodeStages - 2>();
     __syncthreads();  // the block is here, and the stage of the block before it is free
     copy_next();
-    for (int chunk = warp / row_tiles; chunk < kDecodeWarps; chunk += kDecodeWarps / row_tiles) {
+#pragma unroll 1
+    for (int chunk = warp / row_tiles; chunk < kDecodeWarps; chunk += warps_per_row) {
       const int first = block * kDecodeKeys + chunk * kChunkKeys;
       float scores[2][4] = {};
       chunk_scores(rows, shared.ring[stage].keys, chunk * kChunkKeys, scores);
@@ -285,7 +316,7 @@ __device__ __forceinline__ void attend_keys(const DecodeProblem& p, const Decode
 template <int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_decode_kernel(DecodeProblem p, DecodePlan plan, DecodeWorkspace workspace) {
-  constexpr int kStride = decode_part_stride(kHeadDim), kThreadsPerRow = kHeadDim / 4;
+  constexpr int kStride = decode_part_stride(kHeadDim);
   auto& shared = *reinterpret_cast<DecodeShared<kHeadDim>*>(dynamic_shared_memory());
   const int64_t kv_head = blockIdx.y;
   const int split = blockIdx.z, group = static_cast<int>(p.num_heads / p.num_kv_heads);
@@ -304,24 +335,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   }
   __syncthreads();
 
-  // The parts of warps with the same rows, then those of the splits.
-  const int column = threadIdx.x % kThreadsPerRow * 4, first_row = threadIdx.x / kThreadsPerRow;
+  // The parts of warps with the same rows, then those of the splits: a warp merges a row.
   const int64_t part_size = plan.rows * kStride, pair = blockIdx.x * p.num_kv_heads + kv_head;
   float* parts = workspace.parts + pair * plan.splits * part_size;
-  for (int row = first_row; row < tile.rows; row += kDecodeThreads / kThreadsPerRow) {
-    const auto merged = merge_parts<kHeadDim>(shared.parts + row * kStride, kMaxDecodeRows / plan.rows, part_size, column);
-    if (plan.splits == 1) {
-      store_row(merged, p.out + tile.offset(p, row) + column);
-      continue;
-    }
-    float* part = parts + split * part_size + row * kStride;
-    *reinterpret_cast<float4*>(part + column) = merged.values;
-    if (column == 0) *reinterpret_cast<float2*>(part + kHeadDim) = {merged.max, merged.sum};
+  for (int row = warp; row < tile.rows; row += kDecodeWarps) {
+    const auto merged = merge_parts<kHeadDim>(shared.parts + row * kStride, kMaxDecodeRows / plan.rows, part_size);
+    if (plan.splits == 1)
+      store_result(merged, p.out + tile.offset(p, row));
+    else
+      store_merged(merged, parts + split * part_size + row * kStride);
   }
   if (plan.splits == 1 || !last_to_arrive(workspace.arrivals + pair, plan.splits, &shared.is_last)) return;
-  for (int row = first_row; row < tile.rows; row += kDecodeThreads / kThreadsPerRow)
-    store_row(merge_parts<kHeadDim>(parts + row * kStride, plan.splits, part_size, column),
-              p.out + tile.offset(p, row) + column);
+  for (int row = warp; row < tile.rows; row += kDecodeWarps)
+    store_result(merge_parts<kHeadDim>(parts + row * kStride, plan.splits, part_size), p.out + tile.offset(p, row));
 }
 
 }  // namespace mixtral::cuda
