@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "gpu_emulator/hopper.h"
@@ -44,8 +45,7 @@ class Batch {
     p.v = (c.page_size > 0 ? v_cache : v).data();
     p.cu_seqlens_q = cu_q_.data();
     p.keys.cu_seqlens = cu_k_.data();
-    if (c.page_size > 0)
-      p.keys = {nullptr, c.lengths.data(), page_table.data(), pages_, c.page_size, columns_};
+    if (c.page_size > 0) p.keys = {nullptr, c.lengths.data(), page_table.data(), pages_, c.page_size, columns_};
     p.tokens = cu_q_.back();
     p.sequences = static_cast<int64_t>(c.queries.size());
     p.num_heads = c.num_heads;
@@ -98,9 +98,9 @@ class Batch {
   int64_t first_key(int64_t sequence) const { return cu_k_[sequence]; }
 
   Config c;
-  std::vector<BFloat16> q, k, v;             // [T, Nq, D], [keys, Nkv, D]
-  std::vector<BFloat16> k_cache, v_cache;    // [pages, P, Nkv, D]
-  std::vector<int64_t> page_table;           // [B, R]
+  std::vector<BFloat16> q, k, v;           // [T, Nq, D], [keys, Nkv, D]
+  std::vector<BFloat16> k_cache, v_cache;  // [pages, P, Nkv, D]
+  std::vector<int64_t> page_table;         // [B, R]
 
  private:
   std::vector<BFloat16> numbers(int64_t size) {
@@ -203,8 +203,8 @@ const std::vector<Config>& configs() {
       {.queries = {1}, .lengths = {400}, .window = 257, .num_heads = 8, .page_size = 24},
       {.queries = {1, 1}, .lengths = {130, 40}, .num_heads = 2, .num_kv_heads = 2, .page_size = 1},
       {.queries = {5, 2, 0, 4}, .lengths = {70, 2, 90, 130}, .window = 30},
-      {.queries = {16}, .lengths = {150}, .window = 40},
-      {.queries = {8, 7}, .lengths = {150, 7}, .head_dim = 128},
+      {.queries = {16}, .lengths = {290}, .window = 230},
+      {.queries = {8, 7}, .lengths = {330, 7}, .head_dim = 128},
       {.queries = {7}, .lengths = {100}, .num_heads = 3},
       {.queries = {0, 9, 0}, .lengths = {10, 80, 0}},
       {.queries = {3, 2, 4}, .lengths = {2, 0, 70}},
@@ -236,14 +236,14 @@ TEST(AttentionDecodeHopper, AnyNumberOfSplitsGivesTheSameMean) {
   const Batch batch({.queries = {1, 1}, .lengths = {600, 70}, .window = 500}, true);
   const auto whole = batch.run(1);
   expect_exact_mean(batch, whole);
-  for (int splits : {2, 3, 4, 7, 11, 16, 32}) EXPECT_TRUE(same_bits(batch.run(splits, splits), whole)) << splits;
+  for (int splits : {2, 3, 5, 16, 32}) EXPECT_TRUE(same_bits(batch.run(splits, splits), whole)) << splits;
 }
 
 TEST(AttentionDecodeHopper, RepeatsItsBitsInAnyOrderOfBlocks) {
   const Batch batch({.queries = {2, 1}, .lengths = {400, 130}, .num_kv_heads = 2});
   std::vector<float> memory;
   const auto first = batch.run(5, 0, &memory);
-  for (uint64_t seed = 1; seed < 8; ++seed) EXPECT_TRUE(same_bits(batch.run(5, seed, &memory), first)) << seed;
+  for (uint64_t seed = 1; seed < 5; ++seed) EXPECT_TRUE(same_bits(batch.run(5, seed, &memory), first)) << seed;
 }
 
 TEST(AttentionDecodeHopper, AKeyOnAMissingPageIsZeros) {
@@ -257,25 +257,21 @@ TEST(AttentionDecodeHopper, AKeyOnAMissingPageIsZeros) {
 }
 
 TEST(AttentionDecodeHopper, OneValueReachesOnlyTheQueriesThatSeeIt) {
-  for (const float value : {NAN, INFINITY}) {
-    for (const int64_t window : {0, 9}) {
-      const Config config{.queries = {12}, .lengths = {90}, .window = window, .page_size = 0};
-      const auto clean = Batch(config).run();
-      for (const int64_t position : {70, 79, 80, 85, 89}) {
-        Batch batch(config);
-        batch.v[position * 64 + 7] = value;
-        auto out = batch.run();
-        for (int64_t t = 0; t < 12; ++t) {
-          const int64_t at = t + 78;
-          if (position > at || (window > 0 && position <= at - window)) continue;
-          for (int64_t h = 0; h < 4; ++h) {
-            BFloat16& spoilt = out[(t * 4 + h) * 64 + 7];
-            EXPECT_FALSE(std::isfinite(static_cast<float>(spoilt)));
-            spoilt = clean[(t * 4 + h) * 64 + 7];
-          }
-        }
-        EXPECT_TRUE(same_bits(out, clean)) << value << " at " << position << ", window " << window;
+  for (const int64_t window : {0, 5}) {
+    const Config config{.queries = {6}, .lengths = {84}, .window = window, .num_heads = 2, .page_size = 0};
+    const auto clean = Batch(config).run();
+    for (const auto& [position, column, value] : {std::tuple{72, 7, NAN}, {79, 8, INFINITY}, {80, 62, NAN}}) {
+      Batch batch(config);
+      batch.v[position * 64 + column] = value;
+      auto out = batch.run();
+      for (int row = 0; row < 12; ++row) {
+        const int at = 78 + row / 2;
+        if (position > at || (window > 0 && position <= at - window)) continue;
+        BFloat16& spoilt = out[row * 64 + column];
+        EXPECT_FALSE(std::isfinite(static_cast<float>(spoilt)));
+        spoilt = clean[row * 64 + column];
       }
+      EXPECT_TRUE(same_bits(out, clean)) << value << " at " << position << ", window " << window;
     }
   }
 }
@@ -284,7 +280,7 @@ TEST(AttentionDecodeHopper, ANaNQueryOrKeySpoilsNoOtherRow) {
   const Config config{.queries = {2, 1}, .lengths = {40, 30}, .page_size = 0};
   const auto clean = Batch(config).run(2);
   Batch batch(config);
-  batch.q[0] = BFloat16(NAN);                            // token 0, head 0
+  batch.q[0] = BFloat16(NAN);                               // token 0, head 0
   batch.k[(batch.first_key(1) + 29) * 64] = BFloat16(NAN);  // token 2
   const auto out = batch.run(2);
   for (size_t i = 0; i < out.size(); ++i) {
