@@ -127,6 +127,7 @@ std::string Block::what_threads_wait_for() const {
 }
 
 void Block::run() {
+  const size_t slow_warp = random_() % (4 * warps_.size());  // in a quarter of the blocks
   std::vector<Thread*> order;
   for (Thread& thread : threads_) {
     thread.index = {static_cast<unsigned>(order.size()), 0, 0};
@@ -138,8 +139,9 @@ void Block::run() {
     bool progress = false;
     for (Thread* thread : order) {
       if (!thread->ready()) continue;
-      resume(*thread);
       progress = true;
+      if (thread->index.x / 32 == slow_warp && random_() % 16 != 0) continue;
+      resume(*thread);
       if (random_() % lateness_ == 0) run_one_later();
     }
     order.erase(std::remove_if(order.begin(), order.end(), [](Thread* thread) { return thread->done; }), order.end());

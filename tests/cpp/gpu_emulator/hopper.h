@@ -276,7 +276,9 @@ inline void fence_async_proxy() {}
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   require(shared_address(shared) % 16 == 0 && (!valid || reinterpret_cast<uintptr_t>(global) % 16 == 0),
           "cp.async is aligned to 16 bytes");
-  emulator::copies().open.push_back([=] { valid ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16); });
+  const auto copy = [=] { valid ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16); };
+  if (emulator::flip()) return void(copy());  // it lands at once, or when the thread waits for it
+  emulator::copies().open.push_back(copy);
 }
 inline void commit_copies() { emulator::copies().commit(); }
 template <int kPending>
