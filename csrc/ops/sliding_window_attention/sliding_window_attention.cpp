@@ -94,6 +94,8 @@ Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& 
   const Tensor index_q = as_index(cu_seqlens_q, ScalarType::Long), index_k = as_index(cu_seqlens_k, ScalarType::Long);
   KeyLayout keys;
   keys.cu_seqlens = const_ptr<int64_t>(index_k);
+  keys.pages = 1;
+  keys.page_size = k.size(0);
   if (!q.is_cuda()) {
     const int64_t sequences = index_q.size(0) - 1;
     check_cu_seqlens(kOp, "cu_seqlens_q", const_ptr<int64_t>(index_q), sequences, q.size(0));

@@ -1,0 +1,387 @@
+// Attention of many queries on Hopper, bf16, head dim 128, keys packed or in pages. After Shah et al.,
+// "FlashAttention-3" (2024).
+//
+// A block computes one tile: 128 rows (tokens x query heads of one key/value head, attention_blocks.h) against blocks
+// of 128 keys, which pass through a ring of two stages. Twelve warps:
+//   0-3, 4-7   two warpgroups, 64 rows each: S = Q K^T (wgmma from shared memory), online softmax in registers, and
+//              O += P V with P from registers (an accumulator of S is a fragment of P).
+//   8          loads Q, K and V by TMA: a lane a box. Page after page where keys lie in pages.
+//   9          cleans V where a block is partly visible (clean_values), before the warpgroups may see it.
+// Overlap: S of block j and O of block j - 1 are issued together; the softmax of block j runs while O is computed. And
+// the warpgroups take turns in issuing, so that one's softmax falls into the other's products.
+//
+// Shared memory: Q 32 KB + 2 stages x (K 32 + V 32) KB + 8 KB marks = 168 KB: one block per SM. Registers: 240 x 256
+// threads; S 64, O 64, P 32.
+// Roofline, per tile and block of keys: 8.4 MFLOP are 2048 clocks of the tensor cores; 16384 exponentials at 16 a clock
+// are 1024 clocks, the other ~300 instructions of a thread and score block 600 a scheduler: both hide behind the other
+// warpgroup's products. 64 KB of K and V a tile and block are 32 bytes a clock and SM from L2, which the tiles of one
+// key/value head share: they run next to each other.
+//
+// A row's bits depend on its own query and keys alone: blocks lie at absolute positions and come in rising order, and a
+// block of which a row sees nothing multiplies by one and adds zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "../cuda/hopper_layout.h"
+#include "attention_blocks.h"
+#include "sliding_window_attention.h"
+
+namespace mixtral::cuda {
+
+inline constexpr int kPrefillStages = 2, kPrefillThreads = 384, kHeadDim = 128;
+inline constexpr int kHalfBytes = 128 * kSwizzleRowBytes;  // 128 rows, 64 of the 128 columns
+
+struct PrefillShared {
+  unsigned char q[2][kHalfBytes];  // halves of the columns; in the end the outputs
+  unsigned char k[kPrefillStages][2][kHalfBytes], v[kPrefillStages][2][kHalfBytes];
+  uint8_t spoilt[2 * kTileRows][kHeadDim / 4];  // [partly visible key]: a bit for each column, see clean_values
+  int any_spoilt;
+  Barrier q_full, k_full[kPrefillStages], k_empty[kPrefillStages];
+  Barrier v_landed[kPrefillStages];  // of partly visible blocks: to be cleaned
+  Barrier v_full[kPrefillStages], v_empty[kPrefillStages];
+};
+
+// Boxes of queries: [tokens, heads of a group, 64 columns], the rows of half a tile.
+inline bool prefill_query_map(TensorMap* map, const AttentionProblem<BFloat16>& p) {
+  const int group = static_cast<int>(p.num_heads / p.num_kv_heads), tokens = static_cast<int>(tile_tokens(group));
+  return encode_tensor_map<3>(map, p.q, MapElement::kBFloat16, {kHeadDim, p.num_heads, p.tokens},
+                              {kHeadDim * 2, p.num_heads * kHeadDim * 2}, {64, group, tokens});
+}
+
+// Boxes of keys or values: [a page, its successive rows, a head, 64 columns]; data [pages, page_size, Nkv, D].
+inline bool prefill_key_map(TensorMap* map, const AttentionProblem<BFloat16>& p, const BFloat16* data) {
+  const int64_t row_bytes = p.num_kv_heads * kHeadDim * 2;
+  return encode_tensor_map<4>(map, data, MapElement::kBFloat16,
+                              {kHeadDim, p.num_kv_heads, p.keys.page_size, p.keys.pages},
+                              {kHeadDim * 2, row_bytes, p.keys.page_size * row_bytes},
+                              {64, 1, static_cast<int>(box_keys(p.keys)), 1});
+}
+
+// What all threads of a block know.
+struct PrefillTile {
+  QueryTile queries;
+  KeyBlocks keys;
+  int group, kv_head;
+};
+
+// ---- the loading warp
+
+__device__ __forceinline__ void load_tile(const AttentionProblem<BFloat16>& p, const PrefillTile& tile,
+                                          const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map,
+                                          PrefillShared* shared) {
+  const int lane = threadIdx.x % kWarpSize, half = lane % 2;
+  const int box_rows = static_cast<int>(box_keys(p.keys)), first_row = lane / 2 * box_rows;
+  const bool active = first_row < kBlockKeys;
+  if (lane == 0) {
+    const int rows = static_cast<int>(tile_tokens(tile.group)) * tile.group;
+    arrive_expect_bytes(&shared->q_full, 2 * rows * kSwizzleRowBytes);
+    for (int h = 0; h < 2; ++h) {
+      load_box(shared->q[h], &q_map, &shared->q_full, h * 64, tile.kv_head * tile.group,
+               static_cast<int>(tile.queries.begin), L2Policy::kEvictFirst);
+    }
+  }
+  RingPosition ring;
+  for (int block = 0; block < tile.keys.blocks; ++block, ring.advance(kPrefillStages)) {
+    // The page is looked up before the stage is free.
+    const int64_t position = tile.keys.origin + block * kBlockKeys + first_row;
+    const KeyBox box = active ? key_box(p.keys, tile.queries.sequence, position) : KeyBox{0, 0};
+    Barrier* v_barrier = tile.keys.partial(block) ? &shared->v_landed[ring.stage] : &shared->v_full[ring.stage];
+    wait(&shared->k_empty[ring.stage], ring.parity ^ 1);
+    if (lane == 0) arrive_expect_bytes(&shared->k_full[ring.stage], 2 * kHalfBytes);
+    __syncwarp();
+    if (active) {
+      load_box(shared->k[ring.stage][half] + first_row * kSwizzleRowBytes, &k_map, &shared->k_full[ring.stage],
+               half * 64, tile.kv_head, box.row, box.page);
+    }
+    wait(&shared->v_empty[ring.stage], ring.parity ^ 1);
+    if (lane == 0) arrive_expect_bytes(v_barrier, 2 * kHalfBytes);
+    __syncwarp();
+    if (active) {
+      load_box(shared->v[ring.stage][half] + first_row * kSwizzleRowBytes, &v_map, v_barrier, half * 64, tile.kv_head,
+               box.row, box.page);
+    }
+  }
+}
+
+// ---- the cleaning warp
+
+// Where the marks of a key lie that not all rows see: first those behind the window of the last row, then those ahead
+// of the first row. Both kinds are fewer than the tokens of a tile.
+__device__ __forceinline__ int mark_row(const KeyBlocks& keys, int key) {
+  return key < keys.all_end ? key - keys.begin : kTileRows + key - keys.all_end;
+}
+
+// A key out of sight has the weight 0, but 0 times NaN is NaN. So in blocks that not all rows see whole, values that no
+// row sees (stale, or of the next sequence) become zeros, and so do infinities and NaN that some rows see and others
+// do not: those are marked, and their rows become NaN in the end (spoil_outputs).
+__device__ __forceinline__ void clean_values(const PrefillTile& tile, PrefillShared* shared) {
+  const KeyBlocks& keys = tile.keys;
+  const int lane = threadIdx.x % kWarpSize;  // columns 4 lane .. + 3
+  RingPosition ring;
+  uint32_t parities = 0;  // of v_landed, a bit each: phases are the partial blocks alone
+  for (int block = 0; block < keys.blocks; ++block, ring.advance(kPrefillStages)) {
+    if (!keys.partial(block)) continue;
+    wait(&shared->v_landed[ring.stage], parities >> ring.stage & 1);
+    parities ^= 1u << ring.stage;
+    for (int row = 0; row < kBlockKeys; ++row) {
+      const int key = block * kBlockKeys + row;
+      if (key >= keys.all_begin && key < keys.all_end) continue;
+      auto* values = reinterpret_cast<uint2*>(shared->v[ring.stage][lane / 16] +
+                                              swizzle_128b(row * kSwizzleRowBytes + lane % 16 * 8));
+      if (key < keys.begin || key >= keys.end) {
+        *values = uint2{0, 0};
+        continue;
+      }
+      uint32_t words[2] = {values->x, values->y}, marks = 0;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t exponent = 0x7F80u << i % 2 * 16;
+        if ((words[i / 2] & exponent) != exponent) continue;
+        words[i / 2] &= ~(0xFFFFu << i % 2 * 16);
+        marks |= 1u << i;
+      }
+      shared->spoilt[mark_row(keys, key)][lane] = static_cast<uint8_t>(marks);
+      if (marks == 0) continue;
+      *values = uint2{words[0], words[1]};
+      shared->any_spoilt = 1;
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) arrive(&shared->v_full[ring.stage]);
+  }
+}
+
+// ---- the computing warpgroups
+
+// The two rows of a thread: what they see, and their softmax.
+struct PrefillRows {
+  int begin[2], end[2];  // keys, relative to the tile's first block
+  float max[2], sum[2];  // of the scaled scores, in base 2; the sum is over this thread's keys alone
+};
+
+// scores [64, 128] = the warpgroup's q [64, 128] times k [128, 128]; q and k: first of two halves of the depth
+__device__ __forceinline__ void multiply_scores(float (&scores)[kBlockKeys / 2], uint32_t q, uint32_t k) {
+  fence_accumulators();
+#pragma unroll
+  for (int depth = 0; depth < kHeadDim; depth += 16) {
+    const uint32_t offset = depth / 64 * kHalfBytes + depth % 64 * 2;
+    multiply_bf16<kBlockKeys>(scores, matrix_descriptor(q + offset), matrix_descriptor(k + offset), depth > 0);
+  }
+  commit_products();
+}
+
+// outputs [64, 128] += weights [64, 128 keys] times v [128 keys, 128 columns]; v: first of two halves of the columns
+__device__ __forceinline__ void multiply_values(float (&outputs)[kHeadDim / 2], const uint32_t (&weights)[8][4],
+                                                uint32_t v) {
+  fence_accumulators();
+#pragma unroll
+  for (int step = 0; step < kBlockKeys / 16; ++step) {
+    const uint32_t keys = v + step * 16 * kSwizzleRowBytes;
+    multiply_bf16<kHeadDim, true>(outputs, weights[step], matrix_descriptor(keys, kSwizzleAtomBytes, kHalfBytes), true);
+  }
+  commit_products();
+}
+
+__device__ __forceinline__ void mask_scores(float (&scores)[kBlockKeys / 2], const PrefillRows& rows, int block) {
+  const int thread = threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < kBlockKeys / 2; ++i) {
+    const int key = block * kBlockKeys + accumulator_column(thread, i), h = i / 2 % 2;
+    if (key < rows.begin[h] || key >= rows.end[h]) scores[i] = -INFINITY;
+  }
+}
+
+// Scores become weights; correction: what the sums so far are to be multiplied by, exactly 1 while the maximum stays.
+__device__ __forceinline__ void softmax_block(float (&scores)[kBlockKeys / 2], float scale, PrefillRows& rows,
+                                              float (&correction)[2]) {
+  float top[2] = {-INFINITY, -INFINITY}, origin[2];
+#pragma unroll
+  for (int i = 0; i < kBlockKeys / 2; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    // Four neighbouring lanes share a row.
+    for (int lanes = 1; lanes < 4; lanes *= 2) top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], lanes));
+    const float max = fmaxf(rows.max[h], top[h] * scale);
+    origin[h] = max == -INFINITY ? 0.0f : max;  // nothing seen so far: all weights are 2^-inf
+    correction[h] = exp2_approx(rows.max[h] - origin[h]);
+    rows.max[h] = max;
+    rows.sum[h] *= correction[h];
+  }
+#pragma unroll
+  for (int i = 0; i < kBlockKeys / 2; ++i) {
+    scores[i] = exp2_approx(fmaf(scores[i], scale, -origin[i / 2 % 2]));
+    rows.sum[i / 2 % 2] += scores[i];
+  }
+}
+
+// An accumulator [64, 128] in bf16: fragments of 16 columns, as products and stmatrix take them.
+__device__ __forceinline__ void pack_fragments(const float (&values)[64], uint32_t (&fragments)[8][4]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) fragments[i / 4][i % 4] = pack_bf16(values[2 * i], values[2 * i + 1]);
+}
+
+__device__ __forceinline__ void release(Barrier* empty) {
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) arrive(empty);
+}
+
+// outputs: the sums of a thread's rows over all blocks of keys (at least one).
+__device__ __forceinline__ void attend_blocks(const KeyBlocks& keys, float scale, PrefillShared* shared,
+                                              PrefillRows& rows, float (&outputs)[kHeadDim / 2]) {
+  const int warpgroup = threadIdx.x / 128, my_turn = 1 + warpgroup, others_turn = 2 - warpgroup;
+  const uint32_t q = shared_address(shared->q) + warpgroup * 64 * kSwizzleRowBytes;
+  float scores[kBlockKeys / 2], correction[2];
+  uint32_t weights[kBlockKeys / 16][4];
+  RingPosition k_ring, v_ring;  // v_ring: one block behind
+  // After the products with V in flight: the weights of the next ones, and the sums relative to the new maximum.
+  const auto next_weights = [&] {
+    wait_products<0>(outputs);
+    for (int i = 0; i < kHeadDim / 2; ++i) outputs[i] *= correction[i / 2 % 2];
+    pack_fragments(scores, weights);
+  };
+
+  if (warpgroup == 1) named_barrier_arrive(others_turn, 256);
+  wait(&shared->q_full, 0);
+  wait(&shared->k_full[0], 0);
+  named_barrier_sync(my_turn, 256);
+  multiply_scores(scores, q, shared_address(shared->k[0]));
+  // Every turn is waited for: the second warpgroup gives none in the end.
+  if (warpgroup == 0 || keys.blocks > 1) named_barrier_arrive(others_turn, 256);
+  wait_products<0>(scores);
+  release(&shared->k_empty[0]);
+  if (keys.partial(0)) mask_scores(scores, rows, 0);
+  softmax_block(scores, scale, rows, correction);
+
+  for (int block = 1; block < keys.blocks; ++block) {
+    k_ring.advance(kPrefillStages);
+    // First, and not only because K comes first: within straight code ptxas moves the softmax behind the wait for the
+    // products that are to run meanwhile; it does not move it behind a loop.
+    wait(&shared->k_full[k_ring.stage], k_ring.parity);
+    next_weights();
+    if (block > 1) {
+      release(&shared->v_empty[v_ring.stage]);
+      v_ring.advance(kPrefillStages);
+    }
+    named_barrier_sync(my_turn, 256);
+    multiply_scores(scores, q, shared_address(shared->k[k_ring.stage]));
+    wait(&shared->v_full[v_ring.stage], v_ring.parity);
+    multiply_values(outputs, weights, shared_address(shared->v[v_ring.stage]));
+    if (warpgroup == 0 || block + 1 < keys.blocks) named_barrier_arrive(others_turn, 256);
+    wait_products<1>(scores);
+    release(&shared->k_empty[k_ring.stage]);
+    if (keys.partial(block)) mask_scores(scores, rows, block);
+    softmax_block(scores, scale, rows, correction);
+  }
+
+  wait(&shared->v_full[k_ring.stage], k_ring.parity);  // of the last block
+  next_weights();
+  multiply_values(outputs, weights, shared_address(shared->v[k_ring.stage]));
+  wait_products<0>(outputs);
+}
+
+// The columns where a row sees a marked value: a NaN (clean_values).
+__device__ __forceinline__ void spoil_outputs(const KeyBlocks& keys, const PrefillRows& rows,
+                                              const PrefillShared* shared, float (&outputs)[kHeadDim / 2]) {
+  for (int key = keys.begin; key < keys.end; ++key) {
+    if (key >= keys.all_begin && key < keys.all_end) continue;
+    const uint8_t* marks = shared->spoilt[mark_row(keys, key)];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      const int column = accumulator_column(threadIdx.x % 128, i), h = i / 2 % 2;
+      const bool spoilt = marks[column / 4] >> column % 4 & 1;
+      if (spoilt && key >= rows.begin[h] && key < rows.end[h]) outputs[i] = NAN;
+    }
+  }
+}
+
+// outputs in bf16 to out, through the place of q: whole rows of 256 bytes.
+__device__ __forceinline__ void store_outputs(const AttentionProblem<BFloat16>& p, const PrefillTile& tile,
+                                              PrefillShared* shared, const float (&outputs)[kHeadDim / 2]) {
+  const int lane = threadIdx.x % kWarpSize, first_row = threadIdx.x / kWarpSize * 16;  // of the warp
+  uint32_t fragments[8][4];
+  pack_fragments(outputs, fragments);
+  const auto at = [&](int row, int chunk) {  // 16-byte chunk of a row
+    return shared->q[chunk / 8] + swizzle_128b(row * kSwizzleRowBytes + chunk % 8 * 16);
+  };
+  named_barrier_sync(3 + threadIdx.x / 128, 128);  // the warpgroup's products with q are done
+#pragma unroll
+  for (int i = 0; i < 8; ++i) store_matrices(at(first_row + lane % 16, 2 * i + lane / 16), fragments[i]);
+  __syncwarp();
+  for (int i = lane; i < 16 * 16; i += kWarpSize) {
+    const int row = first_row + i / 16, chunk = i % 16;
+    const int64_t token = tile.queries.begin + row / tile.group;
+    const int64_t head = tile.kv_head * tile.group + row % tile.group;
+    if (token >= tile.queries.end) continue;
+    *reinterpret_cast<uint4*>(p.out + (token * p.num_heads + head) * kHeadDim + chunk * 8) =
+        *reinterpret_cast<const uint4*>(at(row, chunk));
+  }
+}
+
+__device__ __forceinline__ void compute_tile(const AttentionProblem<BFloat16>& p, const PrefillTile& tile,
+                                             PrefillShared* shared) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  PrefillRows rows;
+  for (int h = 0; h < 2; ++h) {
+    const int row = threadIdx.x / 128 * 64 + accumulator_row(threadIdx.x % 128, 2 * h);
+    const int64_t token = tile.queries.begin + row / tile.group;
+    const KeyRange none{tile.keys.origin, tile.keys.origin};
+    const KeyRange seen = token < tile.queries.end ? p.visible(tile.queries.sequence, token) : none;
+    rows.begin[h] = static_cast<int>(seen.begin - tile.keys.origin);
+    rows.end[h] = static_cast<int>(seen.end - tile.keys.origin);
+    rows.max[h] = -INFINITY;
+    rows.sum[h] = 0.0f;
+  }
+  float outputs[kHeadDim / 2] = {};
+  if (tile.keys.blocks > 0) attend_blocks(tile.keys, p.scale * kLog2E, shared, rows, outputs);
+  if (shared->any_spoilt) spoil_outputs(tile.keys, rows, shared, outputs);
+  float inverse[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    for (int lanes = 1; lanes < 4; lanes *= 2) rows.sum[h] += __shfl_xor_sync(0xffffffffu, rows.sum[h], lanes);
+    inverse[h] = rows.sum[h] == 0.0f ? 0.0f : 1.0f / rows.sum[h];  // 0: no key was seen
+  }
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) outputs[i] *= inverse[i / 2 % 2];
+  store_outputs(p, tile, shared, outputs);
+}
+
+// Grid: (tiles, key/value heads), the last tile first: it has the most keys where there is no window.
+__global__ void __launch_bounds__(kPrefillThreads, 1)
+    attention_prefill_hopper_kernel(const __grid_constant__ AttentionProblem<BFloat16> p,
+                                    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                                    const __grid_constant__ TensorMap v_map) {
+  PrefillTile tile;
+  tile.group = static_cast<int>(p.num_heads / p.num_kv_heads);
+  tile.kv_head = static_cast<int>(blockIdx.y);
+  tile.queries = query_tile(p.cu_seqlens_q, p.sequences, tile_tokens(tile.group), gridDim.x - 1 - blockIdx.x);
+  if (tile.queries.begin < 0 || tile.queries.begin >= tile.queries.end || tile.queries.end > p.tokens) return;
+  tile.keys = key_blocks(p.visible(tile.queries.sequence, tile.queries.begin),
+                         p.visible(tile.queries.sequence, tile.queries.end - 1));
+
+  auto* shared = reinterpret_cast<PrefillShared*>(dynamic_shared_memory());
+  if (threadIdx.x == 0) {
+    init_barrier(&shared->q_full, 1);
+    for (int stage = 0; stage < kPrefillStages; ++stage) {
+      init_barrier(&shared->k_full[stage], 1);
+      init_barrier(&shared->k_empty[stage], 8);  // warps that compute
+      init_barrier(&shared->v_landed[stage], 1);
+      init_barrier(&shared->v_full[stage], 1);
+      init_barrier(&shared->v_empty[stage], 8);
+    }
+    fence_barrier_init();
+    shared->any_spoilt = 0;
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / kWarpSize;
+  if (warp < 8) {
+    increase_registers<232>();
+    compute_tile(p, tile, shared);
+  } else {
+    decrease_registers<40>();
+    if (warp == 8 && tile.keys.blocks > 0) load_tile(p, tile, q_map, k_map, v_map, shared);
+    if (warp == 9) clean_values(tile, shared);
+  }
+}
+
+}  // namespace mixtral::cuda
