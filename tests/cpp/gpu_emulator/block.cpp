@@ -148,10 +148,6 @@ void Block::run() {
 
 }  // namespace
 
-void require(bool holds, const std::string& rule) {
-  if (!holds) throw std::runtime_error(rule);
-}
-
 void launch(const Launch& launch, const std::function<void()>& kernel) {
   require(launch.shared_bytes <= kSharedLimit, "more than 227 KiB of shared memory");
   std::mt19937_64 random(launch.seed);
