@@ -14,7 +14,7 @@ constexpr int64_t tile_tokens(int64_t group) { return kTileRows / group; }
 
 // The keys of a tile, relative to `origin`, the absolute start of its first block. Blocks start at multiples of 128 in
 // absolute positions, so the order of a row's sums depends on the row alone.
-struct KeyBlocks {
+struct PrefillKeys {
   int64_t origin;
   int blocks;
   int begin, end;          // [begin, end): some row sees the key
@@ -27,7 +27,7 @@ struct KeyBlocks {
 };
 
 // From what the first and the last row see: neither end of visible_keys() ever falls from token to token.
-constexpr KeyBlocks key_blocks(KeyRange first, KeyRange last) {
+constexpr PrefillKeys prefill_keys(KeyRange first, KeyRange last) {
   const int64_t origin = first.begin / kBlockKeys * kBlockKeys;
   const int64_t count = last.end > first.begin ? last.end - origin : 0;
   return {origin,

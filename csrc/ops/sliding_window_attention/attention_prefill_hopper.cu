@@ -1,11 +1,10 @@
 // Launcher of attention_prefill_hopper.cuh: tensor maps and the grid.
-#include "attention_prefill_hopper.h"
-
 #include <algorithm>
 
 #include "../cuda/tensor_map.cuh"
 #include "../cuda/wgmma.cuh"
 #include "attention_prefill_hopper.cuh"
+#include "attention_prefill_hopper.h"
 
 namespace mixtral {
 

@@ -1,9 +1,15 @@
 #include "sliding_window_attention.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "../dispatch.h"
 #include "attend.h"
+
+#ifdef MIXTRAL_WITH_HOPPER
+#include "../cuda/kernel_choice.h"
+#include "attention_prefill_hopper.h"
+#endif
 
 namespace mixtral {
 
@@ -33,6 +39,23 @@ void check_cu_seqlens(const char* op, const char* name, const int64_t* cu_seqlen
                 cu_seqlens[sequences]);
 }
 
+namespace {
+
+// Chosen from shapes alone: a call can be captured in a CUDA graph.
+template <typename T>
+int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem, cudaStream_t stream) {
+#ifdef MIXTRAL_WITH_HOPPER
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (use_hopper_kernels(q) && hopper_takes_prefill(problem)) return launch_attention_prefill_hopper(problem, stream);
+  }
+#else
+  (void)q;
+#endif
+  return launch_attention_cuda(problem, stream);
+}
+
+}  // namespace
+
 Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
               const KeyLayout& keys, int64_t window, bool causal, std::optional<double> scale) {
   const int64_t tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k.size(k.dim() - 2);
@@ -61,7 +84,7 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
         MIXTRAL_CHECK(head_dim <= kMaxHeadDimCuda, op, ": q must have a head dim of at most ", kMaxHeadDimCuda,
                       " on CUDA, got shape ", shape_string(q));
         const CudaScope scope(q);
-        check_launch(op, launch_attention_cuda(problem, scope.stream()));
+        check_launch(op, launch_attention_on_gpu(q, problem, scope.stream()));
         return;
       }
     }
