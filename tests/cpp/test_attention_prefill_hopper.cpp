@@ -11,7 +11,7 @@
 #include "ops/sliding_window_attention/attention_prefill_hopper.cuh"
 #include "ops/sliding_window_attention/attention_prefill_hopper.h"
 
-namespace mixtral::cuda {
+namespace mixtral::cuda::prefill {
 namespace {
 
 constexpr int64_t kDim = kHeadDim;
@@ -352,4 +352,4 @@ TEST(AttentionPrefillHopper, DeclinesWhatItCannotDo) {
 }
 
 }  // namespace
-}  // namespace mixtral::cuda
+}  // namespace mixtral::cuda::prefill

@@ -1,6 +1,4 @@
 // Launcher of attention_prefill_hopper.cuh: tensor maps and the grid.
-#include <algorithm>
-
 #include "../cuda/tensor_map.cuh"
 #include "../cuda/wgmma.cuh"
 #include "attention_prefill_hopper.cuh"
@@ -9,7 +7,8 @@
 namespace mixtral {
 
 int launch_attention_prefill_hopper(const AttentionProblem<BFloat16>& p, cudaStream_t stream) {
-  using namespace cuda;
+  using namespace cuda::prefill;
+  using cuda::TensorMap;
   const int64_t group = p.num_heads / p.num_kv_heads, tokens = tile_tokens(group);
   TensorMap q_map, k_map, v_map;
   if (!prefill_query_map(&q_map, p) || !prefill_key_map(&k_map, p, p.k) || !prefill_key_map(&v_map, p, p.v))

@@ -2,30 +2,32 @@
 // "FlashAttention-3" (2024).
 //
 // A block computes one tile: 128 rows (tokens x query heads of one key/value head, attention_blocks.h) against blocks
-// of 128 keys, which pass through a ring of two stages. Twelve warps:
+// of 128 keys, which pass through a ring of two stages. Its warps:
 //   0-3, 4-7   two warpgroups, 64 rows each: S = Q K^T (wgmma from shared memory), online softmax in registers, and
-//              O += P V with P from registers (an accumulator of S is a fragment of P).
-//   8          loads Q, K and V by TMA: a lane a box. Page after page where keys lie in pages.
-//   9          cleans V where a block is partly visible (clean_values), before the warpgroups may see it.
-// Overlap: S of block j and O of block j - 1 are issued together; the softmax of block j runs while O is computed. And
-// the warpgroups take turns in issuing, so that one's softmax falls into the other's products.
+//              O += P V with P from registers: the accumulator of S, rounded, is the fragment of P.
+//   8, 9       load, and clean values that not all rows see (attention_prefill_loads_hopper.cuh).
+// S of block j and O of block j - 1 are issued together, and the softmax of block j runs while O is computed. The
+// warpgroups take turns in issuing: the softmax of one falls into the products of the other.
 //
-// Shared memory: Q 32 KB + 2 stages x (K 32 + V 32) KB + 8 KB marks = 168 KB: one block per SM. Registers: 240 x 256
-// threads; S 64, O 64, P 32.
-// Roofline, per tile and block of keys: 8.4 MFLOP are 2048 clocks of the tensor cores; 16384 exponentials at 16 a clock
-// are 1024 clocks, the other ~300 instructions of a thread and score block 600 a scheduler: both hide behind the other
-// warpgroup's products. 64 KB of K and V a tile and block are 32 bytes a clock and SM from L2, which the tiles of one
-// key/value head share: they run next to each other.
+// Memory: Q 32 KB + 2 stages x (K 32 + V 32) KB + marks 8 KB = 168 KB, so one block per multiprocessor. Registers: 232
+// for each of 256 threads (64 hold S, 64 O, 32 P), 40 for 128.
+// Bound, per tile and block of keys: 8.4 MFLOP take the tensor cores 2048 clocks. A warp has 526 other instructions
+// (SASS; with a mask 754), two warps a scheduler: 1052 clocks of issue. 66 of them are exponentials and their like at 4
+// lanes a clock and scheduler: 1056 clocks. So the tensor cores are the bound as long as turns keep them fed: the
+// softmax of one warpgroup, some 800 clocks, against 1024 of products of the other. K and V are 64 KB, 32 bytes a clock
+// from L2; tiles of one key/value head run next to each other and share them there.
 //
-// A row's bits depend on its own query and keys alone: blocks lie at absolute positions and come in rising order, and a
-// block of which a row sees nothing multiplies by one and adds zeros.
+// A row's bits depend on its own query and keys alone: blocks of keys lie at absolute positions and come in rising
+// order, and one of which a row sees nothing multiplies its sums by one and adds zeros.
+//
+// Who includes this includes the building blocks first: ../cuda/{tensor_map,wgmma}.cuh, or those of the GPU emulator.
 #pragma once
 
 #include <cstdint>
 
 #include "attention_prefill_loads_hopper.cuh"
 
-namespace mixtral::cuda {
+namespace mixtral::cuda::prefill {
 
 // The two rows of a thread: what they see, and their softmax.
 struct PrefillRows {
@@ -258,4 +260,4 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   }
 }
 
-}  // namespace mixtral::cuda
+}  // namespace mixtral::cuda::prefill

@@ -8,7 +8,7 @@
 #include "attention_blocks.h"
 #include "sliding_window_attention.h"
 
-namespace mixtral::cuda {
+namespace mixtral::cuda::prefill {
 
 inline constexpr int kPrefillStages = 2, kPrefillThreads = 384, kHeadDim = 128;
 inline constexpr int kHalfBytes = 128 * kSwizzleRowBytes;  // 128 rows, 64 of the 128 columns
@@ -131,4 +131,4 @@ __device__ __forceinline__ void clean_values(const PrefillTile& tile, PrefillSha
   }
 }
 
-}  // namespace mixtral::cuda
+}  // namespace mixtral::cuda::prefill

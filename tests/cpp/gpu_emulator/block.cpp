@@ -131,6 +131,7 @@ void Block::run() {
     start(thread);
     order.push_back(&thread);
   }
+  const bool late_copies = launch_.seed % 2 == 1;
   while (!order.empty()) {
     std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;
@@ -138,7 +139,7 @@ void Block::run() {
       if (!thread->ready()) continue;
       resume(*thread);
       progress = true;
-      if (random_() % 4 == 0) run_one_later();
+      if (!late_copies && random_() % 4 == 0) run_one_later();
     }
     order.erase(std::remove_if(order.begin(), order.end(), [](Thread* thread) { return thread->done; }), order.end());
     if (!progress && !run_one_later()) throw std::runtime_error("gpu emulator: deadlock:" + what_threads_wait_for());
