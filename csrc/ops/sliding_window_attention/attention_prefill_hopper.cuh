@@ -5,7 +5,7 @@
 // of 128 keys, which pass through a ring of two stages. Its warps:
 //   0-3, 4-7   two warpgroups, 64 rows each: S = Q K^T (wgmma from shared memory), online softmax in registers, and
 //              O += P V with P from registers: the accumulator of S, rounded, is the fragment of P.
-//   8, 9       load, and clean values that not all rows see (attention_prefill_loads_hopper.cuh).
+//   8, 9-11    load, and clean values that not all rows see (attention_prefill_loads_hopper.cuh).
 // S of block j and O of block j - 1 are issued together, and the softmax of block j runs while O is computed. The
 // warpgroups take turns in issuing: the softmax of one falls into the products of the other.
 //
@@ -104,7 +104,8 @@ __device__ __forceinline__ void release(Barrier* empty) {
 // outputs: the sums of a thread's rows over all blocks of keys (at least one).
 __device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float scale, PrefillShared* shared,
                                               PrefillRows& rows, float (&outputs)[kHeadDim / 2]) {
-  const int warpgroup = threadIdx.x / 128, my_turn = 1 + warpgroup, others_turn = 2 - warpgroup;
+  const int warpgroup = threadIdx.x / 128;
+  const int my_turn = kTurnBarrier + warpgroup, others_turn = kTurnBarrier + 1 - warpgroup;
   const uint32_t q = shared_address(shared->q) + warpgroup * 64 * kSwizzleRowBytes;
   float scores[kBlockKeys / 2], correction[2];
   uint32_t weights[kBlockKeys / 16][4];
@@ -179,7 +180,7 @@ __device__ __forceinline__ void store_outputs(const AttentionProblem<BFloat16>& 
   const auto at = [&](int row, int chunk) {  // 16-byte chunk of a row
     return shared->q[chunk / 8] + swizzle_128b(row * kSwizzleRowBytes + chunk % 8 * 16);
   };
-  named_barrier_sync(3 + threadIdx.x / 128, 128);  // the warpgroup's products with q are done
+  named_barrier_sync(kWarpgroupBarrier + threadIdx.x / 128, 128);  // the warpgroup's products with q are done
 #pragma unroll
   for (int i = 0; i < 8; ++i) store_matrices(at(first_row + lane % 16, 2 * i + lane / 16), fragments[i]);
   __syncwarp();
@@ -239,10 +240,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     init_barrier(&shared->q_full, 1);
     for (int stage = 0; stage < kPrefillStages; ++stage) {
       init_barrier(&shared->k_full[stage], 1);
-      init_barrier(&shared->k_empty[stage], 8);  // warps that compute
+      init_barrier(&shared->k_empty[stage], kComputeWarps);
       init_barrier(&shared->v_landed[stage], 1);
       init_barrier(&shared->v_full[stage], 1);
-      init_barrier(&shared->v_empty[stage], 8);
+      init_barrier(&shared->v_empty[stage], kComputeWarps);
     }
     fence_barrier_init();
     shared->any_spoilt = 0;
@@ -250,13 +251,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   __syncthreads();
 
   const int warp = threadIdx.x / kWarpSize;
-  if (warp < 8) {
+  if (warp < kComputeWarps) {
     increase_registers<232>();
     compute_tile(p, tile, shared);
   } else {
     decrease_registers<40>();
-    if (warp == 8 && tile.keys.blocks > 0) load_tile(p, tile, q_map, k_map, v_map, shared);
-    if (warp == 9) clean_values(tile, shared);
+    if (warp == kLoader && tile.keys.blocks > 0) load_tile(p, tile, q_map, k_map, v_map, shared);
+    if (warp >= kFirstCleaner) clean_values(tile, shared);
   }
 }
 

@@ -1,5 +1,5 @@
-// The memory side of attention_prefill_hopper.cuh: shared memory, tensor maps, and the two warps that fill the ring of
-// keys and values and clean the values.
+// The memory side of attention_prefill_hopper.cuh: shared memory, tensor maps, and the warps that fill the ring of keys
+// and values and clean the values.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,9 @@
 namespace mixtral::cuda::prefill {
 
 inline constexpr int kPrefillStages = 2, kPrefillThreads = 384, kHeadDim = 128;
+inline constexpr int kComputeWarps = 8, kLoader = 8, kFirstCleaner = 9, kCleaners = 3;
+// Named barriers: turns of the two warpgroups, each warpgroup alone, the cleaning warps.
+inline constexpr int kTurnBarrier = 1, kWarpgroupBarrier = 3, kCleanersBarrier = 5;
 inline constexpr int kHalfBytes = 128 * kSwizzleRowBytes;  // 128 rows, 64 of the 128 columns
 
 struct PrefillShared {
@@ -84,7 +87,7 @@ __device__ __forceinline__ void load_tile(const AttentionProblem<BFloat16>& p, c
   }
 }
 
-// ---- the cleaning warp
+// ---- the cleaning warps
 
 // Where the marks of a key lie that not all rows see: first those behind the window of the last row, then those ahead
 // of the first row. Both kinds are fewer than the tokens of a tile.
@@ -97,14 +100,14 @@ __device__ __forceinline__ int mark_row(const PrefillKeys& keys, int key) {
 // do not: those are marked, and their rows become NaN in the end (spoil_outputs).
 __device__ __forceinline__ void clean_values(const PrefillTile& tile, PrefillShared* shared) {
   const PrefillKeys& keys = tile.keys;
-  const int lane = threadIdx.x % kWarpSize;  // columns 4 lane .. + 3
+  const int warp = threadIdx.x / kWarpSize - kFirstCleaner, lane = threadIdx.x % kWarpSize;  // columns 4 lane .. + 3
   RingPosition ring;
   uint32_t parities = 0;  // of v_landed, a bit each: phases are the partial blocks alone
   for (int block = 0; block < keys.blocks; ++block, ring.advance(kPrefillStages)) {
     if (!keys.partial(block)) continue;
     wait(&shared->v_landed[ring.stage], parities >> ring.stage & 1);
     parities ^= 1u << ring.stage;
-    for (int row = 0; row < kBlockKeys; ++row) {
+    for (int row = warp; row < kBlockKeys; row += kCleaners) {
       const int key = block * kBlockKeys + row;
       if (key >= keys.all_begin && key < keys.all_end) continue;
       auto* values = reinterpret_cast<uint2*>(shared->v[ring.stage][lane / 16] +
@@ -126,8 +129,8 @@ __device__ __forceinline__ void clean_values(const PrefillTile& tile, PrefillSha
       shared->any_spoilt = 1;
     }
     fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) arrive(&shared->v_full[ring.stage]);
+    named_barrier_sync(kCleanersBarrier, kCleaners * kWarpSize);
+    if (warp == 0 && lane == 0) arrive(&shared->v_full[ring.stage]);
   }
 }
 

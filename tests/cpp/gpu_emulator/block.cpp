@@ -131,14 +131,15 @@ void Block::run() {
     start(thread);
     order.push_back(&thread);
   }
-  const bool late_copies = launch_.seed % 2 == 1;
+  const bool late_copies = launch_.seed & 1, unsteady_threads = launch_.seed & 2;
   while (!order.empty()) {
     std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;
     for (Thread* thread : order) {
       if (!thread->ready()) continue;
-      resume(*thread);
       progress = true;
+      if (unsteady_threads && random_() % 8 != 0) continue;
+      resume(*thread);
       if (!late_copies && random_() % 4 == 0) run_one_later();
     }
     order.erase(std::remove_if(order.begin(), order.end(), [](Thread* thread) { return thread->done; }), order.end());
