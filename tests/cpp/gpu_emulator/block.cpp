@@ -125,20 +125,21 @@ std::string Block::what_threads_wait_for() const {
 }
 
 void Block::run() {
+  const size_t slow_warp = random_() % (4 * warps_.size());  // in a quarter of the blocks
   std::vector<Thread*> order;
   for (Thread& thread : threads_) {
     thread.index = {static_cast<unsigned>(order.size()), 0, 0};
     start(thread);
     order.push_back(&thread);
   }
-  const bool late_copies = launch_.seed & 1, unsteady_threads = launch_.seed & 2;
+  const bool late_copies = launch_.seed % 2 == 1;
   while (!order.empty()) {
     std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;
     for (Thread* thread : order) {
       if (!thread->ready()) continue;
       progress = true;
-      if (unsteady_threads && random_() % 8 != 0) continue;
+      if (thread->index.x / 32 == slow_warp && random_() % 16 != 0) continue;
       resume(*thread);
       if (!late_copies && random_() % 4 == 0) run_one_later();
     }
