@@ -60,6 +60,8 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
               const KeyLayout& keys, int64_t window, bool causal, std::optional<double> scale) {
   const int64_t tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k.size(k.dim() - 2);
   const int64_t sequences = cu_seqlens_q.size(0) - 1;
+  MIXTRAL_CHECK(tokens == 0 || sequences > 0, op, ": cu_seqlens_q must have at least 2 elements, got shape ",
+                shape_string(cu_seqlens_q));
   const Tensor q_contiguous = torch::stable::contiguous(q);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   dispatch_float(op, q.scalar_type(), [&](auto tag) {
