@@ -8,6 +8,7 @@
 
 #ifdef MIXTRAL_WITH_HOPPER
 #include "../cuda/kernel_choice.h"
+#include "attention_decode_hopper.h"
 #include "attention_prefill_hopper.h"
 #endif
 
@@ -46,7 +47,13 @@ template <typename T>
 int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem, cudaStream_t stream) {
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (use_hopper_kernels(q) && hopper_takes_prefill(problem)) return launch_attention_prefill_hopper(problem, stream);
+    const bool hopper = use_hopper_kernels(q);
+    if (hopper && hopper_takes_decode(problem)) {  // few queries a sequence
+      const int64_t bytes = decode_workspace_bytes(problem, decode_plan(problem));
+      const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+      return launch_attention_decode_hopper(problem, mutable_ptr<unsigned char>(workspace), stream);
+    }
+    if (hopper && hopper_takes_prefill(problem)) return launch_attention_prefill_hopper(problem, stream);
   }
 #else
   (void)q;
