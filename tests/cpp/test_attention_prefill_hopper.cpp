@@ -270,11 +270,11 @@ TEST(AttentionPrefillHopper, ARowHasTheSameBitsAlone) {
 }
 
 TEST(AttentionPrefillHopper, EveryScheduleGivesTheSameBits) {
-  Batch batch({{20, 900}}, {.window = 850, .num_heads = 4});
+  Batch batch({{20, 1100}}, {.window = 1000, .num_heads = 4});
   batch.store();
   const std::vector<BFloat16> first = batch.run(0);
   expect_attention(batch, first);
-  for (uint64_t seed = 1; seed < 8; ++seed) EXPECT_EQ(bytes(batch.run(seed)), bytes(first)) << seed;
+  for (uint64_t seed = 1; seed < 10; ++seed) EXPECT_EQ(bytes(batch.run(seed)), bytes(first)) << seed;
 }
 
 TEST(AttentionPrefillHopper, AValueReachesOnlyTheQueriesThatSeeIt) {

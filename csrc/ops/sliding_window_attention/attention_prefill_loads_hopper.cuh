@@ -64,25 +64,31 @@ __device__ __forceinline__ void load_tile(const AttentionProblem<BFloat16>& p, c
                static_cast<int>(tile.queries.begin), L2Policy::kEvictFirst);
     }
   }
-  RingPosition ring;
-  for (int block = 0; block < tile.keys.blocks; ++block, ring.advance(kPrefillStages)) {
-    // The page is looked up before the stage is free.
-    const int64_t position = tile.keys.origin + block * kBlockKeys + first_row;
-    const KeyBox box = active ? key_box(p.keys, tile.queries.sequence, position) : KeyBox{0, 0};
-    Barrier* v_barrier = tile.keys.partial(block) ? &shared->v_landed[ring.stage] : &shared->v_full[ring.stage];
-    wait(&shared->k_empty[ring.stage], ring.parity ^ 1);
-    if (lane == 0) arrive_expect_bytes(&shared->k_full[ring.stage], 2 * kHalfBytes);
+  const auto load = [&](unsigned char(&tile_half)[kHalfBytes], const TensorMap& map, Barrier* full, Barrier* empty,
+                        uint32_t parity, const KeyBox& box) {
+    wait(empty, parity ^ 1);
+    if (lane == 0) arrive_expect_bytes(full, 2 * kHalfBytes);
     __syncwarp();
-    if (active) {
-      load_box(shared->k[ring.stage][half] + first_row * kSwizzleRowBytes, &k_map, &shared->k_full[ring.stage],
-               half * 64, tile.kv_head, box.row, box.page);
+    if (!active) return;
+    load_box(tile_half + first_row * kSwizzleRowBytes, &map, full, half * 64, tile.kv_head, box.row, box.page);
+  };
+  // As the products go: K of block j + 1, then V of block j. The place of the former is free earlier.
+  RingPosition k_ring, v_ring;
+  KeyBox box{0, 0};
+  for (int block = 0; block <= tile.keys.blocks; ++block) {
+    const KeyBox v_box = box;
+    if (block < tile.keys.blocks) {
+      const int64_t position = tile.keys.origin + block * kBlockKeys + first_row;
+      if (active) box = key_box(p.keys, tile.queries.sequence, position);
+      const int stage = k_ring.stage;
+      load(shared->k[stage][half], k_map, &shared->k_full[stage], &shared->k_empty[stage], k_ring.parity, box);
+      k_ring.advance(kPrefillStages);
     }
-    wait(&shared->v_empty[ring.stage], ring.parity ^ 1);
-    if (lane == 0) arrive_expect_bytes(v_barrier, 2 * kHalfBytes);
-    __syncwarp();
-    if (active) {
-      load_box(shared->v[ring.stage][half] + first_row * kSwizzleRowBytes, &v_map, v_barrier, half * 64, tile.kv_head,
-               box.row, box.page);
+    if (block > 0) {
+      const int stage = v_ring.stage;
+      Barrier* full = tile.keys.partial(block - 1) ? &shared->v_landed[stage] : &shared->v_full[stage];
+      load(shared->v[stage][half], v_map, full, &shared->v_empty[stage], v_ring.parity, v_box);
+      v_ring.advance(kPrefillStages);
     }
   }
 }

@@ -125,7 +125,7 @@ std::string Block::what_threads_wait_for() const {
 }
 
 void Block::run() {
-  const size_t slow_warp = random_() % (4 * warps_.size());  // in a quarter of the blocks
+  const size_t slow_warp = random_() % warps_.size();
   std::vector<Thread*> order;
   for (Thread& thread : threads_) {
     thread.index = {static_cast<unsigned>(order.size()), 0, 0};

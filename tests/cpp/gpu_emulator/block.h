@@ -1,6 +1,6 @@
 // A GPU block on the CPU: every thread of it is a fiber. Threads run in a random order and switch only where they wait,
-// so a seed is a schedule; in some blocks one warp falls behind. Asynchronous copies land at a random later time, with
-// odd seeds only when every thread waits.
+// so a seed is a schedule; one warp falls behind. Asynchronous copies land at a random later time, with odd seeds only when
+// every thread waits.
 #pragma once
 
 #include <cstdint>
