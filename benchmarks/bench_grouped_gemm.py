@@ -23,17 +23,13 @@ def run(bench: Bench) -> None:
             offs = torch.tensor(ends, dtype=torch.int32, device=bench.device)
             case = f"M={rows} E={experts} N={columns} Kdim={depth} {dtype}"
             active = sum(end > start for start, end in zip([0, *ends], ends, strict=False))
-            # Few rows are bound by reading the weights, many by arithmetic.
-            if rows < 64:
-                work = {"gigabytes": active * columns * depth * b.element_size() / 1e9}
-            else:
-                work = {"gflop": 2 * rows * columns * depth / 1e9}
             bench.compare(
                 case,
                 lambda a=a, b=b, o=offs: ops.grouped_gemm(a, b, o),
-                lambda a=a, b=b, e=ends: loop(a, b, e),
-                "torch loop",
-                **work,
+                {"torch loop": lambda a=a, b=b, e=ends: loop(a, b, e)},
+                gigabytes=active * columns * depth * b.element_size() / 1e9,
+                gflop=2 * rows * columns * depth / 1e9,
+                dtype=dtype,
             )
 
 

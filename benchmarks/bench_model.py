@@ -1,4 +1,4 @@
-"""Whole models on the CPU against transformers and llama.cpp: prefill, decode, memory, load.
+"""Whole models against transformers and llama.cpp: prefill, decode, memory, load; on CUDA Mixtral 8x7B (model_cuda.py).
 
 Writes random checkpoints (``random_models.SHAPES``) into a folder, and lets engines that hold the same weights in as
 many bits take turns, round after round; medians count. What a peer lacks to run is said and its rows stay empty.
@@ -14,39 +14,18 @@ import argparse
 import importlib.metadata
 import statistics
 import tempfile
-from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from common import Bench, Row, measure_read_bandwidth
-from engines import Worker, missing_packages
-from random_models import SHAPES, Shape, write_checkpoint
+import model_cuda
+from common import Bench, Row
+from engines import missing_packages
+from model_turns import MEASURES, PEERS, Turns, run_turns
+from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
 
-PEERS = ("transformers", "llama.cpp")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One thing that an engine is asked to do, and how many tokens that makes."""
-
-    name: str
-    command: str
-    arguments: dict[str, int]
-    tokens: int
-    peers: tuple[str, ...] = PEERS
-
-
-MEASURES = [
-    Measure("prefill 512", "prefill", {"tokens": 512}, 512),
-    Measure("prefill 2048", "prefill", {"tokens": 2048}, 2048),
-    Measure("decode", "decode", {"batch": 1, "prompt": 128, "steps": 64}, 64),
-    Measure("decode batch 8", "decode", {"batch": 8, "prompt": 128, "steps": 32}, 8 * 32, peers=("transformers",)),
-]
 LONGEST = 2048  # positions that the cache has to hold
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
-EXPERTS = {"transformers": ["eager", "grouped_mm"]}  # its better implementation counts
 GGUF = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
 BYTES_PER_WEIGHT = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.53125}  # int4: with a byte of scale for every 32
 # Memory that an engine may need, in multiples of its weights: transformers merges the experts while it loads.
@@ -69,56 +48,21 @@ MINI_RATIO_GOALS = {("decode", "bfloat16", "transformers"): 3.0} | {("decode", d
 BOUND_GOALS = {"bfloat16": 90.0, "int8": 90.0, "int4": 80.0}
 BATCH_GOAL = 2.2
 
-
-@dataclass
-class Turns:
-    """What engines that took turns did: rates in tokens/s by engine, measure and experts implementation."""
-
-    rates: dict[tuple[str, str], dict[str, list[float]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+# What holds every engine to an instruction set below that of the processor, and the goals for the ratio there.
+ISA_ENVIRONMENT = {
+    isa: {
+        "MIXTRAL_CPU_ISA": isa,
+        "ONEDNN_MAX_CPU_ISA": onednn,
+        "ATEN_CPU_CAPABILITY": aten,
+        "MKL_ENABLE_INSTRUCTIONS": aten.upper(),
+    }
+    for isa, onednn, aten in (
+        ("avx2", "AVX2", "avx2"),
+        ("avx512", "AVX512_CORE", "avx512"),
+        ("avx512_bf16", "AVX512_CORE_BF16", "avx512"),
     )
-    load_seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, float] = field(default_factory=dict)
-    bandwidth: list[float] = field(default_factory=list)  # GB/s, once a round
-
-    def rate(self, engine: str, measure: str) -> float | None:
-        """The median of the engine's best implementation; None when it was not asked."""
-        implementations = self.rates.get((engine, measure), {})
-        return max(map(statistics.median, implementations.values()), default=None)
-
-
-def run_turns(engines: dict[str, Path], dtype: str, rounds: int, threads: int) -> Turns:
-    """Load every engine (name -> its model's path) and let them take turns."""
-    turns, workers = Turns(), []
-    try:
-        for engine, path in engines.items():
-            workers.append(Worker(engine, path, dtype, threads))
-            turns.load_seconds[engine] = workers[-1].load_seconds
-            print(f"  {engine}: loaded in {workers[-1].load_seconds:.1f} s", flush=True)
-            workers[-1].ask("decode", batch=1, prompt=16, steps=2)  # warms up
-        for _ in range(rounds):
-            turns.bandwidth.append(measure_read_bandwidth("cpu"))
-            for measure in MEASURES:
-                for worker in workers:
-                    run_measure(worker, measure, turns)
-        for worker in workers:
-            turns.peak_memory[worker.engine] = worker.ask("peak_memory")
-    finally:
-        for worker in workers:
-            worker.close()
-    return turns
-
-
-def run_measure(worker: Worker, measure: Measure, turns: Turns) -> None:
-    """Let one engine do one thing in each of its implementations."""
-    if worker.engine not in ("ours", *measure.peers):
-        return
-    for experts in EXPERTS.get(worker.engine, [""]):
-        if experts:
-            worker.ask("use_experts", implementation=experts)
-        rate = measure.tokens / worker.ask(measure.command, **measure.arguments)
-        turns.rates[worker.engine, measure.name][experts].append(rate)
-        print(f"  {measure.name:14s} {worker.engine} {experts}: {rate:.1f} tokens/s", flush=True)
+}
+ISA_GOALS = {"avx2": 3.0, "avx512": 1.2, "avx512_bf16": 1.2}
 
 
 def groups_that_fit(paths: dict[str, Path], weight_bytes: float) -> list[dict[str, Path]]:
@@ -209,7 +153,7 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
     groups: dict[str, Turns] = {}
     for engines in groups_that_fit(paths, shape.weights * BYTES_PER_WEIGHT[dtype]):
         print(f"{model} {dtype}: {', '.join(engines)}", flush=True)
-        turns = run_turns(engines, dtype, arguments.rounds, arguments.threads)
+        turns = run_turns(engines, dtype, arguments.threads, arguments.rounds, arguments.seconds)
         groups |= dict.fromkeys(engines, turns)
     everything = merged(list({id(turns): turns for turns in groups.values()}.values()))
     return (
@@ -219,12 +163,30 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
     )
 
 
+def run_isa(model: str, isa: str, arguments: argparse.Namespace) -> list[Row]:
+    """Prefill in bf16 against transformers, both held to an instruction set."""
+    measure = MEASURES[0]
+    folder = write_checkpoint(SHAPES[model], arguments.folder / model)
+    print(f"{model} bfloat16 {isa}", flush=True)
+    turns = run_turns(
+        {"ours": folder, "transformers": folder},
+        "bfloat16",
+        arguments.threads,
+        arguments.rounds,
+        arguments.seconds,
+        [measure],
+        ISA_ENVIRONMENT[isa],
+    )
+    rates = turns.rate("ours", measure.name), "transformers", turns.rate("transformers", measure.name)
+    return [against(f"{model} bfloat16 {isa}", measure.name, "tokens/s", *rates, ISA_GOALS[isa])]
+
+
 def show(row: Row) -> None:
     """One line of the table."""
     bound = f"{row.percent_of_bound:5.1f} % of bound" if row.percent_of_bound else ""
     peer = f"x {row.ratio:.2f} {row.peer} ({row.peer_value:.2f})" if row.ratio else row.peer or ""
     goal = f"goal {row.goal:.2f}" if row.goal else ""
-    print(f"{row.case:16s} {row.metric:22s} {row.value:9.2f} {row.unit:9s} {bound:18s} {peer:36s} {goal}")
+    print(f"{row.case:24s} {row.metric:22s} {row.value:9.2f} {row.unit:9s} {bound:18s} {peer:36s} {goal}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -235,21 +197,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=names, default=["mini"], help=f"of {','.join(SHAPES)}")
     parser.add_argument("--dtypes", type=names, default=list(GGUF), help=f"of {','.join(GGUF)}")
     parser.add_argument("--peers", type=names, default=PEERS, help=f"of {','.join(PEERS)}")
+    parser.add_argument(
+        "--isa", type=names, default=[], help=f"instead: prefill without more than {','.join(ISA_GOALS)}"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: Mixtral 8x7B instead")
+    parser.add_argument("--layers", type=int, default=MIXTRAL_8X7B.layers, help="of Mixtral 8x7B, at most")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a case starts no new round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mixtral-bench-models")
     parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-model.json")
     arguments = parser.parse_args()
-    for option, known in (("models", SHAPES), ("dtypes", GGUF), ("peers", PEERS)):
+    for option, known in (("models", SHAPES), ("dtypes", GGUF), ("peers", PEERS), ("isa", ISA_GOALS)):
         if unknown := set(getattr(arguments, option)) - set(known):
             parser.error(f"--{option}: expected names among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if arguments.isa and arguments.device == "cuda":
+        parser.error("--isa: expected --device cpu, got cuda")
     return arguments
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    bench = Bench("model", "cpu")
+def run_cpu(bench: Bench, arguments: argparse.Namespace) -> None:
+    """All models in all dtypes."""
     available = set()
     for peer in arguments.peers:
         if missing := missing_packages(peer):
@@ -262,10 +230,29 @@ def main() -> None:
             # transformers has no int8 or int4 of its own.
             peers = [peer for peer in arguments.peers if dtype == "bfloat16" or peer != "transformers"]
             bench.rows += run_case(model, dtype, peers, available, arguments)
+
+
+def run_isas(bench: Bench, arguments: argparse.Namespace) -> None:
+    """All models under all instruction sets."""
+    bench.versions["transformers"] = importlib.metadata.version("transformers")
+    for model in arguments.models:
+        for isa in arguments.isa:
+            bench.rows += run_isa(model, isa, arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench("model-isa" if arguments.isa else "model", arguments.device)
+    if arguments.device == "cuda":
+        model_cuda.run(bench, arguments.layers, arguments.rounds)
+    elif arguments.isa:
+        run_isas(bench, arguments)
+    else:
+        run_cpu(bench, arguments)
     for row in bench.rows:
         show(row)
-    if arguments.record:
-        bench.write()
+    bench.finish(arguments.record)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,69 @@
-"""moe_mlp against Hugging Face's eager experts (a loop that gathers, multiplies and adds) and against F.grouped_mm."""
+"""The expert layer of Mixtral 8x7B against what PyTorch has for it; the fastest peer of a case counts.
 
+The peers: Hugging Face's eager loop over experts (on the CPU; it synchronises with the host), F.grouped_mm with the
+torch ops around it, and, where transformers is installed, its implementations of the experts (on CUDA; on the CPU
+they are the other two).
+"""
+
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mixtral.ops as ops
-from common import Bench, interleaved_seconds, main
+from common import Bench, Row, main
+from timing import take_turns
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4096, 14336, 8, 2
+TOKENS = {"cpu": (1, 8, 512, 2048), "cuda": (1, 4, 16, 64, 128, 256, 512, 4096, 8192, 16384)}
+ROUTINGS = {"cpu": ("uniform",), "cuda": ("uniform", "Zipf", "one pair")}
+BUDGET = {"cpu": 6.0, "cuda": 1.0}  # seconds for a case
+
+# What the project sets itself, for uniform routing, by tokens: ratios to the best peer, and on CUDA percentages of the
+# bound.
+GOALS = {"cpu": {512: 1.3, 2048: 1.5}, "cuda": dict.fromkeys((1, 4, 16, 64), 3.0)}
+GOALS["cuda"] |= dict.fromkeys((4096, 8192, 16384), 1.03)
+BOUND_GOALS = dict.fromkeys((1, 4, 16, 64), 92.0) | dict.fromkeys((128, 256), 88.0)
+BOUND_GOALS |= dict.fromkeys((4096, 8192, 16384), 69.0)
+ROUTER_GOAL = 40.0  # choosing experts and sorting rows takes at most a fortieth of the layer's time
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights of one layer, as the peers and as our kernels read them."""
+
+    gate_up: Tensor  # [E, 2I, H]
+    down: Tensor  # [E, H, I]
+    ours_gate_up: Tensor  # on the CPU packed, as the model's are
+    ours_down: Tensor
+
+
+def make_experts(device: str, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> Experts:
+    """Random-normal weights; one expert's, copied: what they say costs no time, drawing them does."""
+
+    def draw(rows: int, columns: int) -> Tensor:
+        one = torch.randn(rows, columns, device=device).mul_(columns**-0.5).bfloat16()
+        return one.repeat(EXPERTS, 1, 1)
+
+    gate_up, down = draw(2 * intermediate, hidden), draw(hidden, intermediate)
+    ours = (ops.pack_weight(weight) if device == "cpu" else weight for weight in (gate_up, down))
+    return Experts(gate_up, down, *ours)
+
+
+def route(routing: str, tokens: int, device: str) -> tuple[Tensor, Tensor]:
+    """[T, K] weights and expert ids: random, skewed to the first experts, or the same two experts for all."""
+    ranks = torch.arange(1, EXPERTS + 1, device=device)
+    logits = {
+        "uniform": torch.zeros(EXPERTS, device=device),
+        "Zipf": -ranks.log(),
+        "one pair": torch.where(ranks > TOP_K, -torch.inf, 0.0),
+    }[routing]
+    # With Gumbel noise the K largest are a draw without replacement in proportion to exp(logits).
+    noise = -torch.empty(tokens, EXPERTS, device=device).exponential_().log()
+    return ops.topk_softmax(logits + noise, TOP_K)
 
 
 def eager(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -22,51 +78,97 @@ def eager(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor
 
 
 def grouped(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    top_k = ids.shape[1]
-    order = ids.flatten().argsort(stable=True)
-    offs = ids.flatten().bincount(minlength=len(gate_up)).cumsum(0).to(torch.int32)
+    """Without host synchronisation, so that a graph can hold it."""
+    tokens, top_k = ids.shape
+    sorted_ids, order = ids.flatten().sort(stable=True)
+    offs = torch.searchsorted(sorted_ids, torch.arange(len(gate_up), device=x.device), right=True, out_int32=True)
     gate, up = F.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=offs).chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offs) * weights.flatten()[order, None]
-    return torch.zeros_like(x).index_add_(0, order // top_k, y.to(x.dtype))
+    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offs)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    return (y[place].view(tokens, top_k, -1) * weights[..., None]).sum(1).to(x.dtype)
 
 
-def faster(a: Callable, b: Callable, device: str) -> tuple[Callable, str]:
-    """The better of the two peers here, and its name."""
-    seconds = interleaved_seconds(a, b, device)
-    return (a, "torch eager") if seconds[0] <= seconds[1] else (b, "torch grouped_mm")
+def peers_of(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts) -> dict[str, Callable]:
+    arguments = (x, weights, ids, experts.gate_up, experts.down)
+    peers = {"torch grouped_mm": lambda: grouped(*arguments)}
+    if x.device.type == "cpu":
+        return peers | {"torch eager": lambda: eager(*arguments)}
+    if importlib.util.find_spec("transformers"):
+        peers |= transformers_peers(x, weights, ids, experts)
+    return peers
 
 
-def run_layer(bench: Bench, hidden: int, intermediate: int, dtype: torch.dtype, token_counts: tuple[int, ...]) -> None:
-    """One expert layer of a shape, ours against the better peer."""
-    experts, top_k = 8, 2
-    gate_up = torch.empty(experts, 2 * intermediate, hidden, device=bench.device, dtype=dtype).normal_(0, hidden**-0.5)
-    down = torch.empty(experts, hidden, intermediate, device=bench.device, dtype=dtype).normal_(0, intermediate**-0.5)
-    on_cpu = bench.device == "cpu"  # where weights are packed once, as the model's are
-    ours_gate_up, ours_down = (ops.pack_weight(weight) if on_cpu else weight for weight in (gate_up, down))
-    for tokens in token_counts:
-        x = torch.randn(tokens, hidden, device=bench.device).to(dtype)
-        weights, ids = ops.topk_softmax(torch.randn(tokens, experts, device=bench.device), top_k)
-        expert_elements = 3 * hidden * intermediate
-        # Few tokens are bound by reading the weights of the chosen experts, many by arithmetic.
-        if tokens < 64:
-            work = {"gigabytes": len(ids.unique()) * expert_elements * x.element_size() / 1e9}
-        else:
-            work = {"gflop": 2 * tokens * top_k * expert_elements / 1e9}
-        arguments = (x, weights, ids, gate_up, down)
-        peer, peer_name = faster(lambda a=arguments: eager(*a), lambda a=arguments: grouped(*a), bench.device)
-        bench.compare(
-            f"T={tokens} H={hidden} I={intermediate} E={experts} K={top_k} {dtype}",
-            lambda x=x, w=weights, i=ids: ops.moe_mlp(x, w, i, ours_gate_up, ours_down),
-            peer,
-            peer_name,
-            **work,
-        )
+def transformers_peers(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts) -> dict[str, Callable]:
+    """transformers' MixtralExperts; batched_mm, which gathers a copy of the weights for every row, for few tokens."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    def layer(implementation: str) -> Callable:
+        sizes = {"hidden_size": x.shape[1], "intermediate_size": experts.down.shape[2], "num_local_experts": EXPERTS}
+        config = MixtralConfig(**sizes, experts_implementation=implementation)
+        with torch.device("meta"):
+            module = MixtralExperts(config)
+        module.gate_up_proj = torch.nn.Parameter(experts.gate_up, requires_grad=False)
+        module.down_proj = torch.nn.Parameter(experts.down, requires_grad=False)
+        long_ids, model_weights = ids.long(), weights.to(x.dtype)
+        return lambda: module(x, long_ids, model_weights)
+
+    names = ["grouped_mm"] + ["batched_mm"] * (len(x) <= 4)
+    return {f"transformers {name}": layer(name) for name in names}
+
+
+def work_of(tokens: int, chosen: int, hidden: int, intermediate: int) -> dict[str, float]:
+    """Arithmetic of T * K rows; traffic of the chosen experts' weights, the inputs and the outputs."""
+    weights = 3 * hidden * intermediate  # of one expert
+    return {
+        "gflop": 2 * tokens * TOP_K * weights / 1e9,
+        "gigabytes": 2 * (chosen * weights + 2 * tokens * hidden) / 1e9,
+    }
+
+
+def run_case(bench: Bench, experts: Experts, routing: str, tokens: int, name: str) -> None:
+    """Ours against the peers."""
+    hidden, intermediate = experts.down.shape[1:]
+    x = torch.randn(tokens, hidden, device=bench.device).bfloat16()
+    weights, ids = route(routing, tokens, bench.device)
+    has_goals = routing == "uniform"
+    bench.compare(
+        f"{name} T={tokens} {routing}",
+        lambda: ops.moe_mlp(x, weights, ids, experts.ours_gate_up, experts.ours_down),
+        peers_of(x, weights, ids, experts),
+        **work_of(tokens, len(ids.unique()), hidden, intermediate),
+        goal=GOALS[bench.device].get(tokens) if has_goals else None,
+        bound_goal=BOUND_GOALS.get(tokens) if has_goals and bench.device == "cuda" else None,
+        budget=BUDGET[bench.device],
+    )
+
+
+def run_router(bench: Bench, experts: Experts, tokens: int, name: str) -> None:
+    """How many times as long the layer takes as choosing the experts and sorting the rows."""
+    hidden = experts.down.shape[1]
+    x = torch.randn(tokens, hidden, device=bench.device).bfloat16()
+    router = torch.randn(EXPERTS, hidden, device=bench.device).mul_(hidden**-0.5)
+    weights, ids = ops.moe_route(x, router, TOP_K)
+    samples = take_turns(
+        {
+            "layer": lambda: ops.moe_mlp(x, weights, ids, experts.ours_gate_up, experts.ours_down),
+            "router": lambda: ops.moe_permute(x, ops.moe_route(x, router, TOP_K)[1], EXPERTS),
+        },
+        bench.device,
+    )
+    ratio = samples["layer"].seconds / samples["router"].seconds
+    bench.rows.append(Row(f"{name} T={tokens}", "moe_mlp / (moe_route + moe_permute)", ratio, "x", goal=ROUTER_GOAL))
+    microseconds = 1e6 * samples["router"].seconds
+    print(f"{name} T={tokens}: moe_route + moe_permute {microseconds:.1f} us, the layer takes {ratio:.1f} x as long")
 
 
 def run(bench: Bench) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        run_layer(bench, 2048, 7168, dtype, (1, 4, 128, 512))
-    run_layer(bench, 4096, 14336, torch.bfloat16, (1, 16, 128, 512, 2048))  # a layer of Mixtral 8x7B
+    experts = make_experts(bench.device)
+    for tokens in TOKENS[bench.device]:
+        for routing in ROUTINGS[bench.device]:
+            run_case(bench, experts, routing, tokens, "8x7B")
+    if bench.device == "cuda":
+        run_router(bench, experts, 4096, "8x7B")
 
 
 if __name__ == "__main__":

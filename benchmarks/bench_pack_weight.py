@@ -17,18 +17,16 @@ def run(bench: Bench) -> None:
             bench.compare(
                 f"pack_weight {case}",
                 lambda w=weight, q=quantize: ops.pack_weight(w, q),
-                lambda w=weight: w.clone(),
-                "clone",
+                {"clone": lambda w=weight: w.clone()},
                 gigabytes=(weight.nbytes + packed.nbytes) / 1e9,
             )
             bench.compare(
                 f"unpack_weight {case}",
                 lambda p=packed: ops.unpack_weight(p),
-                lambda u=unpacked: u.clone(),
-                "clone",
+                {"clone": lambda u=unpacked: u.clone()},
                 gigabytes=(packed.nbytes + unpacked.nbytes) / 1e9,
             )
 
 
 if __name__ == "__main__":
-    main("pack_weight", run)
+    main("pack_weight", run, devices=("cpu",))

@@ -25,8 +25,7 @@ def run(bench: Bench) -> None:
             bench.compare(
                 f"rope T={tokens} Nq={HEADS} Nkv={KV_HEADS} {dtype}",
                 lambda q=q, k=k, p=positions: ops.rope(q, k, p, THETA),
-                lambda q=q, k=k, p=positions: hugging_face(q, k, p),
-                "eager Hugging Face",
+                {"eager Hugging Face": lambda q=q, k=k, p=positions: hugging_face(q, k, p)},
                 gigabytes=2 * (q.nbytes + k.nbytes) / 1e9,
             )
 

@@ -20,8 +20,7 @@ def run(bench: Bench) -> None:
             bench.compare(
                 f"M={rows} I={intermediate} {dtype}",
                 lambda x=gate_up: ops.swiglu(x),
-                lambda x=gate_up: eager(x),
-                "torch",
+                {"torch": lambda x=gate_up: eager(x)},
                 gigabytes=3 * rows * intermediate * gate_up.element_size() / 1e9,
             )
 

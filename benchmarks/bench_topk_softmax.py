@@ -19,8 +19,7 @@ def run(bench: Bench) -> None:
             bench.compare(
                 f"T={tokens} E={experts} K={top_k} {dtype}",
                 lambda x=logits: ops.topk_softmax(x, top_k),
-                lambda x=logits: eager(x, top_k),
-                "torch",
+                {"torch": lambda x=logits: eager(x, top_k)},
                 gigabytes=tokens * (experts * logits.element_size() + top_k * 8) / 1e9,
             )
 

@@ -9,14 +9,15 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+from roofline import bound_of, hopper_peak, rates_of
+from timing import Sample, gpu_state, take_turns
 
 RECORDS = Path(__file__).parent / "records"
 REPOSITORY = Path(__file__).parent.parent
@@ -54,32 +55,57 @@ class Bench:
     )
 
     def compare(
-        self, case: str, ours: Callable, peer: Callable, peer_name: str, *, gigabytes: float = 0.0, gflop: float = 0.0
-    ) -> None:
-        """Time ``ours`` and ``peer`` in turn and keep the median rates.
+        self,
+        case: str,
+        ours: Callable,
+        peers: dict[str, Callable],
+        *,
+        gigabytes: float = 0.0,
+        gflop: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        goal: float | None = None,
+        bound_goal: float | None = None,
+        budget: float = 1.0,
+    ) -> dict[str, Sample]:
+        """Let ``ours`` and the peers take turns for ``budget`` seconds; the fastest peer counts.
 
-        The metric is GFLOP/s where ``gflop`` is given, GB/s where ``gigabytes`` (the least traffic) is.
+        Args:
+            gigabytes, gflop: the least traffic and the useful arithmetic, as far as they matter.
+            dtype: of that arithmetic.
+            goal: for the ratio to the peer.
+            bound_goal: for the percentage of the bound, which gets a row of its own.
+
+        Returns:
+            The samples, by the names in ``peers`` and "ours".
         """
-        mine, theirs = interleaved_seconds(ours, peer, self.device)
-        work, unit = (gflop, "GFLOP/s") if gflop else (gigabytes, "GB/s")
-        bound = None if gflop else read_bandwidth(self.device)
-        value = work / mine
-        self.rows.append(
-            Row(
-                case,
-                f"median of {unit}",
-                value,
-                unit,
-                bound,
-                bound and 100 * value / bound,
-                peer_name,
-                work / theirs,
-                theirs / mine,
-            )
+        samples = take_turns({"ours": ours} | peers, self.device, budget)
+        mine, peer = samples["ours"], min(peers, key=lambda name: samples[name].seconds)
+        ratio = samples[peer].seconds / mine.seconds
+        bound = bound_of(gigabytes, gflop, rates_of(self.device, dtype), self.device)
+        value = bound.work / mine.seconds
+        ours_cells = (case, f"median of {bound.unit}", value, bound.unit, bound.rate, 100 * value / bound.rate)
+        self.rows.append(Row(*ours_cells, peer, bound.work / samples[peer].seconds, ratio, goal))
+        if bound_goal is not None:
+            self.rows.append(Row(*ours_cells, goal=bound_goal))
+        print(
+            f"{case:58s} {1e6 * mine.seconds:10.1f} us (cv {100 * mine.variation:4.1f} %) {value:8.2f} {bound.unit:8s} "
+            f"{100 * value / bound.rate:5.1f} % of bound{_goal(bound_goal, ' %'):14s} x {ratio:5.2f} {peer}"
+            f"{_goal(goal, ' x')}",
+            flush=True,
         )
-        bound_text = f"{100 * value / bound:5.1f} % of bound" if bound else ""
-        ours_text = f"{1e6 * mine:10.1f} us {value:9.1f} {unit:8s} {bound_text:18s}"
-        print(f"{case:44s} {ours_text} x {theirs / mine:.2f} {peer_name}")
+        return samples
+
+    def finish(self, record: bool) -> None:
+        """Say, and keep with the versions, what the GPU was set to; write the record when asked."""
+        if self.device == "cuda":
+            self.versions |= gpu_state()
+            print(device_name(self.device), *(f"{name} {value}" for name, value in self.versions.items()), sep=", ")
+            if torch.cuda.get_device_capability() == (9, 0):
+                clock = float(self.versions["SM clock"].split()[0])
+                peak = hopper_peak(torch.cuda.get_device_properties().multi_processor_count, clock)
+                print(f"dense bf16 at this SM clock: {peak:.0f} TFLOP/s")
+        if record:
+            self.write()
 
     def write(self, folder: Path = RECORDS) -> None:
         """Write the record ``<folder>/<date>-<device>-<name>.json``."""
@@ -109,54 +135,20 @@ def device_name(device: str) -> str:
     return match.group(1) if match else platform.processor()
 
 
-def _seconds(function: Callable, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _goal(goal: float | None, unit: str) -> str:
+    return "" if goal is None else f" (goal {goal:g}{unit})"
 
 
-def interleaved_seconds(a: Callable, b: Callable, device: str, budget: float = 1.0) -> tuple[float, float]:
-    """Median seconds of ``a`` and ``b``, run in turn (A B A B ...) for about ``budget`` seconds after a warm-up."""
-    once = _seconds(a, device) + _seconds(b, device)
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(max(5, min(200, int(budget / max(once, 1e-6))))):
-        times[0].append(_seconds(a, device))
-        times[1].append(_seconds(b, device))
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-_bandwidth: dict[str, float] = {}
-
-
-def measure_read_bandwidth(device: str) -> float:
-    """Memory read rate in GB/s: the median of summing a buffer far larger than the caches."""
-    buffer = torch.ones(256 * 2**20, dtype=torch.float32, device=device)
-    buffer.sum()
-    seconds = statistics.median(_seconds(buffer.sum, device) for _ in range(5))
-    return buffer.numel() * 4 / seconds / 1e9
-
-
-def read_bandwidth(device: str) -> float:
-    """``measure_read_bandwidth``, once in a process."""
-    if device not in _bandwidth:
-        _bandwidth[device] = measure_read_bandwidth(device)
-    return _bandwidth[device]
-
-
-def main(name: str, run: Callable[[Bench], None]) -> None:
+def main(name: str, run: Callable[[Bench], None], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
     """Command line of every benchmark: ``--device``, ``--threads``, ``--record``."""
     parser = argparse.ArgumentParser(description=f"Benchmark of {name}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default=devices[-1] if torch.cuda.is_available() else "cpu", choices=devices)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-<name>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
     bench = Bench(name, arguments.device)
     with torch.no_grad():
         run(bench)
-    if arguments.record:
-        bench.write()
+    bench.finish(arguments.record)

@@ -145,11 +145,15 @@ def peak_memory() -> int:
 class Worker:
     """An engine in a process of its own, loaded when the constructor returns.
 
+    ``environment``: variables that its process gets besides this one's.
+
     Attributes:
         load_seconds: until the model was ready, without the imports.
     """
 
-    def __init__(self, engine: str, path: Path, dtype: str, threads: int) -> None:
+    def __init__(
+        self, engine: str, path: Path, dtype: str, threads: int, environment: dict[str, str] | None = None
+    ) -> None:
         self.engine = engine
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -164,6 +168,7 @@ class Worker:
                 "OMP_WAIT_POLICY": "passive",  # threads that spin would slow the engine whose turn it is
                 "OMP_NUM_THREADS": str(threads),
                 "HF_HUB_OFFLINE": "1",
+                **(environment or {}),
             },
         )
         self.load_seconds: float = self._answer()

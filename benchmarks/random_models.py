@@ -65,6 +65,7 @@ SHAPES = {
     "mid": Shape(hidden=2048, layers=8, heads=16, kv_heads=4, head_dim=128, intermediate=7168),
     "wide2": Shape(hidden=4096, layers=2, heads=32, kv_heads=8, head_dim=128, intermediate=14336),
 }
+MIXTRAL_8X7B = Shape(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336)
 
 
 def config_of(shape: Shape) -> dict:

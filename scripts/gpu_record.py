@@ -1,4 +1,4 @@
-"""Turns pytest's JUnit reports into one correctness record: ``gpu_record.py OUT_FOLDER REPORT.xml...``."""
+"""Turns pytest's JUnit reports into one correctness record: ``gpu_record.py NAME OUT_FOLDER REPORT.xml...``."""
 
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from common import Bench, Row  # noqa: E402
 
 
-def main(out: Path, reports: list[Path]) -> None:
+def main(name: str, out: Path, reports: list[Path]) -> None:
     """Write the record; a report that is missing counts as no case passed and ends in an error."""
-    bench = Bench("cuda-correctness", "cuda")
+    bench = Bench(name, "cuda")
     missing = []
     for report in reports:
         if not report.exists():
@@ -21,11 +21,11 @@ def main(out: Path, reports: list[Path]) -> None:
         run = int(suite.get("tests")) - int(suite.get("skipped"))
         passed = run - int(suite.get("failures")) - int(suite.get("errors"))
         bench.rows.append(Row(report.stem, "cases passed", passed, "cases", run, 100 * passed / run if run else 0.0))
-        print(f"{report.stem:12s} {passed} of {run} cases passed")
+        print(f"{report.stem:20s} {passed} of {run} cases passed")
     bench.write(out)
     if missing:
         sys.exit(f"no report: {', '.join(map(str, missing))}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]])
+    main(sys.argv[1], Path(sys.argv[2]), [Path(argument) for argument in sys.argv[3:]])

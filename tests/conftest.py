@@ -30,19 +30,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def assert_within_twice_baseline(actual: torch.Tensor, oracle: torch.Tensor, baseline: torch.Tensor) -> None:
+def assert_within_twice_baseline(
+    actual: torch.Tensor, oracle: torch.Tensor, baseline: torch.Tensor, roundings: int = 0
+) -> None:
     """The project's tolerance: max error <= 2 x the error of plain PyTorch in the same dtype, both against f64.
 
     ``oracle`` is f64, ``baseline`` the reference computed in the dtype of ``actual``. A rounding of the largest value
-    in the oracle is always allowed (FlashAttention's rule has the same floor).
+    in the oracle is always allowed (FlashAttention's rule has the same floor). ``roundings`` more of them are allowed
+    on top for tests of many small cases, where the error of the baseline is sometimes small by luck.
     """
     assert actual.shape == oracle.shape, f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     assert actual.dtype == baseline.dtype, f"dtype {actual.dtype}, expected {baseline.dtype}"
     if oracle.numel() == 0:
         return
     error = (actual.double() - oracle).abs().max().item()
-    allowed = 2 * (baseline.double() - oracle).abs().max().item()
-    floor = ULPS_WHEN_BASELINE_IS_EXACT * torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    rounding = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    allowed = 2 * (baseline.double() - oracle).abs().max().item() + roundings * rounding
+    floor = ULPS_WHEN_BASELINE_IS_EXACT * rounding
     assert error <= max(allowed, floor), f"error {error:.3e}, allowed {max(allowed, floor):.3e}"
 
 

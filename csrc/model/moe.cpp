@@ -14,9 +14,8 @@ SparseMoeImpl::SparseMoeImpl(const Config& config, const torch::TensorOptions& o
   down_proj_ = register_parameter("down_proj", empty_matrix({experts, hidden, intermediate}, options, packing), false);
 }
 
-torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const torch::Tensor& offs) {
-  const auto router_logits = ops::linear(x.to(router_.scalar_type()), router_, offs);            // [T,E]
-  const auto [topk_weights, topk_ids] = ops::topk_softmax(router_logits, top_k_, renormalize_);  // [T,K]
+torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x) {
+  const auto [topk_weights, topk_ids] = ops::moe_route(x, router_, top_k_, renormalize_);  // [T,K]
   return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
 }
 

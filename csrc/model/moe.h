@@ -11,8 +11,8 @@ namespace mixtral {
 struct SparseMoeImpl : torch::nn::Module {
   // `options`: dtype and device of the parameters; the router is f32 unless config.router_in_f32 is false.
   SparseMoeImpl(const Config& config, const torch::TensorOptions& options, Packing packing);
-  // x [T,H], offs [1] int32 = T -> [T,H]
-  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& offs);
+  // x [T,H] -> [T,H]
+  torch::Tensor forward(const torch::Tensor& x);
 
  private:
   int64_t top_k_;

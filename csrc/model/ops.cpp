@@ -31,9 +31,10 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   return op.call(q, k, positions, theta, /*interleaved=*/false);
 }
 
-std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize) {
-  static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, int64_t, bool)>("mixtral::topk_softmax");
-  return op.call(router_logits, top_k, renormalize);
+std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize) {
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, bool)>("mixtral::moe_route");
+  return op.call(x, router, top_k, renormalize);
 }
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {

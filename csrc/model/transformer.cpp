@@ -42,7 +42,7 @@ std::pair<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::T
   }
   const auto attended = attention_->forward(normed, batch, cache);
   std::tie(normed, sum) = ops::add_rms_norm(attended, sum, post_attention_layernorm_, eps_);
-  return {moe_ ? moe_->forward(normed, batch.offs) : mlp_->forward(normed, batch.offs), sum};
+  return {moe_ ? moe_->forward(normed) : mlp_->forward(normed, batch.offs), sum};
 }
 
 MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing)

@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
   // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
   m.def("topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
+  // x [T,H], router [E,H] of f32 or the dtype of x -> weights f32 [T,K], ids int32 [T,K]
+  m.def("moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
   // x [T,H], topk_ids [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
   // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]

@@ -32,6 +32,11 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
     return weights, ids.int()
 
 
+def moe_route(x: Tensor, router: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
+    """[T,H], [E,H] -> weights [T,K] in at least f32, ids int32 [T,K]; the logits have the router's dtype."""
+    return topk_softmax(x.to(router.dtype) @ router.T, top_k, renormalize)
+
+
 def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T,H], [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]."""
     copies = topk_ids.flatten().long()

@@ -41,19 +41,24 @@ def test_tables_are_what_the_script_writes_from_the_records():
     assert README == with_tables(README, records)
 
 
-def test_a_table_puts_all_peers_of_a_measurement_on_one_line():
-    row = dict(case="mid bfloat16", metric="decode", value=10.0, unit="tokens/s", percent_of_bound=None)
+def test_a_table_puts_all_peers_of_a_measurement_with_a_goal_on_one_line():
+    row = dict(case="mid bfloat16", metric="decode", value=10.0, unit="tokens/s", percent_of_bound=None, goal=None)
     rows = [
-        row | dict(peer="a", peer_value=5.0, ratio=2.0),
+        row | dict(peer="a", peer_value=5.0, ratio=2.0, goal=1.5),
         row | dict(peer="b", peer_value=None, ratio=None),
         row | dict(peer="c", peer_value=20.0, ratio=0.5),
-        row | dict(peer=None, peer_value=None, ratio=None, percent_of_bound=91.2),
-        row | dict(metric="prefill", value=1234.5, peer="c", peer_value=0.1234, ratio=10004.0),
+        row | dict(peer=None, peer_value=None, ratio=None, percent_of_bound=91.2, goal=90.0),
+        row | dict(metric="prefill", value=1234.5, peer="c", peer_value=0.1234, ratio=10004.0, goal=2.0),
+        row | dict(metric="memory", value=0.5, unit="x", peer=None, peer_value=None, ratio=None, goal=0.75),
+        row | dict(metric="load", unit="GB/s", peer="d", peer_value=5.0, ratio=2.0),
     ]
     record = dict(name="model", device="CPU", date="2026-01-01", commit="0" * 40, versions={"torch": "2"}, rows=rows)
     assert table(record).splitlines()[2:] == [
         "| case | measured | ours | of bound | a (ours ×) | c (ours ×) |",
         "|---|---|---|---|---|---|",
-        "| mid bfloat16 | decode | 10 tokens/s | 91 % | 5 (×2.00) | 20 (×0.50) |",
-        "| mid bfloat16 | prefill | 1,234 tokens/s |  |  | 0.123 (×10004.00) |",
+        "| mid bfloat16 | decode | 10 tokens/s | 91 %, goal 90 | 5 (×2.00, goal 1.5) | 20 (×0.50) |",
+        "| mid bfloat16 | prefill | 1,234 tokens/s |  |  | 0.123 (×10004.00, goal 2) |",
+        "| mid bfloat16 | memory | 0.5 x, goal 0.75 |  |  |  |",
     ]
+    without_goals = record | dict(rows=rows[-1:])
+    assert with_tables(README, [record, without_goals]) == with_tables(README, [record])

@@ -89,5 +89,17 @@ TEST(GemmTiles, NeighboursShareTheirColumns) {
   }
 }
 
+// Of 17 row blocks, 9 meet all columns before the other 8 do.
+TEST(GemmTiles, ComeInStripsOfAtMost16RowBlocks) {
+  const std::vector<int64_t> offs{17};
+  const IndexArray ends{offs.data(), /*is_int64=*/true};
+  for (int64_t i = 0; i < 17 * 3; ++i) {
+    const int64_t strip = i / (9 * 3), height = strip ? 8 : 9, in_strip = i - strip * 9 * 3;
+    const GemmTile tile = find_gemm_tile(ends, 1, 17, 1, 3, i);
+    EXPECT_EQ(tile.row_begin, strip * 9 + in_strip % height);
+    EXPECT_EQ(tile.column_block, in_strip / height);
+  }
+}
+
 }  // namespace
 }  // namespace mixtral

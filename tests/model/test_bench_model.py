@@ -1,6 +1,10 @@
 """The whole-model benchmark: its checkpoints are what they claim to be, its workers obey, its rows say what was run."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +12,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import mixtral
-from bench_model import MEASURES, Turns, bound_rows, groups_that_fit, rate_rows, resource_rows
+import model_cuda
+from bench_model import ISA_ENVIRONMENT, bound_rows, groups_that_fit, rate_rows, resource_rows
+from common import Bench
 from engines import VOCAB, Worker, missing_packages
-from random_models import SHAPES, Shape, write_checkpoint
+from model_turns import MEASURES, Measure, Turns, run_turns
+from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
+from roofline import Rates
 
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=48, vocab=VOCAB)
 
@@ -118,3 +126,58 @@ def test_engines_share_memory_only_when_they_fit(tmp_path):
     paths = dict.fromkeys(["ours", "transformers", "llama.cpp"], tmp_path)
     assert [list(group) for group in groups_that_fit(paths, 1.0)] == [["ours", "transformers", "llama.cpp"]]
     assert [list(group) for group in groups_that_fit(paths, 1e15)] == [["ours", "transformers"], ["ours", "llama.cpp"]]
+
+
+def test_environment_holds_torch_to_the_instruction_set():
+    script = "import torch; print(torch.backends.cpu.get_cpu_capability()); torch.ones(8, 8).to_mkldnn()"
+    environment = os.environ | ISA_ENVIRONMENT["avx2"] | {"ONEDNN_VERBOSE": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("AVX2\n")
+    assert "isa:Intel AVX2" in run.stdout
+
+
+def test_environment_reaches_the_workers(folder):
+    with pytest.raises(RuntimeError, match="MIXTRAL_CPU_ISA: must be baseline"):
+        Worker("ours", folder, "bfloat16", 1, {"MIXTRAL_CPU_ISA": "pentium"}).ask("prefill", tokens=4)
+
+
+def test_turns_end_when_the_seconds_are_used_up_but_not_before_one_round(folder):
+    measure = Measure("prefill 8", "prefill", {"tokens": 8}, 8)
+    turns = run_turns({"ours": folder}, "bfloat16", 1, rounds=5, seconds=0.0, measures=[measure])
+    assert [len(rates) for rates in turns.rates["ours", "prefill 8"].values()] == [1]
+
+
+def test_a_decode_step_of_one_sequence_reads_the_weights_of_a_token():
+    batch_of_one = model_cuda.step_bytes(MIXTRAL_8X7B, 1, MIXTRAL_8X7B.layers * MIXTRAL_8X7B.top_k)
+    positions = model_cuda.PROMPT + model_cuda.STEPS // 2
+    assert batch_of_one == 2 * MIXTRAL_8X7B.weights_per_token + MIXTRAL_8X7B.cache_bytes(positions)
+
+
+def test_all_layers_fit_an_h200_and_most_an_h100():
+    assert model_cuda.layers_that_fit(MIXTRAL_8X7B, 149 * 10**9) == 32
+    assert 24 <= model_cuda.layers_that_fit(MIXTRAL_8X7B, 84 * 10**9) < 28
+    assert model_cuda.layers_that_fit(MIXTRAL_8X7B, 6 * 10**9) < 1
+
+
+def test_experts_of_a_step_are_those_that_the_router_chose():
+    model = model_cuda.random_model(TINY, "cpu")
+    assert model_cuda.experts_read(model, 1) == TINY.layers * TINY.top_k
+    assert TINY.layers * TINY.top_k < model_cuda.experts_read(model, 64) <= TINY.layers * TINY.experts
+
+
+def test_rows_of_some_layers_are_scaled_to_all_and_say_so(monkeypatch):
+    monkeypatch.setattr("model_cuda.PREFILL", 32)
+    monkeypatch.setattr("model_cuda.PROMPT", 4)
+    monkeypatch.setattr("model_cuda.STEPS", 2)
+    monkeypatch.setattr("model_cuda.rates_of", lambda device, dtype: Rates(10.0, 100.0))
+    bench, full = Bench("model", "cpu"), replace(TINY, layers=4)
+    model_cuda.run_model(bench, TINY, full, rounds=1)
+    measured, scaled = bench.rows[0::2], bench.rows[1::2]
+    assert [row.goal for row in measured] == [None, 82.0, 80.0, None, None]
+    assert all(row.case == "8x7B bfloat16, 2 of 4 layers" for row in measured)
+    assert all(row.case == "8x7B bfloat16, scaled from 2 to 4 layers" and row.goal is None for row in scaled)
+    for some, all_layers in zip(measured, scaled, strict=True):
+        assert all_layers.percent_of_bound == pytest.approx(100 * all_layers.value / all_layers.bound)
+        assert 0.5 < all_layers.value / some.value < 1  # embedding and lm_head are read once in both
+    prefill = scaled[0]
+    assert prefill.bound == pytest.approx(100e9 * 32 / full.prefill_flop(32))

@@ -18,8 +18,8 @@ FOLDER = {
     "rolling_kv_cache_write": "rolling_kv_cache",
     "rolling_kv_cache_attention": "rolling_kv_cache",
 }
-# moe_mlp chains the kernels of the other ops; the layout of a packed weight is that of the CPU kernels.
-KERNELS = {"moe_mlp": (), "pack_weight": ("_cpu.cpp",)}
+# moe_mlp chains the kernels of the other ops, as moe_route does on the CPU; packed weights are for the CPU.
+KERNELS = {"moe_mlp": (), "moe_route": ("_cuda.cu",), "pack_weight": ("_cpu.cpp",)}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
@@ -38,4 +38,4 @@ def test_nothing_exists_without_a_schema():
     folders = {FOLDER.get(op, op) for op in SCHEMAS}
     assert {path.name for path in (ROOT / "csrc/ops").iterdir() if path.is_dir()} == folders | {"cpu", "cuda"}
     assert set(ops.__all__) == set(SCHEMAS)
-    assert len(SCHEMAS) == 14
+    assert len(SCHEMAS) == 15

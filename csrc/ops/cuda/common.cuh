@@ -1,12 +1,16 @@
 // Helpers shared by the CUDA kernels: number conversion and reductions within a warp or a block.
+//
+// Headers of kernels (*_kernels.cuh, *_hopper.cuh) do not include this: who includes them chooses, these helpers for
+// the GPU or tests/cpp/gpu_emulator/ for the CPU, where the very same kernels run under GoogleTest.
 #pragma once
 
 #include <cuda_runtime.h>
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+
+#include "vector.h"
 
 namespace mixtral::cuda {
 
@@ -14,6 +18,12 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 inline constexpr int kWarpSize = 32;
+
+// The block's dynamic shared memory, aligned for the 128-byte swizzle.
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) unsigned char dynamic_memory[];
+  return dynamic_memory;
+}
 
 template <typename T>
 __device__ __forceinline__ float to_float(T x) {
@@ -30,7 +40,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Sum over the block, the same value in every thread. blockDim.x is a multiple of 32, at most 1024; all threads call it.
+// Sum over the block, the same value in every thread. blockDim.x is a multiple of 32, at most 1024; all threads call
+// it.
 __device__ __forceinline__ float block_sum(float x) {
   __shared__ float partial[kWarpSize];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;

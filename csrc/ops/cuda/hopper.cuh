@@ -1,8 +1,7 @@
 // The building blocks of the Hopper kernels, one PTX instruction each: mbarriers, TMA, named barriers, registers of a
 // warpgroup, programmatic dependent launch. wgmma.cuh has the matrix products.
 //
-// Kernel headers (*_hopper.cuh) include none of this: who includes them chooses the building blocks first, these for
-// the GPU or tests/cpp/emulator/ for the CPU, where the very same kernels run under GoogleTest.
+// tests/cpp/gpu_emulator/hopper.h has the same names for the CPU.
 //
 // Source: PTX ISA 8.x, the instruction named in each comment.
 #pragma once
@@ -16,12 +15,6 @@ namespace mixtral::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// The block's dynamic shared memory, aligned for the swizzle.
-__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(1024) unsigned char dynamic_memory[];
-  return dynamic_memory;
 }
 
 // ---- mbarrier: a phase completes after so many arrivals and all announced bytes

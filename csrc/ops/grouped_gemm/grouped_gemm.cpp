@@ -1,10 +1,14 @@
 #include "grouped_gemm.h"
 
 #include <algorithm>
+#include <type_traits>
 
+#include "../cuda/kernel_choice.h"
 #include "../dispatch.h"
-#include "../moe_mlp/moe_mlp.h"
 #include "../pack_weight/weight_view.h"
+#include "../steps.h"
+#include "../swiglu/swiglu.h"
+#include "grouped_gemm_hopper.h"
 #include "tiles.h"
 
 namespace mixtral {
@@ -38,6 +42,25 @@ void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& 
   });
 }
 
+// The kernels for Hopper where they were asked for and take the product. The simple ones have no swiglu of their own.
+template <typename T>
+void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
+  const CudaScope scope(a);
+  [[maybe_unused]] const bool hopper = use_hopper_kernels(a);  // throws where the build has none
+#ifdef MIXTRAL_WITH_HOPPER
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (hopper && hopper_takes(gemm, swiglu))
+      return check_launch(op, launch_grouped_gemm_hopper(gemm, swiglu, scope.stream()));
+  }
+#endif
+  if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
+  const Tensor gate_up = torch::stable::new_empty(a, {gemm.rows, gemm.b.columns});
+  GroupedGemm<T> product = gemm;
+  product.out = mutable_ptr<T>(gate_up);
+  check_launch(op, launch_grouped_gemm_cuda(product, scope.stream()));
+  check_launch(op, launch_swiglu_cuda(const_ptr<T>(gate_up), gemm.out, gemm.rows, gemm.b.columns / 2, scope.stream()));
+}
+
 // With `swiglu`, out is swiglu of the product.
 Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, bool swiglu) {
   const Tensor a_contiguous = torch::stable::contiguous(a), b_contiguous = torch::stable::contiguous(b);
@@ -51,11 +74,7 @@ Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b,
     using T = decltype(tag);
     const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), weight, ends, mutable_ptr<T>(out), rows};
     if constexpr (kWithCuda) {
-      if (a.is_cuda()) {
-        const CudaScope scope(a);
-        check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
-        return;
-      }
+      if (a.is_cuda()) return launch_on_cuda(op, a, gemm, swiglu);
     }
     parallel_blocks(rows, ceil_div(columns, kBlockRows), weight.depth, [&](const GemmRange& range) {
       swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, range) : launch_grouped_gemm_cpu(gemm, range);
@@ -72,7 +91,6 @@ Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, co
 
 Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
                                 const Tensor& offs) {
-  if (a.is_cuda()) return swiglu_step(op, run(op, a, b_name, b, offs, false));
   return run(op, a, b_name, b, offs, true);
 }
 

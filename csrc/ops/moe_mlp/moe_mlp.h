@@ -1,38 +1,7 @@
 // moe_mlp: out[t] = sum_k topk_weights[t, k] * down_proj[e] * swiglu(gate_up_proj[e] * x[t]),  e = topk_ids[t, k]
 //
-// It has no kernels of its own: it chains the steps below, each of which rounds its result to the dtype of x. They take
-// arguments that were checked already; the public op of the same name is the checks and then the step. `op` is the name
-// for error messages: what only the data can show (expert ids, offsets) a step checks itself, on the CPU.
+// It has no kernels of its own: it chains the steps of the ops moe_permute, grouped_gemm with swiglu, grouped_gemm and
+// moe_unpermute, each of which rounds its result to the dtype of x.
 #pragma once
 
-#include "../checks.h"
-#include "../index_array.h"
-
-namespace mixtral {
-
-struct Permutation {
-  Tensor permuted;  // [M, H]
-  Tensor offs;      // [E] int32 end offsets
-  Tensor row_map;   // [T, K] int32
-};
-
-// x [T, H], topk_ids [T, K]
-Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts);
-
-// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] -> [M, N]
-Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs);
-
-// Both steps, bit for bit, in one pass over the weights on the CPU: a [M, Kdim], b [E, 2I, Kdim], offs [E] -> [M, I]
-Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
-                                const Tensor& offs);
-
-// gate_up [M, 2I] -> [M, I]
-Tensor swiglu_step(const char* op, const Tensor& gate_up);
-
-// y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
-Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
-
-// `t` must be contiguous and outlive the array.
-inline IndexArray index_array(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
-
-}  // namespace mixtral
+#include "../steps.h"

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "../dispatch.h"
-#include "../moe_mlp/moe_mlp.h"
+#include "../steps.h"
 
 namespace mixtral {
 
@@ -22,12 +22,11 @@ Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk
   int32_t *offs_ptr = mutable_ptr<int32_t>(offs), *row_map_ptr = mutable_ptr<int32_t>(row_map);
   if constexpr (kWithCuda) {
     if (x.is_cuda()) {
+      MIXTRAL_CHECK(num_experts <= kMaxExpertsCuda, op, ": num_experts must be at most ", kMaxExpertsCuda,
+                    " on cuda, got ", num_experts);
       const CudaScope scope(x);
-      const Tensor scratch =
-          torch::stable::new_empty(x, {moe_permute_scratch_size(copies, num_experts)}, ScalarType::Int);
-      check_launch(op, launch_moe_permute_cuda(x_ptr, index_array(ids), permuted_ptr, offs_ptr, row_map_ptr,
-                                               mutable_ptr<int32_t>(scratch), tokens, top_k, num_experts, row_bytes,
-                                               scope.stream()));
+      check_launch(op, launch_moe_permute_cuda(x_ptr, index_array(ids), permuted_ptr, offs_ptr, row_map_ptr, tokens,
+                                               top_k, num_experts, row_bytes, scope.stream()));
       return {permuted, offs, row_map};
     }
   }

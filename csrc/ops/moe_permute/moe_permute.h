@@ -25,13 +25,11 @@ template <typename T>
 void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out, int64_t top_k,
                               int64_t hidden, int64_t begin, int64_t end);
 
-// int32 values of scratch memory that launch_moe_permute_cuda needs.
-int64_t moe_permute_scratch_size(int64_t copies, int64_t experts);
+inline constexpr int64_t kMaxExpertsCuda = 4096;  // a block's shared memory holds two counts of each
 
 // x [T, row_bytes], ids [T, K] -> permuted [M, row_bytes], offs [E], row_map [T, K].
 int launch_moe_permute_cuda(const char* x, IndexArray ids, char* permuted, int32_t* offs, int32_t* row_map,
-                            int32_t* scratch, int64_t tokens, int64_t top_k, int64_t experts, int64_t row_bytes,
-                            cudaStream_t stream);
+                            int64_t tokens, int64_t top_k, int64_t experts, int64_t row_bytes, cudaStream_t stream);
 
 template <typename T>
 int launch_moe_unpermute_cuda(const T* y, const float* weights, IndexArray row_map, T* out, int64_t tokens,

@@ -1,7 +1,7 @@
 #include "swiglu.h"
 
 #include "../dispatch.h"
-#include "../moe_mlp/moe_mlp.h"
+#include "../steps.h"
 
 namespace mixtral {
 

@@ -1,6 +1,7 @@
 // One thread per output value; a grid row per row of the matrix.
 #include "../cuda/common.cuh"
 #include "swiglu.h"
+#include "swiglu_value.cuh"
 
 namespace mixtral {
 namespace {
@@ -16,10 +17,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x, stride = static_cast<int64_t>(gridDim.y) * kThreads;
   const T* gate = gate_up + row * 2 * intermediate;
   const T* up = gate + intermediate;
-  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < intermediate; i += stride) {
-    const float g = to_float(gate[i]);
-    out[row * intermediate + i] = from_float<T>(g / (1.0f + expf(-g)) * to_float(up[i]));
-  }
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < intermediate; i += stride)
+    out[row * intermediate + i] = swiglu_value(gate[i], up[i]);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ load_library()
 from .grouped_gemm import grouped_gemm  # noqa: E402
 from .moe_mlp import moe_mlp  # noqa: E402
 from .moe_permute import moe_permute, moe_unpermute  # noqa: E402
+from .moe_route import moe_route  # noqa: E402
 from .pack_weight import pack_weight, unpack_weight  # noqa: E402
 from .rms_norm import add_rms_norm, rms_norm  # noqa: E402
 from .rolling_kv_cache import rolling_kv_cache_attention, rolling_kv_cache_write  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "grouped_gemm",
     "moe_mlp",
     "moe_permute",
+    "moe_route",
     "moe_unpermute",
     "pack_weight",
     "rms_norm",

@@ -43,7 +43,9 @@ class Block {
         random_(random),
         threads_(launch.threads),
         warps_((launch.threads + 31) / 32),
-        memory_(kSharedLimit + 2048) {
+        memory_(kSharedLimit + 2048),
+        lateness_(4u << random() % 3 * 4),
+        slow_warp_(random() % warps_.size()) {
     shared_ = memory_.data();
     while (reinterpret_cast<uintptr_t>(shared_) % 1024 != 0) ++shared_;
     std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xFF));  // NaN in bf16, f32 and e4m3
@@ -58,6 +60,8 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<unsigned char> memory_;
+  const unsigned lateness_;  // turns of threads until a copy lands: few, or as many as it takes all to wait
+  const size_t slow_warp_;   // falls behind the others
   unsigned char* shared_;
   std::map<int, NamedBarrier> barriers_;
   std::vector<std::function<void()>> later_;
@@ -125,23 +129,21 @@ std::string Block::what_threads_wait_for() const {
 }
 
 void Block::run() {
-  const size_t slow_warp = random_() % warps_.size();
   std::vector<Thread*> order;
   for (Thread& thread : threads_) {
     thread.index = {static_cast<unsigned>(order.size()), 0, 0};
     start(thread);
     order.push_back(&thread);
   }
-  const bool late_copies = launch_.seed % 2 == 1;
   while (!order.empty()) {
     std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;
     for (Thread* thread : order) {
       if (!thread->ready()) continue;
       progress = true;
-      if (thread->index.x / 32 == slow_warp && random_() % 16 != 0) continue;
+      if (thread->index.x / 32 == slow_warp_ && random_() % 16 != 0) continue;
       resume(*thread);
-      if (!late_copies && random_() % 4 == 0) run_one_later();
+      if (random_() % lateness_ == 0) run_one_later();
     }
     order.erase(std::remove_if(order.begin(), order.end(), [](Thread* thread) { return thread->done; }), order.end());
     if (!progress && !run_one_later()) throw std::runtime_error("gpu emulator: deadlock:" + what_threads_wait_for());

@@ -15,6 +15,7 @@
 
 #include "block.h"
 #include "ops/cuda/hopper_layout.h"
+#include "ops/cuda/vector.h"
 
 #define __global__
 #define __device__
@@ -39,6 +40,7 @@ struct alignas(8) float2 {
   float x, y;
 };
 inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -72,6 +74,13 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return mask;
 }
 template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  const unsigned char* lanes = emulator::exchange_in_warp(&value, sizeof(T));
+  unsigned mask = 0;
+  for (int lane = 0; lane < 32; ++lane) mask |= lane_value<T>(lanes, lane) == value ? 1u << lane : 0;
+  return mask;
+}
+template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
   *address += value;
@@ -97,6 +106,16 @@ T from_float(float x) {
 inline float warp_sum(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
+}
+
+inline float block_sum(float x) {
+  static float partial[kWarpSize];  // blocks run one after the other
+  const unsigned thread = emulator::thread_index().x, warps = emulator::block_size() / kWarpSize;
+  x = warp_sum(x);
+  __syncthreads();
+  if (thread % kWarpSize == 0) partial[thread / kWarpSize] = x;
+  __syncthreads();
+  return warp_sum(thread % kWarpSize < warps ? partial[thread % kWarpSize] : 0.0f);
 }
 
 // Addresses of shared memory start at 1024: a null pointer is none of them.
@@ -318,7 +337,6 @@ inline void store_matrices(void* shared, const uint32_t (&registers)[4], bool tr
       std::memcpy(lane_value<unsigned char*>(lanes, matrix * 8 + row) + column * 2, &value, 2);
     }
   }
-  __syncwarp();
 }
 inline void store_matrices(void* shared, const uint32_t (&registers)[4]) { store_matrices(shared, registers, false); }
 inline void store_matrices_transposed(void* shared, const uint32_t (&registers)[4]) {

@@ -1,0 +1,99 @@
+"""Bounds: no operation is faster than its least traffic and its useful arithmetic allow."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import mixtral.ops as ops
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do."""
+
+    bandwidth: float  # GB/s
+    arithmetic: float  # GFLOP/s
+
+
+# Data sheets, by a part of the GPU's name: GB/s, and GFLOP/s by bytes of an element (dense; f32 without tensor cores).
+HOPPER_ARITHMETIC = {2: 989.4e3, 4: 66.9e3}
+GPUS = {"H100 80GB HBM3": (3350.0, HOPPER_ARITHMETIC), "H200": (4800.0, HOPPER_ARITHMETIC)}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The tighter of the two limits. ``work / seconds`` and ``rate`` are in ``unit``."""
+
+    work: float
+    unit: str
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        return self.work / self.rate
+
+
+def bound_of(gigabytes: float, gflop: float, rates: Rates, device: str) -> Bound:
+    """The roofline: memory or arithmetic, whichever takes longer."""
+    thousands, prefix = (1e3, "T") if device == "cuda" else (1.0, "G")
+    if gigabytes / rates.bandwidth >= gflop / rates.arithmetic:
+        return Bound(gigabytes / thousands, f"{prefix}B/s", rates.bandwidth / thousands)
+    return Bound(gflop / thousands, f"{prefix}FLOP/s", rates.arithmetic / thousands)
+
+
+def data_sheet_rates(gpu: str, element_size: int) -> Rates | None:
+    """By the name of a GPU; None for one that the table does not have."""
+    for name, (bandwidth, arithmetic) in GPUS.items():
+        if name in gpu:
+            return Rates(bandwidth, arithmetic[element_size])
+    return None
+
+
+def hopper_peak(multiprocessors: int, megahertz: float) -> float:
+    """TFLOP/s of dense bf16 at a clock: what is left of the data sheet's rate where power holds the clock down."""
+    return 4096 * multiprocessors * megahertz * 1e6 / 1e12
+
+
+@functools.cache
+def rates_of(device: str, dtype: torch.dtype) -> Rates:
+    """From the data sheet where there is one, else measured, once in a process."""
+    sheet = data_sheet_rates(torch.cuda.get_device_name(), dtype.itemsize) if device == "cuda" else None
+    return sheet or Rates(_read_bandwidth(device), measure_matmul_rate(device, dtype))
+
+
+def _seconds(function: Callable, device: str) -> float:
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _read_bandwidth(device: str) -> float:
+    return measure_read_bandwidth(device)
+
+
+def measure_read_bandwidth(device: str) -> float:
+    """Memory read rate in GB/s: the median of summing a buffer far larger than the caches."""
+    buffer = torch.ones(256 * 2**20, dtype=torch.float32, device=device)
+    _seconds(buffer.sum, device)
+    seconds = statistics.median(_seconds(buffer.sum, device) for _ in range(5))
+    return buffer.numel() * 4 / seconds / 1e9
+
+
+def measure_matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest matmul seen, torch's or ours; on the CPU its operands stay in the L2 caches."""
+    rows, columns, depth = (512, 512, 1024) if device == "cpu" else (8192, 8192, 8192)
+    a = torch.randn(rows, depth, device=device).to(dtype)
+    b = torch.randn(columns, depth, device=device).to(dtype)
+    candidates = [lambda: a @ b.T]
+    if device == "cpu":
+        packed, offs = ops.pack_weight(b[None]), torch.tensor([rows], dtype=torch.int32)
+        candidates.append(lambda: ops.grouped_gemm(a, packed, offs))
+    fastest = min(_seconds(function, device) for function in candidates for _ in range(30))
+    return 2 * rows * columns * depth / fastest / 1e9

@@ -1,0 +1,83 @@
+// One block per kTokens tokens: its threads share the hidden dimension, eight experts at a time.
+//
+// Bound: x is read once from HBM (T H values); the router (E H values: 128 KB in f32 at Mixtral's shape) once a block,
+// from L2. Four tokens a block bring that below the traffic of x at T = 4096; a single token gets a block of its own,
+// so that a decode step is over after H / 1024 rounds. A token's bits depend on neither: its sums are split over the
+// same threads and added in the same order.
+#pragma once
+
+#include "../topk_softmax/topk_softmax_kernels.cuh"
+#include "moe_route.h"
+
+namespace mixtral::cuda {
+
+inline constexpr int kRouteThreads = 256, kRouteWarps = kRouteThreads / 32, kRouteExperts = 8;
+
+MIXTRAL_HOST_DEVICE constexpr int64_t route_shared_bytes(int tokens, int64_t experts) {
+  return tokens * (experts + kRouteWarps * kRouteExperts) * static_cast<int64_t>(sizeof(float));
+}
+
+// sums[t][e] of this thread's part of the hidden dimension, for experts [first, first + kRouteExperts).
+template <typename T, typename R, int kTokens, int kValues>
+__device__ __forceinline__ void partial_logits(const T* const (&x)[kTokens], const R* router, int64_t hidden,
+                                               int64_t experts, int64_t first, float (&sums)[kTokens][kRouteExperts]) {
+  for (int64_t h = threadIdx.x * kValues; h < hidden; h += kRouteThreads * kValues) {
+    Vector<T, kValues> values[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) values[t] = *reinterpret_cast<const Vector<T, kValues>*>(x[t] + h);
+#pragma unroll
+    for (int e = 0; e < kRouteExperts; ++e) {
+      if (first + e >= experts) break;
+      const auto weight = *reinterpret_cast<const Vector<R, kValues>*>(router + (first + e) * hidden + h);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) {
+          // x is rounded to the router's dtype: a matter of form, since R is float or T.
+          sums[t][e] = fmaf(to_float(values[t].values[i]), to_float(weight.values[i]), sums[t][e]);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename R, int kTokens, int kValues>
+__global__ void __launch_bounds__(kRouteThreads)
+    moe_route_kernel(const T* __restrict__ x, const R* __restrict__ router, float* __restrict__ weights,
+                     int32_t* __restrict__ ids, int64_t tokens, int64_t hidden, int experts, int top_k,
+                     bool renormalize) {
+  auto* logits = reinterpret_cast<float*>(dynamic_shared_memory());  // [kTokens, E]
+  float* partial = logits + kTokens * experts;                       // [warps, kTokens, kRouteExperts]
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokens;
+  const T* rows[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) rows[t] = x + (first_token + t < tokens ? first_token + t : tokens - 1) * hidden;
+
+  for (int first = 0; first < experts; first += kRouteExperts) {
+    float sums[kTokens][kRouteExperts] = {};
+    partial_logits<T, R, kTokens, kValues>(rows, router, hidden, experts, first, sums);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int e = 0; e < kRouteExperts; ++e) {
+        const float sum = warp_sum(sums[t][e]);
+        if (lane == 0) partial[(warp * kTokens + t) * kRouteExperts + e] = sum;
+      }
+    }
+    __syncthreads();
+    const int t = thread / kRouteExperts, e = thread % kRouteExperts;
+    if (t < kTokens && first + e < experts) {
+      float sum = 0.0f;
+      for (int w = 0; w < kRouteWarps; ++w) sum += partial[(w * kTokens + t) * kRouteExperts + e];
+      logits[t * experts + first + e] = to_float(from_float<R>(sum));
+    }
+    __syncthreads();
+  }
+  const int64_t token = first_token + warp;
+  if (warp < kTokens && token < tokens)
+    warp_topk_softmax(logits + warp * experts, weights + token * top_k, ids + token * top_k, experts, top_k,
+                      renormalize);
+}
+
+}  // namespace mixtral::cuda

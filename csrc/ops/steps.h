@@ -1,0 +1,44 @@
+// The steps that ops chain: what moe_mlp and moe_route are made of. The public op of the same name is the checks and
+// then the step. Steps take arguments that were checked already and round their results to the dtype of their input;
+// `op` is the name for error messages: what only the data can show (expert ids, offsets) a step checks itself, on the
+// CPU.
+#pragma once
+
+#include <tuple>
+
+#include "checks.h"
+#include "index_array.h"
+
+namespace mixtral {
+
+struct Permutation {
+  Tensor permuted;  // [M, H]
+  Tensor offs;      // [E] int32 end offsets
+  Tensor row_map;   // [T, K] int32
+};
+
+// x [T, H], topk_ids [T, K]
+Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts);
+
+// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] -> [M, N]
+Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs);
+
+// Both steps, bit for bit, in one pass where the device has a kernel for it: a [M, Kdim], b [E, 2I, Kdim],
+// offs [E] -> [M, I]
+Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
+                                const Tensor& offs);
+
+// gate_up [M, 2I] -> [M, I]
+Tensor swiglu_step(const char* op, const Tensor& gate_up);
+
+// y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
+Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
+
+// logits [T, E] -> weights f32 [T, K], ids int32 [T, K]
+std::tuple<Tensor, Tensor> topk_softmax_step(const char* op, const Tensor& router_logits, int64_t top_k,
+                                             bool renormalize);
+
+// `t` must be contiguous and outlive the array.
+inline IndexArray index_array(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
+
+}  // namespace mixtral

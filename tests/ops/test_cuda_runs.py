@@ -1,0 +1,145 @@
+"""What only a GPU can show: the same bits at every run, graphs whose routing changes, streams, sizes beyond 32 bits."""
+
+import pytest
+import torch
+
+import mixtral.ops as ops
+from mixtral import reference
+from routing import ROUTINGS, make_routing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+REPEATS = 1000
+BF16 = {"device": "cuda", "dtype": torch.bfloat16}
+
+
+def layer(tokens: int, hidden: int = 256, intermediate: int = 512, experts: int = 8) -> tuple[torch.Tensor, ...]:
+    """x, gate_up_proj, down_proj, router."""
+    x = torch.randn(tokens, hidden, **BF16)
+    gate_up = torch.randn(experts, 2 * intermediate, hidden, **BF16) / hidden**0.5
+    down = torch.randn(experts, hidden, intermediate, **BF16) / intermediate**0.5
+    return x, gate_up, down, torch.randn(experts, hidden, device="cuda") / hidden**0.5
+
+
+def moe(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    return ops.moe_mlp(x, *ops.moe_route(x, router, 2), gate_up, down)
+
+
+def decode(batch: int, keys: int, window: int) -> tuple:
+    """Arguments of rolling_kv_cache_attention: one query per sequence, 32 heads over 8, pages of 16."""
+    pages = -(-keys // 16)
+    k_cache, v_cache = torch.randn(2, batch * pages, 16, 8, 128, **BF16)
+    page_table = torch.randperm(batch * pages, device="cuda").view(batch, pages)
+    kv_lens = torch.randint(1, keys + 1, (batch,), device="cuda")
+    q = torch.randn(batch, 32, 128, **BF16)
+    return q, k_cache, v_cache, page_table, torch.arange(batch + 1, device="cuda"), kv_lens, window
+
+
+def prefill(lengths: list[int], window: int) -> tuple:
+    total = sum(lengths)
+    q = torch.randn(total, 8, 128, **BF16)
+    k, v = torch.randn(2, total, 2, 128, **BF16)
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    return q, k, v, starts, starts, window
+
+
+CALLS = {
+    "moe decode": lambda: (moe, layer(1)),
+    "moe few": lambda: (moe, layer(40)),
+    "moe middle": lambda: (moe, layer(300)),
+    "moe prefill": lambda: (moe, layer(2000)),
+    "attention decode": lambda: (ops.rolling_kv_cache_attention, decode(3, 1000, 700)),
+    "attention prefill": lambda: (ops.sliding_window_attention, prefill([700, 3, 129], 256)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_same_bits_at_every_run(call):
+    op, arguments = CALLS[call]()
+    first = op(*arguments)
+    assert first.isfinite().all()
+    differing = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(REPEATS):
+        differing += (op(*arguments) != first).sum()
+    assert differing.item() == 0
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_on_another_stream_and_under_load(call):
+    op, arguments = CALLS[call]()
+    expected = op(*arguments)
+    torch.cuda.synchronize()
+    noise, stream = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    results = []
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            results.append(op(*arguments))
+    for _ in range(20):
+        noise = noise @ noise / 2048
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40, 300, 2000])
+def test_graph_replay_with_changing_routing(tokens):
+    x, gate_up, down, router = layer(tokens)
+    weights = torch.rand(tokens, 2, device="cuda")
+    ids = make_routing("uniform", tokens, 8, 2, "cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        ops.moe_mlp(x, weights, ids, gate_up, down)  # warm-up
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.moe_mlp(x, weights, ids, gate_up, down)
+    for replay in range(1000):
+        if replay % 10 == 0:
+            ids.copy_(make_routing(ROUTINGS[replay // 10 % len(ROUTINGS)], tokens, 8, 2, "cuda"))
+            x.normal_()
+        graph.replay()
+        if replay % 10 in (0, 9):
+            assert torch.equal(out, ops.moe_mlp(x, weights, ids, gate_up, down)), f"replay {replay}"
+
+
+def test_graph_replay_of_decode_attention_with_growing_sequences():
+    arguments = decode(4, 1024, 512)
+    q, kv_lens = arguments[0], arguments[5]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ops.rolling_kv_cache_attention(*arguments)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.rolling_kv_cache_attention(*arguments)
+    for length in range(0, 1024, 7):
+        kv_lens.copy_(torch.tensor([length, 1, 1024 - length, 1024], device="cuda"))
+        q.normal_()
+        graph.replay()
+        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
+
+
+def test_bad_expert_ids_are_dropped_and_the_context_lives():
+    x, gate_up, down, _ = layer(40)
+    weights = torch.rand(40, 2, device="cuda")
+    ids = make_routing("uniform", 40, 8, 2, "cuda")
+    ids[0, 0], ids[1, 1], ids[39, 0], ids[5, 1] = -1, 8, 2**31 - 1, -(2**31)
+    kept = weights.clone()
+    kept[0, 0] = kept[1, 1] = kept[39, 0] = kept[5, 1] = 0
+    expected = ops.moe_mlp(x, kept, ids.clamp(0, 7), gate_up, down)
+    torch.testing.assert_close(ops.moe_mlp(x, weights, ids, gate_up, down), expected)
+
+
+@pytest.mark.parametrize("rows", [2**31 // 14336 + 200, 2**32 // 14336 + 200])
+def test_sizes_beyond_32_bits(rows):
+    """More than 2^31 and 2^32 values in one tensor: the last rows are right."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of device memory")
+    hidden, intermediate, experts = 256, 14336, 2
+    x = torch.randn(rows, hidden, **BF16)
+    gate_up = torch.randn(experts, 2 * intermediate, hidden, **BF16) / 16
+    down = torch.randn(experts, hidden, intermediate, **BF16) / 120
+    ids = (torch.arange(rows, device="cuda") % experts).int()[:, None]
+    weights = torch.ones(rows, 1, device="cuda")
+    out = ops.moe_mlp(x, weights, ids, gate_up, down)
+    for part in (slice(0, 64), slice(rows - 64, rows)):
+        alone = ops.moe_mlp(x[part], weights[part], ids[part], gate_up, down)
+        oracle = reference.moe_mlp(x[part].double(), weights[part].double(), ids[part], gate_up.double(), down.double())
+        torch.testing.assert_close(out[part].double(), oracle, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(alone.double(), oracle, atol=0.02, rtol=0.02)

@@ -1,0 +1,103 @@
+"""moe_route against the f64 reference and, bit for bit on the CPU, against the ops it is made of."""
+
+import pytest
+import torch
+
+import mixtral.ops as ops
+from conftest import assert_within_twice_baseline, opcheck, with_threads
+from mixtral import reference
+
+# T, H, E, K
+CASES = [(0, 8, 4, 2), (1, 1, 1, 1), (3, 5, 2, 1), (7, 33, 3, 3), (65, 128, 8, 2), (33, 260, 17, 4), (1029, 64, 8, 2)]
+ROUTERS = ["float32", "model"]
+
+
+def make(case: tuple, router_dtype: str, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, hidden, experts, _ = case
+    x = torch.randn(tokens, hidden, device=device).to(dtype)
+    router = torch.randn(experts, hidden, device=device) / hidden**0.5
+    return x, router.to(dtype if router_dtype == "model" else torch.float32)
+
+
+@pytest.mark.parametrize("router_dtype", ROUTERS)
+@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalize", "plain"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, renormalize, router_dtype, device, dtype):
+    x, router = make(case, router_dtype, device, dtype)
+    weights, ids = ops.moe_route(x, router, case[3], renormalize)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    baseline_weights, baseline_ids = reference.moe_route(x, router, case[3], renormalize)
+    oracle_weights, oracle_ids = reference.moe_route(x.double(), router.double(), case[3], renormalize)
+    sure = (ids == oracle_ids).all(1) & (baseline_ids == oracle_ids).all(1)  # where rounding decides, either is right
+    assert sure.float().mean() > 0.9 if len(x) > 10 else True
+    if len(x) > 0 and router.dtype == torch.float32:
+        assert sure.all()
+    assert_within_twice_baseline(weights[sure], oracle_weights[sure], baseline_weights[sure])
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("router_dtype", ROUTERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_composition_of_the_ops(case, router_dtype, dtype):
+    x, router = make(case, router_dtype, "cpu", dtype)
+    logits = ops.grouped_gemm(x.to(router.dtype), router[None], torch.tensor([len(x)]))
+    for actual, want in zip(ops.moe_route(x, router, case[3]), ops.topk_softmax(logits, case[3]), strict=True):
+        assert torch.equal(actual, want)
+
+
+def test_strided_input(device, dtype):
+    x, router = make((9, 34, 5, 2), "float32", device, dtype)
+    for view in (x[:, ::2], x[1:, 1:18], x[:1, :17].expand(4, -1)):
+        expected = ops.moe_route(view.contiguous(), router[:, ::2].contiguous(), 2)
+        for actual, want in zip(ops.moe_route(view, router[:, ::2], 2), expected, strict=True):
+            assert torch.equal(actual, want)
+
+
+def test_row_does_not_depend_on_batch_or_threads(device, dtype):
+    x, router = make((2051, 256, 8, 2), "float32", device, dtype)
+    weights, ids = with_threads(2, lambda: ops.moe_route(x, router, 2))
+    assert torch.equal(weights, with_threads(1, lambda: ops.moe_route(x, router, 2)[0]))
+    for t in (0, 1025, 2050):
+        alone = ops.moe_route(x[t : t + 1], router, 2)
+        assert torch.equal(weights[t : t + 1], alone[0]) and torch.equal(ids[t : t + 1], alone[1])
+
+
+def test_nan_stays_in_its_row(device, dtype):
+    x, router = make((5, 40, 8, 2), "float32", device, dtype)
+    clean_weights, clean_ids = ops.moe_route(x, router, 2)
+    x[1, 3] = float("nan")
+    weights, ids = ops.moe_route(x, router, 2)
+    assert weights[1].isnan().all() and 0 <= ids[1].min() and ids[1].max() < 8
+    rest = [0, 2, 3, 4]
+    assert torch.equal(weights[rest], clean_weights[rest]) and torch.equal(ids[rest], clean_ids[rest])
+
+
+@pytest.mark.parametrize(
+    ("x", "router", "top_k", "message"),
+    [
+        (torch.ones(4), torch.ones(2, 4), 1, r"moe_route: x must have 2 dimensions \[T, H\], got shape \[4\]"),
+        (torch.ones(3, 4).int(), torch.ones(2, 4), 1, "moe_route: x must be Float, BFloat16 or Half, got Int"),
+        (torch.ones(3, 4), torch.ones(4), 1, r"moe_route: router must have 2 dimensions \[E, H\], got shape \[4\]"),
+        (torch.ones(3, 4), torch.ones(2, 5), 1, "moe_route: router must have size 4 in dimension 1, got"),
+        (torch.ones(3, 4), torch.ones(2, 4).half(), 1, "moe_route: router must be Float or have the dtype of x"),
+        (torch.ones(3, 4), torch.ones(2, 4), 0, r"moe_route: top_k must be in \[1, 2\], got 0"),
+        (torch.ones(3, 4), torch.ones(2, 4), 3, r"moe_route: top_k must be in \[1, 2\], got 3"),
+        (torch.ones(3, 4), torch.ones(0, 4), 1, r"moe_route: top_k must be in \[1, 0\], got 1"),
+    ],
+)
+def test_bad_input_raises(x, router, top_k, message, device):
+    with pytest.raises(RuntimeError, match=message):
+        ops.moe_route(x.to(device), router.to(device), top_k)
+
+
+def test_backward_is_an_error_in_words(device):
+    x = torch.ones(2, 4, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="moe_route: has no backward"):
+        ops.moe_route(x, torch.ones(2, 4, device=device), 1)[0].sum().backward()
+
+
+@pytest.mark.parametrize("router_dtype", ROUTERS)
+@pytest.mark.parametrize("case", [(0, 8, 4, 2), (5, 12, 3, 1)], ids=str)
+def test_opcheck(case, router_dtype, device, dtype):
+    x, router = make(case, router_dtype, device, dtype)
+    opcheck(torch.ops.mixtral.moe_route.default, (x, router, case[3]))
