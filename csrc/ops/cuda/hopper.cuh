@@ -191,6 +191,14 @@ __device__ __forceinline__ void mma_bf16(float (&sum)[4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ex2.approx.ftz: 2^x within 2 ulp; 2^0 is 1 and 2^-inf is 0. Volatile, so that the compiler does not move it behind a
+// wait for products that run meanwhile.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // cvt.rn.bf16x2: two values rounded to bf16, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t packed;

@@ -22,6 +22,14 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The same, and no use of these sums moves before the wait: the compiler sees no tie between a product and its wait.
+template <int kPending, int kSums>
+__device__ __forceinline__ void wait_products(float (&sums)[kSums]) {
+  wait_products<kPending>();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 // Inline assembly names every register, so a product exists once for each N.
 template <int N>
 struct Wgmma;

@@ -21,7 +21,8 @@ constexpr KeyRange visible_keys(int64_t position, int64_t length, int64_t window
   return {cut ? position - window + 1 : 0, position + 1};
 }
 
-// Where the keys of a batch lie: sequence after sequence (packed), or in pages (the rolling cache).
+// Where the keys of a batch lie: sequence after sequence (packed, one page of all rows), or in pages (the rolling
+// cache).
 struct KeyLayout {
   const int64_t* cu_seqlens = nullptr;  // packed: [B + 1]
   const int64_t* kv_lens = nullptr;     // paged: [B]

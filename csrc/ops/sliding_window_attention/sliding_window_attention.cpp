@@ -1,9 +1,16 @@
 #include "sliding_window_attention.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "../dispatch.h"
 #include "attend.h"
+
+#ifdef MIXTRAL_WITH_HOPPER
+#include "../cuda/kernel_choice.h"
+#include "attention_decode_hopper.h"
+#include "attention_prefill_hopper.h"
+#endif
 
 namespace mixtral {
 
@@ -33,10 +40,35 @@ void check_cu_seqlens(const char* op, const char* name, const int64_t* cu_seqlen
                 cu_seqlens[sequences]);
 }
 
+namespace {
+
+// Chosen from shapes alone: a call can be captured in a CUDA graph.
+template <typename T>
+int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem, cudaStream_t stream) {
+#ifdef MIXTRAL_WITH_HOPPER
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const bool hopper = use_hopper_kernels(q);
+    if (hopper && hopper_takes_decode(problem)) {  // few queries a sequence
+      const int64_t bytes = decode_workspace_bytes(problem, decode_plan(problem));
+      const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+      return launch_attention_decode_hopper(problem, mutable_ptr<unsigned char>(workspace), stream);
+    }
+    if (hopper && hopper_takes_prefill(problem)) return launch_attention_prefill_hopper(problem, stream);
+  }
+#else
+  (void)q;
+#endif
+  return launch_attention_cuda(problem, stream);
+}
+
+}  // namespace
+
 Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
               const KeyLayout& keys, int64_t window, bool causal, std::optional<double> scale) {
   const int64_t tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k.size(k.dim() - 2);
   const int64_t sequences = cu_seqlens_q.size(0) - 1;
+  MIXTRAL_CHECK(tokens == 0 || sequences > 0, op, ": cu_seqlens_q must have at least 2 elements, got shape ",
+                shape_string(cu_seqlens_q));
   const Tensor q_contiguous = torch::stable::contiguous(q);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   dispatch_float(op, q.scalar_type(), [&](auto tag) {
@@ -61,7 +93,7 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
         MIXTRAL_CHECK(head_dim <= kMaxHeadDimCuda, op, ": q must have a head dim of at most ", kMaxHeadDimCuda,
                       " on CUDA, got shape ", shape_string(q));
         const CudaScope scope(q);
-        check_launch(op, launch_attention_cuda(problem, scope.stream()));
+        check_launch(op, launch_attention_on_gpu(q, problem, scope.stream()));
         return;
       }
     }
@@ -94,6 +126,8 @@ Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& 
   const Tensor index_q = as_index(cu_seqlens_q, ScalarType::Long), index_k = as_index(cu_seqlens_k, ScalarType::Long);
   KeyLayout keys;
   keys.cu_seqlens = const_ptr<int64_t>(index_k);
+  keys.pages = 1;
+  keys.page_size = k.size(0);
   if (!q.is_cuda()) {
     const int64_t sequences = index_q.size(0) - 1;
     check_cu_seqlens(kOp, "cu_seqlens_q", const_ptr<int64_t>(index_q), sequences, q.size(0));

@@ -44,7 +44,8 @@ class Block {
         threads_(launch.threads),
         warps_((launch.threads + 31) / 32),
         memory_(kSharedLimit + 2048),
-        lateness_(4u << random() % 3 * 4) {
+        lateness_(4u << random() % 3 * 4),
+        slow_warp_(random() % (4 * warps_.size())) {
     shared_ = memory_.data();
     while (reinterpret_cast<uintptr_t>(shared_) % 1024 != 0) ++shared_;
     std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xFF));  // NaN in bf16, f32 and e4m3
@@ -60,6 +61,7 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<unsigned char> memory_;
   const unsigned lateness_;  // turns of threads until a copy lands: few, or as many as it takes all to wait
+  const size_t slow_warp_;   // falls behind the others, in a quarter of the blocks
   unsigned char* shared_;
   std::map<int, NamedBarrier> barriers_;
   std::vector<std::function<void()>> later_;
@@ -127,7 +129,6 @@ std::string Block::what_threads_wait_for() const {
 }
 
 void Block::run() {
-  const size_t slow_warp = random_() % (4 * warps_.size());  // in a quarter of the blocks
   std::vector<Thread*> order;
   for (Thread& thread : threads_) {
     thread.index = {static_cast<unsigned>(order.size()), 0, 0};
@@ -140,7 +141,7 @@ void Block::run() {
     for (Thread* thread : order) {
       if (!thread->ready()) continue;
       progress = true;
-      if (thread->index.x / 32 == slow_warp && random_() % 16 != 0) continue;
+      if (thread->index.x / 32 == slow_warp_ && random_() % 16 != 0) continue;
       resume(*thread);
       if (random_() % lateness_ == 0) run_one_later();
     }
@@ -151,10 +152,6 @@ void Block::run() {
 }
 
 }  // namespace
-
-void require(bool holds, const std::string& rule) {
-  if (!holds) throw std::runtime_error(rule);
-}
 
 void launch(const Launch& launch, const std::function<void()>& kernel) {
   require(launch.shared_bytes <= kSharedLimit, "more than 227 KiB of shared memory");

@@ -60,6 +60,8 @@ struct AsyncGroups {
 AsyncGroups& products();
 AsyncGroups& copies();
 
-void require(bool holds, const std::string& rule);
+inline void require(bool holds, const char* rule) {
+  if (!holds) throw std::runtime_error(rule);
+}
 
 }  // namespace emulator

@@ -227,22 +227,23 @@ inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, const
   for (int d = 0; d < rank; ++d) bytes *= map->box[d];
   shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
   check_barrier(barrier);
-  emulator::run_later([=] {
+  // The map by value: a kernel's parameters outlive its threads on a GPU alone.
+  emulator::run_later([=, map = *map] {
     std::array<int, 5> i{};
-    for (int64_t offset = 0; offset < bytes; offset += map->element_bytes) {
-      const unsigned char* from = map->data;
+    for (int64_t offset = 0; offset < bytes; offset += map.element_bytes) {
+      const unsigned char* from = map.data;
       bool inside = true;
       for (int d = 0; d < rank; ++d) {
         const int64_t c = at[d] + i[d];
-        inside = inside && c >= 0 && c < map->sizes[d];
-        from += c * (d == 0 ? map->element_bytes : map->strides[d]);
+        inside = inside && c >= 0 && c < map.sizes[d];
+        from += c * (d == 0 ? map.element_bytes : map.strides[d]);
       }
       // PTX: the 128-byte mode exchanges 16-byte chunks: address bits 4 to 6 are xored with bits 7 to 9.
       uint32_t to = address + static_cast<uint32_t>(offset);
-      if (map->swizzled) to ^= (to >> 7 & 7) << 4;
+      if (map.swizzled) to ^= (to >> 7 & 7) << 4;
       unsigned char* target = shared_pointer(to);
-      inside ? std::memcpy(target, from, map->element_bytes) : std::memset(target, 0, map->element_bytes);
-      for (int d = 0; d < rank && ++i[d] == map->box[d]; ++d) i[d] = 0;
+      inside ? std::memcpy(target, from, map.element_bytes) : std::memset(target, 0, map.element_bytes);
+      for (int d = 0; d < rank && ++i[d] == map.box[d]; ++d) i[d] = 0;
     }
     land(barrier, bytes);
   });
@@ -305,6 +306,7 @@ inline void let_next_kernel_start() {}
 
 inline uint32_t bf16_bits(float x) { return std::bit_cast<uint16_t>(BFloat16(x)); }
 inline float bf16_value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 
 // ldmatrix: lane l holds columns 2 (l % 4), + 1 of row l / 4 of each matrix; transposed: of column l / 4.
@@ -405,6 +407,11 @@ inline void commit_products() { emulator::products().commit(); }
 template <int kPending>
 void wait_products() {
   emulator::products().wait(kPending);
+}
+
+template <int kPending, int kSums>
+void wait_products(float (&)[kSums]) {
+  wait_products<kPending>();
 }
 
 // At once, or when the thread waits for it: both are allowed to happen on a GPU.
