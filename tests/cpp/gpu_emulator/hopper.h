@@ -208,22 +208,22 @@ inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, const
   for (int d = 0; d < rank; ++d) bytes *= map->box[d];
   shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
   check_barrier(barrier);
-  emulator::run_later([=] {
+  emulator::run_later([=, map = *map] {  // a parameter of the kernel: here it ends with the thread that issues this
     std::array<int, 5> i{};
-    for (int64_t offset = 0; offset < bytes; offset += map->element_bytes) {
-      const unsigned char* from = map->data;
+    for (int64_t offset = 0; offset < bytes; offset += map.element_bytes) {
+      const unsigned char* from = map.data;
       bool inside = true;
       for (int d = 0; d < rank; ++d) {
         const int64_t c = at[d] + i[d];
-        inside = inside && c >= 0 && c < map->sizes[d];
-        from += c * (d == 0 ? map->element_bytes : map->strides[d]);
+        inside = inside && c >= 0 && c < map.sizes[d];
+        from += c * (d == 0 ? map.element_bytes : map.strides[d]);
       }
       // PTX: the 128-byte mode exchanges 16-byte chunks: address bits 4 to 6 are xored with bits 7 to 9.
       uint32_t to = address + static_cast<uint32_t>(offset);
-      if (map->swizzled) to ^= (to >> 7 & 7) << 4;
+      if (map.swizzled) to ^= (to >> 7 & 7) << 4;
       unsigned char* target = shared_pointer(to);
-      inside ? std::memcpy(target, from, map->element_bytes) : std::memset(target, 0, map->element_bytes);
-      for (int d = 0; d < rank && ++i[d] == map->box[d]; ++d) i[d] = 0;
+      inside ? std::memcpy(target, from, map.element_bytes) : std::memset(target, 0, map.element_bytes);
+      for (int d = 0; d < rank && ++i[d] == map.box[d]; ++d) i[d] = 0;
     }
     land(barrier, bytes);
   });
