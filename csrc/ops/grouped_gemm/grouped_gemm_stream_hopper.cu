@@ -8,34 +8,41 @@ namespace {
 
 using namespace cuda;
 
-bool encode_tokens(TokenMaps* maps, const GroupedGemm<BFloat16>& gemm) {
+constexpr MapElement map_element(int bytes) { return bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte; }
+
+// b [E, rows of weights, Kdim]
+template <typename Weights, typename Shape>
+bool encode_weights(TensorMap* map, const void* b, const StreamGemm& gemm, bool swiglu) {
+  constexpr int kBytes = Weights::kTokenBytes;
+  const StreamWeightBoxes boxes = stream_weight_boxes(gemm, swiglu, Shape::kGroups * kStreamTileRows, kBytes);
+  return encode_tensor_map<4>(map, b, map_element(kBytes), boxes.sizes, boxes.strides, boxes.box);
+}
+
+// a [M, Kdim]
+template <typename Weights>
+bool encode_tokens(TokenMaps* maps, const void* a, const StreamGemm& gemm) {
+  constexpr int kBytes = Weights::kTokenBytes;
   for (int box = 0; box < kTokenBoxes; ++box) {
-    if (!encode_tensor_map<2>(&maps->boxes[box], gemm.a, MapElement::kBFloat16, {gemm.b.depth, gemm.rows},
-                              {gemm.b.depth * 2}, {kStreamDepth, 8 << box}))
+    if (!encode_tensor_map<2>(&maps->boxes[box], a, map_element(kBytes), {gemm.depth, gemm.rows}, {gemm.depth * kBytes},
+                              {kSwizzleRowBytes / kBytes, 8 << box}))
       return false;
   }
   return true;
 }
 
-template <typename Shape, bool kSwiglu>
-int launch(const GroupedGemm<BFloat16>& gemm, cudaStream_t stream) {
-  const StreamGemm problem{gemm.out,    gemm.offs, gemm.b.experts, gemm.rows, gemm.b.columns / (kSwiglu ? 2 : 1),
-                           gemm.b.depth};
-  TensorMap weights;
+template <typename Weights, typename Shape, bool kSwiglu>
+int launch_kernel(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, cudaStream_t stream) {
   TokenMaps tokens;
-  const StreamWeightBoxes boxes = stream_weight_boxes(problem, kSwiglu, Shape::kGroups * kStreamTileRows, kStreamDepth);
-  if (!encode_tensor_map<4>(&weights, gemm.b.data, MapElement::kBFloat16, boxes.sizes, boxes.strides, boxes.box) ||
-      !encode_tokens(&tokens, gemm))
-    return cudaErrorInvalidValue;
-  const auto kernel = grouped_gemm_stream_kernel<Shape, kSwiglu>;
-  constexpr int kSharedBytes = sizeof(StreamShared<Shape>);
+  if (!encode_tokens<Weights>(&tokens, a, gemm)) return cudaErrorInvalidValue;
+  const auto kernel = grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>;
+  constexpr int kSharedBytes = sizeof(StreamShared<Weights, Shape>);
   int device = 0, processors = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
     return error;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
     return error;
-  const int64_t units = max_stream_units(problem, Shape::kRows, Shape::columns(kSwiglu));
+  const int64_t units = max_stream_units(gemm, Shape::kRows, Shape::columns(kSwiglu));
   const int64_t resident = static_cast<int64_t>(processors) * Shape::kBlocksPerSm;
   cudaLaunchAttribute overlap;  // with the kernel before: programmatic dependent launch
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -47,7 +54,24 @@ int launch(const GroupedGemm<BFloat16>& gemm, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, weights, tokens, problem);
+  return cudaLaunchKernelEx(&config, kernel, weights, tokens, gemm);
+}
+
+template <typename Weights, typename Shape>
+int launch(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, bool swiglu,
+           cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.columns == 0) return cudaSuccess;
+  return swiglu ? launch_kernel<Weights, Shape, true>(weights, a, gemm, stream)
+                : launch_kernel<Weights, Shape, false>(weights, a, gemm, stream);
+}
+
+template <typename Shape>
+int launch_bf16(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
+  const StreamGemm problem{gemm.out,    gemm.offs, gemm.b.experts, gemm.rows, gemm.b.columns / (swiglu ? 2 : 1),
+                           gemm.b.depth};
+  TensorMap weights;
+  if (!encode_weights<BFloat16Weights, Shape>(&weights, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
+  return launch<BFloat16Weights, Shape>(weights, gemm.a, problem, swiglu, stream);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -62,9 +86,21 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
 
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
   if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
-  if (gemm.rows <= FewRows::kRows)
-    return swiglu ? launch<FewRows, true>(gemm, stream) : launch<FewRows, false>(gemm, stream);
-  return swiglu ? launch<MoreRows, true>(gemm, stream) : launch<MoreRows, false>(gemm, stream);
+  return gemm.rows <= FewRows::kRows ? launch_bf16<FewRows>(gemm, swiglu, stream)
+                                     : launch_bf16<MoreRows>(gemm, swiglu, stream);
+}
+
+int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream) {
+  return launch<Int4Weights, Int4Rows>({tiles}, a, gemm, swiglu, stream);
+}
+
+int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.columns == 0) return cudaSuccess;
+  E4m3Weights::Source weights{{}, operands.b_scales, operands.a_scales};
+  if (!encode_weights<E4m3Weights, FewRows>(&weights.map, operands.b, gemm, swiglu)) return cudaErrorInvalidValue;
+  return launch<E4m3Weights, FewRows>(weights, operands.a, gemm, swiglu, stream);
 }
 
 }  // namespace mixtral

@@ -37,30 +37,27 @@ inline int64_t max_stream_units(const StreamGemm& gemm, int64_t unit_rows, int64
   return max_gemm_tiles(gemm.experts, gemm.rows, unit_rows, ceil_div(gemm.columns, unit_columns));
 }
 
-// The weights as boxes see them: depths, 8 rows, gate and up, groups of 8 rows. With SwiGLU a box takes 8 gate rows,
-// the up rows of the same features, which lie I further, the next 8 gate rows and so on; without, just rows. Strides in
-// bytes, of all but the first.
+// The weights as boxes see them: depths, 8 rows, groups of 8 rows, experts; with SwiGLU every expert is two, gate and
+// up, and a box takes 8 gate rows and the up rows of the same features. Strides in bytes, of all but the first.
 struct StreamWeightBoxes {
   std::array<int64_t, 4> sizes;
   std::array<int64_t, 3> strides;
   std::array<int, 4> box;
 };
 
-// Boxes of `box_rows` rows and `box_depth` depths.
-inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu, int box_rows, int box_depth) {
+// For boxes of 128 bytes of each row; without SwiGLU one takes all `unit_rows` rows of a unit.
+inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu, int unit_rows, int element_bytes) {
   const int halves = swiglu ? 2 : 1;
-  const int64_t row_bytes = gemm.depth * static_cast<int64_t>(sizeof(BFloat16));
-  // The last gate rows have their up rows within the weights: fewer groups than rows / 8.
-  const int64_t groups = (gemm.experts * halves - halves + 1) * gemm.columns / 8;
-  return {{gemm.depth, 8, halves, groups},
-          {row_bytes, gemm.columns * row_bytes, 8 * row_bytes},
-          {box_depth, 8, halves, box_rows / 8 / halves}};
+  const int64_t row_bytes = gemm.depth * element_bytes;
+  return {{gemm.depth, 8, gemm.columns / 8, gemm.experts * halves},
+          {row_bytes, 8 * row_bytes, gemm.columns * row_bytes},
+          {128 / element_bytes, 8, swiglu ? 1 : unit_rows / 8, halves}};
 }
 
-// The first group of a unit in those boxes.
-MIXTRAL_HOST_DEVICE inline int64_t stream_row_group(const StreamGemm& gemm, const GemmTile& unit, int64_t unit_columns,
-                                                    bool swiglu) {
-  return (unit.expert * gemm.columns * (swiglu ? 2 : 1) + unit.column_block * unit_columns) / 8;
+// The row of an expert's weights that is row `row` of its tile of 64 rows number `tile`. With SwiGLU a tile is 8 gate
+// rows, 8 up rows, 8 gate rows, ... of 32 features.
+MIXTRAL_HOST_DEVICE inline int64_t stream_weight_row(int64_t columns, bool swiglu, int64_t tile, int row) {
+  return swiglu ? row / 8 % 2 * columns + tile * 32 + row / 16 * 8 + row % 8 : tile * 64 + row;
 }
 
 // Whether the kernel takes the shape: plain weights, at most kMaxStreamRows rows, Kdim and columns of out multiples of
@@ -71,5 +68,19 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
 // With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two steps make of it.
 // Returns a cudaError_t.
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
+
+// The same with int4 weights: tiles as make_int4_tiles (int4_tile.h) makes them, Kdim and columns multiples of 32.
+int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream);
+
+// e4m3 numbers, each times the scale of its row; Kdim is a multiple of 16.
+struct E4m3Operands {
+  const uint8_t* a;       // [M, Kdim]
+  const float* a_scales;  // [M]
+  const uint8_t* b;       // [E, columns, Kdim], with `swiglu` [E, 2 I, Kdim]
+  const float* b_scales;  // [E, columns], [E, 2 I]
+};
+int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream);
 
 }  // namespace mixtral
