@@ -206,4 +206,16 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// sub.rn.bf16x2, mul.rn.bf16x2: of two pairs, each value rounded once.
+__device__ __forceinline__ uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+__device__ __forceinline__ uint32_t multiply_bf16_pair(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 }  // namespace mixtral::cuda

@@ -308,6 +308,12 @@ inline uint32_t bf16_bits(float x) { return std::bit_cast<uint16_t>(BFloat16(x))
 inline float bf16_value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
+  return pack_bf16(bf16_value(a & 0xFFFF) - bf16_value(b & 0xFFFF), bf16_value(a >> 16) - bf16_value(b >> 16));
+}
+inline uint32_t multiply_bf16_pair(uint32_t a, uint32_t b) {
+  return pack_bf16(bf16_value(a & 0xFFFF) * bf16_value(b & 0xFFFF), bf16_value(a >> 16) * bf16_value(b >> 16));
+}
 
 // ldmatrix: lane l holds columns 2 (l % 4), + 1 of row l / 4 of each matrix; transposed: of column l / 4.
 inline void load_matrices(uint32_t (&registers)[4], const void* shared, bool transposed) {

@@ -1,0 +1,106 @@
+// Launchers of the grouped GEMM of few rows: tensor maps and grid, from shapes alone.
+#include "../cuda/tensor_map.cuh"
+#include "../cuda/wgmma.cuh"
+#include "grouped_gemm_stream_hopper.cuh"
+
+namespace mixtral {
+namespace {
+
+using namespace cuda;
+
+constexpr MapElement map_element(int bytes) { return bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte; }
+
+// b [E, rows of weights, Kdim]
+template <typename Weights, typename Shape>
+bool encode_weights(TensorMap* map, const void* b, const StreamGemm& gemm, bool swiglu) {
+  constexpr int kBytes = Weights::kTokenBytes;
+  const StreamWeightBoxes boxes = stream_weight_boxes(gemm, swiglu, Shape::kGroups * kStreamTileRows, kBytes);
+  return encode_tensor_map<4>(map, b, map_element(kBytes), boxes.sizes, boxes.strides, boxes.box);
+}
+
+// a [M, Kdim]
+template <typename Weights>
+bool encode_tokens(TokenMaps* maps, const void* a, const StreamGemm& gemm) {
+  constexpr int kBytes = Weights::kTokenBytes;
+  for (int box = 0; box < kTokenBoxes; ++box) {
+    if (!encode_tensor_map<2>(&maps->boxes[box], a, map_element(kBytes), {gemm.depth, gemm.rows}, {gemm.depth * kBytes},
+                              {kSwizzleRowBytes / kBytes, 8 << box}))
+      return false;
+  }
+  return true;
+}
+
+template <typename Weights, typename Shape, bool kSwiglu>
+int launch_kernel(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, cudaStream_t stream) {
+  TokenMaps tokens;
+  if (!encode_tokens<Weights>(&tokens, a, gemm)) return cudaErrorInvalidValue;
+  const auto kernel = grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>;
+  constexpr int kSharedBytes = sizeof(StreamShared<Weights, Shape>);
+  int device = 0, processors = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
+    return error;
+  const int64_t units = max_stream_units(gemm, Shape::kRows, Shape::columns(kSwiglu));
+  const int64_t resident = static_cast<int64_t>(processors) * Shape::kBlocksPerSm;
+  cudaLaunchAttribute overlap;  // with the kernel before: programmatic dependent launch
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(units < resident ? units : resident));
+  config.blockDim = dim3(Shape::kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, weights, tokens, gemm);
+}
+
+template <typename Weights, typename Shape>
+int launch(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, bool swiglu,
+           cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.columns == 0) return cudaSuccess;
+  return swiglu ? launch_kernel<Weights, Shape, true>(weights, a, gemm, stream)
+                : launch_kernel<Weights, Shape, false>(weights, a, gemm, stream);
+}
+
+template <typename Shape>
+int launch_bf16(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
+  const StreamGemm problem{gemm.out,    gemm.offs, gemm.b.experts, gemm.rows, gemm.b.columns / (swiglu ? 2 : 1),
+                           gemm.b.depth};
+  TensorMap weights;
+  if (!encode_weights<BFloat16Weights, Shape>(&weights, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
+  return launch<BFloat16Weights, Shape>(weights, gemm.a, problem, swiglu, stream);
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
+  return gemm.b.format == WeightFormat::kPlain && gemm.rows <= kMaxStreamRows && gemm.b.depth > 0 &&
+         gemm.b.depth % 8 == 0 && gemm.b.columns % (swiglu ? 16 : 8) == 0 && aligned(gemm.a) && aligned(gemm.b.data) &&
+         aligned(gemm.out);
+}
+
+int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
+  return gemm.rows <= FewRows::kRows ? launch_bf16<FewRows>(gemm, swiglu, stream)
+                                     : launch_bf16<MoreRows>(gemm, swiglu, stream);
+}
+
+int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream) {
+  return launch<Int4Weights, Int4Rows>({tiles}, a, gemm, swiglu, stream);
+}
+
+int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.columns == 0) return cudaSuccess;
+  E4m3Weights::Source weights{{}, operands.b_scales, operands.a_scales};
+  if (!encode_weights<E4m3Weights, FewRows>(&weights.map, operands.b, gemm, swiglu)) return cudaErrorInvalidValue;
+  return launch<E4m3Weights, FewRows>(weights, operands.a, gemm, swiglu, stream);
+}
+
+}  // namespace mixtral

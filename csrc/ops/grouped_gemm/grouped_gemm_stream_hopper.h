@@ -1,0 +1,86 @@
+// The grouped GEMM of few rows on Hopper (decoding, small batches, dense layers of few tokens): what its kernel and its
+// host side share.
+#pragma once
+
+#include <array>
+
+#include "grouped_gemm.h"
+#include "tiles.h"
+
+namespace mixtral {
+
+// More rows have enough work for the tensor cores: they are no business of a kernel that streams weights.
+inline constexpr int64_t kMaxStreamRows = 1024;
+
+// What the kernel must know beside its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.
+struct StreamGemm {
+  BFloat16* out;                          // [rows, columns]
+  IndexArray offs;                        // [experts] end offsets; data == nullptr: one group of all rows
+  int64_t experts, rows, columns, depth;  // E, M, columns of out, Kdim
+};
+
+// Unit `index` of the work: `unit_columns` columns of out for at most `unit_rows` rows of one expert, the units of the
+// same weights next to each other. Without offs nothing in device memory is read.
+MIXTRAL_HOST_DEVICE inline GemmTile find_stream_unit(const StreamGemm& gemm, int64_t unit_rows, int64_t unit_columns,
+                                                     int64_t index) {
+  const int64_t blocks = ceil_div(gemm.columns, unit_columns);
+  if (gemm.offs.data) return find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, unit_rows, blocks, index);
+  const int64_t row_blocks = ceil_div(gemm.rows, unit_rows);
+  if (index >= row_blocks * blocks) return {-1, 0, 0, 0};
+  const int64_t row_begin = index % row_blocks * unit_rows;
+  const int64_t row_end = row_begin + unit_rows < gemm.rows ? row_begin + unit_rows : gemm.rows;
+  return {0, row_begin, row_end, index / row_blocks};
+}
+
+// Units that a launch must provide for, whatever offs holds.
+inline int64_t max_stream_units(const StreamGemm& gemm, int64_t unit_rows, int64_t unit_columns) {
+  return max_gemm_tiles(gemm.experts, gemm.rows, unit_rows, ceil_div(gemm.columns, unit_columns));
+}
+
+// The weights as boxes see them: depths, 8 rows, groups of 8 rows, experts; with SwiGLU every expert is two, gate and
+// up, and a box takes 8 gate rows and the up rows of the same features. Strides in bytes, of all but the first.
+struct StreamWeightBoxes {
+  std::array<int64_t, 4> sizes;
+  std::array<int64_t, 3> strides;
+  std::array<int, 4> box;
+};
+
+// For boxes of 128 bytes of each row; without SwiGLU one takes all `unit_rows` rows of a unit.
+inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu, int unit_rows, int element_bytes) {
+  const int halves = swiglu ? 2 : 1;
+  const int64_t row_bytes = gemm.depth * element_bytes;
+  return {{gemm.depth, 8, gemm.columns / 8, gemm.experts * halves},
+          {row_bytes, 8 * row_bytes, gemm.columns * row_bytes},
+          {128 / element_bytes, 8, swiglu ? 1 : unit_rows / 8, halves}};
+}
+
+// The row of an expert's weights that is row `row` of its tile of 64 rows number `tile`. With SwiGLU a tile is 8 gate
+// rows, 8 up rows, 8 gate rows, ... of 32 features.
+MIXTRAL_HOST_DEVICE inline int64_t stream_weight_row(int64_t columns, bool swiglu, int64_t tile, int row) {
+  return swiglu ? row / 8 % 2 * columns + tile * 32 + row / 16 * 8 + row % 8 : tile * 64 + row;
+}
+
+// Whether the kernel takes the shape: plain weights, at most kMaxStreamRows rows, Kdim and columns of out multiples of
+// 8, a, b and out aligned to 16 bytes. gemm.offs.data may be nullptr: then all rows are one group, E is 1, and weights
+// are read while the kernel before is still running.
+bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
+
+// With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two steps make of it.
+// Returns a cudaError_t.
+int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
+
+// The same with int4 weights: tiles as make_int4_tiles (int4_tile.h) makes them, Kdim and columns multiples of 32.
+int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream);
+
+// e4m3 numbers, each times the scale of its row; Kdim is a multiple of 16.
+struct E4m3Operands {
+  const uint8_t* a;       // [M, Kdim]
+  const float* a_scales;  // [M]
+  const uint8_t* b;       // [E, columns, Kdim], with `swiglu` [E, 2 I, Kdim]
+  const float* b_scales;  // [E, columns], [E, 2 I]
+};
+int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,
+                                           cudaStream_t stream);
+
+}  // namespace mixtral

@@ -1,0 +1,301 @@
+// The kernel of the grouped GEMM of few rows, on the emulated GPU: every row gets the products of its expert and no
+// other, whatever the routing, the shape and the schedule.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "gpu_emulator/hopper.h"
+#include "ops/grouped_gemm/grouped_gemm_stream_hopper.cuh"
+
+namespace mixtral::cuda {
+namespace {
+
+constexpr float kNan = NAN;
+
+struct Problem {
+  std::vector<int64_t> offs;  // empty: a dense layer
+  int64_t rows, columns, depth;
+  bool swiglu = false;
+  int64_t experts = std::max<int64_t>(1, static_cast<int64_t>(offs.size()));
+  int64_t weight_rows = columns * (swiglu ? 2 : 1);
+  std::vector<BFloat16> a = std::vector<BFloat16>(rows * depth);                   // [rows, depth]
+  std::vector<BFloat16> b = std::vector<BFloat16>(experts * weight_rows * depth);  // [experts, weight_rows, depth]
+
+  int64_t expert_of(int64_t row) const {
+    if (offs.empty()) return 0;
+    int64_t end = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      end = std::min(std::max(offs[e], end), rows);
+      if (row < end) return e;
+    }
+    return experts;
+  }
+
+  float product(int64_t row, int64_t expert, int64_t weight_row) const {
+    float sum = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      sum += static_cast<float>(a[row * depth + k]) *
+             static_cast<float>(b[(expert * weight_rows + weight_row) * depth + k]);
+    }
+    return sum;
+  }
+
+  std::vector<float> expected() const {  // [rows, columns]
+    std::vector<float> out(rows * columns);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t expert = expert_of(row);
+      if (expert == experts) continue;
+      for (int64_t c = 0; c < columns; ++c) {
+        float value = product(row, expert, c);
+        if (swiglu) {
+          const float g = BFloat16(value), u = BFloat16(product(row, expert, columns + c));
+          value = g / (1.0f + expf(-g)) * u;
+        }
+        out[row * columns + c] = BFloat16(value);
+      }
+    }
+    return out;
+  }
+};
+
+TensorMap weight_map(const Problem& p, const void* b, int unit_rows, int bytes) {
+  const StreamGemm gemm{nullptr, {}, p.experts, p.rows, p.columns, p.depth};
+  const StreamWeightBoxes boxes = stream_weight_boxes(gemm, p.swiglu, unit_rows, bytes);
+  TensorMap map;
+  EXPECT_TRUE(encode_tensor_map<4>(&map, b, bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte, boxes.sizes,
+                                   boxes.strides, boxes.box));
+  return map;
+}
+
+TokenMaps token_maps(const Problem& p, const void* a, int bytes) {
+  TokenMaps maps;
+  for (int box = 0; box < kTokenBoxes; ++box)
+    EXPECT_TRUE(encode_tensor_map<2>(&maps.boxes[box], a, bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte,
+                                     {p.depth, p.rows}, {p.depth * bytes}, {128 / bytes, 8 << box}));
+  return maps;
+}
+
+// The operands in the formats of the kernel. Their constructors give the problem its numbers: few and short enough that
+// sums are exact in any order, and not so short that sums need no rounding to bf16.
+template <typename Weights>
+struct Operands;
+
+void fill_tokens(Problem& p) {
+  std::mt19937 random(static_cast<unsigned>(p.rows));
+  for (auto& x : p.a) x = random() % 3 ? 0.0f : static_cast<float>(static_cast<int>(random() % 5) - 2);
+}
+
+template <>
+struct Operands<BFloat16Weights> {
+  explicit Operands(Problem& p) {
+    fill_tokens(p);
+    std::mt19937 random(static_cast<unsigned>(p.columns));
+    for (auto& x : p.b) x = static_cast<float>(static_cast<int>(random() % 255) - 127) / 64;
+  }
+  TensorMap weights(const Problem& p, int unit_rows) const { return weight_map(p, p.b.data(), unit_rows, 2); }
+  TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
+};
+
+float int4_value(uint32_t nibble, uint8_t scale) {  // as pack_weight.h defines it
+  const float level = (static_cast<float>(nibble) - 7.5f) * (scale % 2 ? 1.41421356f : 1.0f);
+  return std::ldexp(static_cast<float>(BFloat16(level)), scale / 2 - 64);
+}
+
+template <>
+struct Operands<Int4Weights> {
+  explicit Operands(Problem& p)
+      : packed(p.experts * p.weight_rows / 32 * (p.depth / 32) * kInt4StepBytes),
+        tiles(p.experts * int4_row_tiles(p.columns, p.swiglu) * ceil_div(p.depth, kInt4TileDepth) * kInt4TileBytes) {
+    fill_tokens(p);
+    std::mt19937 random(static_cast<unsigned>(p.columns));
+    for (size_t i = 0; i < packed.size(); ++i)
+      packed[i] = static_cast<uint8_t>(i % kInt4StepBytes < 32 ? 126 + random() % 6 : random());
+    const int64_t expert_bytes = static_cast<int64_t>(packed.size()) / p.experts;
+    for (int64_t e = 0; e < p.experts; ++e)
+      for (int64_t row = 0; row < p.weight_rows; ++row)
+        for (int64_t k = 0; k < p.depth; ++k) {
+          const Int4Value value = packed_int4_value(packed.data() + e * expert_bytes, p.depth, row, k);
+          p.b[(e * p.weight_rows + row) * p.depth + k] = int4_value(value.nibble, value.scale);
+        }
+    make_int4_tiles(packed.data(), p.experts, p.weight_rows, p.depth, p.swiglu, tiles.data());
+  }
+  Int4Weights::Source weights(const Problem&, int) const { return {tiles.data()}; }
+  TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
+
+  std::vector<uint8_t> packed, tiles;
+};
+
+template <>
+struct Operands<E4m3Weights> {
+  explicit Operands(Problem& p) : a(p.a.size()), b(p.b.size()) {
+    fill(p.a, a, a_scales, p.depth);
+    fill(p.b, b, b_scales, p.depth);
+  }
+  static void fill(std::vector<BFloat16>& values, std::vector<uint8_t>& bytes, std::vector<float>& scales,
+                   int64_t depth) {
+    std::mt19937 random(static_cast<unsigned>(values.size()));
+    for (size_t row = 0; row < values.size() / depth; ++row)
+      scales.push_back(std::ldexp(1.0f, static_cast<int>(random() % 5) - 2));
+    for (size_t i = 0; i < bytes.size(); ++i) {
+      bytes[i] = static_cast<uint8_t>(0x30 + random() % 0x20 + random() % 2 * 0x80);  // 1/2 to 7.5, both signs
+      values[i] = e4m3_value(bytes[i]) * scales[i / depth];
+    }
+  }
+  E4m3Weights::Source weights(const Problem& p, int unit_rows) const {
+    return {weight_map(p, b.data(), unit_rows, 1), b_scales.data(), a_scales.data()};
+  }
+  TokenMaps tokens(const Problem& p) const { return token_maps(p, a.data(), 1); }
+
+  std::vector<uint8_t> a, b;
+  std::vector<float> a_scales, b_scales;
+};
+
+// out as floats; fails where the kernel wrote beyond it.
+template <typename Weights, typename Shape, bool kSwiglu>
+std::vector<float> run(const Problem& p, const Operands<Weights>& operands, uint64_t seed) {
+  constexpr int64_t kGuard = 1024;
+  std::vector<BFloat16> out(p.rows * p.columns + kGuard, BFloat16(kNan));
+  const std::vector<int32_t> narrow(p.offs.begin(), p.offs.end());
+  const bool wide = seed % 2 == 0;
+  const void* offs = wide ? static_cast<const void*>(p.offs.data()) : narrow.data();
+  const StreamGemm gemm{out.data(), {p.offs.empty() ? nullptr : offs, wide}, p.experts, p.rows, p.columns, p.depth};
+  const auto weights = operands.weights(p, Shape::kGroups * kStreamTileRows);
+  const TokenMaps tokens = operands.tokens(p);
+  const unsigned blocks = 1 + seed % 3;
+  emulator::launch({{blocks, 1, 1}, Shape::kThreads, sizeof(StreamShared<Weights, Shape>), seed},
+                   [&] { grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>(weights, tokens, gemm); });
+  for (int64_t i = p.rows * p.columns; i < static_cast<int64_t>(out.size()); ++i)
+    EXPECT_TRUE(std::isnan(static_cast<float>(out[i]))) << i;
+  return {out.begin(), out.end() - kGuard};
+}
+
+template <typename Weights, typename Shape>
+std::vector<float> run(const Problem& p, const Operands<Weights>& operands, uint64_t seed) {
+  return p.swiglu ? run<Weights, Shape, true>(p, operands, seed) : run<Weights, Shape, false>(p, operands, seed);
+}
+
+template <typename Shape, typename Weights = BFloat16Weights>
+void expect_products(Problem p, uint64_t seeds = 3) {
+  const Operands<Weights> operands(p);
+  const std::vector<float> expected = p.expected();
+  for (uint64_t seed = 0; seed < seeds; ++seed) {
+    EXPECT_EQ((run<Weights, Shape>(p, operands, seed)), expected)
+        << p.rows << " rows, " << p.columns << " columns, depth " << p.depth << ", seed " << seed;
+  }
+}
+
+TEST(GroupedGemmStream, FewRowsOfAnyRouting) {
+  expect_products<FewRows>({{1}, 1, 64, 64});
+  expect_products<FewRows>({{0, 2, 2, 11, 40, 40}, 40, 136, 72});  // groups of 0, 2, 9, 29 rows
+  expect_products<FewRows>({{64, 64}, 64, 72, 136});               // one group of the most rows
+  expect_products<FewRows>({{3, 4, 5}, 5, 8, 64 * 7 + 8});         // more steps than stages, one narrow unit
+}
+
+TEST(GroupedGemmStream, MoreRowsOfAnyRouting) {
+  expect_products<MoreRows>({{0, 70, 75}, 75, 200, 72}, 2);        // 128 tokens, and 8
+  expect_products<MoreRows>({{300, 309}, 309, 136, 72}, 2);        // two passes: 256 and 44 tokens
+  expect_products<MoreRows>({{20, 20, 52}, 52, 128, 64 * 5 + 8});  // more steps than stages
+}
+
+TEST(GroupedGemmStream, SwigluIsThatOfTheRoundedProduct) {
+  expect_products<FewRows>({{0, 9, 10, 50}, 50, 40, 136, true});  // 16, 8, 64 tokens; 32 and 8 columns
+  expect_products<FewRows>({{20}, 20, 32, 72, true});
+  expect_products<MoreRows>({{70, 70, 79}, 79, 104, 72, true}, 2);  // 64 and 40 columns
+  expect_products<MoreRows>({{0, 130}, 130, 8, 64, true}, 2);
+}
+
+TEST(GroupedGemmStream, DenseLayersHaveNoOffsets) {
+  expect_products<FewRows>({{}, 5, 264, 64 * 7 + 8});
+  expect_products<FewRows>({{}, 33, 8, 8});
+  expect_products<MoreRows>({{}, 260, 136, 72}, 2);
+}
+
+TEST(GroupedGemmStream, RowsBehindTheLastGroupAreZero) {
+  expect_products<FewRows>({{2, 7}, 30, 72, 64});
+  expect_products<FewRows>({{0, 0}, 9, 40, 64, true});
+  expect_products<MoreRows>({{2, 7}, 300, 136, 64}, 2);
+}
+
+TEST(GroupedGemmStream, UncheckedOffsetsStayWithinTheRows) {
+  for (const std::vector<int64_t>& offs :
+       {std::vector<int64_t>{7, 3, 12}, {-5, 4, -1}, {INT32_MAX, 0, 3}, {INT32_MIN, INT32_MAX, 1}})
+    expect_products<FewRows>({offs, 12, 72, 64}, 2);
+}
+
+TEST(GroupedGemmStream, NanStaysInItsRowAndItsExpert) {
+  Problem p{{10, 10, 20, 24}, 26, 72, 136};
+  const Operands<BFloat16Weights> operands(p);
+  std::vector<float> expected = p.expected();
+  for (const int64_t row : {9, 21, 25}) {  // the last of a group, one within, and one behind the last group
+    std::fill_n(p.a.begin() + row * p.depth, p.depth, BFloat16(kNan));
+    if (row < 24) std::fill_n(expected.begin() + row * p.columns, p.columns, kNan);
+  }
+  std::fill_n(p.b.begin() + p.weight_rows * p.depth, p.weight_rows * p.depth, BFloat16(kNan));  // has no rows
+  for (uint64_t seed = 0; seed < 3; ++seed) {
+    const std::vector<float> out = run<BFloat16Weights, FewRows>(p, operands, seed);
+    for (int64_t i = 0; i < p.rows * p.columns; ++i) {
+      EXPECT_TRUE(out[i] == expected[i] || (std::isnan(out[i]) && std::isnan(expected[i]))) << i / p.columns;
+    }
+  }
+}
+
+TEST(GroupedGemmStream, DenseUnitsCoverEveryRowAndColumnOnce) {
+  for (const int64_t rows : {1, 64, 65, 300}) {
+    const StreamGemm gemm{nullptr, {nullptr, false}, 1, rows, 200, 64};
+    std::vector<int> times(rows * 4);
+    const int64_t units = max_stream_units(gemm, 64, 64);
+    for (int64_t index = 0; index <= units; ++index) {
+      const GemmTile unit = find_stream_unit(gemm, 64, 64, index);
+      if (unit.expert < 0) continue;
+      EXPECT_EQ(unit.expert, 0);
+      for (int64_t r = unit.row_begin; r < unit.row_end; ++r) ++times[r * 4 + unit.column_block];
+    }
+    for (const int t : times) EXPECT_EQ(t, 1);
+    EXPECT_LT(find_stream_unit(gemm, 64, 64, units).expert, 0);
+  }
+}
+
+TEST(GroupedGemmStream, Int4WeightsAreThoseOfTheCpuFormat) {
+  expect_products<Int4Rows, Int4Weights>({{0, 3, 3, 20, 52}, 52, 96, 96});  // a half tile of rows and of depths
+  expect_products<Int4Rows, Int4Weights>({{40}, 45, 64, 64 * 9}, 2);        // two passes, more steps than stages
+  expect_products<Int4Rows, Int4Weights>({{9, 10, 42}, 42, 96, 128, true});
+  expect_products<Int4Rows, Int4Weights>({{}, 5, 160, 64});
+}
+
+TEST(GroupedGemmStream, Int4LevelsAreExactAtEveryScale) {
+  for (uint32_t e = 0; e < 256; ++e) {
+    const uint32_t pair = int4_scale_pair(e);
+    EXPECT_EQ(pair >> 16, pair & 0xFFFF);
+    for (uint32_t n = 0; n < 16; ++n)
+      EXPECT_EQ(bf16_value(bf16_bits((static_cast<float>(n) - 7.5f) * bf16_value(pair & 0xFFFF))),
+                int4_value(n, static_cast<uint8_t>(e)))
+          << n << " at scale " << e;
+  }
+}
+
+TEST(GroupedGemmStream, Int4TilesHaveAPlaceForEveryNibble) {
+  std::vector<uint32_t> words(kInt4NibbleBytes / 4);
+  std::vector<int> scales(kInt4TileBytes);
+  for (int row = 0; row < 64; ++row) {
+    for (int depth = 0; depth < kInt4TileDepth; ++depth) {
+      const Int4Place place = int4_place(row, depth);
+      EXPECT_EQ(words.at(place.word) >> place.shift & 15, 0u);
+      words[place.word] |= 15u << place.shift;
+      ++scales.at(int4_scale_place(row, depth));
+    }
+  }
+  for (const uint32_t word : words) EXPECT_EQ(word, 0xFFFFFFFFu);
+  for (int i = 0; i < kInt4TileBytes; ++i) EXPECT_EQ(scales[i], i < kInt4NibbleBytes ? 0 : 32);
+}
+
+TEST(GroupedGemmStream, E4m3SumsAreScaledByRowAndColumn) {
+  expect_products<FewRows, E4m3Weights>({{0, 9, 10, 50}, 52, 72, 144});
+  expect_products<FewRows, E4m3Weights>({{20, 70}, 70, 40, 128 * 7 + 16, true}, 2);
+  expect_products<FewRows, E4m3Weights>({{}, 5, 136, 16});
+}
+
+}  // namespace
+}  // namespace mixtral::cuda
