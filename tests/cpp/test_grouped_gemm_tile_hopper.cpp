@@ -8,7 +8,7 @@
 
 #include "gpu_emulator/hopper.h"
 // The kernel, behind the building blocks.
-#include "ops/grouped_gemm/grouped_gemm_hopper.h"
+#include "ops/grouped_gemm/grouped_gemm_tile_hopper.h"
 #include "ops/grouped_gemm/grouped_gemm_tile_hopper.cuh"
 
 namespace mixtral::cuda {
@@ -74,7 +74,7 @@ struct Problem {
   std::vector<BFloat16> run(unsigned blocks, uint64_t seed, bool int64_offs = true) const {
     std::vector<BFloat16> out(rows * columns + 2 * kGuard, BFloat16(NAN));
     GroupedGemm<BFloat16> work = gemm(out.data() + kGuard);
-    EXPECT_TRUE(hopper_takes(work, swiglu));
+    EXPECT_TRUE(takes_grouped_gemm_tile_hopper(work, swiglu));
     const std::vector<int32_t> narrow(offs.begin(), offs.end());
     if (!int64_offs) work.offs = {narrow.data(), false};
     TensorMap left, right;
@@ -160,12 +160,12 @@ TEST(GroupedGemmHopper, TakesAlignedPlainWeights) {
   const Problem problem({4}, 4, 16, 8, false);
   std::vector<BFloat16> out(64);
   const GroupedGemm<BFloat16> good = problem.gemm(out.data());
-  EXPECT_TRUE(hopper_takes(good, false));
-  EXPECT_TRUE(hopper_takes(good, true));  // 8 columns of out
+  EXPECT_TRUE(takes_grouped_gemm_tile_hopper(good, false));
+  EXPECT_TRUE(takes_grouped_gemm_tile_hopper(good, true));  // 8 columns of out
   const auto declines = [&](bool swiglu, const auto& change) {
     GroupedGemm<BFloat16> gemm = good;
     change(gemm);
-    return !hopper_takes(gemm, swiglu);
+    return !takes_grouped_gemm_tile_hopper(gemm, swiglu);
   };
   EXPECT_TRUE(declines(false, [](auto& gemm) { gemm.b.format = WeightFormat::kPacked; }));
   EXPECT_TRUE(declines(false, [](auto& gemm) { gemm.b.depth = 12; }));

@@ -8,7 +8,8 @@
 #include "../pack_weight/weight_view.h"
 #include "../steps.h"
 #include "../swiglu/swiglu.h"
-#include "grouped_gemm_hopper.h"
+#include "grouped_gemm_stream_hopper.h"
+#include "grouped_gemm_tile_hopper.h"
 #include "tiles.h"
 
 namespace mixtral {
@@ -49,8 +50,10 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
   [[maybe_unused]] const bool hopper = use_hopper_kernels(a);  // throws where the build has none
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (hopper && hopper_takes(gemm, swiglu))
-      return check_launch(op, launch_grouped_gemm_hopper(gemm, swiglu, scope.stream()));
+    if (hopper && takes_grouped_gemm_stream_hopper(gemm, swiglu))  // few rows
+      return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, swiglu, scope.stream()));
+    if (hopper && takes_grouped_gemm_tile_hopper(gemm, swiglu))
+      return check_launch(op, launch_grouped_gemm_tile_hopper(gemm, swiglu, scope.stream()));
   }
 #endif
   if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));

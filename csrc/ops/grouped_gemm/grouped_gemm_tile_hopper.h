@@ -9,7 +9,7 @@
 namespace mixtral {
 
 // TMA and 16-byte stores want aligned rows: K and the columns of out multiples of 8. Shapes and pointers decide alone.
-inline bool hopper_takes(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
+inline bool takes_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const int64_t columns = swiglu ? gemm.b.columns / 2 : gemm.b.columns;
   if (gemm.b.format != WeightFormat::kPlain) return false;
@@ -21,7 +21,7 @@ inline bool hopper_takes(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
   return aligned(gemm.a) && aligned(gemm.b.data) && aligned(gemm.out);
 }
 
-// gemm as hopper_takes() it; out [M, N], or [M, N / 2] of swiglu: bit for bit what swiglu makes of the plain product.
-int launch_grouped_gemm_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
+// gemm as takes_grouped_gemm_tile_hopper() it; out [M, N], or [M, N / 2] of swiglu: bit for bit what swiglu makes of the plain product.
+int launch_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
 
 }  // namespace mixtral

@@ -3,7 +3,7 @@
 
 #include "../cuda/tensor_map.cuh"
 #include "../cuda/wgmma.cuh"
-#include "grouped_gemm_hopper.h"
+#include "grouped_gemm_tile_hopper.h"
 #include "grouped_gemm_tile_hopper.cuh"
 
 namespace mixtral {
@@ -30,7 +30,7 @@ int launch_tiles(const GroupedGemm<BFloat16>& gemm, cudaStream_t stream) {
 
 }  // namespace
 
-int launch_grouped_gemm_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
+int launch_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
   return swiglu ? launch_tiles<true>(gemm, stream) : launch_tiles<false>(gemm, stream);
 }
 
