@@ -16,6 +16,7 @@ FOLDER = {
     "moe_unpermute": "moe_permute",
     "unpack_weight": "pack_weight",
     "rolling_kv_cache_write": "rolling_kv_cache",
+    "rolling_kv_cache_rope_write": "rolling_kv_cache",
     "rolling_kv_cache_attention": "rolling_kv_cache",
 }
 # moe_mlp chains the kernels of the other ops; the layout of a packed weight is that of the CPU kernels.
@@ -38,4 +39,4 @@ def test_nothing_exists_without_a_schema():
     folders = {FOLDER.get(op, op) for op in SCHEMAS}
     assert {path.name for path in (ROOT / "csrc/ops").iterdir() if path.is_dir()} == folders | {"cpu", "cuda"}
     assert set(ops.__all__) == set(SCHEMAS)
-    assert len(SCHEMAS) == 14
+    assert len(SCHEMAS) == 15
