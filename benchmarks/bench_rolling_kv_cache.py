@@ -1,4 +1,4 @@
-"""The rolling cache against a cache of full length: writing a chunk, and a decode step of a batch of sequences."""
+"""The rolling cache against a cache of full length: writing a chunk (also behind rope), and decoding a batch."""
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,27 @@ def bench_write(bench: Bench, dtype: torch.dtype) -> None:
         )
 
 
+def bench_rope_write(bench: Bench, dtype: torch.dtype) -> None:
+    k_cache, v_cache = torch.zeros(2, 256, PAGE, KV_HEADS, HEAD_DIM, device=bench.device, dtype=dtype)
+    for tokens in (1, 16, 512):
+        qkv = torch.randn(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM, device=bench.device).to(dtype)
+        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        positions = torch.arange(tokens, device=bench.device)
+        slots = torch.randperm(256 * PAGE, device=bench.device)[:tokens]
+
+        def two_ops(q=q, k=k, v=v, positions=positions, slots=slots) -> None:
+            ops.rolling_kv_cache_write(k_cache, v_cache, ops.rope(q, k, positions, 1e6)[1], v, slots)
+
+        bench.compare(
+            f"rope and write T={tokens} {dtype}",
+            lambda q=q, k=k, v=v, positions=positions, slots=slots: ops.rolling_kv_cache_rope_write(
+                q, k, v, positions, 1e6, k_cache, v_cache, slots
+            ),
+            {"rope, then write": two_ops},
+            gigabytes=2 * qkv.nbytes / 1e9,
+        )
+
+
 def bench_decode(bench: Bench, dtype: torch.dtype, sequences: int, length: int, window: int) -> None:
     goal = BOUND_GOALS.get((sequences, window)) if bench.device == "cuda" and dtype == torch.bfloat16 else None
     seen = min(window or length, length)
@@ -55,6 +76,7 @@ def bench_decode(bench: Bench, dtype: torch.dtype, sequences: int, length: int, 
 def run(bench: Bench) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         bench_write(bench, dtype)
+        bench_rope_write(bench, dtype)
         for sequences, length, window in DECODES[bench.device]:
             bench_decode(bench, dtype, sequences, length, window)
 

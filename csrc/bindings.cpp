@@ -289,7 +289,8 @@ void bind_model(py::module_& m) {
       .def_readwrite("token_budget", &Engine::Options::token_budget)
       .def_readwrite("max_batch", &Engine::Options::max_batch)
       .def_readwrite("page_size", &Engine::Options::page_size)
-      .def_readwrite("ctx_size", &Engine::Options::ctx_size);
+      .def_readwrite("ctx_size", &Engine::Options::ctx_size)
+      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
   py::class_<Engine>(m, "Engine")
       .def(py::init([](std::shared_ptr<MixtralImpl> model, std::optional<Tokenizer> tokenizer,
                        const Engine::Options& options) {

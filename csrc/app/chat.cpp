@@ -175,6 +175,7 @@ void add_chat(CLI::App& app) {
   add_option(command, "--system", flags->system, "Instructions for the whole conversation");
   add_sampling_flags(command, flags->sampling);
   add_model_flags(command, flags->model);
+  add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"

@@ -96,6 +96,10 @@ void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_n
   add_switch(app, "-v,--verbose", flags.verbose, "Timings on stderr, even when it is not a terminal");
 }
 
+void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags) {
+  add_switch(app, "--no-cuda-graph", flags.no_cuda_graph, "On CUDA, launch the kernels of a decoding step one by one");
+}
+
 void add_sampling_flags(CLI::App& app, SamplingParams& params) {
   add_option(app, "-n,--max-tokens", params.max_tokens, "Most new tokens")->capture_default_str();
   add_option(app, "--temperature,--temp", params.temperature, "0: always the most likely token")->capture_default_str();
@@ -165,6 +169,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   Mixtral model = Mixtral::from_pretrained(model_path(flags), load_options);
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
+  options.cuda_graph = !flags.no_cuda_graph;
   return {Engine(model, std::move(tokenizer), options), seconds_now() - start};
 }
 

@@ -32,6 +32,7 @@ struct ModelFlags {
   int64_t ctx_size = 0;  // 0: the model's
   int64_t chunk_size = 512;
   bool verbose = false;
+  bool no_cuda_graph = false;
 };
 
 struct PromptFlags {
@@ -43,6 +44,7 @@ struct PromptFlags {
 constexpr const char* kModelPathNames = "MODEL,-m,--model";  // as an argument or a flag
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names = kModelPathNames);
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
+void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 void add_sampling_flags(CLI::App& app, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);

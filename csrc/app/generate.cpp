@@ -97,6 +97,7 @@ void add_generate(CLI::App& app) {
       ->check(CLI::Range(0, 20))
       ->needs(json);
   add_model_flags(command, flags->model);
+  add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral generate -p \"Once upon a time\" -n 64\n"

@@ -11,25 +11,16 @@ struct Flags {
   bool json = false;
 };
 
-struct MemoryPlan {
-  int64_t weights, kv_per_token, context, cached_tokens, kv, total;
-};
+int64_t bytes(double count) { return static_cast<int64_t>(count); }
 
-MemoryPlan plan(const Config& config, const ModelFlags& flags, const WeightType& type) {
-  const auto element_size = static_cast<int64_t>(c10::elementSize(type.dtype));
-  const int64_t page_size = Engine::Options().page_size;
-  MemoryPlan plan;
-  plan.weights = static_cast<int64_t>(weight_bytes(config, type));
-  plan.kv_per_token = config.kv_bytes_per_token(element_size);
-  plan.context = context_of(flags, config);
-  plan.cached_tokens = RollingKVCache::pages_needed(config, page_size, flags.chunk_size, plan.context) * page_size;
-  plan.kv = plan.cached_tokens * plan.kv_per_token;
-  plan.total = plan.weights + plan.kv;
-  return plan;
+double total(const MemoryPlan& memory) { return memory.weights + memory.cache; }
+
+int64_t kv_bytes_per_token(const Config& config, const WeightType& type) {
+  return config.kv_bytes_per_token(static_cast<int64_t>(c10::elementSize(type.dtype)));
 }
 
 int64_t quantized_bytes(const Config& config, Packing packing) {
-  return static_cast<int64_t>(weight_bytes(config, {torch::kBFloat16, packing}));
+  return bytes(weight_bytes(config, {torch::kBFloat16, packing}));
 }
 
 std::string stored_dtype(const Config& config) {
@@ -73,12 +64,13 @@ nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const Wei
                         {"float16", 2 * parameters},
                         {"int8", quantized_bytes(config, Packing::kInt8)},
                         {"int4", quantized_bytes(config, Packing::kInt4)}}},
-                      {"weights_bytes", memory.weights},
-                      {"kv_bytes_per_token", memory.kv_per_token},
-                      {"ctx_size", memory.context},
+                      {"weights_bytes", bytes(memory.weights)},
+                      {"kv_bytes_per_token", kv_bytes_per_token(config, type)},
+                      {"ctx_size", memory.ctx_size},
                       {"cached_tokens", memory.cached_tokens},
-                      {"kv_bytes", memory.kv},
-                      {"total_bytes", memory.total}};
+                      {"kv_bytes", bytes(memory.cache)},
+                      {"activations_bytes", bytes(memory.activations)},
+                      {"total_bytes", bytes(total(memory))}};
   return result;
 }
 
@@ -97,7 +89,7 @@ std::string billions(int64_t parameters) {
 
 std::string size_of(int64_t bytes) { return bytes_text(static_cast<double>(bytes)); }
 
-std::string to_text(const Config& config, const MemoryPlan& memory, const WeightType& type) {
+std::string to_text(const Config& config, const MemoryPlan& memory, const WeightType& type, int64_t chunk_size) {
   const auto number = [](int64_t value) { return std::to_string(value); };
   const std::string window = config.window > 0 ? number(config.window) + " keys" : "none";
   const int64_t parameters = config.total_parameters();
@@ -114,20 +106,24 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   text += line("parameters", billions(parameters));
   text += line("active", billions(config.active_parameters()) + " per token");
   text += line("dtype", type.name() + " (checkpoint: " + stored_dtype(config) + ")");
-  text += line("weights", size_of(memory.weights) + "; float32 " + size_of(4 * parameters) + ", bfloat16 and float16 " +
-                              size_of(2 * parameters) + ", int8 " + size_of(quantized_bytes(config, Packing::kInt8)) +
-                              ", int4 " + size_of(quantized_bytes(config, Packing::kInt4)));
-  text += line("cache", size_of(memory.kv_per_token) + " per token; " + size_of(memory.kv) + " for a context of " +
-                            number(memory.context) + " (at most " + number(memory.cached_tokens) + " tokens kept)");
-  text += line("total", size_of(memory.total));
+  text +=
+      line("weights", bytes_text(memory.weights) + "; float32 " + size_of(4 * parameters) + ", bfloat16 and float16 " +
+                          size_of(2 * parameters) + ", int8 " + size_of(quantized_bytes(config, Packing::kInt8)) +
+                          ", int4 " + size_of(quantized_bytes(config, Packing::kInt4)));
+  text += line("cache", size_of(kv_bytes_per_token(config, type)) + " per token; " + bytes_text(memory.cache) +
+                            " for a context of " + number(memory.ctx_size) + " (at most " +
+                            number(memory.cached_tokens) + " tokens kept)");
+  text += line("total", bytes_text(total(memory)) + ", and " + bytes_text(memory.activations) +
+                            " of activations in a pass of " + number(chunk_size) + " tokens");
   return text;
 }
 
 void run(const Flags& flags) {
   const Config config = Config::from_folder(model_path(flags.model));
   const WeightType type = weight_type_of(flags.model, config);
-  const MemoryPlan memory = plan(config, flags.model, type);
-  write_out(flags.json ? json_line(to_json(config, memory, type)) : to_text(config, memory, type));
+  const MemoryPlan memory = plan_memory(config, type, flags.model.ctx_size, flags.model.chunk_size);
+  write_out(flags.json ? json_line(to_json(config, memory, type))
+                       : to_text(config, memory, type, flags.model.chunk_size));
 }
 
 }  // namespace

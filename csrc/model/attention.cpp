@@ -19,17 +19,20 @@ AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const torch::T
 
 torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
   const auto qkv = ops::linear(x, qkv_proj_, batch.offs).view({x.size(0), num_heads_ + 2 * num_kv_heads_, head_dim_});
+  const auto q = qkv.narrow(1, 0, num_heads_);                              // [T,Nq,D]
+  const auto k = qkv.narrow(1, num_heads_, num_kv_heads_);                  // [T,Nkv,D]
   const auto v = qkv.narrow(1, num_heads_ + num_kv_heads_, num_kv_heads_);  // [T,Nkv,D]
-  const auto [q, k] = ops::rope(qkv.narrow(1, 0, num_heads_), qkv.narrow(1, num_heads_, num_kv_heads_), batch.positions,
-                                rope_theta_);  // [T,Nq,D], [T,Nkv,D]
-  torch::Tensor out;                           // [T,Nq,D]
+  torch::Tensor out;                                                        // [T,Nq,D]
   if (cache) {
     const auto keys = cache->keys(layer_), values = cache->values(layer_);
     // Write, then attend: one rule for prefill, chunks and decoding.
-    ops::rolling_kv_cache_write(keys, values, k, v, batch.slot_mapping);
-    out = ops::rolling_kv_cache_attention(q, keys, values, batch.page_table, batch.cu_seqlens, batch.kv_lens, window_);
+    const auto rotated =
+        ops::rolling_kv_cache_rope_write(q, k, v, batch.positions, rope_theta_, keys, values, batch.slot_mapping);
+    out = ops::rolling_kv_cache_attention(rotated, keys, values, batch.page_table, batch.cu_seqlens, batch.kv_lens,
+                                          window_);
   } else {
-    out = ops::sliding_window_attention(q, k, v, batch.cu_seqlens, window_);
+    const auto [rotated_q, rotated_k] = ops::rope(q, k, batch.positions, rope_theta_);
+    out = ops::sliding_window_attention(rotated_q, rotated_k, v, batch.cu_seqlens, window_);
   }
   return ops::linear(out.flatten(1), o_proj_, batch.offs);
 }

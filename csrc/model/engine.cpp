@@ -7,6 +7,9 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "decode_graphs.h"
+#include "sample_batch.h"
+
 namespace mixtral {
 namespace {
 
@@ -41,6 +44,10 @@ int64_t longest_prompt(const std::vector<std::unique_ptr<Request>>& requests) {
   return static_cast<int64_t>(longest);
 }
 
+bool uses_graphs(const MixtralImpl& model, const Engine::Options& options) {
+  return options.cuda_graph && model.device().is_cuda();
+}
+
 // Enough pages for the max_batch largest requests, so that whichever are running, none ever waits for a page.
 RollingKVCache make_cache(const MixtralImpl& model, const Engine::Options& options, int64_t chunk_size,
                           const std::vector<std::unique_ptr<Request>>& requests) {
@@ -53,7 +60,9 @@ RollingKVCache make_cache(const MixtralImpl& model, const Engine::Options& optio
   std::sort(needs.begin(), needs.end(), std::greater<>());
   needs.resize(std::min(needs.size(), static_cast<size_t>(options.max_batch)));
   const int64_t num_pages = std::accumulate(needs.begin(), needs.end(), int64_t{0});
-  return RollingKVCache(config, {options.page_size, num_pages, chunk_size, model.device(), model.dtype()});
+  const int64_t padding =
+      uses_graphs(model, options) ? DecodeGraphs::padding_tokens(static_cast<int64_t>(needs.size())) : 0;
+  return RollingKVCache(config, {options.page_size, num_pages, chunk_size, model.device(), model.dtype(), padding});
 }
 
 // One call of Engine::generate.
@@ -67,7 +76,9 @@ class Run {
         on_text_(on_text),
         requests_(std::move(requests)),
         chunk_size_(std::min({options.chunk_size, options.token_budget, longest_prompt(requests_)})),
-        cache_(make_cache(model, options, chunk_size_, requests_)) {}
+        cache_(make_cache(model, options, chunk_size_, requests_)) {
+    if (uses_graphs(model, options)) graphs_.emplace(model_, cache_);
+  }
 
   std::vector<Generation> run();
   const Timings& timings() const { return timings_; }
@@ -76,7 +87,8 @@ class Run {
   void admit();
   void step();
   torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows);
-  void accept(Request& request, const float* logits);
+  void sample(const std::vector<Request*>& sampled, torch::Tensor logits);
+  void accept(Request& request, int64_t id, const torch::Tensor& logits);
   void finish(Request& request, const std::string& reason);
   void show(Request& request, const std::string& piece);
 
@@ -87,6 +99,7 @@ class Run {
   std::vector<std::unique_ptr<Request>> requests_;
   int64_t chunk_size_;
   RollingKVCache cache_;
+  std::optional<DecodeGraphs> graphs_;
   std::vector<Request*> running_;  // in the order of the prompts
   size_t admitted_ = 0;
   bool cancelled_ = false;
@@ -100,15 +113,17 @@ void Run::admit() {
   }
 }
 
-// The last hidden rows `rows` of the batch become logits: f32 [rows, vocab] on the CPU.
+// The last hidden rows `rows` of the batch become logits: f32 [rows, vocab].
 torch::Tensor Run::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows) {
-  const Batch batch = cache_.prepare(chunks);
-  timings_.peak_pages = std::max(timings_.peak_pages, cache_.pages_in_use());
-  auto hidden = model_.hidden_states(batch, &cache_);
+  const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
+  if (graphs_ && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
+      std::all_of(chunks.begin(), chunks.end(), one_token))
+    return graphs_->logits(chunks);
+  auto hidden = model_.hidden_states(cache_.prepare(chunks), &cache_);
   if (rows.empty()) return {};
   if (static_cast<int64_t>(rows.size()) < hidden.size(0))
     hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
-  return model_.logits(hidden).to(torch::kCPU);
+  return model_.logits(hidden);
 }
 
 // One forward pass, in which every running sequence computes its next tokens: more of its prompt, or its newest token.
@@ -132,10 +147,10 @@ void Run::step() {
     }
   }
   const auto logits = forward(chunks, rows);
+  timings_.peak_pages = std::max(timings_.peak_pages, cache_.pages_in_use());
   for (size_t i = 0; i < chunks.size() && !cancelled_; ++i)
     if (running_[i]->in_prefill()) show(*running_[i], "");
-  for (size_t i = 0; i < sampled.size() && !cancelled_; ++i)
-    accept(*sampled[i], logits.data_ptr<float>() + static_cast<int64_t>(i) * logits.size(1));
+  if (!sampled.empty() && !cancelled_) sample(sampled, logits);
 
   const auto leaves = [&](Request* request) {
     if (request->finished()) cache_.remove_sequence(request->sequence);
@@ -144,12 +159,27 @@ void Run::step() {
   running_.erase(std::remove_if(running_.begin(), running_.end(), leaves), running_.end());
 }
 
-void Run::accept(Request& request, const float* logits) {
+// logits f32 [rows, vocab]: one row for each request.
+void Run::sample(const std::vector<Request*>& sampled, torch::Tensor logits) {
+  const auto wants_logprobs = [](const Request* request) { return request->params.logprobs > 0; };
+  std::vector<int64_t> ids(sampled.size(), -1);
+  if (logits.is_cpu() || std::any_of(sampled.begin(), sampled.end(), wants_logprobs)) {
+    logits = logits.to(torch::kCPU);
+  } else {
+    std::vector<Sampler*> samplers;
+    for (Request* request : sampled) samplers.push_back(&request->sampler);
+    ids = sample_batch(logits, samplers);
+  }
+  for (size_t i = 0; i < sampled.size() && !cancelled_; ++i)
+    accept(*sampled[i], ids[i], logits[static_cast<int64_t>(i)]);
+}
+
+// The next token, or -1 where it has yet to be picked from the logits [vocab].
+void Run::accept(Request& request, int64_t id, const torch::Tensor& logits) {
   const Config& config = model_.config();
   Generation& result = request.result;
-  int64_t id = 0;
   try {
-    id = request.sampler.next(logits, config.vocab_size);
+    if (id < 0) id = request.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), config.vocab_size);
   } catch (const std::runtime_error& error) {  // NaN: the neighbours go on
     result.error = error.what();
     return finish(request, "error");
@@ -160,7 +190,7 @@ void Run::accept(Request& request, const float* logits) {
   request.ids.push_back(id);
   result.token_ids.push_back(id);
   if (request.params.logprobs > 0)
-    result.logprobs.push_back(token_logprob(logits, config.vocab_size, id, request.params.logprobs));
+    result.logprobs.push_back(token_logprob(logits.data_ptr<float>(), config.vocab_size, id, request.params.logprobs));
   // The model's vocabulary may be larger than the tokenizer's; such ids have no text.
   const bool has_text = request.decoder && id < tokenizer_->vocab_size();
   show(request, has_text ? request.stop.push(request.decoder->push(id)) : "");
@@ -223,8 +253,8 @@ void Engine::check_request(const std::vector<int64_t>& prompt, const SamplingPar
   require(length <= options_.ctx_size && params.max_tokens <= options_.ctx_size - length,
           "prompt must fit the context of " + std::to_string(options_.ctx_size) + " tokens with max_tokens, got " +
               std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(params.max_tokens));
-  require(params.stop.empty() || tokenizer_, "stop must be empty without a tokenizer, got " +
-                                                 std::to_string(params.stop.size()) + " strings");
+  require(params.stop.empty() || tokenizer_,
+          "stop must be empty without a tokenizer, got " + std::to_string(params.stop.size()) + " strings");
 }
 
 std::vector<Generation> Engine::generate(const std::vector<std::vector<int64_t>>& prompts,

@@ -35,6 +35,7 @@ class Engine {
     int64_t max_batch = 64;       // sequences at a time; further prompts wait for one to finish
     int64_t page_size = 16;
     int64_t ctx_size = 0;         // longest prompt plus new tokens; 0: the model's max_position
+    bool cuda_graph = true;       // on CUDA, decode in graphs (decode_graphs.h)
   };
   // Called once per sequence and forward pass with the text that became certain (prompt index, piece). The piece may be
   // empty: while a prompt is read, while a code point or a stop string may be incomplete, or without a tokenizer.

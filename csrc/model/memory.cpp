@@ -1,7 +1,6 @@
 #include "memory.h"
 
 #include <c10/core/CachingDeviceAllocator.h>
-
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -54,17 +53,27 @@ int64_t address_space() {
 int64_t available_memory(c10::Device device) {
   if (device.is_cpu()) return std::max<int64_t>(0, std::min({system_memory(), container_memory(), address_space()}));
   const auto index = device.has_index() ? device.index() : c10::DeviceIndex{0};
-  return static_cast<int64_t>(c10::getDeviceAllocator(device.type())->getMemoryInfo(index).first);
+  auto* allocator = c10::getDeviceAllocator(device.type());
+  const auto& stats = allocator->getDeviceStats(index);
+  const auto total = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+  const int64_t held = stats.reserved_bytes[total].current - stats.allocated_bytes[total].current;
+  return static_cast<int64_t>(allocator->getMemoryInfo(index).first) + held;
+}
+
+std::string gib_text(double bytes) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.2f GiB", bytes / (1024.0 * 1024.0 * 1024.0));
+  return text;
+}
+
+std::string out_of_memory_text(const std::string& what, double bytes, c10::Device device, double available) {
+  const std::string name = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
+  return what + ": needs " + gib_text(bytes) + " on " + name + ", " + gib_text(available) + " available";
 }
 
 void check_memory(const std::string& what, double bytes, c10::Device device) {
-  const double available = static_cast<double>(available_memory(device));
-  if (bytes <= available) return;
-  constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
-  char numbers[80];
-  std::snprintf(numbers, sizeof numbers, "%.2f GiB on %s, %.2f GiB available", bytes / kGiB,
-                c10::DeviceTypeName(device.type(), /*lower_case=*/true).c_str(), available / kGiB);
-  throw OutOfMemory(what + ": needs " + numbers);
+  const auto available = static_cast<double>(available_memory(device));
+  if (bytes > available) throw OutOfMemory(out_of_memory_text(what, bytes, device, available));
 }
 
 }  // namespace mixtral

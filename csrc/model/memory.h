@@ -13,10 +13,12 @@ struct OutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Bytes this process can still allocate on `device`.
+// Bytes this process can still allocate on `device`, those included that torch holds there for tensors to come.
 int64_t available_memory(c10::Device device);
 
 // Throws OutOfMemory: "<what>: needs X GiB on <device>, Y GiB available".
 void check_memory(const std::string& what, double bytes, c10::Device device);
+std::string out_of_memory_text(const std::string& what, double bytes, c10::Device device, double available);
+std::string gib_text(double bytes);  // "1.50 GiB"
 
 }  // namespace mixtral

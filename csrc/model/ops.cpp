@@ -66,11 +66,12 @@ Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& 
   return op.call(q, k, v, cu_seqlens, cu_seqlens, window, /*causal=*/true, /*scale=*/std::nullopt);
 }
 
-void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                            const Tensor& slot_mapping) {
-  static const auto op = find<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
-      "mixtral::rolling_kv_cache_write");
-  op.call(k_cache, v_cache, k, v, slot_mapping);
+Tensor rolling_kv_cache_rope_write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
+                                   double theta, const Tensor& k_cache, const Tensor& v_cache,
+                                   const Tensor& slot_mapping) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, const Tensor&,
+                                     const Tensor&, const Tensor&)>("mixtral::rolling_kv_cache_rope_write");
+  return op.call(q, k, v, positions, theta, k_cache, v_cache, slot_mapping);
 }
 
 Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

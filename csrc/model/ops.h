@@ -33,9 +33,10 @@ Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
 // q [T,Nq,D], k, v [T,Nkv,D], cu_seqlens [B+1] of both -> [T,Nq,D]; causal
 Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                 int64_t window);
-// k_cache, v_cache [pages,P,Nkv,D] (written), k, v [T,Nkv,D], slot_mapping [T]
-void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                            const Tensor& slot_mapping);
+// q [T,Nq,D], k, v [T,Nkv,D], positions [T], k_cache, v_cache [pages,P,Nkv,D] (written), slot_mapping [T] -> q rotated
+Tensor rolling_kv_cache_rope_write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
+                                   double theta, const Tensor& k_cache, const Tensor& v_cache,
+                                   const Tensor& slot_mapping);
 // q [T,Nq,D], k_cache, v_cache [pages,P,Nkv,D], page_table [B,R], cu_seqlens_q [B+1], kv_lens [B] -> [T,Nq,D]
 Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,

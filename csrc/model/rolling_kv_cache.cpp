@@ -1,11 +1,11 @@
 #include "rolling_kv_cache.h"
 
-#include "memory.h"
-
 #include <algorithm>
 #include <set>
 #include <stdexcept>
 #include <string>
+
+#include "memory.h"
 
 namespace mixtral {
 namespace {
@@ -16,69 +16,7 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error("RollingKVCache: " + message);
 }
 
-// A batch on the host, filled sequence by sequence, then moved to the device in one copy.
-struct HostBatch {
-  std::vector<int64_t> input_ids, positions, slot_mapping, kv_lens;
-  std::vector<int32_t> cu_seqlens = {0}, page_table;  // page_table [B,columns]
-  int64_t columns = 0;
-
-  void add_tokens(const std::vector<int64_t>& ids, int64_t first_position) {
-    input_ids.insert(input_ids.end(), ids.begin(), ids.end());
-    for (size_t i = 0; i < ids.size(); ++i) positions.push_back(first_position + static_cast<int64_t>(i));
-    cu_seqlens.push_back(static_cast<int32_t>(input_ids.size()));
-  }
-  Batch to(torch::Device device) const;
-};
-
-Batch HostBatch::to(torch::Device device) const {
-  const std::vector<int64_t>* wide[] = {&input_ids, &positions, &slot_mapping, &kv_lens};
-  const std::vector<int32_t>* narrow[] = {&cu_seqlens, &page_table};
-  int64_t size = 0;  // in int64 elements; every part starts on one
-  for (const auto* part : wide) size += static_cast<int64_t>(part->size());
-  for (const auto* part : narrow) size += ceil_div(static_cast<int64_t>(part->size()), 2);
-
-  const auto host = torch::empty(size, torch::dtype(torch::kInt64).pinned_memory(device.is_cuda()));
-  int64_t* next = host.data_ptr<int64_t>();
-  for (const auto* part : wide) next = std::copy(part->begin(), part->end(), next);
-  for (const auto* part : narrow) {
-    std::copy(part->begin(), part->end(), reinterpret_cast<int32_t*>(next));
-    next += ceil_div(static_cast<int64_t>(part->size()), 2);
-  }
-
-  const auto moved = host.to(device, /*non_blocking=*/true);
-  int64_t begin = 0;
-  const auto take_wide = [&](const std::vector<int64_t>& part) {
-    const auto view = moved.narrow(0, begin, static_cast<int64_t>(part.size()));
-    begin += static_cast<int64_t>(part.size());
-    return view;
-  };
-  const auto take_narrow = [&](const std::vector<int32_t>& part) {
-    const int64_t length = ceil_div(static_cast<int64_t>(part.size()), 2);
-    const auto view = moved.narrow(0, begin, length).view(torch::kInt32);
-    begin += length;
-    return view.narrow(0, 0, static_cast<int64_t>(part.size()));
-  };
-  Batch batch;
-  batch.input_ids = take_wide(input_ids);
-  batch.positions = take_wide(positions);
-  const auto slots = take_wide(slot_mapping), lengths = take_wide(kv_lens);
-  batch.cu_seqlens = take_narrow(cu_seqlens);
-  batch.offs = batch.cu_seqlens.narrow(0, batch.cu_seqlens.size(0) - 1, 1);
-  if (columns > 0) {
-    batch.slot_mapping = slots;
-    batch.kv_lens = lengths;
-    batch.page_table = take_narrow(page_table).view({-1, columns});
-  }
-  return batch;
-}
-
 }  // namespace
-
-Batch packed_batch(const std::vector<std::vector<int64_t>>& sequences, torch::Device device) {
-  HostBatch host;
-  for (const auto& ids : sequences) host.add_tokens(ids, 0);
-  return host.to(device);
-}
 
 RollingKVCache::RollingKVCache(const Config& config, Options options) : config_(config), options_(options) {
   require(options.page_size > 0, "page_size must be > 0, got " + std::to_string(options.page_size));
@@ -86,13 +24,14 @@ RollingKVCache::RollingKVCache(const Config& config, Options options) : config_(
   require(options.num_pages > 0 && options.num_pages <= INT32_MAX,
           "num_pages must be in [1, 2^31), got " + std::to_string(options.num_pages));
   const auto token_bytes = config.kv_bytes_per_token(static_cast<int64_t>(c10::elementSize(options.dtype)));
-  const double tokens = static_cast<double>(options.num_pages) * static_cast<double>(options.page_size);
+  require(options.padding_tokens >= 0, "padding_tokens must be >= 0, got " + std::to_string(options.padding_tokens));
+  const int64_t pages = options.num_pages + ceil_div(options.padding_tokens, options.page_size);
+  const double tokens = static_cast<double>(pages) * static_cast<double>(options.page_size);
   check_memory("the key/value cache", static_cast<double>(token_bytes) * tokens, options.device);
   const auto tensor_options = torch::dtype(options.dtype).device(options.device);
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (auto* pool : {&keys_, &values_})
-      pool->push_back(
-          torch::empty({options.num_pages, options.page_size, config.num_kv_heads, config.head_dim}, tensor_options));
+      pool->push_back(torch::empty({pages, options.page_size, config.num_kv_heads, config.head_dim}, tensor_options));
   }
   // Taken from the back: the lowest page first.
   for (int64_t page = options.num_pages; page-- > 0;) free_pages_.push_back(static_cast<int32_t>(page));
@@ -158,7 +97,9 @@ void RollingKVCache::take_pages(Sequence& sequence, int64_t tokens) {
   }
 }
 
-Batch RollingKVCache::prepare(const std::vector<Chunk>& chunks) {
+Batch RollingKVCache::prepare(const std::vector<Chunk>& chunks) { return lay_out(chunks).to(options_.device); }
+
+HostBatch RollingKVCache::lay_out(const std::vector<Chunk>& chunks) {
   check(chunks);
   HostBatch host;
   // Every sequence gives back before one takes: check() counted on that.
@@ -168,7 +109,9 @@ Batch RollingKVCache::prepare(const std::vector<Chunk>& chunks) {
     take_pages(sequence, static_cast<int64_t>(chunk.input_ids.size()));
     host.columns = std::max(host.columns, static_cast<int64_t>(sequence.pages.size()));
   }
-  // Any number of columns that holds the visible pages will do: the table is laid out anew for every batch.
+  // Any number of columns that holds the visible pages will do: the table is laid out anew for every batch. Powers of
+  // two are few: batches that a graph was captured for come again (decode_graphs.h).
+  host.columns = round_up_to_power_of_two(host.columns);
   host.page_table.assign(chunks.size() * static_cast<size_t>(host.columns), -1);
 
   const int64_t page_size = options_.page_size;
@@ -187,15 +130,13 @@ Batch RollingKVCache::prepare(const std::vector<Chunk>& chunks) {
       row[(sequence.first + static_cast<int64_t>(i)) % host.columns] = sequence.pages[i];
     row += host.columns;
   }
-  return host.to(options_.device);
+  return host;
 }
 
 torch::Tensor RollingKVCache::keys(int64_t layer) const { return keys_.at(static_cast<size_t>(layer)); }
 torch::Tensor RollingKVCache::values(int64_t layer) const { return values_.at(static_cast<size_t>(layer)); }
 int64_t RollingKVCache::length(int64_t sequence) const { return sequences_.at(sequence).length; }
 
-int64_t RollingKVCache::pages_in_use() const {
-  return options_.num_pages - static_cast<int64_t>(free_pages_.size());
-}
+int64_t RollingKVCache::pages_in_use() const { return options_.num_pages - static_cast<int64_t>(free_pages_.size()); }
 
 }  // namespace mixtral

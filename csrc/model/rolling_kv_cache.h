@@ -1,12 +1,10 @@
 // The paged rolling key/value cache: a pool of fixed pages, and per sequence a ring of page-table columns.
 //
-// Position p of a sequence lives in page page_table[(p div P) mod R], row p mod P. With a window W a page that lies wholly
-// behind the window of every query to come goes back to the pool, so a sequence holds at most
-// R = ceil((W - 1 + chunk) / P) + 1 pages however long it grows (Jiang et al., "Mistral 7B", 2023, section 2, rolling
-// buffer cache; here it rolls page by page, so no page is ever overwritten in place). Without a window R grows.
+// Position p of a sequence lives in page page_table[(p div P) mod R], row p mod P. With a window W a page that lies
+// wholly behind the window of every query to come goes back to the pool, so a sequence holds at most R = ceil((W - 1 +
+// chunk) / P) + 1 pages however long it grows (Jiang et al., "Mistral 7B", 2023, section 2, rolling buffer cache; here
+// it rolls page by page, so no page is ever overwritten in place). Without a window R grows.
 #pragma once
-
-#include "config.h"
 
 #include <torch/torch.h>
 
@@ -15,22 +13,10 @@
 #include <map>
 #include <vector>
 
+#include "batch.h"
+#include "config.h"
+
 namespace mixtral {
-
-// What one forward pass computes: chunks of several sequences, packed one after the other.
-struct Batch {
-  torch::Tensor input_ids;     // [T] int64
-  torch::Tensor positions;     // [T] int64
-  torch::Tensor cu_seqlens;    // [B+1] int32
-  torch::Tensor offs;          // [1] int32: T, the one group of a dense layer's grouped GEMM
-  // Where keys and values go and are found; undefined when there is no cache.
-  torch::Tensor slot_mapping;  // [T] int64: page * P + row
-  torch::Tensor page_table;    // [B,R] int32
-  torch::Tensor kv_lens;       // [B] int64: keys of each sequence, this batch's included
-};
-
-// A batch without a cache: whole sequences, attended with a block-diagonal mask.
-Batch packed_batch(const std::vector<std::vector<int64_t>>& sequences, torch::Device device);
 
 class RollingKVCache {
  public:
@@ -40,6 +26,7 @@ class RollingKVCache {
     int64_t max_chunk = 512;  // most tokens of one sequence in one batch
     torch::Device device = torch::kCPU;
     torch::ScalarType dtype = torch::kFloat32;
+    int64_t padding_tokens = 0;  // most tokens that pad a batch (HostBatch::pad)
   };
   // A chunk of one sequence: the next tokens after those it already holds.
   struct Chunk {
@@ -59,8 +46,13 @@ class RollingKVCache {
   // Takes pages for the chunks, gives back pages behind the window, and lays out the batch. Throws std::runtime_error
   // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk, or a sequence is
   // unknown or named twice. From here on the tokens count as held: the forward pass must follow.
+  HostBatch lay_out(const std::vector<Chunk>& chunks);
+  // The same, moved to the device.
   Batch prepare(const std::vector<Chunk>& chunks);
+  // The first of the slots that no sequence ever gets: the keys of padding go there.
+  int64_t padding_slot() const { return options_.num_pages * options_.page_size; }
 
+  // The pages of the pool, and behind them those for padding.
   torch::Tensor keys(int64_t layer) const;    // [pages,P,Nkv,D]
   torch::Tensor values(int64_t layer) const;  // [pages,P,Nkv,D]
   int64_t length(int64_t sequence) const;

@@ -3,17 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <stdexcept>
 
 namespace mixtral {
 namespace {
-
-struct Candidate {
-  int64_t id;
-  double weight;  // proportional to the probability; 1 for the most likely token
-};
 
 // A total order, so that the result does not depend on how the standard library selects.
 bool more_likely(const Candidate& a, const Candidate& b) {
@@ -39,11 +35,16 @@ int64_t argmax(const float* logits, int64_t vocab) {
   return best;
 }
 
-void keep_top_k(std::vector<Candidate>& candidates, size_t k) {
-  if (k >= candidates.size()) return;
-  std::nth_element(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(k), candidates.end(),
-                   more_likely);
-  candidates.resize(k);
+// The ids of the k largest scores, falling, ties to the smaller id.
+std::vector<int64_t> top_ids(const float* scores, int64_t vocab, int64_t k) {
+  std::vector<int64_t> ids(static_cast<size_t>(vocab));
+  std::iota(ids.begin(), ids.end(), int64_t{0});
+  const auto larger = [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; };
+  const auto end = ids.begin() + std::clamp<int64_t>(k, 0, vocab);
+  if (end != ids.end()) std::nth_element(ids.begin(), end, ids.end(), larger);
+  std::sort(ids.begin(), end, larger);
+  ids.erase(end, ids.end());
+  return ids;
 }
 
 // The fewest of the most likely candidates that hold `top_p` of the weight. They are sorted a chunk at a time: as a
@@ -109,12 +110,7 @@ TokenLogprob token_logprob(const float* logits, int64_t vocab, int64_t token_id,
   const auto logprob = [&](int64_t id) { return (logits[id] - highest) - std::log(total); };
 
   TokenLogprob result{token_id, logprob(token_id), {}};
-  std::vector<int64_t> ids(static_cast<size_t>(vocab));
-  for (int64_t i = 0; i < vocab; ++i) ids[static_cast<size_t>(i)] = i;
-  const auto end_of_top = ids.begin() + std::clamp<int64_t>(top, 0, vocab);
-  std::partial_sort(ids.begin(), end_of_top, ids.end(),
-                    [&](int64_t a, int64_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-  for (auto id = ids.begin(); id != end_of_top; ++id) result.top.emplace_back(*id, logprob(*id));
+  for (const int64_t id : top_ids(logits, vocab, top)) result.top.emplace_back(id, logprob(id));
   return result;
 }
 
@@ -134,26 +130,38 @@ int64_t Sampler::next(const float* logits, int64_t vocab) {
       score = score < 0 ? score * penalty : score / penalty;
     }
   }
-  const int64_t most_likely = argmax(scores.data(), vocab);
-  const int64_t token = params_.temperature == 0 ? most_likely : draw(scores, scores[static_cast<size_t>(most_likely)]);
-  seen_.insert(token);
-  ++step_;
+  int64_t token = argmax(scores.data(), vocab);
+  if (params_.temperature > 0) token = draw(candidates(scores, scores[static_cast<size_t>(token)]));
+  take(token);
   return token;
 }
 
-int64_t Sampler::draw(const std::vector<float>& scores, float highest) {
+void Sampler::take(int64_t token) {
+  seen_.insert(token);
+  ++step_;
+}
+
+std::vector<Candidate> Sampler::candidates(const std::vector<float>& scores, float highest) const {
+  const auto vocab = static_cast<int64_t>(scores.size());
   std::vector<Candidate> candidates;
-  candidates.reserve(scores.size());
-  for (size_t i = 0; i < scores.size(); ++i) {
-    const double distance =
-        static_cast<double>(scores[i]) - highest;  // 0 for the most likely, whatever the temperature
-    candidates.push_back({static_cast<int64_t>(i), std::exp(distance / params_.temperature)});
+  const auto add = [&](int64_t id) {
+    // The difference first: 0 for the most likely, whatever the temperature.
+    const double distance = static_cast<double>(scores[static_cast<size_t>(id)]) - highest;
+    candidates.push_back({id, std::exp(distance / params_.temperature)});
+  };
+  if (params_.top_k > 0 && params_.top_k < vocab) {
+    for (const int64_t id : top_ids(scores.data(), vocab, params_.top_k)) add(id);
+  } else {
+    candidates.reserve(scores.size());
+    for (int64_t id = 0; id < vocab; ++id) add(id);
   }
-  if (params_.top_k > 0) keep_top_k(candidates, static_cast<size_t>(params_.top_k));
   if (params_.top_p < 1) keep_top_p(candidates, params_.top_p);
   const auto unlikely = [&](const Candidate& candidate) { return candidate.weight < params_.min_p; };
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(), unlikely), candidates.end());
+  return candidates;
+}
 
+int64_t Sampler::draw(const std::vector<Candidate>& candidates) const {
   double total = 0;
   for (const Candidate& candidate : candidates) total += candidate.weight;
   double left = uniform() * total;
@@ -167,7 +175,7 @@ int64_t Sampler::draw(const std::vector<float>& scores, float highest) {
   return token;
 }
 
-double Sampler::uniform() {
+double Sampler::uniform() const {
   constexpr uint64_t kGoldenRatio = 0x9E3779B97F4A7C15u;
   return static_cast<double>(mix(seed_ + kGoldenRatio * (step_ + 1)) >> 11) * 0x1p-53;
 }

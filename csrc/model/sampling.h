@@ -36,6 +36,11 @@ struct TokenLogprob {
 // Throws std::runtime_error as Sampler::next does, std::out_of_range for an id outside [0, vocab).
 TokenLogprob token_logprob(const float* logits, int64_t vocab, int64_t token_id, int64_t top);
 
+struct Candidate {
+  int64_t id;
+  double weight;  // proportional to the probability; 1 for the most likely token
+};
+
 // One request's state. The random numbers depend on the seed and the step alone, never on the batch.
 class Sampler {
  public:
@@ -43,12 +48,19 @@ class Sampler {
   Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids);
 
   // logits [vocab]. Repetition penalty, temperature, top-k, top-p and min-p are applied in this order, as in Hugging
-  // Face. Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
+  // Face. What is left is walked through, most likely tokens first after top-k or top-p, else by id, until the share of
+  // its weight is uniform(). Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
   int64_t next(const float* logits, int64_t vocab);
 
+  // What next() is made of, for whoever picks the tokens of a batch at once (sample_batch.h).
+  const SamplingParams& params() const { return params_; }
+  const std::unordered_set<int64_t>& seen() const { return seen_; }
+  double uniform() const;    // this step's, in [0, 1)
+  void take(int64_t token);  // ends the step
+
  private:
-  int64_t draw(const std::vector<float>& scores, float highest);
-  double uniform();  // in [0, 1)
+  std::vector<Candidate> candidates(const std::vector<float>& scores, float highest) const;
+  int64_t draw(const std::vector<Candidate>& candidates) const;
 
   SamplingParams params_;
   std::unordered_set<int64_t> seen_;  // ids under the repetition penalty

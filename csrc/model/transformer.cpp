@@ -6,12 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "memory_plan.h"
 #include "ops.h"
 
 namespace mixtral {
 namespace {
-
-constexpr double kPackingBytes = 64 << 20;  // rows as read (weights.cpp), as converted, and as packed
 
 // Below autograd nothing is recorded, and no gradient formula that Python registered for an op is asked for.
 using NoAutograd = at::AutoDispatchBelowAutograd;
@@ -130,8 +129,7 @@ Mixtral Mixtral::from_pretrained(const std::filesystem::path& folder, const Load
   const Checkpoint checkpoint(folder, config);
   const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
   // Torch ends the process when memory runs out inside an op, so what packing holds for a while is asked for as well.
-  const double staging = type.packing == Packing::kNone ? 0 : kPackingBytes;
-  check_memory("the weights of " + folder.string(), weight_bytes(config, type) + staging, options.device);
+  check_fits("the weights of " + folder.string(), config, type, options.device);
   const auto allocate = [&] {
     try {
       return Mixtral(config, type.dtype, options.device, type.packing);

@@ -34,6 +34,8 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, bool causal=True, float? scale=None) -> Tensor");
   // k_cache, v_cache [pages,P,Nkv,D], k, v [T,Nkv,D], slot_mapping [T]: page * P + row
   m.def("rolling_kv_cache_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
+  // q [T,Nq,D], k, v [T,Nkv,D], positions [T], caches and slot_mapping as above -> q rotated; rotated k and v are written
+  m.def("rolling_kv_cache_rope_write(Tensor q, Tensor k, Tensor v, Tensor positions, float theta, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor");
   // q [T,Nq,D], k_cache, v_cache [pages,P,Nkv,D], page_table [B,R], cu_seqlens_q [B+1], kv_lens [B] -> [T,Nq,D]
   m.def("rolling_kv_cache_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q, Tensor kv_lens, int window=0, float? scale=None) -> Tensor");
 }

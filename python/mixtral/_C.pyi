@@ -150,7 +150,8 @@ class EngineOptions:
     max_batch: int
     page_size: int
     ctx_size: int
-    def __init__(self, **fields: int) -> None: ...
+    cuda_graph: bool
+    def __init__(self, **fields: int | bool) -> None: ...
 
 class Engine:
     def __init__(self, model: Mixtral, tokenizer: Tokenizer | None, options: EngineOptions) -> None: ...

@@ -37,7 +37,7 @@ class Mixtral:
         timings: of the last finished ``generate``; None before.
     """
 
-    def __init__(self, model: _C.Mixtral, tokenizer: Tokenizer | None = None, **options: int) -> None:
+    def __init__(self, model: _C.Mixtral, tokenizer: Tokenizer | None = None, **options: int | bool) -> None:
         """Wraps a loaded model; users call ``from_pretrained`` or ``from_config``.
 
         Args:
@@ -47,6 +47,7 @@ class Mixtral:
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).
             ctx_size: longest prompt plus new tokens (default: what the model was made for).
+            cuda_graph: on CUDA, decode in CUDA graphs (default True).
 
         Raises:
             TypeError: an unknown option.
@@ -67,7 +68,7 @@ class Mixtral:
         *,
         pack: bool = True,
         progress: Callable[[int, int], None] | None = None,
-        **options: int,
+        **options: int | bool,
     ) -> "Mixtral":
         """Load a Hugging Face folder, a Mistral consolidated one, or one that ``mixtral quantize`` wrote.
 
@@ -97,7 +98,7 @@ class Mixtral:
         dtype: str | torch.dtype = "auto",
         *,
         seed: int = 0,
-        **options: int,
+        **options: int | bool,
     ) -> "Mixtral":
         """A model with random weights, drawn from ``seed``: for tests and benchmarks. "auto" is ``config.dtype``."""
         return cls(_C.Mixtral.from_config(config, torch.device(device), _dtype_name(dtype), seed), **options)

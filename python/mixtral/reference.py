@@ -216,6 +216,22 @@ def rolling_kv_cache_write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tenso
     v_cache.flatten(0, 1)[slot_mapping.long()] = v
 
 
+def rolling_kv_cache_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """[T,Nq,D], [T,Nkv,D], [T,Nkv,D], [T], caches [pages,P,Nkv,D] in place, [T] -> q rotated [T,Nq,D]."""
+    q, k = rope(q, k, positions, theta)
+    rolling_kv_cache_write(k_cache, v_cache, k, v, slot_mapping)
+    return q
+
+
 def rolling_kv_cache_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -72,6 +72,14 @@ def test_same_seed_gives_the_same_bytes_whatever_the_threads_and_chunks():
     assert ok(*arguments[:-1], "8") not in outputs
 
 
+def test_cuda_graphs_may_be_turned_off():
+    arguments = ["-p", "Once upon a time", "-n", "4"]
+    assert ok("generate", *arguments, "--no-cuda-graph") == ok("generate", *arguments)
+    for command in ["chat", "bench"]:
+        assert b"--no-cuda-graph" in ok(command, "--help")
+    assert mixtral("tokenize", "-p", "a", "--no-cuda-graph").returncode == 2
+
+
 def test_flags_may_come_from_the_environment():
     tokens = ok_json("generate", "-p", "Once", "--ignore-eos", env=environment(MIXTRAL_MAX_TOKENS="3"))["token_ids"]
     assert len(tokens) == 3
@@ -100,6 +108,8 @@ def test_info_of_mixtral_8x7b_needs_no_weights(big_model):
     assert memory["kv_bytes_per_token"] == 2 * 2 * 32 * 8 * 128  # keys and values, bf16, layers, heads, head_dim
     assert memory["ctx_size"] == 32768 and memory["kv_bytes"] >= 32768 * memory["kv_bytes_per_token"]
     assert memory["total_bytes"] == memory["weights_bytes"] + memory["kv_bytes"]
+    # In a pass of 512 tokens: the residual and its norm, and per expert input, gate, up, product and output, bf16.
+    assert memory["activations_bytes"] == 512 * 2 * (2 * 4096 + 2 * (2 * 4096 + 3 * 14336))
     assert ok_json("info", big_model, "--dtype", "float32")["memory"]["weights_bytes"] == 4 * 46_702_792_704
     assert b"46702792704" in ok("info", big_model)
 

@@ -22,3 +22,15 @@ def test_logits_and_greedy_tokens_equal_those_of_the_cpu(window, device):
     prompts = [input_ids[0].tolist(), input_ids[1, :5].tolist()]
     tokens = [[r.token_ids for r in model.generate(prompts, max_tokens=40, ignore_eos=True)] for model in (cpu, other)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("window", [0, 24])
+def test_decoding_in_graphs_and_without_gives_the_same_tokens(window, device):
+    config = tiny_config(num_experts=8, num_layers=3, window=window)
+    # Sequences of unequal length: several sizes of page table, and a batch that is no power of two.
+    prompts = [ids[: 5 + 6 * i] for i, ids in enumerate(torch.randint(3, config.vocab_size, (5, 30)).tolist())]
+    results = []
+    for cuda_graph in (True, False):
+        model = mixtral.Mixtral.from_config(config, seed=1, device=device, cuda_graph=cuda_graph)
+        results.append([r.token_ids for r in model.generate(prompts, max_tokens=40, ignore_eos=True)])
+    assert results[0] == results[1]

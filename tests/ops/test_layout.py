@@ -16,6 +16,7 @@ FOLDER = {
     "moe_unpermute": "moe_permute",
     "unpack_weight": "pack_weight",
     "rolling_kv_cache_write": "rolling_kv_cache",
+    "rolling_kv_cache_rope_write": "rolling_kv_cache",
     "rolling_kv_cache_attention": "rolling_kv_cache",
 }
 # moe_mlp chains the kernels of the other ops, as moe_route does on the CPU; packed weights are for the CPU.

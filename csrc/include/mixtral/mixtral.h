@@ -5,6 +5,7 @@
 #include "../../model/config.h"
 #include "../../model/engine.h"
 #include "../../model/load_error.h"
+#include "../../model/memory_plan.h"
 #include "../../model/rolling_kv_cache.h"
 #include "../../model/sampling.h"
 #include "../../model/save.h"

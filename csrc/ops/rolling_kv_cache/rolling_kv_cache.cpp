@@ -4,12 +4,14 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "../rope/rope_arguments.h"
 #include "../sliding_window_attention/attend.h"
 
 namespace mixtral {
 namespace {
 
 constexpr const char* kWrite = "rolling_kv_cache_write";
+constexpr const char* kRopeWrite = "rolling_kv_cache_rope_write";
 constexpr const char* kAttention = "rolling_kv_cache_attention";
 
 // A cache is written and read in place: a strided one cannot be copied.
@@ -20,34 +22,34 @@ void check_cache(const char* op, const char* name, const Tensor& cache) {
 }
 
 // Everything is checked before the first write.
-void check_slots(const int64_t* slot_mapping, int64_t tokens, int64_t slots) {
+void check_slots(const char* op, const int64_t* slot_mapping, int64_t tokens, int64_t slots) {
   for (int64_t t = 0; t < tokens; ++t)
-    MIXTRAL_CHECK(slot_mapping[t] >= 0 && slot_mapping[t] < slots, kWrite, ": slot_mapping must lie in [0, ", slots,
+    MIXTRAL_CHECK(slot_mapping[t] >= 0 && slot_mapping[t] < slots, op, ": slot_mapping must lie in [0, ", slots,
                   "), got ", slot_mapping[t], " at token ", t);
   std::vector<int64_t> sorted(slot_mapping, slot_mapping + tokens);
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
-  MIXTRAL_CHECK(twice == sorted.end(), kWrite, ": slot_mapping must name every slot once, got ", *twice, " twice");
+  MIXTRAL_CHECK(twice == sorted.end(), op, ": slot_mapping must name every slot once, got ", *twice, " twice");
 }
 
-void check_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+void check_write(const char* op, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& slot_mapping) {
-  check_cache(kWrite, "k_cache", k_cache);
-  check_float(kWrite, "k_cache", k_cache);
-  check_cache(kWrite, "v_cache", v_cache);
-  check_dtype(kWrite, "v_cache", v_cache, k_cache.scalar_type());
-  check_same_device(kWrite, "v_cache", v_cache, k_cache);
-  for (int64_t d = 0; d < 4; ++d) check_size(kWrite, "v_cache", v_cache, d, k_cache.size(d));
-  check_rank(kWrite, "slot_mapping", slot_mapping, 1, "[T]");
-  check_index(kWrite, "slot_mapping", slot_mapping);
-  check_same_device(kWrite, "slot_mapping", slot_mapping, k_cache);
+  check_cache(op, "k_cache", k_cache);
+  check_float(op, "k_cache", k_cache);
+  check_cache(op, "v_cache", v_cache);
+  check_dtype(op, "v_cache", v_cache, k_cache.scalar_type());
+  check_same_device(op, "v_cache", v_cache, k_cache);
+  for (int64_t d = 0; d < 4; ++d) check_size(op, "v_cache", v_cache, d, k_cache.size(d));
+  check_rank(op, "slot_mapping", slot_mapping, 1, "[T]");
+  check_index(op, "slot_mapping", slot_mapping);
+  check_same_device(op, "slot_mapping", slot_mapping, k_cache);
   const auto check_rows = [&](const char* name, const Tensor& rows) {
-    check_rank(kWrite, name, rows, 3, "[T, Nkv, D]");
-    check_dtype(kWrite, name, rows, k_cache.scalar_type());
-    check_same_device(kWrite, name, rows, k_cache);
-    check_size(kWrite, name, rows, 0, slot_mapping.size(0));
-    check_size(kWrite, name, rows, 1, k_cache.size(2));
-    check_size(kWrite, name, rows, 2, k_cache.size(3));
+    check_rank(op, name, rows, 3, "[T, Nkv, D]");
+    check_dtype(op, name, rows, k_cache.scalar_type());
+    check_same_device(op, name, rows, k_cache);
+    check_size(op, name, rows, 0, slot_mapping.size(0));
+    check_size(op, name, rows, 1, k_cache.size(2));
+    check_size(op, name, rows, 2, k_cache.size(3));
   };
   check_rows("k", k);
   check_rows("v", v);
@@ -55,13 +57,13 @@ void check_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, 
 
 void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                             const Tensor& slot_mapping) {
-  check_write(k_cache, v_cache, k, v, slot_mapping);
+  check_write(kWrite, k_cache, v_cache, k, v, slot_mapping);
   const int64_t tokens = k.size(0), slots = k_cache.size(0) * k_cache.size(1);
   const int64_t row_size = k_cache.size(2) * k_cache.size(3);
   const Tensor k_contiguous = torch::stable::contiguous(k), v_contiguous = torch::stable::contiguous(v);
   const Tensor index = as_index(slot_mapping, ScalarType::Long);
   const int64_t* index_ptr = const_ptr<int64_t>(index);
-  if (!k_cache.is_cuda()) check_slots(index_ptr, tokens, slots);
+  if (!k_cache.is_cuda()) check_slots(kWrite, index_ptr, tokens, slots);
   dispatch_float(kWrite, k_cache.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* k_ptr = const_ptr<T>(k_contiguous);
@@ -80,6 +82,41 @@ void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const 
       launch_rolling_kv_cache_write_cpu(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, index_ptr, row_size, begin, end);
     });
   });
+}
+
+Tensor rolling_kv_cache_rope_write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
+                                   double theta, const Tensor& k_cache, const Tensor& v_cache,
+                                   const Tensor& slot_mapping) {
+  check_rope(kRopeWrite, q, k, positions, theta);
+  check_write(kRopeWrite, k_cache, v_cache, k, v, slot_mapping);
+  const int64_t tokens = q.size(0), slots = k_cache.size(0) * k_cache.size(1), head_dim = q.size(2);
+  const Tensor q_rows = as_rows(q), k_rows = as_rows(k), v_rows = as_rows(v);
+  const Tensor position_index = as_index(positions, ScalarType::Long), index = as_index(slot_mapping, ScalarType::Long);
+  if (!q.is_cuda()) check_slots(kRopeWrite, const_ptr<int64_t>(index), tokens, slots);
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  const std::vector<float> frequencies = inverse_frequencies(theta, head_dim);
+  dispatch_float(kRopeWrite, q.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const RopeWrite<T> write{{const_ptr<T>(q_rows), q_rows.stride(0), mutable_ptr<T>(q_out), q.size(1)},
+                             {const_ptr<T>(k_rows), k_rows.stride(0), mutable_ptr<T>(k_cache), k.size(1)},
+                             const_ptr<T>(v_rows),
+                             v_rows.stride(0),
+                             mutable_ptr<T>(v_cache),
+                             const_ptr<int64_t>(position_index),
+                             const_ptr<int64_t>(index)};
+    if constexpr (kWithCuda) {
+      if (q.is_cuda()) {
+        const CudaScope scope(q);
+        check_launch(kRopeWrite, launch_rolling_kv_cache_rope_write_cuda(write, frequencies.data(), tokens, slots,
+                                                                         head_dim, scope.stream()));
+        return;
+      }
+    }
+    parallel_rows(tokens, rope_work(q.size(1) + 2 * k.size(1), head_dim), [&](int64_t begin, int64_t end) {
+      launch_rolling_kv_cache_rope_write_cpu(write, frequencies.data(), head_dim, begin, end);
+    });
+  });
+  return q_out;
 }
 
 // Every key that a query sees must lie in a page of the pool, and no two of them in the same row of the buffer.
@@ -146,12 +183,14 @@ Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const 
 
 STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) {
   m.impl("rolling_kv_cache_write", TORCH_BOX(&rolling_kv_cache_write));
+  m.impl("rolling_kv_cache_rope_write", TORCH_BOX(&rolling_kv_cache_rope_write));
   m.impl("rolling_kv_cache_attention", TORCH_BOX(&rolling_kv_cache_attention));
 }
 
 #ifdef MIXTRAL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) {
   m.impl("rolling_kv_cache_write", TORCH_BOX(&rolling_kv_cache_write));
+  m.impl("rolling_kv_cache_rope_write", TORCH_BOX(&rolling_kv_cache_rope_write));
   m.impl("rolling_kv_cache_attention", TORCH_BOX(&rolling_kv_cache_attention));
 }
 #endif

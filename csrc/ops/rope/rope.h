@@ -11,10 +11,11 @@
 
 namespace mixtral {
 
-// One of q and k: x, out [T, heads, D].
+// One of q and k: x [T, heads, D] with rows `stride` elements apart, out [T, heads, D] contiguous.
 template <typename T>
 struct RopeTensor {
   const T* x;
+  int64_t stride;
   T* out;
   int64_t heads;
 };

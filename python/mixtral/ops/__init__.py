@@ -15,7 +15,11 @@ from .moe_permute import moe_permute, moe_unpermute  # noqa: E402
 from .moe_route import moe_route  # noqa: E402
 from .pack_weight import pack_weight, unpack_weight  # noqa: E402
 from .rms_norm import add_rms_norm, rms_norm  # noqa: E402
-from .rolling_kv_cache import rolling_kv_cache_attention, rolling_kv_cache_write  # noqa: E402
+from .rolling_kv_cache import (  # noqa: E402
+    rolling_kv_cache_attention,
+    rolling_kv_cache_rope_write,
+    rolling_kv_cache_write,
+)
 from .rope import rope  # noqa: E402
 from .sliding_window_attention import sliding_window_attention  # noqa: E402
 from .swiglu import swiglu  # noqa: E402
@@ -31,6 +35,7 @@ __all__ = [
     "pack_weight",
     "rms_norm",
     "rolling_kv_cache_attention",
+    "rolling_kv_cache_rope_write",
     "rolling_kv_cache_write",
     "rope",
     "sliding_window_attention",

@@ -21,6 +21,38 @@ def rolling_kv_cache_write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tenso
     torch.ops.mixtral.rolling_kv_cache_write.default(k_cache, v_cache, k, v, slot_mapping)
 
 
+def rolling_kv_cache_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """``rope`` and ``rolling_kv_cache_write`` in one pass, bit for bit: the rotated keys go straight to the cache.
+
+    Args:
+        q: [T, Nq, D], float, D even. Like ``k`` and ``v`` it may be a slice of one projection [T, (Nq + 2 Nkv) * D]:
+            tokens may lie apart without a copy.
+        k, v: [T, Nkv, D], dtype of ``q``.
+        positions: [T], int32 or int64.
+        theta: base of the frequencies, > 0.
+        k_cache, v_cache: [pages, P, Nkv, D], dtype of ``q``, contiguous. In place.
+        slot_mapping: [T], int32 or int64: page * P + row.
+
+    Returns:
+        ``q`` rotated (half-split, as in Hugging Face), [T, Nq, D].
+
+    Raises:
+        RuntimeError: as the two ops do, before anything is written.
+    """
+    return torch.ops.mixtral.rolling_kv_cache_rope_write.default(
+        q, k, v, positions, theta, k_cache, v_cache, slot_mapping
+    )
+
+
 def rolling_kv_cache_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -60,6 +92,20 @@ def rolling_kv_cache_attention(
 @register_fake("rolling_kv_cache_write")
 def _(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     return None
+
+
+@register_fake("rolling_kv_cache_rope_write")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @register_fake("rolling_kv_cache_attention")

@@ -1,0 +1,94 @@
+#include <gtest/gtest.h>
+
+#include "model/memory_plan.h"
+
+namespace mixtral {
+namespace {
+
+constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+
+Config mixtral_8x7b() {
+  Config config;
+  config.hidden_size = 4096;
+  config.intermediate_size = 14336;
+  config.num_layers = 32;
+  config.num_heads = 32;
+  config.num_kv_heads = 8;
+  config.head_dim = 128;
+  config.vocab_size = 32000;
+  config.max_position = 32768;
+  config.num_experts = 8;
+  config.top_k = 2;
+  config.dtype = "bfloat16";
+  return config;
+}
+
+// Free memory of a machine with that much on the CPU and on CUDA.
+FreeMemory machine(double cpu_gib, double cuda_gib) {
+  return [=](torch::Device device) { return static_cast<int64_t>((device.is_cpu() ? cpu_gib : cuda_gib) * kGiB); };
+}
+
+std::string error_of(const Config& config, const std::string& dtype, torch::Device device, const FreeMemory& free) {
+  try {
+    check_fits("the weights", config, parse_weight_type(dtype, config, device), device, free);
+  } catch (const OutOfMemory& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(MemoryPlan, CountsWeightsActivationsAndCache) {
+  const Config config = mixtral_8x7b();
+  const WeightType type = parse_weight_type("bfloat16", config, torch::kCUDA);
+  const MemoryPlan plan = plan_memory(config, type);
+  EXPECT_NEAR(plan.weights, 2 * 46.7e9, 0.01 * 2 * 46.7e9);
+  EXPECT_EQ(plan.loading, 0);  // nothing is packed on CUDA
+  EXPECT_EQ(plan.cache, 32768.0 * 32 * 2 * 8 * 128 * 2);
+  EXPECT_EQ(plan.to_load(), plan.weights + plan.activations);
+  // In a pass of twice the tokens, twice the activations; a window bounds the cache.
+  EXPECT_EQ(plan_memory(config, type, 0, 1024).activations, 2 * plan.activations);
+  EXPECT_EQ(plan_memory(config, type, 100).cached_tokens, 112);
+  Config windowed = config;
+  windowed.window = 4096;
+  EXPECT_LT(plan_memory(windowed, type).cached_tokens, 4096 + 512 + 32);
+  // Rows of two experts of 14336 are wider than all of attention.
+  EXPECT_EQ(plan.activations, 512.0 * 2 * (2 * 4096 + 2 * (2 * 4096 + 3 * 14336)));
+}
+
+TEST(MemoryPlan, WhatFitsIsNoError) {
+  const Config config = mixtral_8x7b();
+  EXPECT_EQ(error_of(config, "bfloat16", torch::kCUDA, machine(0, 139)), "");
+  EXPECT_EQ(error_of(config, "int4", torch::kCPU, machine(27, 0)), "");
+}
+
+TEST(MemoryPlan, AnH100HasNoRoomForMixtralIn16Bits) {
+  const Config config = mixtral_8x7b();
+  const auto error = error_of(config, "bfloat16", torch::kCUDA, machine(120, 79));
+  EXPECT_EQ(error.rfind("the weights: needs 87.", 0), 0u) << error;
+  EXPECT_NE(error.find(" on cuda, 79.00 GiB available; bfloat16 weights "), std::string::npos) << error;
+  EXPECT_NE(error.find("a cache of up to 4.00 GiB for a context of 32768"), std::string::npos) << error;
+  // Quantised weights are for the CPU.
+  EXPECT_NE(error.find("; what would fit: bfloat16 on cpu (87."), std::string::npos) << error;
+  EXPECT_NE(error.find("int8 on cpu ("), std::string::npos) << error;
+  EXPECT_NE(error.find("int4 on cpu ("), std::string::npos) << error;
+  EXPECT_EQ(error.find("int4 ("), std::string::npos) << error;
+  EXPECT_EQ(error.find('\n'), std::string::npos);
+}
+
+TEST(MemoryPlan, SuggestsOnlyWhatIsSmallerFitsAndExists) {
+  const Config config = mixtral_8x7b();
+  EXPECT_NE(error_of(config, "float32", torch::kCUDA, machine(1, 139)).find("what would fit: bfloat16 (87."),
+            std::string::npos);
+  const auto small = error_of(config, "bfloat16", torch::kCPU, machine(30, 0));
+  EXPECT_EQ(small.find("int8"), std::string::npos) << small;
+  EXPECT_NE(small.find("what would fit: int4 ("), std::string::npos) << small;
+  const auto none = error_of(config, "bfloat16", torch::kCPU, machine(10, 0));
+  EXPECT_NE(none.find("; no other dtype fits"), std::string::npos) << none;
+  Config quantized = config;  // cannot become anything else
+  quantized.quantization = "int8";
+  const auto fixed = error_of(quantized, "auto", torch::kCPU, machine(30, 0));
+  EXPECT_NE(fixed.find("; no other dtype fits"), std::string::npos) << fixed;
+}
+
+}  // namespace
+}  // namespace mixtral
