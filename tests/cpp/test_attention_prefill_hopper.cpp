@@ -234,6 +234,14 @@ TEST(AttentionPrefillHopper, KeysInPages) {
   }
 }
 
+TEST(AttentionPrefillHopper, PositionsBeyond32Bits) {
+  Batch batch({{20, 300}}, {.window = 100, .page_size = 16});
+  batch.store();
+  const std::string expected = bytes(batch.run(1));
+  batch.kv_lens[0] += (int64_t{1} << 22) * batch.columns * 16 * kBlockKeys;  // the same pages and blocks, far behind
+  EXPECT_EQ(bytes(batch.run(2)), expected);
+}
+
 // A page that is none of the pool counts as zeros: no address comes of it.
 TEST(AttentionPrefillHopper, BadPagesAreNotRead) {
   Batch batch({{10, 130}}, {.page_size = 64});

@@ -260,6 +260,10 @@ GOOD = {
         ({"v": torch.ones(5, 2, 8).half()}, "v must be Float, got Half"),
         ({"cu_seqlens_q": torch.tensor([0.0, 3.0])}, "cu_seqlens_q must be Int or Long, got Float"),
         ({"cu_seqlens_k": torch.tensor([0, 2, 5])}, r"cu_seqlens_k must have size 2 in dimension 0, got shape \[3\]"),
+        (
+            {"cu_seqlens_q": torch.tensor([0]), "cu_seqlens_k": torch.tensor([0])},
+            r"cu_seqlens_q must (end at 3, got 0|have at least 2 elements, got shape \[1\])",  # CPU, CUDA
+        ),
         ({"window": -1}, r"window must be >= 0 \(0: no window\), got -1"),
         ({"window": 4, "causal": False}, "window must be 0 when causal is false, got 4"),
     ],
