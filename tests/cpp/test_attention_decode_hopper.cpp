@@ -218,8 +218,7 @@ TEST(AttentionDecodeHopper, MatchesTheReference) {
   for (size_t i = 0; i < configs().size(); ++i) {
     SCOPED_TRACE(i);
     const Batch batch(configs()[i]);
-    expect_near_reference(batch, batch.run(0, i));
-    expect_near_reference(batch, batch.run(3, i));
+    expect_near_reference(batch, batch.run(i % 2 == 0 ? 0 : 3, i));
   }
 }
 
