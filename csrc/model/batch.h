@@ -8,22 +8,22 @@
 
 namespace mixtral {
 
+// All int64, which no op converts.
 struct Batch {
-  torch::Tensor input_ids;   // [T] int64
-  torch::Tensor positions;   // [T] int64
-  torch::Tensor cu_seqlens;  // [B+1] int32
-  torch::Tensor offs;        // [1] int32: T, the one group of a dense layer's grouped GEMM
+  torch::Tensor input_ids;   // [T]
+  torch::Tensor positions;   // [T]
+  torch::Tensor cu_seqlens;  // [B+1]
+  torch::Tensor offs;        // [1]: T, the one group of a dense layer's grouped GEMM
   // Where keys and values go and are found; undefined when there is no cache.
-  torch::Tensor slot_mapping;  // [T] int64: page * P + row
-  torch::Tensor page_table;    // [B,R] int32
-  torch::Tensor kv_lens;       // [B] int64: keys of each sequence, this batch's included
+  torch::Tensor slot_mapping;  // [T]: page * P + row
+  torch::Tensor page_table;    // [B,R]
+  torch::Tensor kv_lens;       // [B]: keys of each sequence, this batch's included
 };
 
 // The same on the host, filled sequence by sequence.
 struct HostBatch {
-  std::vector<int64_t> input_ids, positions, slot_mapping, kv_lens;
-  std::vector<int32_t> cu_seqlens = {0}, page_table;  // page_table [B,columns]
-  int64_t columns = 0;                                // 0: no cache
+  std::vector<int64_t> input_ids, positions, slot_mapping, kv_lens, cu_seqlens = {0}, page_table;
+  int64_t columns = 0;  // of page_table [B,columns]; 0: no cache
 
   int64_t tokens() const { return static_cast<int64_t>(input_ids.size()); }
   int64_t sequences() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }

@@ -25,7 +25,7 @@ TORCH_MODULE(SparseMoe);
 
 struct DenseMlpImpl : torch::nn::Module {
   DenseMlpImpl(const Config& config, const torch::TensorOptions& options, Packing packing);
-  // x [T,H], offs [1] int32 = T -> [T,H]
+  // x [T,H], offs [1] = T -> [T,H]
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& offs);
 
  private:

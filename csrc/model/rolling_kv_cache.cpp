@@ -115,7 +115,7 @@ HostBatch RollingKVCache::lay_out(const std::vector<Chunk>& chunks) {
   host.page_table.assign(chunks.size() * static_cast<size_t>(host.columns), -1);
 
   const int64_t page_size = options_.page_size;
-  int32_t* row = host.page_table.data();
+  int64_t* row = host.page_table.data();
   for (const Chunk& chunk : chunks) {
     Sequence& sequence = sequences_.at(chunk.sequence);
     const int64_t begin = sequence.length;

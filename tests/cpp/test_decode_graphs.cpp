@@ -54,7 +54,7 @@ TEST(DecodeGraphs, PaddingKeysGoBehindThePool) {
   HostBatch batch = run.cache.lay_out(run.step(5, 0));
   batch.pad(8, run.cache.padding_slot());
   EXPECT_EQ(batch.sequences(), 8);
-  EXPECT_EQ(batch.cu_seqlens, (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8}));
+  EXPECT_EQ(batch.cu_seqlens, (std::vector<int64_t>{0, 1, 2, 3, 4, 5, 6, 7, 8}));
   EXPECT_EQ(batch.slot_mapping[5], 400 * 4);
   EXPECT_EQ(std::set<int64_t>(batch.slot_mapping.begin(), batch.slot_mapping.end()).size(), 8u);
   EXPECT_LT(batch.slot_mapping[7], run.cache.keys(0).size(0) * run.cache.keys(0).size(1));
@@ -91,7 +91,7 @@ TEST(BatchBuffer, StaysWhereItIsWhenItIsFilledAgain) {
                                       b.slot_mapping, b.page_table, b.kv_lens};
   };
   for (size_t i = 0; i < parts(views).size(); ++i) EXPECT_TRUE(torch::equal(parts(views)[i], parts(expected)[i])) << i;
-  EXPECT_EQ(views.offs.item<int32_t>(), 3);
+  EXPECT_EQ(views.offs.item<int64_t>(), 3);
   EXPECT_FALSE(torch::equal(views.positions, first.to(torch::kCPU).positions));
 }
 

@@ -51,8 +51,8 @@ __device__ __forceinline__ void wait(Barrier* barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni passed;\n"
-      "bra.uni again;\n"
+      "@done bra passed;\n"
+      "bra again;\n"
       "passed:\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
