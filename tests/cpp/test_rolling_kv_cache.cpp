@@ -16,8 +16,8 @@ TEST(PackedBatch, LaysOutSequencesOneAfterTheOther) {
   const Batch batch = packed_batch({{5, 6, 7}, {}, {8, 9}}, torch::kCPU);
   EXPECT_TRUE(torch::equal(batch.input_ids, torch::tensor({5, 6, 7, 8, 9}, torch::kInt64)));
   EXPECT_TRUE(torch::equal(batch.positions, torch::tensor({0, 1, 2, 0, 1}, torch::kInt64)));
-  EXPECT_TRUE(torch::equal(batch.cu_seqlens, torch::tensor({0, 3, 3, 5}, torch::kInt32)));
-  EXPECT_TRUE(torch::equal(batch.offs, torch::tensor({5}, torch::kInt32)));
+  EXPECT_TRUE(torch::equal(batch.cu_seqlens, torch::tensor({0, 3, 3, 5}, torch::kInt64)));
+  EXPECT_TRUE(torch::equal(batch.offs, torch::tensor({5}, torch::kInt64)));
   EXPECT_FALSE(batch.page_table.defined());
 }
 
@@ -28,10 +28,10 @@ TEST(RollingKVCache, SlotsFollowThePageTable) {
   const Batch batch = cache.prepare({{b, {7}}, {a, {6, 7, 8, 9}}});
   EXPECT_TRUE(torch::equal(batch.positions, torch::tensor({0, 5, 6, 7, 8}, torch::kInt64)));
   EXPECT_TRUE(torch::equal(batch.kv_lens, torch::tensor({1, 9}, torch::kInt64)));
-  EXPECT_TRUE(torch::equal(batch.cu_seqlens, torch::tensor({0, 1, 5}, torch::kInt32)));
+  EXPECT_TRUE(torch::equal(batch.cu_seqlens, torch::tensor({0, 1, 5}, torch::kInt64)));
   // Three pages at most, in a power of two of columns.
   EXPECT_TRUE(
-      torch::equal(batch.page_table, torch::tensor({{2, -1, -1, -1}, {0, 1, 3, -1}}, torch::kInt32)));
+      torch::equal(batch.page_table, torch::tensor({{2, -1, -1, -1}, {0, 1, 3, -1}}, torch::kInt64)));
   EXPECT_TRUE(torch::equal(batch.slot_mapping, torch::tensor({8, 5, 6, 7, 12}, torch::kInt64)));
   EXPECT_EQ(cache.pages_in_use(), 4);
   cache.remove_sequence(a);
