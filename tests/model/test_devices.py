@@ -34,3 +34,21 @@ def test_decoding_in_graphs_and_without_gives_the_same_tokens(window, device):
         model = mixtral.Mixtral.from_config(config, seed=1, device=device, cuda_graph=cuda_graph)
         results.append([r.token_ids for r in model.generate(prompts, max_tokens=40, ignore_eos=True)])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.8, "min_p": 0.01}, {"repetition_penalty": 1.3}])
+def test_tokens_do_not_depend_on_where_they_are_picked(options, device):
+    """Asked for logprobs, the engine picks tokens on the host, else where the logits are."""
+    config = tiny_config(num_experts=8, num_layers=2)
+    model = mixtral.Mixtral.from_config(config, seed=1, device=device)
+    prompts = torch.randint(3, config.vocab_size, (3, 20)).tolist()
+    tokens = [
+        [
+            result.token_ids
+            for result in model.generate(
+                prompts, max_tokens=30, temperature=0.9, seed=5, ignore_eos=True, logprobs=logprobs, **options
+            )
+        ]
+        for logprobs in (0, 1)
+    ]
+    assert tokens[0] == tokens[1]
