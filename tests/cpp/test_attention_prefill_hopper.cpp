@@ -69,7 +69,8 @@ struct Batch {
             sequences(), options.num_heads, options.num_kv_heads, kDim, options.window, options.causal, 0.1f};
   }
 
-  // Keys into pages in a random order, the rest of the pool NaN. Pages that no query sees are -1 or past the pool.
+  // Keys that queries see into pages in a random order, the rest of the pool NaN. Pages that no query sees are -1 or
+  // past the pool.
   void store() {
     if (options.page_size == 0) {
       k_stored = keys;
@@ -77,7 +78,7 @@ struct Batch {
       return;
     }
     const int64_t size = options.page_size;
-    std::vector<std::pair<int64_t, int64_t>> needed(sequences(), {0, 0});  // pages of a sequence
+    std::vector<std::pair<int64_t, int64_t>> needed(sequences(), {0, 0});  // first key, end of the pages
     columns = 1;
     pages = 3;
     for (int64_t b = 0; b < sequences(); ++b) {
@@ -85,9 +86,9 @@ struct Batch {
       if (queries == 0 || kv_lens[b] == 0) continue;
       const int64_t first =
           visible_keys(std::max<int64_t>(kv_lens[b] - queries, 0), kv_lens[b], options.window, true).begin;
-      needed[b] = {first / size, (kv_lens[b] - 1) / size + 1};
-      columns = std::max(columns, needed[b].second - needed[b].first);
-      pages += needed[b].second - needed[b].first;
+      needed[b] = {first, (kv_lens[b] - 1) / size + 1};
+      columns = std::max(columns, needed[b].second - first / size);
+      pages += needed[b].second - first / size;
     }
     std::vector<int64_t> order(pages);
     for (int64_t i = 0; i < pages; ++i) order[i] = i;
@@ -98,9 +99,10 @@ struct Batch {
     v_stored = k_stored;
     int64_t next = 0;
     for (int64_t b = 0; b < sequences(); ++b) {
-      for (int64_t page = needed[b].first; page < needed[b].second; ++page) {
+      for (int64_t page = needed[b].first / size; page < needed[b].second; ++page) {
         page_table[b * columns + page % columns] = order[next];
-        for (int64_t key = page * size; key < std::min((page + 1) * size, kv_lens[b]); ++key) {
+        const int64_t begin = std::max(page * size, needed[b].first);
+        for (int64_t key = begin; key < std::min((page + 1) * size, kv_lens[b]); ++key) {
           const int64_t from = (cu_k[b] + key) * row_size(), to = (order[next] * size + key % size) * row_size();
           std::copy_n(&keys[from], row_size(), &k_stored[to]);
           std::copy_n(&values[from], row_size(), &v_stored[to]);
