@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gpu_emulator/hopper.h"
+#include "int4_value.h"
 #include "ops/grouped_gemm/grouped_gemm_stream_hopper.cuh"
 
 namespace mixtral::cuda {
@@ -99,11 +100,6 @@ struct Operands<BFloat16Weights> {
   TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
 };
 
-float int4_value(uint32_t nibble, uint8_t scale) {  // as pack_weight.h defines it
-  const float level = (static_cast<float>(nibble) - 7.5f) * (scale % 2 ? 1.41421356f : 1.0f);
-  return std::ldexp(static_cast<float>(BFloat16(level)), scale / 2 - 64);
-}
-
 template <>
 struct Operands<Int4Weights> {
   explicit Operands(Problem& p)
@@ -118,7 +114,7 @@ struct Operands<Int4Weights> {
       for (int64_t row = 0; row < p.weight_rows; ++row)
         for (int64_t k = 0; k < p.depth; ++k) {
           const Int4Value value = packed_int4_value(packed.data() + e * expert_bytes, p.depth, row, k);
-          p.b[(e * p.weight_rows + row) * p.depth + k] = int4_value(value.nibble, value.scale);
+          p.b[(e * p.weight_rows + row) * p.depth + k] = int4_value(value);
         }
     make_int4_tiles(packed.data(), p.experts, p.weight_rows, p.depth, p.swiglu, tiles.data());
   }
@@ -185,6 +181,12 @@ void expect_products(Problem p, uint64_t seeds = 3) {
     EXPECT_EQ((run<Weights, Shape>(p, operands, seed)), expected)
         << p.rows << " rows, " << p.columns << " columns, depth " << p.depth << ", seed " << seed;
   }
+}
+
+TEST(GroupedGemmStream, FewestRowsOfAnyRouting) {
+  expect_products<FewestRows>({{0, 2, 2, 11, 16}, 16, 136, 72});
+  expect_products<FewestRows>({{1, 2}, 2, 72, 64 * 11 + 8, true});  // more steps than stages
+  expect_products<FewestRows>({{}, 1, 200, 64 * 11});
 }
 
 TEST(GroupedGemmStream, FewRowsOfAnyRouting) {
@@ -263,32 +265,6 @@ TEST(GroupedGemmStream, Int4WeightsAreThoseOfTheCpuFormat) {
   expect_products<Int4Rows, Int4Weights>({{40}, 45, 64, 64 * 9}, 2);        // two passes, more steps than stages
   expect_products<Int4Rows, Int4Weights>({{9, 10, 42}, 42, 96, 128, true});
   expect_products<Int4Rows, Int4Weights>({{}, 5, 160, 64});
-}
-
-TEST(GroupedGemmStream, Int4LevelsAreExactAtEveryScale) {
-  for (uint32_t e = 0; e < 256; ++e) {
-    const uint32_t pair = int4_scale_pair(e);
-    EXPECT_EQ(pair >> 16, pair & 0xFFFF);
-    for (uint32_t n = 0; n < 16; ++n)
-      EXPECT_EQ(bf16_value(bf16_bits((static_cast<float>(n) - 7.5f) * bf16_value(pair & 0xFFFF))),
-                int4_value(n, static_cast<uint8_t>(e)))
-          << n << " at scale " << e;
-  }
-}
-
-TEST(GroupedGemmStream, Int4TilesHaveAPlaceForEveryNibble) {
-  std::vector<uint32_t> words(kInt4NibbleBytes / 4);
-  std::vector<int> scales(kInt4TileBytes);
-  for (int row = 0; row < 64; ++row) {
-    for (int depth = 0; depth < kInt4TileDepth; ++depth) {
-      const Int4Place place = int4_place(row, depth);
-      EXPECT_EQ(words.at(place.word) >> place.shift & 15, 0u);
-      words[place.word] |= 15u << place.shift;
-      ++scales.at(int4_scale_place(row, depth));
-    }
-  }
-  for (const uint32_t word : words) EXPECT_EQ(word, 0xFFFFFFFFu);
-  for (int i = 0; i < kInt4TileBytes; ++i) EXPECT_EQ(scales[i], i < kInt4NibbleBytes ? 0 : 32);
 }
 
 TEST(GroupedGemmStream, E4m3SumsAreScaledByRowAndColumn) {

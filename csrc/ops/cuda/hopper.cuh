@@ -206,6 +206,20 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// cvt.rn.satfinite.e4m3x2: two values rounded to e4m3, at most 448 in size, `low` in the lower half.
+__device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// lop3.b32: bits & mask | set in one instruction; with constants the compiler makes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t bits, uint32_t mask, uint32_t set) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(bits), "r"(mask), "r"(set));
+  return result;
+}
+
 // sub.rn.bf16x2, mul.rn.bf16x2: of two pairs, each value rounded once.
 __device__ __forceinline__ uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
   uint32_t difference;

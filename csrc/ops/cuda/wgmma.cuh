@@ -15,6 +15,13 @@ namespace mixtral::cuda {
 
 // Before the first product, and whenever registers that a product uses were written by other instructions.
 __device__ __forceinline__ void fence_accumulators() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// What other instructions write to the sums stays before this point, what they read behind it: the compiler knows no
+// such order, and serialises products where it moved an instruction between them.
+template <int kValues>
+__device__ __forceinline__ void keep_order(float (&sums)[kValues]) {
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most kPending committed groups are unfinished.
 template <int kPending>

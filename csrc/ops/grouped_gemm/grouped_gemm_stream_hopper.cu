@@ -2,6 +2,7 @@
 #include "../cuda/tensor_map.cuh"
 #include "../cuda/wgmma.cuh"
 #include "grouped_gemm_stream_hopper.cuh"
+#include "quantize_rows_hopper.cuh"
 
 namespace mixtral {
 namespace {
@@ -86,13 +87,22 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
 
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
   if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
-  return gemm.rows <= FewRows::kRows ? launch_bf16<FewRows>(gemm, swiglu, stream)
-                                     : launch_bf16<MoreRows>(gemm, swiglu, stream);
+  if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, swiglu, stream);
+  if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, swiglu, stream);
+  return launch_bf16<MoreRows>(gemm, swiglu, stream);
 }
 
 int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
                                            cudaStream_t stream) {
   return launch<Int4Weights, Int4Rows>({tiles}, a, gemm, swiglu, stream);
+}
+
+int launch_quantize_rows_hopper(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth,
+                                cudaStream_t stream) {
+  if (rows == 0 || depth == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(ceil_div(rows, kQuantizeWarps));
+  quantize_rows_kernel<<<blocks, kQuantizeWarps * kWarpSize, 0, stream>>>(x, out, scales, rows, depth);
+  return cudaGetLastError();
 }
 
 int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,

@@ -73,6 +73,10 @@ int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
 int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
                                            cudaStream_t stream);
 
+// x [rows, depth] -> e4m3 numbers out [rows, depth] and a scale for each row, scales [rows]; depth a multiple of 8.
+int launch_quantize_rows_hopper(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth,
+                                cudaStream_t stream);
+
 // e4m3 numbers, each times the scale of its row; Kdim is a multiple of 16.
 struct E4m3Operands {
   const uint8_t* a;       // [M, Kdim]

@@ -18,6 +18,7 @@
 namespace mixtral::cuda {
 
 inline constexpr int kStreamTileRows = 64;
+inline constexpr uint64_t kDescriptorStep = 32 >> 4;  // from the depths of one product to the next: 32 bytes of a row
 
 // Boxes of a tensor map (stream_weight_boxes): tiles of swizzled rows of 128 bytes.
 template <bool kSwiglu, int kGroups>
@@ -45,11 +46,11 @@ struct BFloat16Weights {
   template <int N>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
                                                        const unsigned char* tokens) {
-    const uint32_t a = shared_address(tile), b = shared_address(tokens);
+    const uint64_t a = matrix_descriptor(shared_address(tile)), b = matrix_descriptor(shared_address(tokens));
     fence_accumulators();
 #pragma unroll
-    for (int byte = 0; byte < kSwizzleRowBytes; byte += 32)  // 16 depths
-      multiply_bf16<N>(sums, matrix_descriptor(a + byte), matrix_descriptor(b + byte), true);
+    for (int k = 0; k < 4; ++k)  // 16 depths each
+      multiply_bf16<N>(sums, a + k * kDescriptorStep, b + k * kDescriptorStep, true);
     commit_products();
     wait_products<0>();
   }
@@ -77,13 +78,15 @@ struct Int4Weights {
                kInt4TileBytes, full, L2Policy::kEvictFirst);
   }
 
-  // Four registers of a 16-bit operand from a word of eight nibbles; `scales` of its two rows, each twice.
-  static __device__ __forceinline__ void make_operand(uint32_t (&a)[4], uint32_t word, const uint32_t (&scales)[2]) {
-    constexpr uint32_t k64 = 0x42804280, k71Half = 0x428F428F;  // as pairs of bf16, in which n / 2 is n << 0: 64 + n
+  // The four registers of 16 depths from a word of eight nibbles and the scales of its two rows.
+  static __device__ __forceinline__ void make_operand(uint32_t (&a)[4], uint32_t word, uint32_t scales) {
+    constexpr uint32_t kNibbles = 0x001E001E, k64 = 0x42804280,
+                       k71Half = 0x428F428F;  // bf16 64 + n has n in bits 1 to 4
+    const uint32_t row_scales[2] = {(scales & 0xFFFF) * 0x10001, (scales >> 16) * 0x10001};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t nibbles = (i == 0 ? word << 1 : word >> (4 * i - 1)) & 0x001E001E;
-      a[i] = multiply_bf16_pair(subtract_bf16_pair(nibbles | k64, k71Half), scales[i % 2]);
+      const uint32_t biased = and_or(i == 0 ? word << 1 : word >> (4 * i - 1), kNibbles, k64);
+      a[i] = multiply_bf16_pair(subtract_bf16_pair(biased, k71Half), row_scales[i % 2]);
     }
   }
 
@@ -94,17 +97,14 @@ struct Int4Weights {
     const uint4 nibbles = reinterpret_cast<const uint4*>(tile)[thread];
     const uint32_t scale_bytes = reinterpret_cast<const uint32_t*>(tile + kInt4NibbleBytes)[thread / 4];
     const uint32_t words[4] = {nibbles.x, nibbles.y, nibbles.z, nibbles.w};
+    const uint32_t scales[2] = {int4_scales(scale_bytes & 0x00FF00FF), int4_scales(scale_bytes >> 8 & 0x00FF00FF)};
     uint32_t a[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // 16 depths each
-      const uint32_t scales[2] = {int4_scale_pair(scale_bytes >> k / 2 * 8 & 0xFF),
-                                  int4_scale_pair(scale_bytes >> (k / 2 * 8 + 16) & 0xFF)};
-      make_operand(a[k], words[k], scales);
-    }
-    const uint32_t b = shared_address(tokens);
+    for (int k = 0; k < 4; ++k) make_operand(a[k], words[k], scales[k / 2]);  // 16 depths each
+    const uint64_t b = matrix_descriptor(shared_address(tokens));
     fence_accumulators();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) multiply_bf16<N, false>(sums, a[k], matrix_descriptor(b + k * 32), true);
+    for (int k = 0; k < 4; ++k) multiply_bf16<N, false>(sums, a[k], b + k * kDescriptorStep, true);
     commit_products();
     wait_products<0>();
   }
@@ -133,12 +133,13 @@ struct E4m3Weights {
   template <int N>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
                                                        const unsigned char* tokens) {
-    const uint32_t a = shared_address(tile), b = shared_address(tokens);
-    float part[N / 2];
+    const uint64_t a = matrix_descriptor(shared_address(tile)), b = matrix_descriptor(shared_address(tokens));
+    float part[N / 2] = {};
+    keep_order(part);
     fence_accumulators();
 #pragma unroll
-    for (int byte = 0; byte < kSwizzleRowBytes; byte += 32)  // 32 depths
-      multiply_e4m3<N>(part, matrix_descriptor(a + byte), matrix_descriptor(b + byte), byte > 0);
+    for (int k = 0; k < 4; ++k)  // 32 depths each
+      multiply_e4m3<N>(part, a + k * kDescriptorStep, b + k * kDescriptorStep, true);
     commit_products();
     wait_products<0>();
 #pragma unroll

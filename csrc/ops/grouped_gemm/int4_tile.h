@@ -28,10 +28,10 @@ MIXTRAL_HOST_DEVICE inline int64_t int4_row_tiles(int64_t columns, bool swiglu) 
   return ceil_div(columns, swiglu ? 32 : 64);
 }
 
-// A scale byte as a bf16 number, twice.
-MIXTRAL_HOST_DEVICE constexpr uint32_t int4_scale_pair(uint32_t e) {
-  constexpr uint32_t kSqrt2Mantissa = 0x35;
-  return ((63 << 7) + (e >> 1 << 7) + (e & 1) * kSqrt2Mantissa) * 0x10001u;
+// The bf16 numbers of the scale bytes in bits 0 to 7 and 16 to 23, in the halves of the result.
+MIXTRAL_HOST_DEVICE constexpr uint32_t int4_scales(uint32_t bytes) {
+  constexpr uint32_t kZero = 63 << 7, kSqrt2Mantissa = 0x35;  // scale 0 is 2^-64; two bytes are an exponent
+  return bytes * 64 + kZero * 0x10001 - (bytes & 0x00010001) * (64 - kSqrt2Mantissa);
 }
 
 struct Int4Place {

@@ -308,6 +308,7 @@ inline uint32_t bf16_bits(float x) { return std::bit_cast<uint16_t>(BFloat16(x))
 inline float bf16_value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t and_or(uint32_t bits, uint32_t mask, uint32_t set) { return (bits & mask) | set; }
 inline uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
   return pack_bf16(bf16_value(a & 0xFFFF) - bf16_value(b & 0xFFFF), bf16_value(a >> 16) - bf16_value(b >> 16));
 }
@@ -407,8 +408,23 @@ inline float e4m3_value(uint8_t bits) {
                                     : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
   return bits & 0x80 ? -value : value;
 }
+// To the nearest, ties to the even mantissa; what is larger than 448 becomes 448, NaN stays NaN.
+inline uint8_t e4m3_bits(float x) {
+  if (std::isnan(x)) return 0x7F;
+  uint8_t best = 0;
+  for (int bits = 1; bits < 0x7F; ++bits) {
+    const float nearer = std::abs(std::abs(x) - e4m3_value(best)) - std::abs(std::abs(x) - e4m3_value(bits));
+    if (nearer > 0 || (nearer == 0 && bits % 2 == 0)) best = static_cast<uint8_t>(bits);
+  }
+  return best | (std::signbit(x) ? 0x80 : 0);
+}
+inline uint16_t pack_e4m3(float low, float high) {
+  return static_cast<uint16_t>(e4m3_bits(low) | e4m3_bits(high) << 8);
+}
 
 inline void fence_accumulators() { emulator::exchange_in_warp(nullptr, 0); }
+template <int kValues>
+void keep_order(float (&)[kValues]) {}
 inline void commit_products() { emulator::products().commit(); }
 template <int kPending>
 void wait_products() {
