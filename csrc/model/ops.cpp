@@ -41,9 +41,11 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   return op.call(a, b, offs);
 }
 
-Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize) {
-  static const auto op = find<Tensor(const Tensor&, std::optional<c10::string_view>)>("mixtral::pack_weight");
-  return op.call(weight, quantize ? std::optional<c10::string_view>(*quantize) : std::nullopt);
+Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize,
+                   const std::optional<Tensor>& scales) {
+  static const auto op = find<Tensor(const Tensor&, std::optional<c10::string_view>, const std::optional<Tensor>&)>(
+      "mixtral::pack_weight");
+  return op.call(weight, quantize ? std::optional<c10::string_view>(*quantize) : std::nullopt, scales);
 }
 
 Tensor swiglu(const Tensor& gate_up) {

@@ -23,8 +23,9 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize);
 // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
-// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"
-Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize);
+// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"; scales of int4 uint8 [E,N,Kdim/32]
+Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize,
+                   const std::optional<Tensor>& scales = std::nullopt);
 // gate_up [M,2I] -> [M,I]
 Tensor swiglu(const Tensor& gate_up);
 // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
