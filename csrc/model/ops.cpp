@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
+#include <utility>
 
 namespace mixtral::ops {
 namespace {
@@ -12,7 +13,21 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+thread_local ProductObserver* observer = nullptr;
+
+// Calls tell(observer), if there is one, with the observer out of the way.
+template <typename F>
+void tell_observer(const F& tell) {
+  if (!observer) return;
+  ProductObserver* const told = std::exchange(observer, nullptr);
+  tell(*told);
+  observer = told;
+}
+
 }  // namespace
+
+ProductObserver::ProductObserver() { observer = this; }
+ProductObserver::~ProductObserver() { observer = nullptr; }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, double)>("mixtral::rms_norm");
@@ -38,6 +53,7 @@ std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mixtral::grouped_gemm");
+  tell_observer([&](ProductObserver& told) { told.before_grouped_gemm(a, b, offs); });
   return op.call(a, b, offs);
 }
 
@@ -57,6 +73,7 @@ Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
                const Tensor& down_proj) {
   static const auto op =
       find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("mixtral::moe_mlp");
+  tell_observer([&](ProductObserver& told) { told.before_moe_mlp(x, topk_ids, gate_up_proj, down_proj); });
   return op.call(x, topk_weights, topk_ids, gate_up_proj, down_proj);
 }
 
