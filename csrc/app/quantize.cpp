@@ -79,7 +79,7 @@ void add_quantize(CLI::App& app) {
   command.footer(
       "--calibrate reads the whole text in one pass: some 50000 tokens are enough. For Mixtral 8x7B that takes 3 "
       "PFLOP\n"
-      "and 51 GiB: the int4 weights, 250 KB a token, 6 GB for a layer in float32, 7 GB for one expert's matrices.\n\n"
+      "and 50 GB: the int4 weights, 250 KB a token, 6 GB for a layer in float32, 7 GB for one expert's matrices.\n\n"
       "Examples:\n"
       "  mixtral quantize ./Mixtral-8x7B-v0.1 ./Mixtral-8x7B-v0.1-int4 --dtype int4\n"
       "  mixtral quantize ./Mixtral-8x7B-v0.1 ./Mixtral-8x7B-v0.1-int4 --dtype int4 --calibrate book.txt\n"
