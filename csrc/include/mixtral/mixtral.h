@@ -1,5 +1,5 @@
-// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized. CMake target:
-// mixtral::mixtral.
+// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized. CMake
+// target: mixtral::mixtral.
 #pragma once
 
 #include "../../model/calibrate.h"
