@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
+#include <utility>
 
 namespace mixtral::ops {
 namespace {
@@ -12,7 +13,21 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+thread_local ProductObserver* observer = nullptr;
+
+// Calls tell(observer), if there is one, with the observer out of the way.
+template <typename F>
+void tell_observer(const F& tell) {
+  if (!observer) return;
+  ProductObserver* const told = std::exchange(observer, nullptr);
+  tell(*told);
+  observer = told;
+}
+
 }  // namespace
+
+ProductObserver::ProductObserver() { observer = this; }
+ProductObserver::~ProductObserver() { observer = nullptr; }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, double)>("mixtral::rms_norm");
@@ -39,12 +54,15 @@ std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int6
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mixtral::grouped_gemm");
+  tell_observer([&](ProductObserver& told) { told.before_grouped_gemm(a, b, offs); });
   return op.call(a, b, offs);
 }
 
-Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize) {
-  static const auto op = find<Tensor(const Tensor&, std::optional<c10::string_view>)>("mixtral::pack_weight");
-  return op.call(weight, quantize ? std::optional<c10::string_view>(*quantize) : std::nullopt);
+Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize,
+                   const std::optional<Tensor>& scales) {
+  static const auto op = find<Tensor(const Tensor&, std::optional<c10::string_view>, const std::optional<Tensor>&)>(
+      "mixtral::pack_weight");
+  return op.call(weight, quantize ? std::optional<c10::string_view>(*quantize) : std::nullopt, scales);
 }
 
 Tensor swiglu(const Tensor& gate_up) {
@@ -56,6 +74,7 @@ Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
                const Tensor& down_proj) {
   static const auto op =
       find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("mixtral::moe_mlp");
+  tell_observer([&](ProductObserver& told) { told.before_moe_mlp(x, topk_ids, gate_up_proj, down_proj); });
   return op.call(x, topk_weights, topk_ids, gate_up_proj, down_proj);
 }
 

@@ -23,8 +23,9 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize);
 // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
-// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"
-Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize);
+// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"; scales of int4 uint8 [E,N,Kdim/32]
+Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize,
+                   const std::optional<Tensor>& scales = std::nullopt);
 // gate_up [M,2I] -> [M,I]
 Tensor swiglu(const Tensor& gate_up);
 // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
@@ -41,6 +42,20 @@ Tensor rolling_kv_cache_rope_write(const Tensor& q, const Tensor& k, const Tenso
 Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,
                                   int64_t window);
+
+// For as long as one lives, it is shown the operands of its thread's matrix products before they are computed, and may
+// still change the weights (calibrate.h). Products inside its own functions are not shown.
+class ProductObserver {
+ public:
+  ProductObserver();
+  virtual ~ProductObserver();
+  ProductObserver(const ProductObserver&) = delete;
+  ProductObserver& operator=(const ProductObserver&) = delete;
+  // Arguments as of grouped_gemm and moe_mlp.
+  virtual void before_grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) = 0;
+  virtual void before_moe_mlp(const Tensor& x, const Tensor& topk_ids, const Tensor& gate_up_proj,
+                              const Tensor& down_proj) = 0;
+};
 
 // A dense linear layer is a grouped GEMM of one group: x [T,Kdim], weight [N,Kdim] or packed, offs [1] = T -> [T,N]
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs);

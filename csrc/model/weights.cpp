@@ -219,7 +219,9 @@ void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>&
   const torch::NoGradGuard no_grad;
   RowReader reader(progress, bytes());
   for (const auto& [file, entry, slice] : sources_) {
-    const torch::Tensor& parameter = parameters[slice.parameter];
+    const torch::Tensor* const wanted = parameters.find(slice.parameter);
+    if (!wanted) continue;
+    const torch::Tensor& parameter = *wanted;
     const torch::ScalarType type = scalar_type(files_[file], slice, entry);
     if (is_packed(parameter) && !slice.packed) {
       const auto blocks = parameter.flatten(0, 1);

@@ -37,7 +37,8 @@ class Checkpoint {
 
   uint64_t bytes() const;  // to be read
 
-  // Fills every parameter in place, converting dtype and layout, packing and quantising through a small staging buffer.
+  // Fills the given parameters, all or some, in place, converting dtype and layout, packing and quantising through a
+  // small staging buffer. Progress is in bytes of the whole checkpoint.
   void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                  const LoadProgress& progress) const;
 

@@ -98,7 +98,7 @@ def _int4_scale(byte: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(byte % 2 == 1, 2**0.5, 1.0).float(), byte.int() // 2 - 64
 
 
-def _quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_int4(weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     """[E,N,Kdim] -> q + 8 [E,N,Kdim/32,32], bytes of scales [E,N,Kdim/32]: of three scales the one of least error."""
     groups = weight.float().unflatten(-1, (-1, 32))
     fraction, exponent = torch.frexp(groups.abs().amax(-1) / 7.5)
@@ -107,9 +107,11 @@ def _quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     def at(byte: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.ldexp(*_int4_scale(byte))[..., None]
-        levels = (torch.floor(groups / scale) + 8).clamp(0, 15)
+        levels = (torch.floor(groups * (1 / scale)) + 8).clamp(0, 15)
         return levels, (groups.double() - scale.double() * (levels - 7.5)).square().sum(-1)
 
+    if scales is not None:
+        return at(scales)[0], scales
     best, (levels, error) = covering, at(covering)
     for smaller in (covering - 1, covering - 2):
         smaller_levels, smaller_error = at(smaller.clamp(min=0))
@@ -119,7 +121,7 @@ def _quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return levels, best.to(torch.uint8)
 
 
-def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
+def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None) -> Tensor:
     """[E,N,Kdim] -> packed: the layout of csrc/ops/pack_weight/pack_weight.h, byte for byte."""
     experts, columns, depth = weight.shape
     if quantize == "int8":
@@ -127,7 +129,7 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
         values = _pair_order(q).to(torch.int8).reshape(experts, columns // 32, 32 * depth)
         return torch.cat((values, scales.reshape(experts, columns // 32, 32).view(torch.int8)), -1)
     if quantize == "int4":
-        levels, scales = _quantize_int4(weight)
+        levels, scales = _quantize_int4(weight, scales)
         # block, step, half, group of pairs, pair, word: nibble `pair` of a word is in byte pair // 2, low half first
         words = _pair_order(levels.flatten(2)).to(torch.uint8).unflatten(-1, (2, 4, 2, 2, 32))
         values = (words[..., 0, :] + 16 * words[..., 1, :]).mT.flatten(3)

@@ -194,9 +194,11 @@ def stopped_while_writing(out: Path) -> subprocess.Popen:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment())
         while process.poll() is None and not incomplete.exists():
             pass
-        process.send_signal(signal.SIGSTOP)
-        if incomplete.exists() and sum(file.stat().st_size for file in incomplete.iterdir()) < whole:
-            return process
+        if process.returncode is None:
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it goes on until it is stopped
+            if incomplete.exists() and sum(file.stat().st_size for file in incomplete.iterdir()) < whole:
+                return process
         process.kill()
         process.communicate()
         shutil.rmtree(out, ignore_errors=True)

@@ -82,6 +82,19 @@ def test_int4_error_is_that_of_a_scale_that_covers_all_or_less(dtype):
     assert (errors.square().sum(-1) < 12 * half_scale.square()).double().mean() > 0.9  # uniform errors: 32 / 3
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int4_with_given_scales_equals_reference(shape, dtype):
+    weight = make(shape, dtype)
+    scales = torch.randint(110, 140, (*shape[:2], shape[2] // 32), dtype=torch.uint8)
+    packed = ops.pack_weight(weight, "int4", scales)
+    assert_same_bits(packed, reference.pack_weight(weight, "int4", scales))
+    assert_same_bits(ops.pack_weight(weight, "int4", scales.mT.contiguous().mT), packed)
+    # What it stands for comes back at its own scales, which a search would not find for small levels.
+    stands_for = ops.unpack_weight(packed)
+    assert_same_bits(ops.pack_weight(stands_for, "int4", scales), packed)
+
+
 def test_int4_levels_at_a_scale_of_one():
     levels = torch.arange(-7.5, 8, 1).repeat(2).expand(1, 32, 32)
     for scale in (1.0, 2.0**-20, 2.0**40):
@@ -147,6 +160,26 @@ def test_bad_weight_raises(weight, quantize, message):
         ops.pack_weight(weight, quantize)
 
 
+SCALES = torch.full((2, 32, 2), 128, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "scales", "message"),
+    [
+        ("int8", SCALES, 'pack_weight: scales must come with quantize "int4", got "int8"'),
+        (None, SCALES, 'pack_weight: scales must come with quantize "int4", got None'),
+        ("int4", SCALES.float(), "pack_weight: scales must be Byte, got Float"),
+        ("int4", SCALES[0], r"pack_weight: scales must have 3 dimensions \[E, N, Kdim/32\], got shape \[32, 2\]"),
+        ("int4", SCALES[:1], "pack_weight: scales must have size 2 in dimension 0"),
+        ("int4", SCALES[:, :31], "pack_weight: scales must have size 32 in dimension 1"),
+        ("int4", SCALES[..., :1], "pack_weight: scales must have size 2 in dimension 2"),
+    ],
+)
+def test_bad_scales_raise(quantize, scales, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.pack_weight(WEIGHT, quantize, scales)
+
+
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
@@ -187,4 +220,7 @@ def test_backward_is_an_error_in_words():
 def test_opcheck(shape, quantize, dtype):
     weight = make(shape, dtype)
     opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize))
+    if quantize == "int4":
+        scales = torch.full((*shape[:2], shape[2] // 32), 128, dtype=torch.uint8)
+        opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize, scales))
     opcheck(torch.ops.mixtral.unpack_weight.default, (ops.pack_weight(weight, quantize),))

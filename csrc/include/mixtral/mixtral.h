@@ -1,6 +1,8 @@
-// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, save_quantized. CMake target: mixtral::mixtral.
+// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized. CMake
+// target: mixtral::mixtral.
 #pragma once
 
+#include "../../model/calibrate.h"
 #include "../../model/chat.h"
 #include "../../model/config.h"
 #include "../../model/engine.h"

@@ -30,15 +30,29 @@ Tensor empty_packed(const Tensor& weight, WeightFormat format) {
   }
 }
 
-// weight [E, N, Kdim] -> packed
-Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize) {
+void check_scales(const char* op, const Tensor& scales, const Tensor& weight, WeightFormat format) {
+  MIXTRAL_CHECK(format == WeightFormat::kInt4, op, ": scales must come with quantize \"int4\", got ",
+                format == WeightFormat::kInt8 ? "\"int8\"" : "None");
+  check_rank(op, "scales", scales, 3, "[E, N, Kdim/32]");
+  check_dtype(op, "scales", scales, ScalarType::Byte);
+  check_size(op, "scales", scales, 0, weight.size(0));
+  check_size(op, "scales", scales, 1, weight.size(1));
+  check_size(op, "scales", scales, 2, weight.size(2) / 32);
+  check_same_device(op, "scales", scales, weight);
+}
+
+// weight [E, N, Kdim], scales [E, N, Kdim/32] -> packed
+Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, std::optional<Tensor> scales) {
   constexpr const char* op = "pack_weight";
   const WeightFormat format = parse_format(op, quantize);
   check_rank(op, "weight", weight, 3, "[E, N, Kdim]");
   check_float(op, "weight", weight);
   MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % 32 == 0, op,
                 ": weight must have N and Kdim that are multiples of 32, got shape ", shape_string(weight));
+  if (scales) check_scales(op, *scales, weight, format);
   const Tensor rows = torch::stable::contiguous(weight);
+  if (scales) scales = torch::stable::contiguous(*scales);
+  const uint8_t* scale_bytes = scales ? const_ptr<uint8_t>(*scales) : nullptr;
   const Tensor packed = empty_packed(weight, format);
   std::atomic<bool> finite = true;
   dispatch_float(op, weight.scalar_type(), [&](auto tag) {
@@ -47,7 +61,7 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize) {
     char* to = mutable_ptr<char>(packed);
     const int64_t depth = weight.size(2);
     parallel_rows(weight.size(0) * weight.size(1) / kBlockRows, kBlockRows * depth, [&](int64_t begin, int64_t end) {
-      if (!launch_pack_weight_cpu(from, format, depth, to, begin, end)) finite = false;
+      if (!launch_pack_weight_cpu(from, scale_bytes, format, depth, to, begin, end)) finite = false;
     });
   });
   MIXTRAL_CHECK(finite, op, ": weight must be below 2^66 in magnitude to be quantised, got more, inf or NaN");

@@ -51,9 +51,11 @@ inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t el
   }
 }
 
-// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. False where quantising meets 2^66, inf or NaN.
+// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. scales [E*N, Kdim/32] of int4; null: those of
+// least squared error. False where quantising meets 2^66, inf or NaN.
 template <typename T>
-bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth, char* out, int64_t begin, int64_t end);
+bool launch_pack_weight_cpu(const T* weight, const uint8_t* scales, WeightFormat format, int64_t depth, char* out,
+                            int64_t begin, int64_t end);
 
 // The inverse: packed -> out [E*N, Kdim]. T is BFloat16 for the quantised formats.
 template <typename T>

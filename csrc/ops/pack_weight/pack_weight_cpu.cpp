@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 
 #include "../cpu/matmul.h"
@@ -19,102 +18,164 @@ constexpr float kSqrt2 = 1.41421356f;
 constexpr float kLargest = 0x1p66f;        // that a scale of int4 reaches
 constexpr double kClearlyLess = 0.999999;  // so that a rounding error decides nothing
 
+MIXTRAL_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MIXTRAL_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 // Where the value of row j at depth d lies in a step: in pair order, or depth by depth.
 MIXTRAL_INLINE int64_t pair_index(int64_t j, int64_t d) { return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2; }
 MIXTRAL_INLINE int64_t plain_index(int64_t j, int64_t d) { return d * kPanelColumns + j; }
+
+// Puts a row of a step into pair order: the two depths of a pair stay together.
+MIXTRAL_INLINE void store_pairs(const uint8_t* row, int64_t j, uint8_t* step) {
+  for (int64_t d = 0; d < kStepDepth; d += 2) std::memcpy(step + pair_index(j, d), row + d, 2);
+}
+
+// The largest magnitude of `count` values, a multiple of 32. Magnitudes are compared as bits, which, unlike floats, the
+// compiler may take in any order; inf and NaN are larger than all others.
+template <typename T>
+MIXTRAL_INLINE float largest_magnitude(const T* values, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; i += kStepDepth)
+    for (int64_t d = 0; d < kStepDepth; ++d)
+      largest = std::max(largest, float_to_bits(to_float(values[i + d])) & 0x7fffffffu);
+  return bits_to_float(largest);
+}
 
 // rows [32, depth]
 template <typename T>
 MIXTRAL_INLINE void quantize_int8(const T* rows, int64_t depth, char* block) {
   for (int64_t j = 0; j < kBlockRows; ++j) {
     const T* row = rows + j * depth;
-    float largest = 0;
-    for (int64_t d = 0; d < depth; ++d) largest = std::max(largest, std::abs(to_float(row[d])));
-    const float scale = largest / 127, divisor = scale > 0 ? scale : 1;
+    const float scale = largest_magnitude(row, depth) / 127, divisor = scale > 0 ? scale : 1;
     std::memcpy(block + kBlockRows * depth + j * sizeof scale, &scale, sizeof scale);
     for (int64_t k = 0; k < depth; k += kStepDepth) {
-      int8_t q[kStepDepth];
-      for (int64_t d = 0; d < kStepDepth; ++d)
-        q[d] = static_cast<int8_t>(std::clamp(std::nearbyint(to_float(row[k + d]) / divisor), -127.0f, 127.0f));
-      for (int64_t d = 0; d < kStepDepth; ++d) block[k * kBlockRows + pair_index(j, d)] = static_cast<char>(q[d]);
-    }
-  }
-}
-
-// 32 depths of a row at one int4 scale: q + 8 of each, and the squared error of all.
-struct Int4Group {
-  uint8_t levels[kStepDepth];
-  double error;
-};
-
-MIXTRAL_INLINE Int4Group quantize_group(const float* values, int scale) {
-  const float s = std::ldexp(scale % 2 == 1 ? kSqrt2 : 1.0f, scale / 2 - 64);
-  Int4Group group;
-  double errors[kStepDepth];
-  for (int64_t d = 0; d < kStepDepth; ++d) {
-    const float level = std::clamp(std::floor(values[d] / s) + 8, 0.0f, 15.0f);
-    group.levels[d] = static_cast<uint8_t>(level);
-    const double error = static_cast<double>(values[d]) - static_cast<double>(s) * (level - 7.5f);
-    errors[d] = error * error;
-  }
-  group.error = std::accumulate(errors, errors + kStepDepth, 0.0);
-  return group;
-}
-
-// The smallest scale whose outermost level reaches `largest`.
-int covering_scale(float largest) {
-  if (largest == 0) return 0;
-  int exponent;
-  const float fraction = std::frexp(largest / 7.5f, &exponent);  // in [1/2, 1)
-  return std::clamp(2 * (exponent + 64) - (fraction <= kSqrt2 / 2 ? 1 : 0), 0, 255);
-}
-
-// rows [32, depth]. A smaller scale cuts the largest values and is finer for the others: of three the best is taken.
-template <typename T>
-MIXTRAL_INLINE void quantize_int4(const T* rows, int64_t depth, char* block) {
-  for (int64_t k = 0; k < depth; k += kStepDepth, block += kInt4StepBytes) {
-    uint8_t levels[kStepElements];  // in pair order
-    for (int64_t j = 0; j < kBlockRows; ++j) {
-      float values[kStepDepth], largest = 0;
+      uint8_t q[kStepDepth];
       for (int64_t d = 0; d < kStepDepth; ++d) {
-        values[d] = to_float(rows[j * depth + k + d]);
-        largest = std::max(largest, std::abs(values[d]));
+        const float nearest = std::nearbyint(to_float(row[k + d]) / divisor);
+        q[d] = static_cast<uint8_t>(static_cast<int32_t>(std::clamp(nearest, -127.0f, 127.0f)));
       }
-      const int covering = covering_scale(largest);
-      int scale = covering;
-      Int4Group best = quantize_group(values, scale);
-      for (int smaller = covering - 1; smaller >= std::max(0, covering - 2); --smaller) {
-        const Int4Group group = quantize_group(values, smaller);
-        if (group.error < kClearlyLess * best.error) {
-          best = group;
-          scale = smaller;
-        }
-      }
-      block[j] = static_cast<char>(scale);
-      for (int64_t d = 0; d < kStepDepth; ++d) levels[pair_index(j, d)] = best.levels[d];
+      store_pairs(q, j, reinterpret_cast<uint8_t*>(block) + k * kBlockRows);
     }
-    // Word w of a group takes the value w of its four pairs.
-    constexpr int64_t kGroups = kStepElements / (4 * kStepDepth);
-    for (int64_t group = 0; group < kGroups; ++group)
-      for (int64_t w = 0; w < kStepDepth; ++w) {
-        uint16_t word = 0;
-        for (int64_t i = 0; i < 4; ++i)
-          word = static_cast<uint16_t>(word | levels[(4 * group + i) * kStepDepth + w] << (4 * i));
-        std::memcpy(block + kBlockRows + (group * kStepDepth + w) * sizeof word, &word, sizeof word);
-      }
   }
 }
 
+// ---- int4: sixteen rows side by side, so that the compiler may take them as the lanes of a vector
+
+using Int4Tile = float[kStepDepth][kLanes];  // 32 depths of 16 rows
+
+// What a scale byte means: an exponent, added to the bits of 1 or of the square root of two.
+MIXTRAL_INLINE float int4_scale(int32_t scale) {
+  const uint32_t factor = float_to_bits((scale & 1) != 0 ? kSqrt2 : 1.0f);
+  return bits_to_float(factor + (static_cast<uint32_t>((scale >> 1) - 64) << 23));
+}
+
+// q + 8 of the level nearest to `value`
+MIXTRAL_INLINE float nearest_level(float value, float inverse_scale) {
+  return std::min(std::max(std::floor(value * inverse_scale) + 8, 0.0f), 15.0f);
+}
+
+// The smallest scales whose outermost levels reach the largest of their 32 values.
+MIXTRAL_INLINE void covering_scales(const Int4Tile& values, int32_t* scales) {
+  const int32_t half_sqrt2 = static_cast<int32_t>(float_to_bits(kSqrt2) & 0x7fffffu);
+  for (int64_t j = 0; j < kLanes; ++j) {
+    float largest = 0;
+    for (int64_t d = 0; d < kStepDepth; ++d) largest = std::max(largest, std::abs(values[d][j]));
+    const auto bits = static_cast<int32_t>(float_to_bits(largest / 7.5f));
+    // largest / 7.5 = fraction * 2^exponent with a fraction in [1/2, 1)
+    const int32_t exponent = (bits >> 23) - 126, fraction = bits & 0x7fffff;
+    scales[j] = std::min(std::max(2 * (exponent + 64) - (fraction <= half_sqrt2 ? 1 : 0), 0), 255);
+  }
+}
+
+// Squared errors of 32 values each at one scale.
+MIXTRAL_INLINE void squared_errors(const Int4Tile& values, const int32_t* scales, double* errors) {
+  float s[kLanes], inverse[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) s[j] = int4_scale(scales[j]);
+  for (int64_t j = 0; j < kLanes; ++j) inverse[j] = 1 / s[j];
+  for (int64_t j = 0; j < kLanes; ++j) errors[j] = 0;
+  for (int64_t d = 0; d < kStepDepth; ++d)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float error = __builtin_fmaf(7.5f - nearest_level(values[d][j], inverse[j]), s[j], values[d][j]);
+      errors[j] += static_cast<double>(error) * static_cast<double>(error);
+    }
+}
+
+// A smaller scale cuts the largest of the 32 values and is finer for the others: of three the best is taken.
+MIXTRAL_INLINE void best_scales(const Int4Tile& values, int32_t* best) {
+  int32_t covering[kLanes], smaller[kLanes];
+  double least[kLanes], errors[kLanes];
+  covering_scales(values, covering);
+  squared_errors(values, covering, least);
+  for (int64_t j = 0; j < kLanes; ++j) best[j] = covering[j];
+  for (int32_t steps = 1; steps <= 2; ++steps) {
+    for (int64_t j = 0; j < kLanes; ++j) smaller[j] = std::max(0, covering[j] - steps);
+    squared_errors(values, smaller, errors);
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const bool better = errors[j] < kClearlyLess * least[j];
+      best[j] = better ? smaller[j] : best[j];
+      least[j] = better ? errors[j] : least[j];
+    }
+  }
+}
+
+// One half of a step: four groups of 16 pairs of 16-bit words, a pair being a row, its even depths in the low word.
+MIXTRAL_INLINE void store_levels(const Int4Tile& values, const int32_t* scales, char* half) {
+  float inverse[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) inverse[j] = 1 / int4_scale(scales[j]);
+  for (int64_t group = 0; group < 4; ++group) {
+    uint32_t words[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      words[j] = 0;
+      for (int64_t i = 0; i < 8; ++i) {
+        const float level = nearest_level(values[8 * group + i][j], inverse[j]);
+        words[j] |= static_cast<uint32_t>(static_cast<int32_t>(level)) << (i / 2 * 4 + i % 2 * 16);
+      }
+    }
+    std::memcpy(half + group * static_cast<int64_t>(sizeof words), words, sizeof words);
+  }
+}
+
+// rows [32, depth], scales [32, depth/32] or null, where they are to be found
 template <typename T>
-bool can_quantize(const T* values, int64_t count) {
-  return std::all_of(values, values + count, [](T value) { return std::abs(to_float(value)) < kLargest; });
+MIXTRAL_INLINE void quantize_int4(const T* rows, const uint8_t* scales, int64_t depth, char* block) {
+  for (int64_t k = 0; k < depth; k += kStepDepth, block += kInt4StepBytes)
+    for (int64_t first = 0; first < kBlockRows; first += kLanes) {
+      Int4Tile values;
+      int32_t chosen[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j)
+        for (int64_t d = 0; d < kStepDepth; ++d) values[d][j] = to_float(rows[(first + j) * depth + k + d]);
+      if (scales) {
+        for (int64_t j = 0; j < kLanes; ++j) chosen[j] = scales[((first + j) * depth + k) / kStepDepth];
+      } else {
+        best_scales(values, chosen);
+      }
+      for (int64_t j = 0; j < kLanes; ++j) block[first + j] = static_cast<char>(chosen[j]);
+      store_levels(values, chosen, block + kBlockRows + first / kLanes * 256);
+    }
+}
+
+// rows [32, depth]. False where a value meets 2^66, inf or NaN.
+template <typename T>
+MIXTRAL_INLINE bool quantize(const T* rows, const uint8_t* scales, WeightFormat format, int64_t depth, char* block) {
+  if (!(largest_magnitude(rows, kBlockRows * depth) < kLargest)) return false;
+  format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, scales, depth, block);
+  return true;
 }
 
 }  // namespace
 
 template <typename T>
-bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth, char* out, int64_t begin,
-                            int64_t end) {
+bool launch_pack_weight_cpu(const T* weight, const uint8_t* scales, WeightFormat format, int64_t depth, char* out,
+                            int64_t begin, int64_t end) {
   const int64_t block_bytes = packed_block_bytes(format, depth, sizeof(T)), block_values = kBlockRows * depth;
   for (int64_t i = begin; i < end; ++i) {
     const T* rows = weight + i * block_values;
@@ -128,9 +189,10 @@ bool launch_pack_weight_cpu(const T* weight, WeightFormat format, int64_t depth,
       }
       continue;
     }
-    if (!can_quantize(rows, block_values)) return false;
-    for_cpu_isa(
-        [&] { format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, depth, block); });
+    const uint8_t* block_scales = scales ? scales + i * depth : nullptr;
+    bool finite = false;
+    for_cpu_isa([&] { finite = quantize(rows, block_scales, format, depth, block); });
+    if (!finite) return false;
   }
   return true;
 }
@@ -156,9 +218,9 @@ void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t d
     }
 }
 
-template bool launch_pack_weight_cpu(const float*, WeightFormat, int64_t, char*, int64_t, int64_t);
-template bool launch_pack_weight_cpu(const BFloat16*, WeightFormat, int64_t, char*, int64_t, int64_t);
-template bool launch_pack_weight_cpu(const Half*, WeightFormat, int64_t, char*, int64_t, int64_t);
+template bool launch_pack_weight_cpu(const float*, const uint8_t*, WeightFormat, int64_t, char*, int64_t, int64_t);
+template bool launch_pack_weight_cpu(const BFloat16*, const uint8_t*, WeightFormat, int64_t, char*, int64_t, int64_t);
+template bool launch_pack_weight_cpu(const Half*, const uint8_t*, WeightFormat, int64_t, char*, int64_t, int64_t);
 template void launch_unpack_weight_cpu(const char*, WeightFormat, int64_t, float*, int64_t, int64_t);
 template void launch_unpack_weight_cpu(const char*, WeightFormat, int64_t, BFloat16*, int64_t, int64_t);
 template void launch_unpack_weight_cpu(const char*, WeightFormat, int64_t, Half*, int64_t, int64_t);

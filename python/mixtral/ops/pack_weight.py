@@ -6,7 +6,7 @@ from torch import Tensor
 from ._library import register_fake, register_no_backward
 
 
-def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
+def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None) -> Tensor:
     """The rows of ``weight`` in the order in which the CPU kernels read them, 32 rows to a block.
 
     ``grouped_gemm`` and ``moe_mlp`` take the result in place of ``weight``; shape and dtype tell the format. Only the
@@ -26,6 +26,8 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
     Args:
         weight: [E, N, Kdim], float, N and Kdim multiples of 32.
         quantize: None, "int8" or "int4".
+        scales: uint8 [E, N, Kdim/32], with "int4" alone: the scale byte of each 32 depths of a row, byte e for
+            2^(e / 2 - 64), where it was chosen elsewhere.
 
     Returns:
         The packed weight: as many bytes as ``weight`` without quantisation, 1 byte a value and 4 a row with "int8",
@@ -35,7 +37,7 @@ def pack_weight(weight: Tensor, quantize: str | None = None) -> Tensor:
         RuntimeError: a shape, dtype or format does not fit; a weight to be quantised is not below 2^66 in magnitude.
         NotImplementedError: ``weight`` is on CUDA.
     """
-    return torch.ops.mixtral.pack_weight.default(weight, quantize)
+    return torch.ops.mixtral.pack_weight.default(weight, quantize, scales)
 
 
 def unpack_weight(packed: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def weight_columns(weight: Tensor) -> int:
 
 
 @register_fake("pack_weight")
-def _(weight: Tensor, quantize: str | None = None) -> Tensor:
+def _(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None) -> Tensor:
     experts, columns, depth = weight.shape
     if quantize == "int8":
         return weight.new_empty((experts, columns // 32, 32 * depth + 128), dtype=torch.int8)
