@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <type_traits>
 
@@ -30,12 +31,13 @@ MIXTRAL_INLINE void quantize_int8(const T* rows, int64_t depth, char* block) {
     const T* row = rows + j * depth;
     float largest = 0;
     for (int64_t d = 0; d < depth; ++d) largest = std::max(largest, std::abs(to_float(row[d])));
-    const float scale = largest / 127, divisor = scale > 0 ? scale : 1;
+    // Not subnormal: instructions on bf16 would take it as zero.
+    const float scale = std::max(largest / 127, std::numeric_limits<float>::min());
     std::memcpy(block + kBlockRows * depth + j * sizeof scale, &scale, sizeof scale);
     for (int64_t k = 0; k < depth; k += kStepDepth) {
       int8_t q[kStepDepth];
       for (int64_t d = 0; d < kStepDepth; ++d)
-        q[d] = static_cast<int8_t>(std::clamp(std::nearbyint(to_float(row[k + d]) / divisor), -127.0f, 127.0f));
+        q[d] = static_cast<int8_t>(std::clamp(std::nearbyint(to_float(row[k + d]) / scale), -127.0f, 127.0f));
       for (int64_t d = 0; d < kStepDepth; ++d) block[k * kBlockRows + pair_index(j, d)] = static_cast<char>(q[d]);
     }
   }
