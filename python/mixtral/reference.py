@@ -89,8 +89,8 @@ def _from_pair_order(steps: Tensor) -> Tensor:
 
 def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[E,N,Kdim] -> q [E,N,Kdim], f32 scales [E,N,1]: the value of largest magnitude becomes 127 or -127."""
-    scales = weight.float().abs().amax(-1, keepdim=True) / 127
-    return torch.where(scales == 0, 0, weight.float() / scales).round().clamp(-127, 127), scales
+    scales = (weight.float().abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight.float() / scales).round().clamp(-127, 127), scales
 
 
 def _int4_scale(byte: Tensor) -> tuple[Tensor, Tensor]:

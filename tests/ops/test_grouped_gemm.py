@@ -91,11 +91,26 @@ def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype
     a, b, _ = make((128, depth, 32, 1), "uniform", "cpu", dtype)  # one column block: threads split the rows
     packed = ops.pack_weight(b, quantize)
     whole = with_threads(2, lambda: ops.grouped_gemm(a, packed, torch.tensor([128])))
-    for rows in (1, 16, 33, 100, 128):
+    for rows in (1, 2, 3, 4, 5, 16, 33, 100, 128):
         for threads in (1, 2):
             part, ends = a[-rows:].contiguous(), torch.tensor([rows])
             actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, packed, ends))
             assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_few_rows_have_the_bits_of_many(quantize):
+    """Also where products and sums are subnormal, overflow or are not a number."""
+    a = torch.randn(33, 544) * 2.0 ** torch.linspace(-124, 120, 33)[:, None]
+    a[7, 100], a[12, 100], a[20, 100] = float("inf"), float("nan"), 2.0**-130
+    b = torch.randn(1, 64, 544) * 2.0 ** torch.linspace(-66, 60, 64)[:, None]
+    a, packed = a.bfloat16(), ops.pack_weight(b.bfloat16(), quantize)
+    whole = ops.grouped_gemm(a, packed, torch.tensor([33]))
+    assert (whole == 0).any() and whole.isinf().any() and whole.isnan().any()
+    for rows in (1, 2, 3, 4, 5):
+        parts = [ops.grouped_gemm(part, packed, torch.tensor([len(part)])) for part in a.split(rows)]
+        assert torch.equal(torch.cat(parts).view(torch.int16), whole.view(torch.int16)), f"{rows} rows"
 
 
 def test_packed_inputs_may_be_strided():

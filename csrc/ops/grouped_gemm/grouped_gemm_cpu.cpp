@@ -1,6 +1,7 @@
 // For each expert, a chunk of its rows meets a few 32-column panels of its weights at a time. Panels are walked along
 // the depth in pieces that stay in the cache while all the rows pass over them; sums are kept in f32 between pieces.
-// Each weight is read from memory once per chunk, and each piece of rows serves several panels.
+// Each weight is read from memory once per chunk, and each piece of rows serves several panels. Very few rows, as in
+// decoding, meet each packed block of weights by itself (multiply_block.h).
 //
 // What is multiplied is bf16 where the instruction set has products of bf16 (and the weights are), f32 otherwise.
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
 #include "../cpu/simd.h"
+#include "../pack_weight/multiply_block.h"
 #include "../swiglu/swiglu_value.h"
 #include "grouped_gemm.h"
 #include "tiles.h"
@@ -71,14 +73,25 @@ template <typename T, typename Operand>
 class Multiplication {
  public:
   Multiplication(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, int64_t expert, int64_t row, int64_t count)
-      : gemm_(gemm), kernel_(kernel), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth) {
+      : gemm_(gemm),
+        kernel_(kernel),
+        expert_(expert),
+        count_(count),
+        a_(gemm.a + row * gemm.b.depth),
+        sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (count <= kMaxBlockKernelRows) block_kernel_ = block_kernel(gemm.b.format);
+    if (block_kernel_) {
+      widen_rows();
+      return;
+    }
     const bool few = count <= kFewRows;
     rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
     panels_in_place_ = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
     piece_ = rows_in_place_ && panels_in_place_ ? depth : panels_in_place_ ? kPieceDepth : kPieceDepth / 2;
     if constexpr (std::is_same_v<Operand, BFloat16>) tile_kernel_ = few ? nullptr : tile_kernel();
-    sum_rows_ = tile_kernel_ ? round_up(count, kFewRows) : count;
+    if (tile_kernel_) sum_rows_ = round_up(count, kFewRows);
     if (!rows_in_place_) copy_pieces();
   }
 
@@ -89,6 +102,12 @@ class Multiplication {
   const float* run(const int64_t* columns, int64_t panels) const {
     auto& scratch = thread_scratch<Operand>();
     float* sums = scratch.sums.grow(panels * sum_rows_ * kPanelColumns);
+    if (block_kernel_) {
+      for (int64_t i = 0; i < panels; ++i)
+        block_kernel_(packed_block(gemm_.b, expert_, columns[i]), thread_scratch<float>().rows.at(0), count_,
+                      gemm_.b.depth, sums + i * sum_rows_ * kPanelColumns);
+      return sums;
+    }
     std::fill_n(sums, panels * sum_rows_ * kPanelColumns, 0.0f);
     for (int64_t k = 0; k < gemm_.b.depth; k += piece_) {
       const int64_t size = std::min(piece_, gemm_.b.depth - k);
@@ -103,6 +122,13 @@ class Multiplication {
   }
 
  private:
+  // All rows as f32, which block_kernel_ takes.
+  void widen_rows() const {
+    const int64_t depth = gemm_.b.depth;
+    float* copy = thread_scratch<float>().rows.grow(count_ * depth);
+    for_cpu_isa([&] { copy_rows(a_, depth, count_, depth, copy); });
+  }
+
   // All rows, piece by piece of the depth, into this thread's buffer.
   void copy_pieces() const {
     const int64_t depth = gemm_.b.depth;
@@ -144,9 +170,10 @@ class Multiplication {
   const MicroKernel<Operand> kernel_;
   const int64_t expert_, count_;
   const T* a_;
+  int64_t sum_rows_, piece_;
+  BlockKernel block_kernel_ = nullptr;
   TileKernel tile_kernel_ = nullptr;
   bool rows_in_place_, panels_in_place_;
-  int64_t piece_, sum_rows_;
 };
 
 // sums [count, 32] -> out, `columns` <= 32 of a row of length `stride`.

@@ -9,10 +9,10 @@
 //   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order; then a f32 scale for each row
 //   int4      Byte  [E, N/32, Kdim/32, 544]   steps: a byte of scale for each row, then 2 halves of 256 bytes
 //
-// A quantised weight stands for bf16 values. int8: scale * q rounded once, q in [-127, 127], one scale a row. int4:
-// sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32 depths of a row. s is a power of
-// the square root of two: a level at any scale is then one of 32 bf16 values with another exponent, and a table look-up
-// and an addition to the exponent field make a weight. Scale byte e means
+// A quantised weight stands for bf16 values. int8: scale * q rounded once, q in [-127, 127], one scale a row, which is
+// never zero or subnormal. int4: sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32
+// depths of a row. s is a power of the square root of two: a level at any scale is then one of 32 bf16 values with
+// another exponent, and a table look-up and an addition to the exponent field make a weight. Scale byte e means
 //   value = bf16((q + 1/2) * (e odd ? sqrt(2) : 1)) * 2^(e div 2 - 64).
 // Half h of an int4 step holds rows 16 h to 16 h + 15 as four groups of 32 16-bit words: nibble i of word w in group g
 // is q + 8 of pair 4 g + i, row 16 h + w div 2, at the pair's depth w mod 2.
@@ -49,6 +49,12 @@ inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t el
     default:
       return kBlockRows * depth * element_size;
   }
+}
+
+// The packed block of columns [column, column + 32) of bf16 or quantised weights; column is a multiple of 32.
+inline const char* packed_block(const WeightView& weight, int64_t expert, int64_t column) {
+  return static_cast<const char*>(weight.data) + (expert * weight.columns + column) / kBlockRows *
+                                                     packed_block_bytes(weight.format, weight.depth, sizeof(BFloat16));
 }
 
 // Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. scales [E*N, Kdim/32] of int4; null: those of

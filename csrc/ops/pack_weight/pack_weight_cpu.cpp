@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../cpu/matmul.h"
@@ -55,12 +56,13 @@ template <typename T>
 MIXTRAL_INLINE void quantize_int8(const T* rows, int64_t depth, char* block) {
   for (int64_t j = 0; j < kBlockRows; ++j) {
     const T* row = rows + j * depth;
-    const float scale = largest_magnitude(row, depth) / 127, divisor = scale > 0 ? scale : 1;
+    // Not subnormal: instructions on bf16 would take it as zero.
+    const float scale = std::max(largest_magnitude(row, depth) / 127, std::numeric_limits<float>::min());
     std::memcpy(block + kBlockRows * depth + j * sizeof scale, &scale, sizeof scale);
     for (int64_t k = 0; k < depth; k += kStepDepth) {
       uint8_t q[kStepDepth];
       for (int64_t d = 0; d < kStepDepth; ++d) {
-        const float nearest = std::nearbyint(to_float(row[k + d]) / divisor);
+        const float nearest = std::nearbyint(to_float(row[k + d]) / scale);
         q[d] = static_cast<uint8_t>(static_cast<int32_t>(std::clamp(nearest, -127.0f, 127.0f)));
       }
       store_pairs(q, j, reinterpret_cast<uint8_t*>(block) + k * kBlockRows);

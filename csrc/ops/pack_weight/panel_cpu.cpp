@@ -79,9 +79,7 @@ const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t col
       transpose_step(weight, expert, column, k + s * kStepDepth, scratch + s * kStepElements);
     return scratch;
   }
-  const int64_t block_bytes = packed_block_bytes(weight.format, weight.depth, sizeof(BFloat16));
-  const char* block =
-      static_cast<const char*>(weight.data) + (expert * weight.columns + column) / kPanelColumns * block_bytes;
+  const char* block = packed_block(weight, expert, column);
   if (weight.format == WeightFormat::kInt8) {
     dequantize_int8(block, weight.depth, k, steps, scratch);
   } else if (weight.format == WeightFormat::kInt4) {
