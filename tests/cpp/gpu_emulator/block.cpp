@@ -45,7 +45,7 @@ class Block {
         warps_((launch.threads + 31) / 32),
         memory_(kSharedLimit + 2048),
         lateness_(4u << random() % 3 * 4),
-        slow_warp_(random() % (4 * warps_.size())) {
+        slow_warp_(random() % warps_.size()) {
     shared_ = memory_.data();
     while (reinterpret_cast<uintptr_t>(shared_) % 1024 != 0) ++shared_;
     std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xFF));  // NaN in bf16, f32 and e4m3
@@ -61,7 +61,7 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<unsigned char> memory_;
   const unsigned lateness_;  // turns of threads until a copy lands: few, or as many as it takes all to wait
-  const size_t slow_warp_;   // falls behind the others, in a quarter of the blocks
+  const size_t slow_warp_;   // falls behind the others
   unsigned char* shared_;
   std::map<int, NamedBarrier> barriers_;
   std::vector<std::function<void()>> later_;

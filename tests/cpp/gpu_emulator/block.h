@@ -1,5 +1,5 @@
 // A GPU block on the CPU: every thread of it is a fiber. Threads run in a random order and switch only where they wait,
-// so a seed is a schedule; in some blocks one warp falls behind. Asynchronous copies land at a random later time, at the
+// so a seed is a schedule; one warp falls behind. Asynchronous copies land at a random later time, at the
 // latest when every thread waits.
 #pragma once
 
