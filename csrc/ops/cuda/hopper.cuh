@@ -206,6 +206,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// lop3: a & b | c as one instruction, of which the compiler makes two where b and c are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 // sub.rn.bf16x2, mul.rn.bf16x2: of two pairs, each value rounded once.
 __device__ __forceinline__ uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
   uint32_t difference;

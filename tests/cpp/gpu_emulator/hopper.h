@@ -43,6 +43,9 @@ inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fdividef(float a, float b) { return a / b; }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncthreads() { emulator::named_barrier(0, static_cast<int>(emulator::block_size()), false); }
 inline void __syncwarp() { emulator::exchange_in_warp(nullptr, 0); }
@@ -308,6 +311,7 @@ inline uint32_t bf16_bits(float x) { return std::bit_cast<uint16_t>(BFloat16(x))
 inline float bf16_value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 inline uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
   return pack_bf16(bf16_value(a & 0xFFFF) - bf16_value(b & 0xFFFF), bf16_value(a >> 16) - bf16_value(b >> 16));
 }
