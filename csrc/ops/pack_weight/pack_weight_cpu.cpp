@@ -8,6 +8,7 @@
 #include "../cpu/simd.h"
 #include "dequantize.h"
 #include "pack_weight.h"
+#include "packed_value.h"
 
 namespace mixtral {
 
@@ -18,10 +19,6 @@ namespace {
 constexpr float kSqrt2 = 1.41421356f;
 constexpr float kLargest = 0x1p66f;        // that a scale of int4 reaches
 constexpr double kClearlyLess = 0.999999;  // so that a rounding error decides nothing
-
-// Where the value of row j at depth d lies in a step: in pair order, or depth by depth.
-MIXTRAL_INLINE int64_t pair_index(int64_t j, int64_t d) { return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2; }
-MIXTRAL_INLINE int64_t plain_index(int64_t j, int64_t d) { return d * kPanelColumns + j; }
 
 // rows [32, depth]
 template <typename T>
