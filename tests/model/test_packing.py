@@ -148,12 +148,6 @@ def test_lm_head_alone_stays_plain(head, dtype, tmp_path):
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_quantised_weights_live_on_the_cpu(dtype):
-    with pytest.raises(ValueError, match=f"dtype {dtype} needs device cpu, got cuda:0"):
-        mixtral.Mixtral.from_pretrained(DEMO, device="cuda:0", dtype=dtype)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_cannot_be_quantised(value, tmp_path):
     theirs = packable_model()
