@@ -266,10 +266,10 @@ TEST(GroupedGemmStream, DenseUnitsCoverEveryRowAndColumnOnce) {
 }
 
 TEST(GroupedGemmStream, Int4WeightsAreThoseOfTheCpuFormat) {
-  expect_products<Int4Rows, Int4Weights>({{0, 3, 3, 20, 52}, 52, 96, 96});     // a half tile of rows and of depths
-  expect_products<Int4Rows, Int4Weights>({{2, 11}, 11, 32, 32});               // nothing but halves
-  expect_products<Int4Rows, Int4Weights>({{40}, 45, 64, 64 * 9}, 2);           // two passes, more steps than stages
-  expect_products<Int4Rows, Int4Weights>({{30}, 30, 160, 64 * 8 + 32}, 2);     // half tiles in a ring in full use
+  expect_products<Int4Rows, Int4Weights>({{0, 3, 3, 20, 52}, 52, 96, 96});  // a half tile of rows and of depths
+  expect_products<Int4Rows, Int4Weights>({{2, 11}, 11, 32, 32});            // nothing but halves
+  expect_products<Int4Rows, Int4Weights>({{40}, 45, 64, 64 * 9}, 2);        // two passes, more steps than stages
+  expect_products<Int4Rows, Int4Weights>({{30}, 30, 160, 64 * 8 + 32}, 2);  // half tiles in a ring in full use
   expect_products<Int4Rows, Int4Weights>({{}, 5, 160, 64});
 }
 

@@ -5,7 +5,6 @@ import torch
 
 import mixtral
 from checkpoints import random_model, save_consolidated
-from python_models import DEMO
 
 LAYOUTS = ["hugging face v4 names", "hugging face v5 names", "consolidated", "shards"]
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")

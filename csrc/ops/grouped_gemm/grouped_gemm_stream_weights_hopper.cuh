@@ -40,8 +40,7 @@ struct BFloat16Weights {
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
-                                              const StreamGemm&, const GemmTile& unit, int step,
-                                              int token_bytes) {
+                                              const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
     load_weight_boxes<kSwiglu, kGroups>(shared, full, source, unit, step * kDepth, token_bytes);
   }
 
@@ -145,8 +144,7 @@ struct E4m3Weights {
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
-                                              const StreamGemm&, const GemmTile& unit, int step,
-                                              int token_bytes) {
+                                              const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
     load_weight_boxes<kSwiglu, kGroups>(shared, full, source.map, unit, step * kDepth, token_bytes);
   }
 

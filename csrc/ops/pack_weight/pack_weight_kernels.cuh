@@ -15,7 +15,8 @@ inline constexpr int kUnpackThreads = 256, kUnpackValues = 8;
 template <typename T, WeightFormat kFormat>
 __global__ void __launch_bounds__(kUnpackThreads)
     unpack_weight_kernel(const char* __restrict__ packed, T* __restrict__ out, int64_t blocks, int64_t depth) {
-  const int64_t index = blockIdx.x * int64_t{kUnpackThreads} + threadIdx.x, block = index / (kBlockRows * depth / kUnpackValues);
+  const int64_t index = blockIdx.x * int64_t{kUnpackThreads} + threadIdx.x,
+                block = index / (kBlockRows * depth / kUnpackValues);
   if (block >= blocks) return;
   const int64_t place = index % (kBlockRows * depth / kUnpackValues);  // step by step, row by row
   const int64_t j = place / 4 % kBlockRows, d = place / (4 * kBlockRows) * 32 + place % 4 * kUnpackValues;
