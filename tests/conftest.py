@@ -55,6 +55,11 @@ def opcheck(op: torch._ops.OpOverload, args: tuple, kwargs: dict | None = None) 
     torch.library.opcheck(op, args, kwargs or {})
 
 
+def pack(weight: torch.Tensor, quantize: str | None = None) -> torch.Tensor:
+    """``weight`` packed, on its own device: packing is done on the CPU."""
+    return torch.ops.mixtral.pack_weight(weight.cpu(), quantize).to(weight.device)
+
+
 def with_threads(count: int, function):
     """``function()`` under ``torch.set_num_threads(count)``."""
     before = torch.get_num_threads()

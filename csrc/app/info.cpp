@@ -121,7 +121,7 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
 void run(const Flags& flags) {
   const Config config = Config::from_folder(model_path(flags.model));
   const WeightType type = weight_type_of(flags.model, config);
-  const MemoryPlan memory = plan_memory(config, type, flags.model.ctx_size, flags.model.chunk_size);
+  const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
   write_out(flags.json ? json_line(to_json(config, memory, type))
                        : to_text(config, memory, type, flags.model.chunk_size));
 }

@@ -20,6 +20,12 @@ int64_t values_per_token(const Config& config) {
   return 2 * config.hidden_size + std::max(attention, experts);
 }
 
+int64_t values_of_largest_matrix(const Config& config) {
+  const int64_t experts = config.is_moe() ? config.num_experts : 1;
+  const int64_t qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+  return std::max({experts * 2 * config.intermediate_size, config.vocab_size, qkv}) * config.hidden_size;
+}
+
 // Weight types that exist for the model and fit, best first: "bfloat16 (86.99 GiB)" or "int4 on cpu (24.54 GiB)".
 std::vector<std::string> what_fits(const Config& config, double less_than, torch::Device device,
                                    const FreeMemory& free) {
@@ -30,7 +36,7 @@ std::vector<std::string> what_fits(const Config& config, double less_than, torch
     for (const char* name : {"bfloat16", "int8", "int4"}) {
       try {
         const WeightType type = parse_weight_type(name, config, other);
-        const MemoryPlan plan = plan_memory(config, type);
+        const MemoryPlan plan = plan_memory(config, type, other);
         const bool is_less = plan.weights < less_than || other != device;
         if (is_less && plan.to_load() <= static_cast<double>(free(other)))
           found.push_back(type.name() + (other != device ? " on cpu" : "") + " (" + gib_text(plan.to_load()) + ")");
@@ -43,12 +49,15 @@ std::vector<std::string> what_fits(const Config& config, double less_than, torch
 
 }  // namespace
 
-MemoryPlan plan_memory(const Config& config, const WeightType& type, int64_t ctx_size, int64_t chunk_size) {
+MemoryPlan plan_memory(const Config& config, const WeightType& type, torch::Device device, int64_t ctx_size,
+                       int64_t chunk_size) {
   const int64_t page_size = RollingKVCache::Options().page_size;
   const auto element_size = static_cast<int64_t>(c10::elementSize(type.dtype));
   MemoryPlan plan;
   plan.weights = weight_bytes(config, type);
   plan.loading = type.packing == Packing::kNone ? 0 : kPackingBytes;
+  if (!device.is_cpu() && type.packing != Packing::kNone)
+    plan.unpacking = static_cast<double>(values_of_largest_matrix(config) * element_size);
   plan.ctx_size = ctx_size > 0 ? ctx_size : config.max_position;
   plan.activations = static_cast<double>(chunk_size * values_per_token(config) * element_size);
   plan.cached_tokens = RollingKVCache::pages_needed(config, page_size, chunk_size, plan.ctx_size) * page_size;
@@ -58,7 +67,7 @@ MemoryPlan plan_memory(const Config& config, const WeightType& type, int64_t ctx
 
 void check_fits(const std::string& what, const Config& config, const WeightType& type, torch::Device device,
                 const FreeMemory& free) {
-  const MemoryPlan plan = plan_memory(config, type);
+  const MemoryPlan plan = plan_memory(config, type, device);
   const auto available = static_cast<double>(free(device));
   if (plan.to_load() <= available) return;
   std::string message = out_of_memory_text(what, plan.to_load(), device, available);

@@ -14,16 +14,18 @@ namespace mixtral {
 struct MemoryPlan {
   double weights = 0;
   double loading = 0;      // more, while weights are packed
+  double unpacking = 0;    // on CUDA: a quantised matrix as bf16, where no kernel reads it as it is
   double activations = 0;  // of one forward pass
   int64_t ctx_size = 0, cached_tokens = 0;
   double cache = 0;  // of one sequence as long as the context
 
   // Without the cache: how much of it a run needs depends on its prompts.
-  double to_load() const { return weights + loading + activations; }
+  double to_load() const { return weights + loading + unpacking + activations; }
 };
 
 // ctx_size 0: the model's; chunk_size: tokens of one forward pass.
-MemoryPlan plan_memory(const Config& config, const WeightType& type, int64_t ctx_size = 0, int64_t chunk_size = 512);
+MemoryPlan plan_memory(const Config& config, const WeightType& type, torch::Device device, int64_t ctx_size = 0,
+                       int64_t chunk_size = 512);
 
 using FreeMemory = std::function<int64_t(torch::Device)>;  // bytes
 

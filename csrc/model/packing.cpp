@@ -41,7 +41,6 @@ WeightType parse_weight_type(const std::string& name, const Config& config, torc
   }
   const std::string unfit = unfit_size(config);
   if (chosen == "int8" || chosen == "int4") {
-    if (!device.is_cpu()) throw std::invalid_argument("dtype " + chosen + " needs device cpu, got " + device.str());
     if (!unfit.empty())
       throw std::invalid_argument("dtype " + chosen + " needs sizes that are multiples of 32, got " + unfit);
     return {torch::kBFloat16, chosen == "int8" ? Packing::kInt8 : Packing::kInt4};

@@ -1,4 +1,4 @@
-// How the weight matrices of a model lie in memory: as in the checkpoint, or in the packed formats of the CPU kernels
+// How the weight matrices of a model lie in memory: as in the checkpoint, or in the packed formats
 // (csrc/ops/pack_weight/pack_weight.h), which are read faster and may be quantised.
 //
 // Packed are the matrices of attention and of the experts, and lm_head where the vocabulary is a multiple of 32.
@@ -28,8 +28,8 @@ struct WeightType {
 };
 
 // From a name as above, or "auto": the checkpoint's. Float weights are packed on the CPU if `pack` is true and their
-// sizes allow it. Throws std::invalid_argument for another name; for int8 and int4 on another device or with sizes that
-// are no multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
+// sizes allow it. Throws std::invalid_argument for another name; for int8 and int4 with sizes that are no multiples of
+// 32; and for a checkpoint that is quantised already, unless the name is its own.
 WeightType parse_weight_type(const std::string& name, const Config& config, torch::Device device, bool pack = true);
 
 // The first size that keeps the matrices from being packed, in words; empty when there is none.

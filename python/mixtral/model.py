@@ -75,7 +75,7 @@ class Mixtral:
         Args:
             path: the folder.
             device: "cpu", "cuda" or "cuda:N".
-            dtype: of the weights: "float32", "bfloat16", "float16"; quantised while they are read, on the CPU: "int8"
+            dtype: of the weights: "float32", "bfloat16", "float16"; quantised while they are read: "int8"
                 (one scale a row) or "int4" (one for every 32 weights); "auto": as in the files.
             pack: on the CPU, keep matrices in the layout that the kernels read fastest (``ops.pack_weight``). False: as
                 in Hugging Face, so that ``named_parameters`` gives [rows, columns]. Results are the same bit for bit.

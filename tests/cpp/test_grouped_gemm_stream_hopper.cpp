@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "gpu_emulator/hopper.h"
-#include "int4_value.h"
 #include "ops/grouped_gemm/grouped_gemm_stream_hopper.cuh"
 
 namespace mixtral::cuda {
@@ -100,28 +99,40 @@ struct Operands<BFloat16Weights> {
   TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
 };
 
+float int4_weight(int nibble, uint8_t scale) {  // as pack_weight.h defines it
+  const float level = (static_cast<float>(nibble) - 7.5f) * (scale % 2 ? 1.41421356f : 1.0f);
+  return std::ldexp(static_cast<float>(BFloat16(level)), scale / 2 - 64);
+}
+
 template <>
 struct Operands<Int4Weights> {
-  explicit Operands(Problem& p)
-      : packed(p.experts * p.weight_rows / 32 * (p.depth / 32) * kInt4StepBytes),
-        tiles(p.experts * int4_row_tiles(p.columns, p.swiglu) * ceil_div(p.depth, kInt4TileDepth) * kInt4TileBytes) {
+  // Random bytes, and the weights that they are by the words of pack_weight.h.
+  explicit Operands(Problem& p) : packed(p.experts * p.weight_rows / 32 * (p.depth / 32) * kInt4StepBytes) {
     fill_tokens(p);
     std::mt19937 random(static_cast<unsigned>(p.columns));
     for (size_t i = 0; i < packed.size(); ++i)
       packed[i] = static_cast<uint8_t>(i % kInt4StepBytes < 32 ? 126 + random() % 6 : random());
-    const int64_t expert_bytes = static_cast<int64_t>(packed.size()) / p.experts;
-    for (int64_t e = 0; e < p.experts; ++e)
-      for (int64_t row = 0; row < p.weight_rows; ++row)
-        for (int64_t k = 0; k < p.depth; ++k) {
-          const Int4Value value = packed_int4_value(packed.data() + e * expert_bytes, p.depth, row, k);
-          p.b[(e * p.weight_rows + row) * p.depth + k] = int4_value(value);
-        }
-    make_int4_tiles(packed.data(), p.experts, p.weight_rows, p.depth, p.swiglu, tiles.data());
+    const int64_t steps = p.depth / 32;
+    for (int64_t block = 0; block < p.experts * p.weight_rows / 32; ++block)
+      for (int64_t step = 0; step < steps; ++step)
+        unpack_step(packed.data() + (block * steps + step) * kInt4StepBytes, p,
+                    p.b.data() + block * 32 * p.depth + step * 32);
   }
-  Int4Weights::Source weights(const Problem&, int) const { return {tiles.data()}; }
+  // out: the first row, at the step's first depth
+  static void unpack_step(const uint8_t* bytes, const Problem& p, BFloat16* out) {
+    const uint8_t* word = bytes + 32;
+    for (int half = 0; half < 2; ++half)
+      for (int group = 0; group < 4; ++group)
+        for (int w = 0; w < 32; ++w, word += 2)
+          for (int i = 0; i < 4; ++i) {
+            const int row = 16 * half + w / 2, depth = 2 * (4 * group + i) + w % 2;
+            out[row * p.depth + depth] = int4_weight((word[0] | word[1] << 8) >> 4 * i & 15, bytes[row]);
+          }
+  }
+  Int4Weights::Source weights(const Problem&, int) const { return {reinterpret_cast<const char*>(packed.data())}; }
   TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
 
-  std::vector<uint8_t> packed, tiles;
+  std::vector<uint8_t> packed;
 };
 
 template <>
@@ -262,9 +273,30 @@ TEST(GroupedGemmStream, DenseUnitsCoverEveryRowAndColumnOnce) {
 
 TEST(GroupedGemmStream, Int4WeightsAreThoseOfTheCpuFormat) {
   expect_products<Int4Rows, Int4Weights>({{0, 3, 3, 20, 52}, 52, 96, 96});  // a half tile of rows and of depths
+  expect_products<Int4Rows, Int4Weights>({{2, 11}, 11, 32, 32});            // nothing but halves
   expect_products<Int4Rows, Int4Weights>({{40}, 45, 64, 64 * 9}, 2);        // two passes, more steps than stages
-  expect_products<Int4Rows, Int4Weights>({{9, 10, 42}, 42, 96, 128, true});
+  expect_products<Int4Rows, Int4Weights>({{30}, 30, 160, 64 * 8 + 32}, 2);  // half tiles in a ring in full use
   expect_products<Int4Rows, Int4Weights>({{}, 5, 160, 64});
+}
+
+TEST(GroupedGemmStream, Int4SwigluTakesGateAndUpFromTheirBlocks) {
+  expect_products<Int4Rows, Int4Weights>({{9, 10, 42}, 42, 96, 128, true});
+  expect_products<Int4Rows, Int4Weights>({{0, 5, 5}, 7, 32, 96, true});
+  expect_products<Int4Rows, Int4Weights>({{}, 33, 64, 32, true});
+}
+
+TEST(GroupedGemmStream, Int4WeightsAreExactAtEveryScale) {
+  for (int e = 0; e < 256; ++e) {
+    std::vector<char> step(kInt4StepBytes, 0);
+    step[0] = static_cast<char>(e);
+    for (int d = 0; d < 16; ++d) step[int4_word_offset(0, d / 8) + d % 2 * 2 + d % 8 / 4] |= d << d % 8 / 2 % 2 * 4;
+    for (int d = 0; d < 16; ++d) {
+      const float expected = int4_weight(d, static_cast<uint8_t>(e));
+      EXPECT_EQ(static_cast<float>(packed_value<BFloat16>(step.data(), WeightFormat::kInt4, 32, 0, d)), expected);
+      const uint32_t pair = Int4Weights::make_pair(d << 1, int4_scale_bits(e) * 0x10001u);
+      EXPECT_EQ(bf16_value(pair & 0xFFFF), expected) << d << " at scale " << e;
+    }
+  }
 }
 
 TEST(GroupedGemmStream, E4m3SumsAreScaledByRowAndColumn) {

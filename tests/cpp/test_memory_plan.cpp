@@ -40,19 +40,29 @@ std::string error_of(const Config& config, const std::string& dtype, torch::Devi
 TEST(MemoryPlan, CountsWeightsActivationsAndCache) {
   const Config config = mixtral_8x7b();
   const WeightType type = parse_weight_type("bfloat16", config, torch::kCUDA);
-  const MemoryPlan plan = plan_memory(config, type);
+  const MemoryPlan plan = plan_memory(config, type, torch::kCUDA);
   EXPECT_NEAR(plan.weights, 2 * 46.7e9, 0.01 * 2 * 46.7e9);
   EXPECT_EQ(plan.loading, 0);  // nothing is packed on CUDA
+  EXPECT_EQ(plan.unpacking, 0);
   EXPECT_EQ(plan.cache, 32768.0 * 32 * 2 * 8 * 128 * 2);
   EXPECT_EQ(plan.to_load(), plan.weights + plan.activations);
   // In a pass of twice the tokens, twice the activations; a window bounds the cache.
-  EXPECT_EQ(plan_memory(config, type, 0, 1024).activations, 2 * plan.activations);
-  EXPECT_EQ(plan_memory(config, type, 100).cached_tokens, 112);
+  EXPECT_EQ(plan_memory(config, type, torch::kCUDA, 0, 1024).activations, 2 * plan.activations);
+  EXPECT_EQ(plan_memory(config, type, torch::kCUDA, 100).cached_tokens, 112);
   Config windowed = config;
   windowed.window = 4096;
-  EXPECT_LT(plan_memory(windowed, type).cached_tokens, 4096 + 512 + 32);
+  EXPECT_LT(plan_memory(windowed, type, torch::kCUDA).cached_tokens, 4096 + 512 + 32);
   // Rows of two experts of 14336 are wider than all of attention.
   EXPECT_EQ(plan.activations, 512.0 * 2 * (2 * 4096 + 2 * (2 * 4096 + 3 * 14336)));
+}
+
+TEST(MemoryPlan, QuantisedWeightsOnCudaNeedRoomToBeUnpacked) {
+  const Config config = mixtral_8x7b();
+  const WeightType type = parse_weight_type("int4", config, torch::kCUDA);
+  const MemoryPlan cuda = plan_memory(config, type, torch::kCUDA), cpu = plan_memory(config, type, torch::kCPU);
+  EXPECT_EQ(cuda.unpacking, 8.0 * 2 * 14336 * 4096 * 2);  // gate and up of all experts
+  EXPECT_EQ(cpu.unpacking, 0);
+  EXPECT_EQ(cuda.to_load(), cpu.to_load() + cuda.unpacking);
 }
 
 TEST(MemoryPlan, WhatFitsIsNoError) {
@@ -67,11 +77,11 @@ TEST(MemoryPlan, AnH100HasNoRoomForMixtralIn16Bits) {
   EXPECT_EQ(error.rfind("the weights: needs 87.", 0), 0u) << error;
   EXPECT_NE(error.find(" on cuda, 79.00 GiB available; bfloat16 weights "), std::string::npos) << error;
   EXPECT_NE(error.find("a cache of up to 4.00 GiB for a context of 32768"), std::string::npos) << error;
-  // Quantised weights are for the CPU.
-  EXPECT_NE(error.find("; what would fit: bfloat16 on cpu (87."), std::string::npos) << error;
+  EXPECT_NE(error.find("; what would fit: int8 ("), std::string::npos) << error;
+  EXPECT_NE(error.find(", int4 ("), std::string::npos) << error;
+  EXPECT_NE(error.find(", bfloat16 on cpu (87."), std::string::npos) << error;
   EXPECT_NE(error.find("int8 on cpu ("), std::string::npos) << error;
   EXPECT_NE(error.find("int4 on cpu ("), std::string::npos) << error;
-  EXPECT_EQ(error.find("int4 ("), std::string::npos) << error;
   EXPECT_EQ(error.find('\n'), std::string::npos);
 }
 

@@ -5,7 +5,6 @@ import torch
 
 import mixtral
 from checkpoints import random_model, save_consolidated
-from python_models import DEMO
 
 LAYOUTS = ["hugging face v4 names", "hugging face v5 names", "consolidated", "shards"]
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
@@ -146,12 +145,6 @@ def test_lm_head_alone_stays_plain(head, dtype, tmp_path):
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_quantised_weights_live_on_the_cpu(dtype):
-    with pytest.raises(ValueError, match=f"dtype {dtype} needs device cpu, got cuda:0"):
-        mixtral.Mixtral.from_pretrained(DEMO, device="cuda:0", dtype=dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import DTYPES, assert_within_twice_baseline, opcheck, with_threads
+from conftest import DTYPES, assert_within_twice_baseline, opcheck, pack, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing, offsets
 
@@ -70,30 +70,30 @@ def test_rows_do_not_depend_on_batch_or_threads(depth, device, dtype):
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
-def test_packed_equals_plain(case, dtype):
-    a, b, offs = make(case, "zipf", "cpu", dtype)
-    assert torch.equal(ops.grouped_gemm(a, ops.pack_weight(b), offs), ops.grouped_gemm(a, b, offs))
+def test_packed_equals_plain(case, device, dtype):
+    a, b, offs = make(case, "zipf", device, dtype)
+    assert torch.equal(ops.grouped_gemm(a, pack(b), offs), ops.grouped_gemm(a, b, offs))
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
-def test_quantised_equals_what_it_stands_for(case, quantize):
-    a, b, offs = make(case, "zipf", "cpu", torch.bfloat16)
-    packed = ops.pack_weight(b, quantize)
+def test_quantised_equals_what_it_stands_for(case, quantize, device):
+    a, b, offs = make(case, "zipf", device, torch.bfloat16)
+    packed = pack(b, quantize)
     assert torch.equal(ops.grouped_gemm(a, packed, offs), ops.grouped_gemm(a, ops.unpack_weight(packed), offs))
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize(("dtype", "quantize"), PACKED_FORMATS, ids=str)
 @pytest.mark.parametrize("depth", [4096, 14336])
-def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype, quantize):
-    a, b, _ = make((128, depth, 32, 1), "uniform", "cpu", dtype)  # one column block: threads split the rows
-    packed = ops.pack_weight(b, quantize)
-    whole = with_threads(2, lambda: ops.grouped_gemm(a, packed, torch.tensor([128])))
+def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype, quantize, device):
+    a, b, _ = make((128, depth, 32, 1), "uniform", device, dtype)  # one column block: threads split the rows
+    packed = pack(b, quantize)
+    whole = with_threads(2, lambda: ops.grouped_gemm(a, packed, torch.tensor([128], device=device)))
     for rows in (1, 2, 3, 4, 5, 16, 33, 100, 128):
         for threads in (1, 2):
-            part, ends = a[-rows:].contiguous(), torch.tensor([rows])
+            part, ends = a[-rows:].contiguous(), torch.tensor([rows], device=device)
             actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, packed, ends))
             assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
 
@@ -113,10 +113,10 @@ def test_few_rows_have_the_bits_of_many(quantize):
         assert torch.equal(torch.cat(parts).view(torch.int16), whole.view(torch.int16)), f"{rows} rows"
 
 
-def test_packed_inputs_may_be_strided():
-    a, b, offs = make((9, 64, 96, 3), "uniform", "cpu", torch.bfloat16)
+def test_packed_inputs_may_be_strided(device):
+    a, b, offs = make((9, 64, 96, 3), "uniform", device, torch.bfloat16)
     for quantize in (None, "int8", "int4"):
-        packed = ops.pack_weight(b, quantize)
+        packed = pack(b, quantize)
         strided = packed.transpose(0, 1).contiguous().transpose(0, 1)
         assert not strided.is_contiguous()
         assert torch.equal(ops.grouped_gemm(a, strided, offs), ops.grouped_gemm(a, packed, offs))
@@ -226,9 +226,9 @@ PLAIN = torch.ones(3, 64, 96)
         (torch.ones(4, 96).half(), PLAIN.bfloat16(), "grouped_gemm: b must be Half, got BFloat16"),
     ],
 )
-def test_packed_weight_that_does_not_fit_raises(a, b, message):
+def test_packed_weight_that_does_not_fit_raises(a, b, message, device):
     with pytest.raises(RuntimeError, match=message):
-        ops.grouped_gemm(a, ops.pack_weight(b), OFFS)
+        ops.grouped_gemm(a.to(device), pack(b.to(device)), OFFS.to(device))
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -244,15 +244,6 @@ def test_quantised_weight_that_does_not_fit_raises(quantize):
         ops.grouped_gemm(torch.ones(4, 96).bfloat16(), packed[..., :-1], OFFS)
 
 
-def test_packed_weights_are_for_the_cpu(device):
-    a, packed, offs = (tensor.to(device) for tensor in (torch.ones(4, 96), ops.pack_weight(PLAIN), OFFS))
-    if device == "cpu":
-        assert torch.equal(ops.grouped_gemm(a, packed, offs), torch.full((4, 64), 96.0))
-        return
-    with pytest.raises(RuntimeError, match=r"b must be a plain weight \[E, N, Kdim\] on cuda, got a packed one"):
-        ops.grouped_gemm(a, packed, offs)
-
-
 def test_backward_is_an_error_in_words(device):
     a = A.to(device).requires_grad_()
     with pytest.raises(RuntimeError, match="grouped_gemm: has no backward"):
@@ -265,6 +256,6 @@ def test_opcheck(case, device, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), PACKED_FORMATS, ids=str)
-def test_opcheck_of_packed_weights(dtype, quantize):
-    a, b, offs = make((5, 64, 96, 3), "uniform", "cpu", dtype)
-    opcheck(torch.ops.mixtral.grouped_gemm.default, (a, ops.pack_weight(b, quantize), offs))
+def test_opcheck_of_packed_weights(dtype, quantize, device):
+    a, b, offs = make((5, 64, 96, 3), "uniform", device, dtype)
+    opcheck(torch.ops.mixtral.grouped_gemm.default, (a, pack(b, quantize), offs))

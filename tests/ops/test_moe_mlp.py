@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import DTYPES, assert_within_twice_baseline, opcheck, with_threads
+from conftest import DTYPES, assert_within_twice_baseline, opcheck, pack, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing
 
@@ -67,9 +67,9 @@ def test_equals_the_composition_of_the_ops(case, routing, device, dtype):
 @pytest.mark.every_isa
 @pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
-def test_packed_weights_equal_what_they_stand_for(case, dtype, gate_up_format, down_format):
-    x, weights, ids, gate_up, down = make(case, "zipf", "cpu", dtype)
-    gate_up, down = ops.pack_weight(gate_up, gate_up_format), ops.pack_weight(down, down_format)
+def test_packed_weights_equal_what_they_stand_for(case, dtype, gate_up_format, down_format, device):
+    x, weights, ids, gate_up, down = make(case, "zipf", device, dtype)
+    gate_up, down = pack(gate_up, gate_up_format), pack(down, down_format)
     plain = ops.unpack_weight(gate_up), ops.unpack_weight(down)
     expected = ops.moe_mlp(x, weights, ids, *plain)
     assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), expected)
@@ -79,9 +79,9 @@ def test_packed_weights_equal_what_they_stand_for(case, dtype, gate_up_format, d
 
 
 @pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
-def test_token_with_packed_weights_does_not_depend_on_batch_or_threads(dtype, gate_up_format, down_format):
-    x, weights, ids, gate_up, down = make((130, 608, 544, 8, 2), "zipf", "cpu", dtype)
-    packed = ops.pack_weight(gate_up, gate_up_format), ops.pack_weight(down, down_format)
+def test_token_with_packed_weights_does_not_depend_on_batch_or_threads(dtype, gate_up_format, down_format, device):
+    x, weights, ids, gate_up, down = make((130, 608, 544, 8, 2), "zipf", device, dtype)
+    packed = pack(gate_up, gate_up_format), pack(down, down_format)
     whole = with_threads(2, lambda: ops.moe_mlp(x, weights, ids, *packed))
     assert torch.equal(whole, with_threads(1, lambda: ops.moe_mlp(x, weights, ids, *packed)))
     for part in (slice(0, 1), slice(64, 65), slice(1, 17), slice(30, 130)):
@@ -172,10 +172,10 @@ BF16, GATE_UP_32, DOWN_32 = torch.ones(2, 32).bfloat16(), torch.ones(4, 64, 32),
         (torch.ones(2, 64), None, None, r"gate_up_proj must be packed from \[4, 64, 64\], got \[4, 64, 32\]"),
     ],
 )
-def test_packed_weights_that_do_not_fit_raise(x, gate_up, down, message):
-    packed = ops.pack_weight(GATE_UP_32, gate_up), ops.pack_weight(DOWN_32, down)
+def test_packed_weights_that_do_not_fit_raise(x, gate_up, down, message, device):
+    layer = (x, W, IDS, ops.pack_weight(GATE_UP_32, gate_up), ops.pack_weight(DOWN_32, down))
     with pytest.raises(RuntimeError, match=message):
-        ops.moe_mlp(x, W, IDS, *packed)
+        ops.moe_mlp(*(tensor.to(device) for tensor in layer))
 
 
 @pytest.mark.parametrize(
@@ -187,17 +187,9 @@ def test_packed_weights_that_do_not_fit_raise(x, gate_up, down, message):
         (GATE_UP_32[:, :32], DOWN_32, "packed from an intermediate size that is a multiple of 32, got 16"),
     ],
 )
-def test_packed_weights_that_do_not_fit_each_other_raise(gate_up, down, message):
+def test_packed_weights_that_do_not_fit_each_other_raise(gate_up, down, message, device):
+    layer = (BF16.float(), W, IDS, ops.pack_weight(gate_up), ops.pack_weight(down))
     with pytest.raises(RuntimeError, match="moe_mlp: .*" + message):
-        ops.moe_mlp(BF16.float(), W, IDS, ops.pack_weight(gate_up), ops.pack_weight(down))
-
-
-def test_packed_weights_are_for_the_cpu(device):
-    layer = (BF16.float(), W, IDS, ops.pack_weight(GATE_UP_32), ops.pack_weight(DOWN_32))
-    if device == "cpu":
-        assert ops.moe_mlp(*layer).isfinite().all()
-        return
-    with pytest.raises(RuntimeError, match=r"must be a plain weight \[E, 2I, H\] on cuda, got a packed one"):
         ops.moe_mlp(*(tensor.to(device) for tensor in layer))
 
 
@@ -213,7 +205,7 @@ def test_opcheck(case, device, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
-def test_opcheck_of_packed_weights(dtype, gate_up_format, down_format):
-    x, weights, ids, gate_up, down = make((5, 32, 32, 3, 2), "uniform", "cpu", dtype)
-    packed = ops.pack_weight(gate_up, gate_up_format), ops.pack_weight(down, down_format)
+def test_opcheck_of_packed_weights(dtype, gate_up_format, down_format, device):
+    x, weights, ids, gate_up, down = make((5, 32, 32, 3, 2), "uniform", device, dtype)
+    packed = pack(gate_up, gate_up_format), pack(down, down_format)
     opcheck(torch.ops.mixtral.moe_mlp.default, (x, weights, ids, *packed))

@@ -194,19 +194,25 @@ def test_bad_scales_raise(quantize, scales, message):
         (torch.ones(1, 1, 1, 1152).char(), r"packed must have 3 dimensions of a packed weight, got shape \[1, 1, 1, 1"),
     ],
 )
-def test_bad_packed_weight_raises(packed, message):
+def test_bad_packed_weight_raises(packed, message, device):
     with pytest.raises(RuntimeError, match=message):
-        ops.unpack_weight(packed)
+        ops.unpack_weight(packed.to(device))
 
 
-def test_the_layout_is_for_the_cpu(device):
+def test_packing_is_for_the_cpu(device):
     weight = WEIGHT.to(device)
     if device == "cpu":
         assert ops.pack_weight(weight).device == weight.device
         return
-    for op, argument in ((ops.pack_weight, weight), (ops.unpack_weight, ops.pack_weight(WEIGHT).to(device))):
-        with pytest.raises(NotImplementedError, match=f"Could not run 'mixtral::{op.__name__}'.*'CUDA' backend"):
-            op(argument)
+    with pytest.raises(RuntimeError, match=r"weight must be on the cpu \(pack there and move the result\), got cuda"):
+        ops.pack_weight(weight)
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
+def test_packed_weights_move_between_devices(shape, quantize, device, dtype):
+    packed = ops.pack_weight(make(shape, dtype), quantize)
+    assert_same_bits(ops.unpack_weight(packed.to(device)).cpu(), reference.unpack_weight(packed))
 
 
 def test_backward_is_an_error_in_words():
@@ -218,10 +224,10 @@ def test_backward_is_an_error_in_words():
 
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("shape", [(0, 32, 32), (2, 64, 96)], ids=str)
-def test_opcheck(shape, quantize, dtype):
+def test_opcheck(shape, quantize, device, dtype):
     weight = make(shape, dtype)
     opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize))
     if quantize == "int4":
         scales = torch.full((*shape[:2], shape[2] // 32), 128, dtype=torch.uint8)
         opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize, scales))
-    opcheck(torch.ops.mixtral.unpack_weight.default, (ops.pack_weight(weight, quantize),))
+    opcheck(torch.ops.mixtral.unpack_weight.default, (ops.pack_weight(weight, quantize).to(device),))

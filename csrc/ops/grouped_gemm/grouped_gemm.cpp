@@ -43,7 +43,8 @@ void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& 
   });
 }
 
-// The kernels for Hopper where they were asked for and take the product. The simple ones have no swiglu of their own.
+// The kernels for Hopper where they were asked for and take the product; one of them takes int4, the others get packed
+// weights unpacked. The simple ones have no swiglu of their own.
 template <typename T>
 void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
   const CudaScope scope(a);
@@ -56,6 +57,14 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
       return check_launch(op, launch_grouped_gemm_tile_hopper(gemm, swiglu, scope.stream()));
   }
 #endif
+  if (gemm.b.format != WeightFormat::kPlain) {
+    const Tensor rows = torch::stable::new_empty(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
+    check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(rows), scope.stream()));
+    GroupedGemm<T> unpacked = gemm;
+    unpacked.b.format = WeightFormat::kPlain;
+    unpacked.b.data = rows.const_data_ptr();
+    return launch_on_cuda(op, a, unpacked, swiglu);
+  }
   if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
   const Tensor gate_up = torch::stable::new_empty(a, {gemm.rows, gemm.b.columns});
   GroupedGemm<T> product = gemm;

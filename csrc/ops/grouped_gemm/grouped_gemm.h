@@ -13,7 +13,7 @@
 namespace mixtral {
 
 // a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] end offsets, out [M, N]. The quantised formats of b are for
-// a of BFloat16; CUDA takes plain ones only.
+// a of BFloat16.
 template <typename T>
 struct GroupedGemm {
   const T* a;
@@ -36,6 +36,7 @@ void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range)
 template <typename T>
 void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
 
+// b is plain.
 template <typename T>
 int launch_grouped_gemm_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream);
 

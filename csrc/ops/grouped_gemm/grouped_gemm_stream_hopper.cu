@@ -66,10 +66,13 @@ int launch(const typename Weights::Source& weights, const void* a, const StreamG
                 : launch_kernel<Weights, Shape, false>(weights, a, gemm, stream);
 }
 
+StreamGemm stream_gemm(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
+  return {gemm.out, gemm.offs, gemm.b.experts, gemm.rows, gemm.b.columns / (swiglu ? 2 : 1), gemm.b.depth};
+}
+
 template <typename Shape>
 int launch_bf16(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
-  const StreamGemm problem{gemm.out,    gemm.offs, gemm.b.experts, gemm.rows, gemm.b.columns / (swiglu ? 2 : 1),
-                           gemm.b.depth};
+  const StreamGemm problem = stream_gemm(gemm, swiglu);
   TensorMap weights;
   if (!encode_weights<BFloat16Weights, Shape>(&weights, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
   return launch<BFloat16Weights, Shape>(weights, gemm.a, problem, swiglu, stream);
@@ -80,21 +83,23 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 }  // namespace
 
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
-  return gemm.b.format == WeightFormat::kPlain && gemm.rows <= kMaxStreamRows && gemm.b.depth > 0 &&
-         gemm.b.depth % 8 == 0 && gemm.b.columns % (swiglu ? 16 : 8) == 0 && aligned(gemm.a) && aligned(gemm.b.data) &&
-         aligned(gemm.out);
+  const WeightView& b = gemm.b;
+  const int halves = swiglu ? 2 : 1;
+  if (b.depth == 0 || !aligned(gemm.a) || !aligned(b.data) || !aligned(gemm.out)) return false;
+  if (b.format == WeightFormat::kInt4)
+    return gemm.rows <= kMaxInt4StreamRows * b.experts && b.columns % (halves * kBlockRows) == 0;
+  return b.format == WeightFormat::kPlain && gemm.rows <= kMaxStreamRows && b.depth % 8 == 0 &&
+         b.columns % (halves * 8) == 0;
 }
 
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
   if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
+  if (gemm.b.format == WeightFormat::kInt4)
+    return launch<Int4Weights, Int4Rows>({static_cast<const char*>(gemm.b.data)}, gemm.a, stream_gemm(gemm, swiglu),
+                                         swiglu, stream);
   if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, swiglu, stream);
   if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, swiglu, stream);
   return launch_bf16<MoreRows>(gemm, swiglu, stream);
-}
-
-int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
-                                           cudaStream_t stream) {
-  return launch<Int4Weights, Int4Rows>({tiles}, a, gemm, swiglu, stream);
 }
 
 int launch_quantize_rows_hopper(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth,

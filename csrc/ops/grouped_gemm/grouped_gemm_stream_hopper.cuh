@@ -103,9 +103,8 @@ __device__ __forceinline__ void load_weights(StreamShared<Weights, Shape>& share
                                              const typename Weights::Source& weights, const StreamGemm& gemm,
                                              const GemmTile& unit, int step, int stage) {
   const int tokens = 8 << token_box(unit.row_end - unit.row_begin);
-  arrive_expect_bytes(&shared.full[stage], sizeof(shared.weights[stage]) + tokens * kSwizzleRowBytes);
-  Weights::template load<kSwiglu, Shape::kGroups>(shared.weights[stage], &shared.full[stage], weights, gemm, unit,
-                                                  step);
+  Weights::template load<kSwiglu, Shape::kGroups>(shared.weights[stage], &shared.full[stage], weights, gemm, unit, step,
+                                                  tokens * kSwizzleRowBytes);
 }
 
 template <typename Weights, typename Shape>
@@ -146,13 +145,13 @@ __device__ void stream_operands(StreamShared<Weights, Shape>& shared, const type
 
 // ---- consumers: warpgroup `group`, its threads 0 to 127
 
-template <int N, typename Weights, typename Shape>
+template <int N, bool kSwiglu, typename Weights, typename Shape>
 __device__ __forceinline__ void multiply_unit(StreamShared<Weights, Shape>& shared, RingPosition& ring, int steps,
                                               int group, float (&sums)[N / 2]) {
   for (int step = 0; step < steps; ++step, ring.advance(Shape::kStages)) {
     wait(&shared.full[ring.stage], ring.parity);
-    Weights::template multiply_tile<N>(sums, shared.weights[ring.stage] + group * Weights::kTileBytes,
-                                       shared.tokens[ring.stage]);
+    Weights::template multiply_tile<kSwiglu, N>(sums, shared.weights[ring.stage] + group * Weights::kTileBytes,
+                                                shared.tokens[ring.stage]);
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) arrive(&shared.empty[ring.stage]);
   }
@@ -219,7 +218,7 @@ __device__ __forceinline__ void compute_unit(StreamShared<Weights, Shape>& share
   const int group = threadIdx.x / 128;
   const int64_t tile = unit.column_block * Shape::kGroups + group;
   float sums[N / 2] = {};  // not left to the first product: sums of every N would stay alive from unit to unit
-  multiply_unit<N>(shared, ring, stream_steps<Weights>(gemm), group, sums);
+  multiply_unit<N, kSwiglu>(shared, ring, stream_steps<Weights>(gemm), group, sums);
   Weights::template finish<kSwiglu, N>(sums, weights, gemm, unit, tile);
 #pragma unroll
   for (int first = 0; first < N; first += kStaged) {

@@ -11,6 +11,8 @@ namespace mixtral {
 
 // More rows have enough work for the tensor cores: they are no business of a kernel that streams weights.
 inline constexpr int64_t kMaxStreamRows = 1024;
+// int4 weights are read once for every 32 rows; to make plain ones moves 8.5 times the bytes of all experts.
+inline constexpr int64_t kMaxInt4StreamRows = 256;  // for each expert
 
 // What the kernel must know beside its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.
 struct StreamGemm {
@@ -60,18 +62,15 @@ MIXTRAL_HOST_DEVICE inline int64_t stream_weight_row(int64_t columns, bool swigl
   return swiglu ? row / 8 % 2 * columns + tile * 32 + row / 16 * 8 + row % 8 : tile * 64 + row;
 }
 
-// Whether the kernel takes the shape: plain weights, at most kMaxStreamRows rows, Kdim and columns of out multiples of
-// 8, a, b and out aligned to 16 bytes. gemm.offs.data may be nullptr: then all rows are one group, E is 1, and weights
-// are read while the kernel before is still running.
+// Whether the kernel takes the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of out
+// multiples of 8, at most kMaxStreamRows rows; or int4, columns of out multiples of 32, at most kMaxInt4StreamRows rows
+// for each expert. gemm.offs.data may be nullptr: then all rows are one group, E is 1, and weights are read while the
+// kernel before is still running.
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
 
 // With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two steps make of it.
 // Returns a cudaError_t.
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
-
-// The same with int4 weights: tiles as make_int4_tiles (int4_tile.h) makes them, Kdim and columns multiples of 32.
-int launch_grouped_gemm_stream_int4_hopper(const BFloat16* a, const uint8_t* tiles, const StreamGemm& gemm, bool swiglu,
-                                           cudaStream_t stream);
 
 // x [rows, depth] -> e4m3 numbers out [rows, depth] and a scale for each row, scales [rows]; depth a multiple of 8.
 int launch_quantize_rows_hopper(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth,

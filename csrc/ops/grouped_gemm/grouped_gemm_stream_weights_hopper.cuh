@@ -4,7 +4,8 @@
 //   Source                    the weights, as the kernel takes them
 //   kDepth, kTileBytes        depths of a stage, and bytes of a tile of 64 rows and so many depths
 //   kTokenBytes               bytes of a value of a token: a stage holds 128 bytes of every token
-//   load                      one thread: the tiles of a unit for one step, kTileBytes each, on their way to `full`
+//   load                      one thread: the tiles of a unit for one step, kTileBytes apart, on their way to `full`,
+//                             where it announces their bytes and those of the tokens
 //   multiply_tile             a warpgroup: sums += tile * tokens, finished on return
 //   finish                    a warpgroup: what is left to do with the sums of tile number `tile` of the expert
 #pragma once
@@ -12,8 +13,8 @@
 #include <cstdint>
 
 #include "../cuda/hopper_layout.h"
+#include "../pack_weight/packed_value.h"
 #include "grouped_gemm_stream_hopper.h"
-#include "int4_tile.h"
 
 namespace mixtral::cuda {
 
@@ -23,9 +24,10 @@ inline constexpr uint64_t kDescriptorStep = 32 >> 4;  // from the depths of one 
 // Boxes of a tensor map (stream_weight_boxes): tiles of swizzled rows of 128 bytes.
 template <bool kSwiglu, int kGroups>
 __device__ __forceinline__ void load_weight_boxes(unsigned char* shared, Barrier* full, const TensorMap& map,
-                                                  const GemmTile& unit, int depth) {
+                                                  const GemmTile& unit, int depth, int token_bytes) {
   constexpr int kRows = kGroups * kStreamTileRows, kBoxes = kSwiglu ? kRows / 16 : 1, kHalves = kSwiglu ? 2 : 1;
   const int group = static_cast<int>(unit.column_block * (kRows / 8 / kHalves));
+  arrive_expect_bytes(full, kRows * kSwizzleRowBytes + token_bytes);
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
     load_box(shared + box * (kRows / kBoxes * kSwizzleRowBytes), &map, full, depth, 0, group + box,
@@ -39,11 +41,11 @@ struct BFloat16Weights {
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
-                                              const StreamGemm&, const GemmTile& unit, int step) {
-    load_weight_boxes<kSwiglu, kGroups>(shared, full, source, unit, step * kDepth);
+                                              const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
+    load_weight_boxes<kSwiglu, kGroups>(shared, full, source, unit, step * kDepth, token_bytes);
   }
 
-  template <int N>
+  template <bool kSwiglu, int N>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
                                                        const unsigned char* tokens) {
     const uint64_t a = matrix_descriptor(shared_address(tile)), b = matrix_descriptor(shared_address(tokens));
@@ -60,47 +62,64 @@ struct BFloat16Weights {
                                                 int64_t) {}
 };
 
-// int4 (int4_tile.h): a tile is one contiguous copy. A thread reads its operands of a tile, 32 nibbles, as 16 bytes,
-// makes bf16 of them in registers and multiplies from there: nothing goes back to shared memory. The other blocks of
-// the SM multiply meanwhile.
+// int4, packed as for the CPU (pack_weight.h): a tile is two steps of two blocks of 32 rows, which are two contiguous
+// copies. With SwiGLU one block is of gate rows and one of the up rows of the same features. A thread reads the words
+// that hold its operands, makes bf16 of them in registers and multiplies from there: nothing goes back to shared
+// memory. The other blocks of the SM multiply meanwhile.
+//
+// Where the rows or the depth end within a tile, the rest of it keeps what was in shared memory before. That is
+// harmless: any byte is a finite weight, which makes columns that are not stored, or meets tokens of zero.
+//
+// Instructions are what is scarce: about 155 a warp and tile, of which 20 load and 64 convert. As many cycles of an SM
+// for 2176 bytes are 3.3 TB/s at 1.75 GHz on 132 SMs: what HBM3 has, and less than HBM3e.
 struct Int4Weights {
   struct Source {
-    const uint8_t* tiles;  // [experts, tiles of 64 rows, tiles of 64 depths, kInt4TileBytes]
+    const char* packed;  // [experts, blocks of 32 rows, steps of 32 depths, kInt4StepBytes]
   };
-  static constexpr int kDepth = kInt4TileDepth, kTileBytes = kInt4TileBytes, kTokenBytes = 2;
+  static constexpr int kDepth = 64, kBlockBytes = 2 * kInt4StepBytes, kTileBytes = 2 * kBlockBytes, kTokenBytes = 2;
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
-                                              const StreamGemm& gemm, const GemmTile& unit, int step) {
+                                              const StreamGemm& gemm, const GemmTile& unit, int step, int token_bytes) {
     static_assert(kGroups == 1, "a second tile may lie behind the weights");
-    const int64_t tile = unit.expert * int4_row_tiles(gemm.columns, kSwiglu) + unit.column_block;
-    load_bytes(shared, source.tiles + (tile * ceil_div(gemm.depth, kInt4TileDepth) + step) * kInt4TileBytes,
-               kInt4TileBytes, full, L2Policy::kEvictFirst);
-  }
-
-  // The four registers of 16 depths from a word of eight nibbles and the scales of its two rows.
-  static __device__ __forceinline__ void make_operand(uint32_t (&a)[4], uint32_t word, uint32_t scales) {
-    constexpr uint32_t kNibbles = 0x001E001E, k64 = 0x42804280,
-                       k71Half = 0x428F428F;  // bf16 64 + n has n in bits 1 to 4
-    const uint32_t row_scales[2] = {(scales & 0xFFFF) * 0x10001, (scales >> 16) * 0x10001};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t biased = and_or(i == 0 ? word << 1 : word >> (4 * i - 1), kNibbles, k64);
-      a[i] = multiply_bf16_pair(subtract_bf16_pair(biased, k71Half), row_scales[i % 2]);
+    const int64_t blocks = gemm.columns / kBlockRows * (kSwiglu ? 2 : 1), steps = gemm.depth / 32;  // of an expert
+    const int64_t first = unit.column_block * (kSwiglu ? 1 : 2), second = first + (kSwiglu ? blocks / 2 : 1);
+    const int count = second < blocks ? 2 : 1;
+    const int bytes = 2 * step + 1 < steps ? kBlockBytes : kInt4StepBytes;
+    arrive_expect_bytes(full, count * bytes + token_bytes);
+    for (int i = 0; i < count; ++i) {
+      const int64_t block = unit.expert * blocks + (i == 0 ? first : second);
+      load_bytes(shared + i * kBlockBytes, source.packed + (block * steps + 2 * step) * kInt4StepBytes, bytes, full,
+                 L2Policy::kEvictFirst);
     }
   }
 
-  template <int N>
+  // Two neighbouring depths as bf16: the nibbles at bits 1 and 17 of `word`; `scale` is that of the row, twice.
+  static __device__ __forceinline__ uint32_t make_pair(uint32_t word, uint32_t scale) {
+    constexpr uint32_t k64 = 0x42804280, k71Half = 0x428F428F;  // pairs of bf16; in 64 + n, n starts at bit 1
+    return multiply_bf16_pair(subtract_bf16_pair(and_or(word, 0x001E001E, k64), k71Half), scale);
+  }
+
+  template <bool kSwiglu, int N>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
                                                        const unsigned char* tokens) {
-    const int thread = threadIdx.x % 128;
-    const uint4 nibbles = reinterpret_cast<const uint4*>(tile)[thread];
-    const uint32_t scale_bytes = reinterpret_cast<const uint32_t*>(tile + kInt4NibbleBytes)[thread / 4];
-    const uint32_t words[4] = {nibbles.x, nibbles.y, nibbles.z, nibbles.w};
-    const uint32_t scales[2] = {int4_scales(scale_bytes & 0x00FF00FF), int4_scales(scale_bytes >> 8 & 0x00FF00FF)};
-    uint32_t a[4][4];
+    const int thread = threadIdx.x % 128, lane = thread % kWarpSize;
+    const int turn = (lane % 4 * 4 + 31) % 32;  // to the right: nibble lane % 4 comes to bits 1 and 17
+    uint32_t a[4][4];                           // for 16 depths each
 #pragma unroll
-    for (int k = 0; k < 4; ++k) make_operand(a[k], words[k], scales[k / 2]);  // 16 depths each
+    for (int half = 0; half < 2; ++half) {
+      const int row = static_cast<int>(stream_weight_row(kBlockRows, kSwiglu, 0, accumulator_row(thread, half * 2)));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const unsigned char* rows = tile + row / kBlockRows * kBlockBytes + step * kInt4StepBytes;
+        const uint32_t scale = int4_scale_bits(rows[row % kBlockRows]) * 0x10001u;
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+          const uint32_t word = *reinterpret_cast<const uint32_t*>(rows + int4_word_offset(row % kBlockRows, group));
+          a[step * 2 + group / 2][group % 2 * 2 + half] = make_pair(__funnelshift_r(word, word, turn), scale);
+        }
+      }
+    }
     const uint64_t b = matrix_descriptor(shared_address(tokens));
     fence_accumulators();
 #pragma unroll
@@ -126,11 +145,11 @@ struct E4m3Weights {
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
-                                              const StreamGemm&, const GemmTile& unit, int step) {
-    load_weight_boxes<kSwiglu, kGroups>(shared, full, source.map, unit, step * kDepth);
+                                              const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
+    load_weight_boxes<kSwiglu, kGroups>(shared, full, source.map, unit, step * kDepth, token_bytes);
   }
 
-  template <int N>
+  template <bool kSwiglu, int N>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
                                                        const unsigned char* tokens) {
     const uint64_t a = matrix_descriptor(shared_address(tile)), b = matrix_descriptor(shared_address(tokens));

@@ -47,6 +47,7 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
   const WeightFormat format = parse_format(op, quantize);
   check_rank(op, "weight", weight, 3, "[E, N, Kdim]");
   check_float(op, "weight", weight);
+  MIXTRAL_CHECK(!weight.is_cuda(), op, ": weight must be on the cpu (pack there and move the result), got cuda");
   MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % 32 == 0, op,
                 ": weight must have N and Kdim that are multiples of 32, got shape ", shape_string(weight));
   if (scales) check_scales(op, *scales, weight, format);
@@ -83,6 +84,12 @@ Tensor unpack_weight(const Tensor& packed) {
     using T = decltype(tag);
     const char* from = static_cast<const char*>(view.data);
     T* to = mutable_ptr<T>(out);
+    if constexpr (kWithCuda) {
+      if (packed.is_cuda()) {
+        const CudaScope scope(packed);
+        return check_launch(op, launch_unpack_weight_cuda(view, to, scope.stream()));
+      }
+    }
     parallel_rows(view.experts * view.columns / kBlockRows, kBlockRows * view.depth, [=](int64_t begin, int64_t end) {
       launch_unpack_weight_cpu(from, view.format, view.depth, to, begin, end);
     });
@@ -96,5 +103,12 @@ STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
 }
+
+#ifdef MIXTRAL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+}
+#endif
 
 }  // namespace mixtral

@@ -1,5 +1,5 @@
 // pack_weight: the rows of weights [E, N, Kdim], which are the columns of a product, in the order in which the CPU
-// kernels read them, optionally quantised; unpack_weight: back to rows.
+// kernels read them, optionally quantised; unpack_weight: back to rows. CUDA kernels take the same bytes.
 //
 // A block holds 32 rows. Along the depth it is cut into steps of 32, in the order of cpu/matmul.h. N and Kdim are
 // multiples of 32, so that the shape of a packed weight tells them.
@@ -23,6 +23,9 @@
 
 #include <cstdint>
 
+#include "../cuda/stream.h"
+#include "../index_array.h"
+
 namespace mixtral {
 
 using torch::headeronly::BFloat16;
@@ -40,7 +43,7 @@ struct WeightView {
 };
 
 // Bytes of one packed block, for values of `element_size` bytes.
-inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t element_size) {
+MIXTRAL_HOST_DEVICE inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t element_size) {
   switch (format) {
     case WeightFormat::kInt8:
       return kBlockRows * (depth + static_cast<int64_t>(sizeof(float)));
@@ -67,6 +70,10 @@ bool launch_pack_weight_cpu(const T* weight, const uint8_t* scales, WeightFormat
 template <typename T>
 void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t depth, T* out, int64_t begin,
                               int64_t end);
+
+// The same on CUDA, for a weight that is not plain; returns a cudaError_t. out is aligned to 32 bytes.
+template <typename T>
+int launch_unpack_weight_cuda(const WeightView& weight, T* out, cudaStream_t stream);
 
 // The panel (cpu/matmul.h) of columns [column, column + 32) of `expert` at depths [k, k + depth), zero where there are
 // none; column and k are multiples of 32. It is the weight itself where its format allows, or is made in `scratch`,

@@ -8,6 +8,7 @@
 #include "../cpu/simd.h"
 #include "dequantize.h"
 #include "pack_weight.h"
+#include "packed_value.h"
 
 namespace mixtral {
 
@@ -30,10 +31,6 @@ MIXTRAL_INLINE uint32_t float_to_bits(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-
-// Where the value of row j at depth d lies in a step: in pair order, or depth by depth.
-MIXTRAL_INLINE int64_t pair_index(int64_t j, int64_t d) { return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2; }
-MIXTRAL_INLINE int64_t plain_index(int64_t j, int64_t d) { return d * kPanelColumns + j; }
 
 // Puts a row of a step into pair order: the two depths of a pair stay together.
 MIXTRAL_INLINE void store_pairs(const uint8_t* row, int64_t j, uint8_t* step) {

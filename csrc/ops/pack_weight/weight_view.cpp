@@ -12,7 +12,6 @@ WeightView view_weight(const char* op, const char* name, const Tensor& weight, S
     check_rank(op, name, weight, int8 ? 3 : 4, "of a packed weight");
     const bool fits = int8 ? last >= 128 && last % 1024 == 128 : last == (int4 ? kInt4StepBytes : 1024);
     MIXTRAL_CHECK(fits, op, ": ", name, " must have the shape of a packed weight, got ", shape_string(weight));
-    MIXTRAL_CHECK(!weight.is_cuda(), op, ": ", name, " must be a plain weight ", symbols, " on cuda, got a packed one");
   } else {
     check_rank(op, name, weight, 3, symbols);
   }

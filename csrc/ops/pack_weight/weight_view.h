@@ -7,8 +7,8 @@
 namespace mixtral {
 
 // `weight` must outlive the view; its data is used only if it is contiguous. Throws when it is neither plain nor in one
-// of the packed formats, is packed and not on the CPU, or does not go with inputs of type `input`: the same dtype, or
-// BFloat16 when quantised. `symbols` names the dimensions of a plain one, e.g. "[E, N, Kdim]".
+// of the packed formats, or does not go with inputs of type `input`: the same dtype, or BFloat16 when quantised.
+// `symbols` names the dimensions of a plain one, e.g. "[E, N, Kdim]".
 WeightView view_weight(const char* op, const char* name, const Tensor& weight, ScalarType input, const char* symbols);
 
 // Throws unless `weight` stands for [E, columns, depth].

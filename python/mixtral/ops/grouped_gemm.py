@@ -14,7 +14,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
     Args:
         a: [M, Kdim], float.
-        b: [E, N, Kdim], the layout of ``torch.nn.Linear.weight``, dtype of ``a``; on the CPU plain or packed
+        b: [E, N, Kdim], the layout of ``torch.nn.Linear.weight``, dtype of ``a``; plain or packed
             (:func:`pack_weight`). Packed without quantisation it gives the bits of the plain one; a quantised one,
             for bf16 ``a`` alone, those of ``unpack_weight(b)``.
         offs: [E], int32 or int64 **end** offsets, as in ``torch.nn.functional.grouped_mm``.

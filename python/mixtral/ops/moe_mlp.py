@@ -16,7 +16,7 @@ def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Ten
         topk_weights: f32 [T, K].
         topk_ids: [T, K], int32 or int64, in [0, E).
         gate_up_proj: [E, 2I, H], dtype of ``x``; rows of the gate, then of the value (Hugging Face's layout).
-        down_proj: [E, H, I], dtype of ``x``. On the CPU each of the two is plain or packed (:func:`pack_weight`), with
+        down_proj: [E, H, I], dtype of ``x``. Each of the two is plain or packed (:func:`pack_weight`), with
             I a multiple of 32 when ``gate_up_proj`` is packed; a quantised one goes with bf16 ``x`` alone.
 
     Returns:

@@ -34,8 +34,8 @@ def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | No
         4.25 bits a value with "int4".
 
     Raises:
-        RuntimeError: a shape, dtype or format does not fit; a weight to be quantised is not below 2^66 in magnitude.
-        NotImplementedError: ``weight`` is on CUDA.
+        RuntimeError: a shape, dtype or format does not fit; a weight to be quantised is not below 2^66 in magnitude;
+            ``weight`` is on CUDA: pack on the CPU and move the result, which serves on both.
     """
     return torch.ops.mixtral.pack_weight.default(weight, quantize, scales)
 
@@ -51,7 +51,6 @@ def unpack_weight(packed: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: the shape or dtype is not that of a packed weight.
-        NotImplementedError: ``packed`` is on CUDA.
     """
     return torch.ops.mixtral.unpack_weight.default(packed)
 

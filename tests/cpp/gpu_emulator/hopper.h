@@ -43,6 +43,9 @@ inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fdividef(float a, float b) { return a / b; }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncthreads() { emulator::named_barrier(0, static_cast<int>(emulator::block_size()), false); }
 inline void __syncwarp() { emulator::exchange_in_warp(nullptr, 0); }
