@@ -1,6 +1,8 @@
 // The kernel of the grouped GEMM of few rows, on the emulated GPU: every row gets the products of its expert and no
 // other, whatever the routing, the shape and the schedule.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -104,6 +106,26 @@ float int4_weight(int nibble, uint8_t scale) {  // as pack_weight.h defines it
   return std::ldexp(static_cast<float>(BFloat16(level)), scale / 2 - 64);
 }
 
+// Bytes behind which no memory is: whoever reads further crashes.
+class GuardedBytes {
+ public:
+  explicit GuardedBytes(size_t size) : size_(size) {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    pages_ = (size + page - 1) / page * page;
+    base_ =
+        static_cast<uint8_t*>(mmap(nullptr, pages_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base_ + pages_, page, PROT_NONE);
+  }
+  GuardedBytes(const GuardedBytes&) = delete;
+  ~GuardedBytes() { munmap(base_, pages_ + sysconf(_SC_PAGESIZE)); }
+  size_t size() const { return size_; }
+  uint8_t* data() const { return base_ + pages_ - size_; }
+
+ private:
+  size_t size_, pages_;
+  uint8_t* base_;
+};
+
 template <>
 struct Operands<Int4Weights> {
   // Random bytes, and the weights that they are by the words of pack_weight.h.
@@ -111,7 +133,7 @@ struct Operands<Int4Weights> {
     fill_tokens(p);
     std::mt19937 random(static_cast<unsigned>(p.columns));
     for (size_t i = 0; i < packed.size(); ++i)
-      packed[i] = static_cast<uint8_t>(i % kInt4StepBytes < 32 ? 126 + random() % 6 : random());
+      packed.data()[i] = static_cast<uint8_t>(i % kInt4StepBytes < 32 ? 126 + random() % 6 : random());
     const int64_t steps = p.depth / 32;
     for (int64_t block = 0; block < p.experts * p.weight_rows / 32; ++block)
       for (int64_t step = 0; step < steps; ++step)
@@ -132,7 +154,7 @@ struct Operands<Int4Weights> {
   Int4Weights::Source weights(const Problem&, int) const { return {reinterpret_cast<const char*>(packed.data())}; }
   TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
 
-  std::vector<uint8_t> packed;
+  GuardedBytes packed;
 };
 
 template <>

@@ -110,12 +110,12 @@ def test_zero_rows_stay_zero(quantize, dtype):
 
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
-def test_empty(shape, quantize, dtype):
+def test_empty(shape, quantize, device, dtype):
     weight = make(shape, dtype)
     packed = ops.pack_weight(weight, quantize)
     blocks = (shape[0], shape[1] // 32)
     expected = {None: (shape[2] // 32, 1024), "int8": (32 * shape[2] + 128,), "int4": (shape[2] // 32, 544)}
-    assert packed.shape == blocks + expected[quantize] and ops.unpack_weight(packed).shape == shape
+    assert packed.shape == blocks + expected[quantize] and ops.unpack_weight(packed.to(device)).shape == shape
 
 
 @pytest.mark.parametrize("quantize", FORMATS)
@@ -209,7 +209,7 @@ def test_packing_is_for_the_cpu(device):
 
 
 @pytest.mark.parametrize("quantize", FORMATS)
-@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_weights_move_between_devices(shape, quantize, device, dtype):
     packed = ops.pack_weight(make(shape, dtype), quantize)
     assert_same_bits(ops.unpack_weight(packed.to(device)).cpu(), reference.unpack_weight(packed))
