@@ -1,7 +1,7 @@
 // For each expert, a chunk of its rows meets a few 32-column panels of its weights at a time. Panels are walked along
 // the depth in pieces that stay in the cache while all the rows pass over them; sums are kept in f32 between pieces.
-// Each weight is read from memory once per chunk, and each piece of rows serves several panels. Very few rows, as in
-// decoding, meet each packed block of weights by itself (multiply_block.h).
+// Each weight is read from memory once per chunk, and each piece of rows serves several panels. One row alone, as in
+// decoding, meets quantised weights without a panel (multiply_row.h).
 //
 // What is multiplied is bf16 where the instruction set has products of bf16 (and the weights are), f32 otherwise.
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
 #include "../cpu/simd.h"
-#include "../pack_weight/multiply_block.h"
+#include "../pack_weight/multiply_row.h"
 #include "../swiglu/swiglu_value.h"
 #include "grouped_gemm.h"
 #include "tiles.h"
@@ -81,9 +81,9 @@ class Multiplication {
         sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
     if constexpr (std::is_same_v<T, BFloat16>)
-      if (count <= kMaxBlockKernelRows) block_kernel_ = block_kernel(gemm.b.format);
-    if (block_kernel_) {
-      widen_rows();
+      if (count == 1) row_kernel_ = row_kernel(gemm.b.format);
+    if (row_kernel_) {
+      widen_row();
       return;
     }
     const bool few = count <= kFewRows;
@@ -102,10 +102,10 @@ class Multiplication {
   const float* run(const int64_t* columns, int64_t panels) const {
     auto& scratch = thread_scratch<Operand>();
     float* sums = scratch.sums.grow(panels * sum_rows_ * kPanelColumns);
-    if (block_kernel_) {
+    if (row_kernel_) {
+      const float* row = thread_scratch<float>().rows.at(0);
       for (int64_t i = 0; i < panels; ++i)
-        block_kernel_(packed_block(gemm_.b, expert_, columns[i]), thread_scratch<float>().rows.at(0), count_,
-                      gemm_.b.depth, sums + i * sum_rows_ * kPanelColumns);
+        row_kernel_(packed_block(gemm_.b, expert_, columns[i]), row, gemm_.b.depth, sums + i * kPanelColumns);
       return sums;
     }
     std::fill_n(sums, panels * sum_rows_ * kPanelColumns, 0.0f);
@@ -122,11 +122,11 @@ class Multiplication {
   }
 
  private:
-  // All rows as f32, which block_kernel_ takes.
-  void widen_rows() const {
+  // The one row as f32, as row_kernel_ takes it.
+  void widen_row() const {
     const int64_t depth = gemm_.b.depth;
-    float* copy = thread_scratch<float>().rows.grow(count_ * depth);
-    for_cpu_isa([&] { copy_rows(a_, depth, count_, depth, copy); });
+    float* copy = thread_scratch<float>().rows.grow(depth);
+    for_cpu_isa([&] { copy_rows(a_, depth, 1, depth, copy); });
   }
 
   // All rows, piece by piece of the depth, into this thread's buffer.
@@ -171,7 +171,7 @@ class Multiplication {
   const int64_t expert_, count_;
   const T* a_;
   int64_t sum_rows_, piece_;
-  BlockKernel block_kernel_ = nullptr;
+  RowKernel row_kernel_ = nullptr;
   TileKernel tile_kernel_ = nullptr;
   bool rows_in_place_, panels_in_place_;
 };

@@ -1,0 +1,15 @@
+// The product of one row with a quantised block, which is read once and never written out as a panel.
+#pragma once
+
+#include "pack_weight.h"
+
+namespace mixtral {
+
+// sums [32] = row [depth] * block; the row's values are bf16 ones. The bits are those of cpu::bf16_kernel().
+using RowKernel = void (*)(const char* block, const float* row, int64_t depth, float* sums);
+
+// Null where the instruction set in use has no such kernel, and for weights that are not quantised: tiles, which are
+// read in place, are as fast as memory.
+RowKernel row_kernel(WeightFormat format);
+
+}  // namespace mixtral
