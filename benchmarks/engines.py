@@ -165,7 +165,6 @@ class Worker:
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(sys.path),  # the packages that this process sees
-                "OMP_WAIT_POLICY": "passive",  # threads that spin would slow the engine whose turn it is
                 "OMP_NUM_THREADS": str(threads),
                 "HF_HUB_OFFLINE": "1",
                 **(environment or {}),
