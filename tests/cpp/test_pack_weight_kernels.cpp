@@ -21,7 +21,7 @@ void expect_bits_of_the_cpu(int64_t blocks, int64_t depth) {
   std::vector<T> weight(blocks * kBlockRows * depth);
   for (size_t i = 0; i < weight.size(); ++i) weight[i] = T(normal(random) * std::ldexp(1.0f, static_cast<int>(i % 9)));
   std::vector<char> packed(blocks * packed_block_bytes(kFormat, depth, sizeof(T)));
-  ASSERT_TRUE(launch_pack_weight_cpu(weight.data(), kFormat, depth, packed.data(), 0, blocks));
+  ASSERT_TRUE(launch_pack_weight_cpu(weight.data(), nullptr, kFormat, depth, packed.data(), 0, blocks));
 
   constexpr int64_t kGuard = 64;
   std::vector<Out> expected(weight.size() + kGuard, Out(NAN));
