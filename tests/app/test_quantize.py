@@ -185,19 +185,28 @@ def test_a_full_disk_leaves_nothing_behind(kibibytes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def stopped_while_writing(out: Path) -> subprocess.Popen:
-    """A run that is stopped (SIGSTOP) before all weights are in their file."""
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory) -> Path:
+    """The demo model with a large file that is copied, before the weights are written, because of its name."""
+    model = tmp_path_factory.mktemp("slow") / "model"
+    shutil.copytree(DEMO, model)
+    with open(model / "tokenizer.large", "wb") as file:
+        file.truncate(2**25)  # milliseconds to catch, and far below the grace after a signal
+    return model
+
+
+def stopped_while_writing(model: Path, out: Path) -> subprocess.Popen:
+    """A run that is stopped (SIGSTOP) in the middle of its files."""
     incomplete = out.with_name(out.name + ".incomplete")
-    whole = 3_000_000  # of the demo model in int4, nearly
-    for _ in range(50):
-        command = [BINARY, "quantize", DEMO, out, "--dtype", "int4"]
+    for _ in range(20):
+        command = [BINARY, "quantize", model, out, "--dtype", "int4"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment())
         while process.poll() is None and not incomplete.exists():
             pass
         if process.returncode is None:
             os.kill(process.pid, signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it goes on until it is stopped
-            if incomplete.exists() and sum(file.stat().st_size for file in incomplete.iterdir()) < whole:
+            if incomplete.exists() and not (incomplete / "model.safetensors").exists():
                 return process
         process.kill()
         process.communicate()
@@ -206,8 +215,8 @@ def stopped_while_writing(out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_writing_leaves_nothing_behind(number, code, tmp_path):
-    process = stopped_while_writing(tmp_path / "out")
+def test_a_signal_while_writing_leaves_nothing_behind(number, code, slow_model, tmp_path):
+    process = stopped_while_writing(slow_model, tmp_path / "out")
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     assert process.wait(30) == code
