@@ -62,7 +62,7 @@ class Batch {
     DecodeProblem p = problem();
     std::vector<BFloat16> out(q.size(), BFloat16(NAN));
     p.out = out.data();
-    EXPECT_TRUE(hopper_takes_decode(p));
+    EXPECT_TRUE(takes_attention_decode_hopper(p));
     DecodePlan plan = decode_plan(p);
     if (splits > 0) plan.splits = splits;
     const size_t floats = decode_workspace_bytes(p, plan) / sizeof(float);
@@ -319,17 +319,17 @@ TEST(AttentionDecodeHopper, PlansFromShapes) {
 }
 
 TEST(AttentionDecodeHopper, TakesFewRowsOfAlignedHeads) {
-  EXPECT_TRUE(hopper_takes_decode(shapes(16, 1, 32, 8, 0, 64)));
-  EXPECT_FALSE(hopper_takes_decode(shapes(17, 1, 32, 8, 0, 64)));
-  EXPECT_FALSE(hopper_takes_decode(shapes(1, 1, 65, 1, 0, 64)));
-  EXPECT_FALSE(hopper_takes_decode(shapes(0, 0, 32, 8, 0, 64)));
+  EXPECT_TRUE(takes_attention_decode_hopper(shapes(16, 1, 32, 8, 0, 64)));
+  EXPECT_FALSE(takes_attention_decode_hopper(shapes(17, 1, 32, 8, 0, 64)));
+  EXPECT_FALSE(takes_attention_decode_hopper(shapes(1, 1, 65, 1, 0, 64)));
+  EXPECT_FALSE(takes_attention_decode_hopper(shapes(0, 0, 32, 8, 0, 64)));
   DecodeProblem p = shapes(1, 1, 32, 8, 0, 64);
   p.head_dim = 96;
-  EXPECT_FALSE(hopper_takes_decode(p));
+  EXPECT_FALSE(takes_attention_decode_hopper(p));
   p.head_dim = 64;
-  EXPECT_TRUE(hopper_takes_decode(p));
+  EXPECT_TRUE(takes_attention_decode_hopper(p));
   p.k = reinterpret_cast<const BFloat16*>(8);
-  EXPECT_FALSE(hopper_takes_decode(p));
+  EXPECT_FALSE(takes_attention_decode_hopper(p));
 }
 
 TEST(AttentionDecodeHopper, SplitsShareTheBlocksOfARange) {

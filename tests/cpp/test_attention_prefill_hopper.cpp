@@ -115,7 +115,7 @@ struct Batch {
   std::vector<BFloat16> run(uint64_t seed) const {
     std::vector<BFloat16> out(q.size(), kNan);
     const auto p = problem(out.data());
-    EXPECT_TRUE(hopper_takes_prefill(p));
+    EXPECT_TRUE(takes_attention_prefill_hopper(p));
     TensorMap q_map, k_map, v_map;
     EXPECT_TRUE(prefill_query_map(&q_map, p) && prefill_key_map(&k_map, p, p.k) && prefill_key_map(&v_map, p, p.v));
     const int64_t tiles = num_query_tiles(p.tokens, p.sequences, tile_tokens(p.num_heads / p.num_kv_heads));
@@ -345,11 +345,11 @@ TEST(AttentionPrefillHopper, DeclinesWhatItCannotDo) {
   batch.store();
   std::vector<BFloat16> out(batch.q.size() + 1);
   auto p = batch.problem(out.data());
-  EXPECT_TRUE(hopper_takes_prefill(p));
+  EXPECT_TRUE(takes_attention_prefill_hopper(p));
   const auto declines = [&](const auto& change) {
     auto other = p;
     change(other);
-    return !hopper_takes_prefill(other);
+    return !takes_attention_prefill_hopper(other);
   };
   EXPECT_TRUE(declines([](auto& x) { x.head_dim = 64; }));
   EXPECT_TRUE(declines([](auto& x) { x.num_heads = 129; }));

@@ -54,7 +54,7 @@ constexpr bool decode_shapes_fit(const DecodeProblem& p) {
   return tokens * group <= kMaxDecodeRows;
 }
 
-inline bool hopper_takes_decode(const DecodeProblem& p) {
+inline bool takes_attention_decode_hopper(const DecodeProblem& p) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   return decode_shapes_fit(p) && aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.out);
 }

@@ -14,7 +14,7 @@ namespace mixtral {
 using torch::headeronly::BFloat16;
 
 // Whether the kernel takes the problem; decided from sizes, the scale and the alignment of pointers alone.
-inline bool hopper_takes_prefill(const AttentionProblem<BFloat16>& p) {
+inline bool takes_attention_prefill_hopper(const AttentionProblem<BFloat16>& p) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // TMA's coordinates are int32
   const KeyLayout& keys = p.keys;
   const auto aligned = [](const BFloat16* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };

@@ -48,12 +48,12 @@ int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem,
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
     const bool hopper = use_hopper_kernels(q);
-    if (hopper && hopper_takes_decode(problem)) {  // few queries a sequence
+    if (hopper && takes_attention_decode_hopper(problem)) {  // few queries a sequence
       const int64_t bytes = decode_workspace_bytes(problem, decode_plan(problem));
       const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
       return launch_attention_decode_hopper(problem, mutable_ptr<unsigned char>(workspace), stream);
     }
-    if (hopper && hopper_takes_prefill(problem)) return launch_attention_prefill_hopper(problem, stream);
+    if (hopper && takes_attention_prefill_hopper(problem)) return launch_attention_prefill_hopper(problem, stream);
   }
 #else
   (void)q;
