@@ -3,8 +3,8 @@
 
 #include "../cuda/tensor_map.cuh"
 #include "../cuda/wgmma.cuh"
-#include "grouped_gemm_tile_hopper.h"
 #include "grouped_gemm_tile_hopper.cuh"
+#include "grouped_gemm_tile_hopper.h"
 
 namespace mixtral {
 namespace {
