@@ -3,13 +3,12 @@
 import re
 import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-import mixtral
+from cuda_code import cuobjdump
+from mixtral.ops._library import LIBRARY
 
-LIBRARY = Path(mixtral.__file__).parent / "libmixtral_ops.so"
 WGMMA = {"HGMMA", "QGMMA"}
 # Part of a kernel's name -> instructions of which it has at least one: products, and the way of its data.
 KERNELS = {
@@ -20,17 +19,12 @@ KERNELS = {
 }
 
 
-def disassembler() -> Path:
-    triton = pytest.importorskip("triton", reason="cuobjdump comes with triton, which comes with torch for CUDA")
-    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Counter]:
     """How often each instruction occurs in every kernel for 9.0a."""
-    tool = disassembler()
-    if not tool.exists() or b"sm_90a" not in LIBRARY.read_bytes():
-        pytest.skip("built without CUDA kernels for 9.0a")
+    tool = cuobjdump()
+    if tool is None or b"sm_90a" not in LIBRARY.read_bytes():
+        pytest.skip("no CUDA kernels for 9.0a in the library, or no cuobjdump")
     code = subprocess.run([tool, "-sass", "-arch", "sm_90a", LIBRARY], capture_output=True, text=True, check=True)
     counts: dict[str, Counter] = {}
     for line in code.stdout.splitlines():

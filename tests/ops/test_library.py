@@ -1,13 +1,11 @@
 """The built op library: stable ABI only, and CUDA code for every listed architecture without spills."""
 
-import importlib.util
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
+from cuda_code import cuobjdump
 from mixtral.ops._library import LIBRARY
 
 
@@ -19,13 +17,10 @@ def test_no_symbol_of_torchs_unstable_abi_is_needed():
 
 def resource_usage() -> list[tuple[str, str, int]]:
     """(architecture, kernel, bytes of local memory and stack) of every kernel; empty for a CPU-only build."""
-    # The toolkit's cuobjdump, or the one that comes with torch's triton.
-    triton = importlib.util.find_spec("triton")
-    bundled = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=bundled)
-    if cuobjdump is None:
+    tool = cuobjdump()
+    if tool is None:
         return []
-    text = subprocess.run([cuobjdump, "--dump-resource-usage", LIBRARY], capture_output=True, text=True).stdout
+    text = subprocess.run([tool, "--dump-resource-usage", LIBRARY], capture_output=True, text=True).stdout
     architecture, found, kernel = "", [], ""
     for line in text.splitlines():
         if match := re.match(r"arch = (\S+)", line.strip()):
