@@ -23,6 +23,7 @@ from common import Bench, Row
 from engines import missing_packages
 from model_turns import MEASURES, PEERS, Turns, run_turns
 from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
+from roofline import measure_matmul_rate
 
 LONGEST = 2048  # positions that the cache has to hold
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
@@ -128,11 +129,31 @@ def resource_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Tu
     return rows
 
 
+def profile_rows(model: str, dtype: str, turns: Turns, arithmetic: float) -> list[Row]:
+    """Where the time goes: the share of each op, and what moe_mlp, the largest, makes of memory and of ``arithmetic``,
+    the GFLOP/s of the processor."""
+    shape, case = SHAPES[model], f"{model} {dtype}"
+    rows = [
+        Row(case, f"{measure}, share of {op}", 100 * share, "%")
+        for measure, shares in turns.profiles.items()
+        for op, share in sorted(shares.items(), key=lambda item: -item[1])
+    ]
+    experts = shape.layers * shape.top_k * shape.expert_weights  # weights that meet a token
+    for measure, work, unit, bound in (
+        ("decode", BYTES_PER_WEIGHT[dtype], "GB/s", statistics.median(turns.bandwidth)),
+        ("prefill 512", 2, "GFLOP/s", arithmetic),
+    ):
+        rate = turns.rate("ours", measure) * experts * work / 1e9 / turns.profiles[measure]["moe_mlp"]
+        rows.append(Row(case, f"{measure}, moe_mlp", rate, unit, bound, 100 * rate / bound))
+    return rows
+
+
 def merged(groups: list[Turns]) -> Turns:
     """Everything that ours did, whoever it took turns with."""
     everything = Turns()
     for turns in groups:
         everything.bandwidth += turns.bandwidth
+        everything.profiles = turns.profiles
         for key, implementations in turns.rates.items():
             for experts, rates in implementations.items():
                 everything.rates[key][experts] += rates
@@ -159,6 +180,7 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
     return (
         rate_rows(model, dtype, peers, groups)
         + bound_rows(model, dtype, everything)
+        + profile_rows(model, dtype, everything, measure_matmul_rate("cpu", torch.bfloat16))
         + resource_rows(model, dtype, peers, groups)
     )
 
@@ -186,7 +208,7 @@ def show(row: Row) -> None:
     bound = f"{row.percent_of_bound:5.1f} % of bound" if row.percent_of_bound else ""
     peer = f"x {row.ratio:.2f} {row.peer} ({row.peer_value:.2f})" if row.ratio else row.peer or ""
     goal = f"goal {row.goal:.2f}" if row.goal else ""
-    print(f"{row.case:24s} {row.metric:22s} {row.value:9.2f} {row.unit:9s} {bound:18s} {peer:36s} {goal}")
+    print(f"{row.case:24s} {row.metric:48s} {row.value:9.2f} {row.unit:9s} {bound:18s} {peer:36s} {goal}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import mixtral
 import model_cuda
-from bench_model import ISA_ENVIRONMENT, bound_rows, groups_that_fit, rate_rows, resource_rows
+from bench_model import ISA_ENVIRONMENT, bound_rows, groups_that_fit, profile_rows, rate_rows, resource_rows
 from common import Bench
 from engines import VOCAB, Worker, missing_packages
-from model_turns import MEASURES, Measure, Turns, run_turns
+from model_turns import MEASURES, PROFILES, Measure, Turns, run_turns
 from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
 from roofline import Rates
 
@@ -84,6 +84,27 @@ def test_worker_loads_obeys_and_says_why_it_died(engine, folder):
     with pytest.raises(RuntimeError, match=rf"(?s){engine}: the worker died.*no_such_command"):
         worker.ask("no_such_command")
     worker.close()
+
+
+def test_profile_shares_the_time_among_the_ops_that_ran(folder):
+    worker = Worker("ours", folder, "bfloat16", threads=1)
+    shares = worker.ask("profile", prompt=20, tokens=4)
+    worker.close()
+    assert {"moe_route", "moe_mlp", "grouped_gemm", "rolling_kv_cache_attention", "other"} < set(shares)
+    assert all(0 < share < 1 for share in shares.values()) and sum(shares.values()) == pytest.approx(1)
+
+
+def test_profile_rows_rate_the_experts_by_their_share_of_the_time():
+    turns = turns_of({"ours": 5.0})
+    turns.profiles = {name: {"other": 0.2, "moe_mlp": 0.8} for name in PROFILES}
+    rows = {row.metric: row for row in profile_rows("mid", "int8", turns, 1000.0)}
+    assert list(rows)[:2] == ["prefill 512, share of moe_mlp", "prefill 512, share of other"]
+    assert rows["decode, share of moe_mlp"].value == 80
+    shape = SHAPES["mid"]
+    weights = shape.layers * shape.top_k * shape.expert_weights
+    assert rows["decode, moe_mlp"].value == pytest.approx(5 / 0.8 * weights / 1e9)  # a byte each
+    assert rows["decode, moe_mlp"].percent_of_bound == pytest.approx(10 * rows["decode, moe_mlp"].value)
+    assert rows["prefill 512, moe_mlp"].value == pytest.approx(5 / 0.8 * 2 * weights / 1e9)
 
 
 def test_missing_package_is_named(monkeypatch):
