@@ -1,10 +1,11 @@
-"""Mixtral 8x7B on one GPU: random weights, as many of its 32 layers as fit, prefill and decoding of a few batches.
+"""Mixtral 8x7B on one GPU: random weights in bf16, fp8 and int4, as many of its 32 layers as fit, prefill and decoding
+of a few batches.
 
 With fewer layers, rates are scaled by what a step then reads or computes, and every case says so.
 """
 
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from engines import prompts_of
 from random_models import MIXTRAL_8X7B, NORM_EPS, ROPE_THETA, Shape
 from roofline import Rates, rates_of
 
+BYTES_PER_WEIGHT = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.53125}  # int4: with a byte of scale for every 32
+ARITHMETIC = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int4": torch.bfloat16}
 BATCHES = (1, 8, 32, 64)
 GOALS = {1: 82.0, 8: 80.0}  # percentages of the bound, by batch
 PROMPT, STEPS = 128, 64
@@ -24,11 +27,18 @@ ROUTERS = ("mixtral::topk_softmax", "mixtral::moe_route")  # ops that return (we
 RESERVE = 6 * 10**9  # bytes for activations, workspaces and what the GPU itself needs
 
 
-def layers_that_fit(shape: Shape, free_bytes: int) -> int:
-    """Layers whose bf16 weights and cache leave ``RESERVE`` free."""
-    cache = replace(shape, layers=1).cache_bytes(max(PREFILL, max(BATCHES) * (PROMPT + STEPS + 1)))
-    layer = 2 * (replace(shape, layers=1).weights - replace(shape, layers=0).weights) + cache
-    room = free_bytes - RESERVE - 2 * replace(shape, layers=0).weights
+def weight_bytes(shape: Shape, dtype: str) -> float:
+    """Of a model: embeddings and routers stay in bf16."""
+    plain = shape.vocab * shape.hidden + shape.layers * shape.experts * shape.hidden
+    return 2 * plain + BYTES_PER_WEIGHT[dtype] * (shape.weights - plain)
+
+
+def layers_that_fit(shape: Shape, free_bytes: int, dtype: str) -> int:
+    """Layers whose weights and cache leave ``RESERVE`` free."""
+    one, none = replace(shape, layers=1), replace(shape, layers=0)
+    cache = one.cache_bytes(max(PREFILL, max(BATCHES) * (PROMPT + STEPS + 1)))
+    layer = weight_bytes(one, dtype) - weight_bytes(none, dtype) + cache
+    room = free_bytes - RESERVE - weight_bytes(none, dtype)
     return min(shape.layers, int(room // layer))
 
 
@@ -56,55 +66,70 @@ def experts_read(model: mixtral.Mixtral, batch: int) -> int:
     return sum(trace.chosen)
 
 
-def step_bytes(shape: Shape, batch: int, experts: int) -> float:
+def step_bytes(shape: Shape, dtype: str, batch: int, experts: int) -> float:
     """What a decode step reads at least: weights, ``experts`` of them counted over all layers, keys and values."""
-    layer = shape.attention_weights + shape.experts * shape.hidden
-    weights = shape.layers * layer + experts * shape.expert_weights + shape.vocab * shape.hidden
-    return 2 * weights + batch * shape.cache_bytes(PROMPT + STEPS // 2)
+    matrices = shape.layers * shape.attention_weights + experts * shape.expert_weights + shape.vocab * shape.hidden
+    weights = BYTES_PER_WEIGHT[dtype] * matrices + 2 * shape.layers * shape.experts * shape.hidden
+    return weights + batch * shape.cache_bytes(PROMPT + STEPS // 2)
 
 
-def decode_rows(model: mixtral.Mixtral, shape: Shape, full: Shape, batch: int, rates: Rates, rounds: int) -> list[Row]:
-    """Tokens/s of a batch; with fewer layers than ``full`` has, what that comes to with all of them."""
+@dataclass(frozen=True)
+class Run:
+    """A model that is measured: ``shape`` is ``full``, or some of its layers."""
+
+    model: mixtral.Mixtral
+    shape: Shape
+    full: Shape
+    rates: Rates
+    rounds: int
+
+    @property
+    def dtype(self) -> str:
+        return self.model.weight_type
+
+    def rows(self, metric: str, value: float, bound: float, scale: float, goal: float | None = None) -> list[Row]:
+        """Tokens/s as measured; with fewer layers also ``scale`` times as much, what that comes to with all of them."""
+        layers, percent = f"{self.shape.layers} of {self.full.layers} layers", 100 * value / bound
+        rows = [Row(f"8x7B {self.dtype}, {layers}", metric, value, "tokens/s", bound, percent, goal=goal)]
+        if self.shape.layers < self.full.layers:
+            scaled = f"8x7B {self.dtype}, scaled from {self.shape.layers} to {self.full.layers} layers"
+            rows.append(Row(scaled, metric, value * scale, "tokens/s", bound * scale, percent))
+        return rows
+
+
+def decode_rows(run: Run, batch: int) -> list[Row]:
+    """Tokens/s of a batch against reading what its tokens need."""
 
     def rate() -> float:
-        model.generate(prompts_of(batch, PROMPT), max_tokens=STEPS + 1, ignore_eos=True)  # the prefill gives one token
-        return batch * STEPS / model.timings.decode_seconds
+        # The prefill gives one token.
+        run.model.generate(prompts_of(batch, PROMPT), max_tokens=STEPS + 1, ignore_eos=True)
+        return batch * STEPS / run.model.timings.decode_seconds
 
     rate()  # warms up
-    value = statistics.median(rate() for _ in range(rounds))
-    experts = experts_read(model, batch)
-    traffic = step_bytes(shape, batch, experts)
-    bound = batch * 1e9 * rates.bandwidth / traffic
-    percent = 100 * value / bound
-    case = f"8x7B bfloat16, {shape.layers} of {full.layers} layers"
-    rows = [Row(case, f"decode batch {batch}", value, "tokens/s", bound, percent, goal=GOALS.get(batch))]
-    if shape.layers < full.layers:
-        scale = traffic / step_bytes(full, batch, round(experts * full.layers / shape.layers))
-        scaled = f"8x7B bfloat16, scaled from {shape.layers} to {full.layers} layers"
-        rows.append(Row(scaled, f"decode batch {batch}", value * scale, "tokens/s", bound * scale, percent))
-    return rows
+    value = statistics.median(rate() for _ in range(run.rounds))
+    experts = experts_read(run.model, batch)
+    traffic = step_bytes(run.shape, run.dtype, batch, experts)
+    bound = batch * 1e9 * run.rates.bandwidth / traffic
+    all_experts = round(experts * run.full.layers / run.shape.layers)
+    scale = traffic / step_bytes(run.full, run.dtype, batch, all_experts)
+    return run.rows(f"decode batch {batch}", value, bound, scale, GOALS.get(batch))
 
 
-def prefill_rows(model: mixtral.Mixtral, shape: Shape, full: Shape, rates: Rates, rounds: int) -> list[Row]:
+def prefill_rows(run: Run) -> list[Row]:
     """Tokens/s of one prompt; the bound is its arithmetic."""
 
     def rate() -> float:
-        model.generate(prompts_of(1, PREFILL), max_tokens=1)
-        return PREFILL / model.timings.prefill_seconds
+        run.model.generate(prompts_of(1, PREFILL), max_tokens=1)
+        return PREFILL / run.model.timings.prefill_seconds
 
     rate()
-    value = statistics.median(rate() for _ in range(rounds))
-    bound = 1e9 * rates.arithmetic * PREFILL / shape.prefill_flop(PREFILL)
-    metric, percent = f"prefill {PREFILL}", 100 * value / bound
-    rows = [Row(f"8x7B bfloat16, {shape.layers} of {full.layers} layers", metric, value, "tokens/s", bound, percent)]
-    if shape.layers < full.layers:
-        scale = shape.prefill_flop(PREFILL) / full.prefill_flop(PREFILL)
-        scaled = f"8x7B bfloat16, scaled from {shape.layers} to {full.layers} layers"
-        rows.append(Row(scaled, metric, value * scale, "tokens/s", bound * scale, percent))
-    return rows
+    value = statistics.median(rate() for _ in range(run.rounds))
+    bound = 1e9 * run.rates.arithmetic * PREFILL / run.shape.prefill_flop(PREFILL)
+    scale = run.shape.prefill_flop(PREFILL) / run.full.prefill_flop(PREFILL)
+    return run.rows(f"prefill {PREFILL}", value, bound, scale)
 
 
-def random_model(shape: Shape, device: str) -> mixtral.Mixtral:
+def random_model(shape: Shape, dtype: str, device: str) -> mixtral.Mixtral:
     config = mixtral.Config(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -119,22 +144,25 @@ def random_model(shape: Shape, device: str) -> mixtral.Mixtral:
         rms_norm_eps=NORM_EPS,
         rope_theta=ROPE_THETA,
     )
-    return mixtral.Mixtral.from_config(config, device, "bfloat16", chunk_size=PREFILL, max_batch=max(BATCHES))
+    return mixtral.Mixtral.from_config(config, device, dtype, chunk_size=PREFILL, max_batch=max(BATCHES))
 
 
-def run_model(bench: Bench, shape: Shape, full: Shape, rounds: int) -> None:
+def run_model(bench: Bench, shape: Shape, full: Shape, dtype: str, rounds: int) -> None:
     """All rows of ``shape``, which is ``full`` or some of its layers."""
-    print(f"drawing {shape.weights / 1e9:.1f} G weights, {shape.layers} of {full.layers} layers", flush=True)
-    model, rates = random_model(shape, bench.device), rates_of(bench.device, torch.bfloat16)
-    bench.rows += prefill_rows(model, shape, full, rates, rounds)
+    print(f"drawing {shape.weights / 1e9:.1f} G {dtype} weights, {shape.layers} of {full.layers} layers", flush=True)
+    model = random_model(shape, dtype, bench.device)
+    run = Run(model, shape, full, rates_of(bench.device, ARITHMETIC[dtype]), rounds)
+    bench.rows += prefill_rows(run)
     for batch in BATCHES:
-        bench.rows += decode_rows(model, shape, full, batch, rates, rounds)
+        bench.rows += decode_rows(run, batch)
         print(f"  batch {batch}: {bench.rows[-1].value:.1f} tokens/s", flush=True)
 
 
 def run(bench: Bench, most_layers: int, rounds: int) -> None:
     """Mixtral 8x7B on the GPU, no more than ``most_layers`` of it."""
-    layers = min(most_layers, layers_that_fit(MIXTRAL_8X7B, torch.cuda.mem_get_info()[0]))
-    if layers < 1:
-        raise RuntimeError("model_cuda.run: the GPU must have room for one layer of Mixtral 8x7B, got none")
-    run_model(bench, replace(MIXTRAL_8X7B, layers=layers), MIXTRAL_8X7B, rounds)
+    for dtype in BYTES_PER_WEIGHT:
+        layers = min(most_layers, layers_that_fit(MIXTRAL_8X7B, torch.cuda.mem_get_info()[0], dtype))
+        if layers < 1:
+            raise RuntimeError("model_cuda.run: the GPU must have room for one layer of Mixtral 8x7B, got none")
+        run_model(bench, replace(MIXTRAL_8X7B, layers=layers), MIXTRAL_8X7B, dtype, rounds)
+        torch.cuda.empty_cache()  # the model is gone: its memory is for the next

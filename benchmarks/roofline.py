@@ -20,7 +20,7 @@ class Rates:
 
 
 # Data sheets, by a part of the GPU's name: GB/s, and GFLOP/s by bytes of an element (dense; f32 without tensor cores).
-HOPPER_ARITHMETIC = {2: 989.4e3, 4: 66.9e3}
+HOPPER_ARITHMETIC = {1: 1978.9e3, 2: 989.4e3, 4: 66.9e3}
 GPUS = {"H100 80GB HBM3": (3350.0, HOPPER_ARITHMETIC), "H200": (4800.0, HOPPER_ARITHMETIC)}
 
 

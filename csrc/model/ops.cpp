@@ -65,6 +65,11 @@ Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quant
   return op.call(weight, quantize ? std::optional<c10::string_view>(*quantize) : std::nullopt, scales);
 }
 
+Tensor unpack_weight(const Tensor& packed) {
+  static const auto op = find<Tensor(const Tensor&)>("mixtral::unpack_weight");
+  return op.call(packed);
+}
+
 Tensor swiglu(const Tensor& gate_up) {
   static const auto op = find<Tensor(const Tensor&)>("mixtral::swiglu");
   return op.call(gate_up);

@@ -26,6 +26,8 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
 // weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"; scales of int4 uint8 [E,N,Kdim/32]
 Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize,
                    const std::optional<Tensor>& scales = std::nullopt);
+// The inverse: packed -> [E,N,Kdim], bf16 when quantised
+Tensor unpack_weight(const Tensor& packed);
 // gate_up [M,2I] -> [M,I]
 Tensor swiglu(const Tensor& gate_up);
 // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]

@@ -15,6 +15,19 @@ namespace {
 // Below autograd nothing is recorded, and no gradient formula that Python registered for an op is asked for.
 using NoAutograd = at::AutoDispatchBelowAutograd;
 
+constexpr int64_t kDrawnAtOnce = 1 << 22;  // random values, in f32
+
+// Packed blocks of one draw, over and over where there are more: packing takes far longer than copying.
+template <typename Normal>
+void init_random_packed(const torch::Tensor& parameter, Packing packing, const Normal& normal) {
+  const auto blocks = parameter.flatten(0, 1);
+  const int64_t cols = ops::unpack_weight(blocks.narrow(0, 0, 1).unsqueeze(0)).size(2);
+  const int64_t count = std::clamp(kDrawnAtOnce / (kPackedRows * cols), int64_t{1}, blocks.size(0));
+  const auto dtype = torch::isFloatingType(parameter.scalar_type()) ? parameter.scalar_type() : torch::kBFloat16;
+  const auto drawn = pack_rows(normal({count * kPackedRows, cols}).to(torch::kCPU, dtype), packing);
+  for (const auto& piece : blocks.split(count)) piece.copy_(drawn.narrow(0, 0, piece.size(0)));
+}
+
 }  // namespace
 
 DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options,
@@ -96,21 +109,19 @@ torch::Tensor MixtralImpl::logits(const torch::Tensor& hidden) {
 }
 
 void MixtralImpl::init_random(uint64_t seed) {
-  if (packing_ != Packing::kNone) throw std::invalid_argument("Mixtral: init_random needs weights that are not packed");
   const torch::NoGradGuard no_grad;
-  auto generator = torch::make_generator<torch::CPUGeneratorImpl>(seed);
-  constexpr int64_t kBlock = 1 << 22;
-  const auto block = torch::empty(kBlock, torch::kFloat32);
+  auto generator = at::globalContext().defaultGenerator(device()).clone();
+  generator.set_current_seed(seed);
+  const auto normal = [&](std::vector<int64_t> shape) {
+    return torch::empty(shape, torch::dtype(torch::kFloat32).device(device())).normal_(0, 0.02, generator);
+  };
   for (const auto& parameter : parameters()) {
     if (parameter.dim() == 1) {
       parameter.fill_(1);
-      continue;
-    }
-    // Drawn in f32 on the CPU block by block: other dtypes and devices only round and copy.
-    const auto flat = parameter.view(-1);
-    for (int64_t begin = 0; begin < flat.size(0); begin += kBlock) {
-      const int64_t size = std::min(kBlock, flat.size(0) - begin);
-      flat.narrow(0, begin, size).copy_(block.narrow(0, 0, size).normal_(0, 0.02, generator));
+    } else if (is_packed(parameter)) {
+      init_random_packed(parameter, packing_, normal);
+    } else {
+      for (const auto& piece : parameter.view(-1).split(kDrawnAtOnce)) piece.copy_(normal({piece.size(0)}));
     }
   }
 }

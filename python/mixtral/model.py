@@ -100,7 +100,12 @@ class Mixtral:
         seed: int = 0,
         **options: int | bool,
     ) -> "Mixtral":
-        """A model with random weights, drawn from ``seed``: for tests and benchmarks. "auto" is ``config.dtype``."""
+        """A model with random weights, drawn on ``device`` from ``seed``: for tests and benchmarks.
+
+        Args:
+            dtype: as of ``from_pretrained``; "auto" is ``config.dtype``. Large quantised matrices repeat the same few
+                million values.
+        """
         return cls(_C.Mixtral.from_config(config, torch.device(device), _dtype_name(dtype), seed), **options)
 
     @property

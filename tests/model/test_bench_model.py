@@ -169,19 +169,22 @@ def test_turns_end_when_the_seconds_are_used_up_but_not_before_one_round(folder)
 
 
 def test_a_decode_step_of_one_sequence_reads_the_weights_of_a_token():
-    batch_of_one = model_cuda.step_bytes(MIXTRAL_8X7B, 1, MIXTRAL_8X7B.layers * MIXTRAL_8X7B.top_k)
-    positions = model_cuda.PROMPT + model_cuda.STEPS // 2
+    positions, routed = model_cuda.PROMPT + model_cuda.STEPS // 2, MIXTRAL_8X7B.layers * MIXTRAL_8X7B.top_k
+    batch_of_one = model_cuda.step_bytes(MIXTRAL_8X7B, "bfloat16", 1, routed)
     assert batch_of_one == 2 * MIXTRAL_8X7B.weights_per_token + MIXTRAL_8X7B.cache_bytes(positions)
+    assert 0.5 < model_cuda.step_bytes(MIXTRAL_8X7B, "fp8", 1, routed) / batch_of_one < 0.502  # routers are bf16
 
 
-def test_all_layers_fit_an_h200_and_most_an_h100():
-    assert model_cuda.layers_that_fit(MIXTRAL_8X7B, 149 * 10**9) == 32
-    assert 24 <= model_cuda.layers_that_fit(MIXTRAL_8X7B, 84 * 10**9) < 28
-    assert model_cuda.layers_that_fit(MIXTRAL_8X7B, 6 * 10**9) < 1
+def test_all_layers_fit_an_h200_and_in_bf16_most_an_h100():
+    fit = model_cuda.layers_that_fit
+    assert fit(MIXTRAL_8X7B, 149 * 10**9, "bfloat16") == 32
+    assert 24 <= fit(MIXTRAL_8X7B, 84 * 10**9, "bfloat16") < 28
+    assert fit(MIXTRAL_8X7B, 84 * 10**9, "fp8") == fit(MIXTRAL_8X7B, 84 * 10**9, "int4") == 32
+    assert fit(MIXTRAL_8X7B, 6 * 10**9, "bfloat16") < 1
 
 
 def test_experts_of_a_step_are_those_that_the_router_chose():
-    model = model_cuda.random_model(TINY, "cpu")
+    model = model_cuda.random_model(TINY, "bfloat16", "cpu")
     assert model_cuda.experts_read(model, 1) == TINY.layers * TINY.top_k
     assert TINY.layers * TINY.top_k < model_cuda.experts_read(model, 64) <= TINY.layers * TINY.experts
 
@@ -192,7 +195,7 @@ def test_rows_of_some_layers_are_scaled_to_all_and_say_so(monkeypatch):
     monkeypatch.setattr("model_cuda.STEPS", 2)
     monkeypatch.setattr("model_cuda.rates_of", lambda device, dtype: Rates(10.0, 100.0))
     bench, full = Bench("model", "cpu"), replace(TINY, layers=4)
-    model_cuda.run_model(bench, TINY, full, rounds=1)
+    model_cuda.run_model(bench, TINY, full, "bfloat16", rounds=1)
     measured, scaled = bench.rows[0::2], bench.rows[1::2]
     assert [row.goal for row in measured] == [None, 82.0, 80.0, None, None]
     assert all(row.case == "8x7B bfloat16, 2 of 4 layers" for row in measured)

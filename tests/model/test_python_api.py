@@ -91,11 +91,21 @@ def test_config_rejects_unknown_and_missing_fields():
         tiny_config(num_heads=3)
 
 
-def test_from_config_is_random_and_repeatable():
-    first, same, other = (mixtral.Mixtral.from_config(tiny_config(), seed=seed) for seed in (1, 1, 2))
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_from_config_is_random_and_repeatable(dtype):
+    config = tiny_config(intermediate_size=64)
+    first, same, other = (mixtral.Mixtral.from_config(config, dtype=dtype, seed=seed) for seed in (1, 1, 2))
     name = "layers.0.moe.gate_up_proj"
     assert torch.equal(first.named_parameters()[name], same.named_parameters()[name])
     assert not torch.equal(first.named_parameters()[name], other.named_parameters()[name])
+    assert 0.01 < first(torch.tensor([[1, 2, 3]])).std() < 1
+
+
+def test_random_packed_weights_repeat_one_draw():
+    config = tiny_config(hidden_size=512, intermediate_size=4096, num_layers=1)  # 16 M values in gate_up_proj
+    weight = mixtral.Mixtral.from_config(config, dtype="int8").named_parameters()["layers.0.moe.gate_up_proj"]
+    drawn, others = weight.flatten(0, 1).split(2**22 // (32 * 512))[:2]
+    assert torch.equal(drawn, others) and len(drawn.unique(dim=0)) == len(drawn)
 
 
 def test_named_parameters_are_the_weights_themselves():

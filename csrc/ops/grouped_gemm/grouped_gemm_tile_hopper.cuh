@@ -113,7 +113,7 @@ __device__ __forceinline__ void multiply_tile(GemmShared& shared, RingPosition& 
     if (step > 0) release_stage(shared, (ring.stage + kGemmStages - 1) % kGemmStages);
     ring.advance(kGemmStages);
   }
-  wait_products<0>();
+  wait_products<0>(sums);
   if (steps > 0) release_stage(shared, (ring.stage + kGemmStages - 1) % kGemmStages);
 }
 
