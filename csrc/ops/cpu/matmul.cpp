@@ -9,6 +9,20 @@
 namespace mixtral::cpu {
 namespace {
 
+// Fetches what lies ahead of one step's share of a panel: far ahead into the second cache, which can wait for more
+// lines at a time, and from there into the first. The processor's own prefetchers stop at the end of every page.
+template <bool kAhead, int64_t kBytes>
+MIXTRAL_INLINE void fetch_ahead(const void* panel) {
+  constexpr int64_t kFar = 16384, kNear = 2048;
+  if constexpr (kAhead) {
+#pragma GCC unroll 32
+    for (int64_t byte = 0; byte < kBytes; byte += 64) {
+      __builtin_prefetch(static_cast<const char*>(panel) + kFar + byte, 0, 2);
+      __builtin_prefetch(static_cast<const char*>(panel) + kNear + byte, 0, 3);
+    }
+  }
+}
+
 // ---- f32, in plain vectors of the compiler
 
 template <int kBytes>
@@ -17,7 +31,7 @@ struct VectorOf {
 };
 
 // kRows rows times kVectors vectors of columns stay in registers.
-template <int kBytes, int kRows, int kVectors>
+template <bool kAhead, int kBytes, int kRows, int kVectors>
 MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* panel, int64_t depth, float* c,
                                       int64_t ldc) {
   using Vector = typename VectorOf<kBytes>::Type;
@@ -27,6 +41,7 @@ MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* 
       Vector sum[kRows][kVectors] = {};
       const int64_t end = std::min(depth, begin + kSumDepth);
       for (int64_t k = begin; k < end; ++k) {
+        fetch_ahead<kAhead, kVectors * kBytes>(panel + k * kPanelColumns + column);
         const Vector* b = reinterpret_cast<const Vector*>(panel + k * kPanelColumns + column);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)
@@ -41,34 +56,38 @@ MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* 
   }
 }
 
-template <int kBytes, int kRows, int kVectors>
+template <bool kAhead, int kBytes, int kRows, int kVectors>
 MIXTRAL_INLINE void multiply_f32(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
                                  int64_t ldc) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    multiply_rows_f32<kBytes, kRows, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
-  for (; r < rows; ++r) multiply_rows_f32<kBytes, 1, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+    multiply_rows_f32<kAhead, kBytes, kRows, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r < rows; ++r)
+    multiply_rows_f32<kAhead, kBytes, 1, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
 }
 
+template <bool kAhead>
 void multiply_f32_baseline(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
                            int64_t ldc) {
-  multiply_f32<16, 6, 2>(a, lda, rows, panel, depth, c, ldc);
+  multiply_f32<kAhead, 16, 6, 2>(a, lda, rows, panel, depth, c, ldc);
 }
 
 #if defined(__x86_64__)
+template <bool kAhead>
 MIXTRAL_TARGET_AVX2 void multiply_f32_avx2(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth,
                                            float* c, int64_t ldc) {
-  multiply_f32<32, 6, 2>(a, lda, rows, panel, depth, c, ldc);
+  multiply_f32<kAhead, 32, 6, 2>(a, lda, rows, panel, depth, c, ldc);
 }
 
+template <bool kAhead>
 MIXTRAL_TARGET_AVX512 void multiply_f32_avx512(const float* a, int64_t lda, int64_t rows, const float* panel,
                                                int64_t depth, float* c, int64_t ldc) {
-  multiply_f32<64, 12, 2>(a, lda, rows, panel, depth, c, ldc);
+  multiply_f32<kAhead, 64, 12, 2>(a, lda, rows, panel, depth, c, ldc);
 }
 
 // ---- bf16 in AVX-512: each instruction adds the products of a pair to sixteen sums
 
-template <int kRows>
+template <bool kAhead, int kRows>
 MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void multiply_rows_bf16(const BFloat16* a, int64_t lda, const BFloat16* panel,
                                                                   int64_t depth, float* c, int64_t ldc) {
   for (int64_t begin = 0; begin < depth; begin += kSumDepth) {
@@ -78,6 +97,7 @@ MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void multiply_rows_bf16(const BFloat16
     const int64_t end = std::min(depth, begin + kSumDepth);
     for (int64_t k = begin; k < end; k += kStepDepth) {
       const BFloat16* b = panel + k * kPanelColumns;
+      fetch_ahead<kAhead, kStepElements * sizeof(BFloat16)>(b);
       for (int64_t pair = 0; pair < kStepDepth / 2; ++pair) {
         const auto left = (__m512bh)_mm512_loadu_si512(b + pair * kStepDepth);
         const auto right = (__m512bh)_mm512_loadu_si512(b + kTileElements + pair * kStepDepth);
@@ -100,13 +120,15 @@ MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void multiply_rows_bf16(const BFloat16
   }
 }
 
+template <bool kAhead>
 MIXTRAL_TARGET_AVX512_BF16 void multiply_bf16_avx512(const BFloat16* a, int64_t lda, int64_t rows,
                                                      const BFloat16* panel, int64_t depth, float* c, int64_t ldc) {
   constexpr int kRows = 12;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) multiply_rows_bf16<kRows>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
-  for (; r + 4 <= rows; r += 4) multiply_rows_bf16<4>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
-  for (; r < rows; ++r) multiply_rows_bf16<1>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r + kRows <= rows; r += kRows)
+    multiply_rows_bf16<kAhead, kRows>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r + 4 <= rows; r += 4) multiply_rows_bf16<kAhead, 4>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r < rows; ++r) multiply_rows_bf16<kAhead, 1>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
 }
 
 // ---- bf16 in AMX
@@ -124,7 +146,7 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void set_tile_shape(const TileShape& shape) {
 }
 
 // Up to 32 rows; kLower: more than 16. The sums stay in C's tiles over the whole depth.
-template <bool kLower>
+template <bool kAhead, bool kLower>
 MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t lda, const BFloat16* panel,
                                                       int64_t depth, float* c, int64_t ldc) {
   const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(BFloat16)),
@@ -137,6 +159,7 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t
   }
   for (int64_t k = 0; k < depth; k += kStepDepth) {
     const BFloat16* b = panel + k * kPanelColumns;
+    fetch_ahead<kAhead, kStepElements * sizeof(BFloat16)>(b);
     _tile_loadd(6, b, 64);
     _tile_loadd(4, a + k, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -156,15 +179,16 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t
   }
 }
 
+template <bool kAhead>
 MIXTRAL_TARGET_AMX void multiply_bf16_amx(const BFloat16* a, int64_t lda, int64_t rows, const BFloat16* panel,
                                           int64_t depth, float* c, int64_t ldc) {
   for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
     const TileShape shape{std::min(kTileRows, rows - r), std::clamp(rows - r - kTileRows, int64_t{0}, kTileRows)};
     set_tile_shape(shape);
     if (shape.lower > 0) {
-      multiply_tiles<true>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+      multiply_tiles<kAhead, true>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
     } else {
-      multiply_tiles<false>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+      multiply_tiles<kAhead, false>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
     }
   }
 }
@@ -221,19 +245,20 @@ MIXTRAL_TARGET_AMX void release_amx_tiles() {
 
 }  // namespace
 
-MicroKernel<float> f32_kernel() {
+MicroKernel<float> f32_kernel(bool ahead) {
 #if defined(__x86_64__)
-  if (cpu_isa() >= CpuIsa::kAvx512) return multiply_f32_avx512;
-  if (cpu_isa() == CpuIsa::kAvx2) return multiply_f32_avx2;
+  if (cpu_isa() >= CpuIsa::kAvx512) return ahead ? multiply_f32_avx512<true> : multiply_f32_avx512<false>;
+  if (cpu_isa() == CpuIsa::kAvx2) return ahead ? multiply_f32_avx2<true> : multiply_f32_avx2<false>;
 #endif
-  return multiply_f32_baseline;
+  return ahead ? multiply_f32_baseline<true> : multiply_f32_baseline<false>;
 }
 
-MicroKernel<BFloat16> bf16_kernel() {
+MicroKernel<BFloat16> bf16_kernel(bool ahead) {
 #if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAmx) return multiply_bf16_amx;
-  if (cpu_isa() == CpuIsa::kAvx512Bf16) return multiply_bf16_avx512;
+  if (cpu_isa() == CpuIsa::kAmx) return ahead ? multiply_bf16_amx<true> : multiply_bf16_amx<false>;
+  if (cpu_isa() == CpuIsa::kAvx512Bf16) return ahead ? multiply_bf16_avx512<true> : multiply_bf16_avx512<false>;
 #endif
+  (void)ahead;
   return nullptr;
 }
 

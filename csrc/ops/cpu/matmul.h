@@ -23,9 +23,10 @@ template <typename Operand>
 using MicroKernel = void (*)(const Operand* a, int64_t lda, int64_t rows, const Operand* panel, int64_t depth, float* c,
                              int64_t ldc);
 
-MicroKernel<float> f32_kernel();
+// `ahead`: for few rows and a panel that lies in memory, followed by the next one; it is fetched before it is needed.
+MicroKernel<float> f32_kernel(bool ahead = false);
 // AMX or AVX-512 BF16; null where the instruction set in use has no products of bf16.
-MicroKernel<BFloat16> bf16_kernel();
+MicroKernel<BFloat16> bf16_kernel(bool ahead = false);
 
 // The product of many rows by AMX. Both operands are read tile by tile, so rows come in the order of the tiles,
 // [rows/16][depth/32][16][32] with zeros behind the last row, and c is [rows rounded up to 32, 32]. Meanwhile the piece

@@ -68,17 +68,21 @@ void copy_tiles(const BFloat16* rows, int64_t stride, int64_t count, int64_t dep
   }
 }
 
+template <typename Operand>
+MicroKernel<Operand> micro_kernel(bool ahead) {
+  if constexpr (std::is_same_v<Operand, BFloat16>) {
+    return bf16_kernel(ahead);
+  } else {
+    return f32_kernel(ahead);
+  }
+}
+
 // `count` rows of a from `row` on times panels of an expert's weights.
 template <typename T, typename Operand>
 class Multiplication {
  public:
-  Multiplication(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, int64_t expert, int64_t row, int64_t count)
-      : gemm_(gemm),
-        kernel_(kernel),
-        expert_(expert),
-        count_(count),
-        a_(gemm.a + row * gemm.b.depth),
-        sum_rows_(count) {
+  Multiplication(const GroupedGemm<T>& gemm, int64_t expert, int64_t row, int64_t count)
+      : gemm_(gemm), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth), sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
     if constexpr (std::is_same_v<T, BFloat16>)
       if (count == 1) row_kernel_ = row_kernel(gemm.b.format);
@@ -90,6 +94,7 @@ class Multiplication {
     rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
     panels_in_place_ = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
     piece_ = rows_in_place_ && panels_in_place_ ? depth : panels_in_place_ ? kPieceDepth : kPieceDepth / 2;
+    kernel_ = micro_kernel<Operand>(few && panels_in_place_);
     if constexpr (std::is_same_v<Operand, BFloat16>) tile_kernel_ = few ? nullptr : tile_kernel();
     if (tile_kernel_) sum_rows_ = round_up(count, kFewRows);
     if (!rows_in_place_) copy_pieces();
@@ -167,11 +172,11 @@ class Multiplication {
   }
 
   const GroupedGemm<T>& gemm_;
-  const MicroKernel<Operand> kernel_;
   const int64_t expert_, count_;
   const T* a_;
   int64_t sum_rows_, piece_;
   RowKernel row_kernel_ = nullptr;
+  MicroKernel<Operand> kernel_ = nullptr;
   TileKernel tile_kernel_ = nullptr;
   bool rows_in_place_, panels_in_place_;
 };
@@ -207,11 +212,11 @@ void for_each_chunk(const GroupedGemm<T>& gemm, const GemmRange& range, const Vi
 }
 
 template <bool kSwiglu, typename T, typename Operand>
-void run(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, const GemmRange& range) {
+void run_with(const GroupedGemm<T>& gemm, const GemmRange& range) {
   constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;
   const int64_t width = gemm.b.columns / kParts;  // of out
   for_each_chunk(gemm, range, [&](int64_t expert, int64_t row, int64_t count) {
-    const Multiplication<T, Operand> multiplication(gemm, kernel, expert, row, count);
+    const Multiplication<T, Operand> multiplication(gemm, expert, row, count);
     for (int64_t first = range.block_begin; first < range.block_end; first += kBlocks) {
       const int64_t blocks = std::min(kBlocks, range.block_end - first);
       int64_t columns[kMaxPanels];
@@ -237,8 +242,8 @@ void run(const GroupedGemm<T>& gemm, MicroKernel<Operand> kernel, const GemmRang
 template <bool kSwiglu, typename T>
 void run(const GroupedGemm<T>& gemm, const GemmRange& range) {
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (const auto kernel = bf16_kernel()) return run<kSwiglu>(gemm, kernel, range);
-  run<kSwiglu>(gemm, f32_kernel(), range);
+    if (bf16_kernel()) return run_with<kSwiglu, T, BFloat16>(gemm, range);
+  run_with<kSwiglu, T, float>(gemm, range);
 }
 
 }  // namespace
