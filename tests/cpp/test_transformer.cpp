@@ -1,16 +1,16 @@
-// The model against an independent float64 forward pass in plain torch, and against itself: whatever the chunking, batch,
-// cache or thread count, a token's bits are the same.
-#include "model/transformer.h"
+// The model against an independent float64 forward pass in plain torch, and against itself: whatever the chunking,
+// batch, cache or thread count, a token's bits are the same.
+#include <set>
 
 #include "model/ops.h"
+#include "model/transformer.h"
 #include "tiny_model.h"
-
-#include <set>
 
 namespace mixtral {
 namespace {
 
-// ---- oracle ----------------------------------------------------------------------------------------------------------
+// ---- oracle
+// ----------------------------------------------------------------------------------------------------------
 
 torch::Tensor oracle_norm(const torch::Tensor& x, const torch::Tensor& weight, double eps) {
   return x * torch::rsqrt(x.pow(2).mean(-1, true) + eps) * weight;
@@ -87,7 +87,8 @@ TEST(Transformer, MatchesAFloat64ForwardPass) {
   }
 }
 
-// ---- invariants ------------------------------------------------------------------------------------------------------
+// ---- invariants
+// ------------------------------------------------------------------------------------------------------
 
 struct Case {
   int64_t num_experts, top_k, window;
@@ -104,6 +105,7 @@ std::vector<Case> cases() {
   const std::vector<std::pair<torch::ScalarType, Packing>> packed = {{torch::kFloat32, Packing::kFloat},
                                                                      {torch::kBFloat16, Packing::kFloat},
                                                                      {torch::kBFloat16, Packing::kInt8},
+                                                                     {torch::kBFloat16, Packing::kFp8},
                                                                      {torch::kBFloat16, Packing::kInt4}};
   for (const auto& [dtype, packing] : packed) {
     all.push_back({0, 0, 8, dtype, packing});
@@ -123,7 +125,7 @@ class Invariance : public ::testing::TestWithParam<Case> {
   Mixtral model;
   std::vector<int64_t> ids;
 };
-const char* const kPackingNames[] = {"", "Packed", "Int8", "Int4"};
+const char* const kPackingNames[] = {"", "Packed", "Int8", "Fp8", "Int4"};
 INSTANTIATE_TEST_SUITE_P(Transformer, Invariance, ::testing::ValuesIn(cases()), [](const auto& info) {
   const Case& c = info.param;
   return "E" + std::to_string(c.num_experts) + "K" + std::to_string(c.top_k) + "W" + std::to_string(c.window) +
@@ -149,7 +151,8 @@ TEST_P(Invariance, BatchEqualsAlone) {
     return std::vector<int64_t>(v.begin() + from, v.begin() + to);
   };
   const auto first = model->hidden_states(cache.prepare({{a, part(ids, 0, 30)}, {b, part(prompts[0], 0, 16)}}), &cache);
-  const auto second = model->hidden_states(cache.prepare({{b, part(prompts[0], 16, 17)}, {a, part(ids, 30, 43)}}), &cache);
+  const auto second =
+      model->hidden_states(cache.prepare({{b, part(prompts[0], 16, 17)}, {a, part(ids, 30, 43)}}), &cache);
   EXPECT_TRUE(same_bits(torch::cat({first.narrow(0, 0, 30), second.narrow(0, 1, 13)}), whole(model, ids)));
   EXPECT_TRUE(same_bits(torch::cat({first.narrow(0, 30, 16), second.narrow(0, 0, 1)}), whole(model, prompts[0])));
 }
@@ -165,7 +168,8 @@ TEST_P(Invariance, OneThreadEqualsTwo) {
 
 TEST_P(Invariance, LogitsOfOneRowEqualThoseOfAll) {
   const auto hidden = whole(model, ids), all = model->logits(hidden);
-  for (const int64_t row : {0, 20, 42}) EXPECT_TRUE(same_bits(model->logits(hidden.narrow(0, row, 1)), all.narrow(0, row, 1)));
+  for (const int64_t row : {0, 20, 42})
+    EXPECT_TRUE(same_bits(model->logits(hidden.narrow(0, row, 1)), all.narrow(0, row, 1)));
 }
 
 // Whoever needs Mixtral's own sizes: stock CPU matrix products lose batch invariance only there.
@@ -197,7 +201,8 @@ TEST(Transformer, PackingDoesNotChangeABit) {
     }
 }
 
-// ---- interface -------------------------------------------------------------------------------------------------------
+// ---- interface
+// -------------------------------------------------------------------------------------------------------
 
 TEST(Transformer, ParameterNamesAndShapes) {
   const auto names = [](const Config& config) {
