@@ -53,7 +53,7 @@ Tensor round_to_e4m3(const Tensor& a) {
 }
 
 #ifdef MIXTRAL_WITH_HOPPER
-// A product that the kernels of few rows take. For fp8, a goes through a workspace of e4m3 numbers.
+// A product that the kernels which stream weights take. For fp8, a goes through a workspace of e4m3 numbers.
 void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm, bool swiglu,
                              cudaStream_t stream) {
   if (gemm.b.format != WeightFormat::kFp8)
@@ -89,8 +89,8 @@ void launch_unpacked_on_cuda(const char* op, const Tensor& a, const GroupedGemm<
   launch_on_cuda(op, a, unpacked, swiglu);
 }
 
-// The kernels for Hopper where they were asked for and take the product; of packed weights, those of few rows take int4
-// and fp8, the others get them unpacked. The simple ones have no swiglu of their own.
+// The kernels for Hopper where they were asked for and take the product: those which stream weights, few rows of plain
+// and int4 weights and any of fp8; the others get packed weights unpacked. The simple ones have no swiglu of their own.
 template <typename T>
 void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
   const CudaScope scope(a);
