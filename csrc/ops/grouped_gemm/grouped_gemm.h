@@ -42,6 +42,9 @@ void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange&
 // each row (pack_weight/e4m3.h) -> out [M, depth]. A row with inf or NaN is NaN throughout.
 void launch_round_to_e4m3_cpu(const BFloat16* a, int64_t depth, BFloat16* out, int64_t row_begin, int64_t row_end);
 
+// The same on CUDA, of all rows of a [rows, depth]; returns a cudaError_t.
+int launch_round_to_e4m3_cuda(const BFloat16* a, int64_t depth, BFloat16* out, int64_t rows, cudaStream_t stream);
+
 // b is plain.
 template <typename T>
 int launch_grouped_gemm_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream);
