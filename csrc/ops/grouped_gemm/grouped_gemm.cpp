@@ -58,7 +58,7 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
   }
 #endif
   if (gemm.b.format != WeightFormat::kPlain) {
-    const Tensor rows = torch::stable::new_empty(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
+    const Tensor rows = new_tensor(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
     check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(rows), scope.stream()));
     GroupedGemm<T> unpacked = gemm;
     unpacked.b.format = WeightFormat::kPlain;
@@ -66,7 +66,7 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
     return launch_on_cuda(op, a, unpacked, swiglu);
   }
   if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
-  const Tensor gate_up = torch::stable::new_empty(a, {gemm.rows, gemm.b.columns});
+  const Tensor gate_up = new_tensor(a, {gemm.rows, gemm.b.columns});
   GroupedGemm<T> product = gemm;
   product.out = mutable_ptr<T>(gate_up);
   check_launch(op, launch_grouped_gemm_cuda(product, scope.stream()));
@@ -74,14 +74,14 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 }
 
 // With `swiglu`, out is swiglu of the product.
-Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, bool swiglu) {
-  const Tensor a_contiguous = torch::stable::contiguous(a), b_contiguous = torch::stable::contiguous(b);
-  const Tensor offs_contiguous = torch::stable::contiguous(offs);
+void run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, const Tensor& out,
+         bool swiglu) {
+  const Tensor a_contiguous = as_contiguous(a), b_contiguous = as_contiguous(b);
+  const Tensor offs_contiguous = as_contiguous(offs);
   const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
   const int64_t rows = a.size(0), columns = swiglu ? weight.columns / 2 : weight.columns;
   const IndexArray ends = index_array(offs_contiguous);
   if (!a.is_cuda()) check_offsets(op, ends, weight.experts, rows);
-  const Tensor out = torch::stable::new_empty(a, {rows, columns});
   dispatch_float(op, a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), weight, ends, mutable_ptr<T>(out), rows};
@@ -92,18 +92,18 @@ Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b,
       swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, range) : launch_grouped_gemm_cpu(gemm, range);
     });
   });
-  return out;
 }
 
 }  // namespace
 
-Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs) {
-  return run(op, a, b_name, b, offs, false);
+void grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
+                       const Tensor& out) {
+  run(op, a, b_name, b, offs, out, false);
 }
 
-Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
-                                const Tensor& offs) {
-  return run(op, a, b_name, b, offs, true);
+void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
+                              const Tensor& out) {
+  run(op, a, b_name, b, offs, out, true);
 }
 
 namespace {
@@ -120,7 +120,9 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   check_size(op, "offs", offs, 0, b.size(0));
   check_index(op, "offs", offs);
   check_same_device(op, "offs", offs, a);
-  return grouped_gemm_step(op, "b", a, b, offs);
+  const Tensor out = new_tensor(a, {a.size(0), weight.columns});
+  grouped_gemm_step(op, "b", a, b, offs, out);
+  return out;
 }
 
 }  // namespace
