@@ -74,11 +74,6 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
                   "), got ", t.is_cuda() ? "cuda" : "cpu");
 }
 
-// Index tensors are accepted as int32 or int64; kernels see one type.
-inline Tensor as_index(const Tensor& t, ScalarType type) {
-  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
-}
-
 inline void check_window(const char* op, int64_t window) {
   MIXTRAL_CHECK(window >= 0, op, ": window must be >= 0 (0: no window), got ", window);
 }

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 
-#include "checks.h"
 #include "cpu/isa.h"
 #include "cuda/stream.h"
+#include "tensors.h"
 
 namespace mixtral {
 

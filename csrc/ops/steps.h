@@ -1,7 +1,7 @@
-// The steps that ops chain: what moe_mlp and moe_route are made of. The public op of the same name is the checks and
-// then the step. Steps take arguments that were checked already and round their results to the dtype of their input;
-// `op` is the name for error messages: what only the data can show (expert ids, offsets) a step checks itself, on the
-// CPU.
+// The steps that ops chain: what moe_mlp is made of. The public op of the same name is the checks and
+// then the step. Steps take arguments that were checked already and round their results to the dtype of their input.
+// Large results go into `out`, contiguous memory of the caller's choice. `op` is the name for error messages: what only
+// the data can show (expert ids, offsets) a step checks itself, on the CPU, before it writes into `out`.
 #pragma once
 
 #include <tuple>
@@ -11,22 +11,23 @@
 
 namespace mixtral {
 
-struct Permutation {
-  Tensor permuted;  // [M, H]
-  Tensor offs;      // [E] int32 end offsets
-  Tensor row_map;   // [T, K] int32
+struct PermutationIndex {
+  Tensor offs;     // [E] int32 end offsets
+  Tensor row_map;  // [T, K] int32
 };
 
-// x [T, H], topk_ids [T, K]
-Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts);
+// x [T, H], topk_ids [T, K] -> out [M, H] and the index
+PermutationIndex moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts,
+                                  const Tensor& out);
 
-// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] -> [M, N]
-Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs);
+// a [M, Kdim], b [E, N, Kdim] plain or packed, offs [E] -> out [M, N]
+void grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
+                       const Tensor& out);
 
 // Both steps, bit for bit, in one pass where the device has a kernel for it: a [M, Kdim], b [E, 2I, Kdim],
-// offs [E] -> [M, I]
-Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
-                                const Tensor& offs);
+// offs [E] -> out [M, I]
+void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
+                              const Tensor& out);
 
 // gate_up [M, 2I] -> [M, I]
 Tensor swiglu_step(const char* op, const Tensor& gate_up);

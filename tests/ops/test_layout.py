@@ -19,8 +19,8 @@ FOLDER = {
     "rolling_kv_cache_rope_write": "rolling_kv_cache",
     "rolling_kv_cache_attention": "rolling_kv_cache",
 }
-# moe_mlp chains the kernels of the other ops, as moe_route does on the CPU.
-KERNELS = {"moe_mlp": (), "moe_route": ("_cuda.cu",)}
+# moe_mlp chains the kernels of the other ops.
+KERNELS = {"moe_mlp": ()}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)

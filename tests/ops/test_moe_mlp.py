@@ -1,5 +1,7 @@
 """moe_mlp against the f64 reference and, bit for bit, against the ops it is made of."""
 
+import resource
+
 import pytest
 import torch
 
@@ -221,3 +223,25 @@ def test_opcheck_of_packed_weights(dtype, gate_up_format, down_format, device):
     packed = pack(gate_up, gate_up_format), pack(down, down_format)
     float8 = "fp8" in (gate_up_format, down_format)
     opcheck(torch.ops.mixtral.moe_mlp.default, (x, weights, ids, *packed), float8=float8)
+
+
+def test_calls_after_the_first_map_no_memory():
+    """Large blocks come from the system page by page, with a fault for each; what a thread keeps has none."""
+    layer = make((2048, 32, 8192, 2, 2), "uniform", "cpu", torch.bfloat16)  # 64 MiB between the two products
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        ops.moe_mlp(*layer)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    counts = [faults() for _ in range(10)]
+    assert sum(counts[2:]) * resource.getpagesize() < 8 * 2**20, counts
+
+
+def test_results_outlive_the_next_call():
+    """Only what lies between the products is kept in memory of the thread."""
+    first, second = (make((5, 32, 64, 4, 2), "uniform", "cpu", torch.bfloat16) for _ in range(2))
+    out = ops.moe_mlp(*first)
+    copy = out.clone()
+    ops.moe_mlp(*second)
+    assert torch.equal(out, copy)

@@ -45,7 +45,7 @@ void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& 
 
 // a [M, Kdim], contiguous, as it meets weights of fp8.
 Tensor round_to_e4m3(const Tensor& a) {
-  const Tensor rounded = torch::stable::new_empty(a, {a.size(0), a.size(1)});
+  const Tensor rounded = new_tensor(a, {a.size(0), a.size(1)});
   parallel_rows(a.size(0), a.size(1), [&](int64_t begin, int64_t end) {
     launch_round_to_e4m3_cpu(const_ptr<BFloat16>(a), a.size(1), mutable_ptr<BFloat16>(rounded), begin, end);
   });
@@ -58,8 +58,8 @@ void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<
                              cudaStream_t stream) {
   if (gemm.b.format != WeightFormat::kFp8)
     return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, swiglu, stream));
-  const Tensor values = torch::stable::new_empty(a, {gemm.rows, gemm.b.depth}, ScalarType::Byte);
-  const Tensor scales = torch::stable::new_empty(a, {gemm.rows}, ScalarType::Float);
+  const Tensor values = new_tensor(a, {gemm.rows, gemm.b.depth}, ScalarType::Byte);
+  const Tensor scales = new_tensor(a, {gemm.rows}, ScalarType::Float);
   const E4m3Rows rows{mutable_ptr<uint8_t>(values), mutable_ptr<float>(scales)};
   check_launch(op, launch_quantize_rows_hopper(gemm.a, rows, gemm.rows, gemm.b.depth, stream));
   check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, swiglu, stream));
@@ -73,14 +73,14 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 template <typename T>
 void launch_unpacked_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu,
                              cudaStream_t stream) {
-  const Tensor weight = torch::stable::new_empty(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
+  const Tensor weight = new_tensor(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
   check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(weight), stream));
   GroupedGemm<T> unpacked = gemm;
   unpacked.b.format = WeightFormat::kPlain;
   unpacked.b.data = weight.const_data_ptr();
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (gemm.b.format == WeightFormat::kFp8) {
-      const Tensor rounded = torch::stable::new_empty(a, {gemm.rows, gemm.b.depth});
+      const Tensor rounded = new_tensor(a, {gemm.rows, gemm.b.depth});
       check_launch(op, launch_round_to_e4m3_cuda(gemm.a, gemm.b.depth, mutable_ptr<T>(rounded), gemm.rows, stream));
       unpacked.a = const_ptr<T>(rounded);
       return launch_on_cuda(op, a, unpacked, swiglu);
@@ -105,7 +105,7 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 #endif
   if (gemm.b.format != WeightFormat::kPlain) return launch_unpacked_on_cuda(op, a, gemm, swiglu, scope.stream());
   if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
-  const Tensor gate_up = torch::stable::new_empty(a, {gemm.rows, gemm.b.columns});
+  const Tensor gate_up = new_tensor(a, {gemm.rows, gemm.b.columns});
   GroupedGemm<T> product = gemm;
   product.out = mutable_ptr<T>(gate_up);
   check_launch(op, launch_grouped_gemm_cuda(product, scope.stream()));
@@ -113,15 +113,15 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 }
 
 // With `swiglu`, out is swiglu of the product.
-Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, bool swiglu) {
-  const Tensor b_contiguous = torch::stable::contiguous(b), offs_contiguous = torch::stable::contiguous(offs);
+void run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, const Tensor& out,
+         bool swiglu) {
+  const Tensor b_contiguous = as_contiguous(b), offs_contiguous = as_contiguous(offs);
   const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
-  Tensor a_contiguous = torch::stable::contiguous(a);
+  Tensor a_contiguous = as_contiguous(a);
   if (weight.format == WeightFormat::kFp8 && !a.is_cuda()) a_contiguous = round_to_e4m3(a_contiguous);
   const int64_t rows = a.size(0), columns = swiglu ? weight.columns / 2 : weight.columns;
   const IndexArray ends = index_array(offs_contiguous);
   if (!a.is_cuda()) check_offsets(op, ends, weight.experts, rows);
-  const Tensor out = torch::stable::new_empty(a, {rows, columns});
   dispatch_float(op, a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), weight, ends, mutable_ptr<T>(out), rows};
@@ -132,18 +132,18 @@ Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b,
       swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, range) : launch_grouped_gemm_cpu(gemm, range);
     });
   });
-  return out;
 }
 
 }  // namespace
 
-Tensor grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs) {
-  return run(op, a, b_name, b, offs, false);
+void grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
+                       const Tensor& out) {
+  run(op, a, b_name, b, offs, out, false);
 }
 
-Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b,
-                                const Tensor& offs) {
-  return run(op, a, b_name, b, offs, true);
+void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
+                              const Tensor& out) {
+  run(op, a, b_name, b, offs, out, true);
 }
 
 namespace {
@@ -160,7 +160,9 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   check_size(op, "offs", offs, 0, b.size(0));
   check_index(op, "offs", offs);
   check_same_device(op, "offs", offs, a);
-  return grouped_gemm_step(op, "b", a, b, offs);
+  const Tensor out = new_tensor(a, {a.size(0), weight.columns});
+  grouped_gemm_step(op, "b", a, b, offs, out);
+  return out;
 }
 
 }  // namespace

@@ -1,14 +1,17 @@
 #include "moe_mlp.h"
 
+#include "../cpu/buffer.h"
 #include "../pack_weight/weight_view.h"
+#include "../tensors.h"
 
 namespace mixtral {
 namespace {
 
 constexpr const char* op = "moe_mlp";
 
-void check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
-                     const Tensor& down_proj) {
+// Returns I.
+int64_t check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
+                        const Tensor& down_proj) {
   check_rank(op, "x", x, 2, "[T, H]");
   check_float(op, "x", x);
   check_rank(op, "topk_ids", topk_ids, 2, "[T, K]");
@@ -34,17 +37,35 @@ void check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& 
   check_size(op, "down_proj", down_proj, 0, gate_up.experts);
   check_weight_shape(op, "down_proj", down_proj, down, x.size(1), gate_up.columns / 2);
   check_same_device(op, "down_proj", down_proj, x);
+  return gate_up.columns / 2;
+}
+
+enum Slot { kCopiedRows, kActivatedRows, kSlots };
+
+// [rows, columns] of the dtype of `like`, until this thread asks for the slot again. On the CPU the memory is kept from
+// call to call: a large block that comes fresh from the system costs a page fault every 4 KiB. What is larger than any
+// chunk of a prompt needs is not worth keeping.
+Tensor temporary(Slot slot, const Tensor& like, int64_t rows, int64_t columns) {
+  constexpr int64_t kMaxKeptBytes = 128 << 20;  // 2048 tokens of Mixtral 8x7B need 112 MiB
+  thread_local cpu::Buffer<char> kept[kSlots];
+  const int64_t bytes = rows * columns * like.element_size();
+  if (like.is_cuda() || bytes > kMaxKeptBytes) return new_tensor(like, {rows, columns});
+  return torch::stable::from_blob(kept[slot].grow(bytes), {rows, columns}, {columns, 1}, like.device(),
+                                  like.scalar_type());
 }
 
 // x [T, H], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2I, H] and down_proj [E, H, I],
 // each plain or packed -> [T, H]
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj) {
-  check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
-  const Permutation p = moe_permute_step(op, x, topk_ids, gate_up_proj.size(0));
-  const Tensor activated = grouped_gemm_swiglu_step(op, "gate_up_proj", p.permuted, gate_up_proj, p.offs);  // [M, I]
-  const Tensor y = grouped_gemm_step(op, "down_proj", activated, down_proj, p.offs);                        // [M, H]
-  return moe_unpermute_step(op, y, topk_weights, p.row_map);
+  const int64_t intermediate = check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+  const int64_t copies = topk_ids.numel();
+  const Tensor rows = temporary(kCopiedRows, x, copies, x.size(1));             // [M, H]
+  const Tensor activated = temporary(kActivatedRows, x, copies, intermediate);  // [M, I]
+  const PermutationIndex index = moe_permute_step(op, x, topk_ids, gate_up_proj.size(0), rows);
+  grouped_gemm_swiglu_step(op, "gate_up_proj", rows, gate_up_proj, index.offs, activated);
+  grouped_gemm_step(op, "down_proj", activated, down_proj, index.offs, rows);  // in the place of what went in
+  return moe_unpermute_step(op, rows, topk_weights, index.row_map);
 }
 
 }  // namespace

@@ -8,48 +8,48 @@
 
 namespace mixtral {
 
-Permutation moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts) {
+PermutationIndex moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts,
+                                  const Tensor& out) {
   const int64_t tokens = topk_ids.size(0), top_k = topk_ids.size(1), copies = tokens * top_k, hidden = x.size(1);
   MIXTRAL_CHECK(copies <= std::numeric_limits<int32_t>::max(), op,
                 ": topk_ids must have at most 2^31 - 1 entries, got ", copies);
-  const Tensor x_contiguous = torch::stable::contiguous(x), ids = torch::stable::contiguous(topk_ids);
-  const Tensor permuted = torch::stable::new_empty(x, {copies, hidden});
-  const Tensor offs = torch::stable::new_empty(x, {num_experts}, ScalarType::Int);
-  const Tensor row_map = torch::stable::new_empty(x, {tokens, top_k}, ScalarType::Int);
+  const Tensor x_contiguous = as_contiguous(x), ids = as_contiguous(topk_ids);
+  const Tensor offs = new_tensor(x, {num_experts}, ScalarType::Int);
+  const Tensor row_map = new_tensor(x, {tokens, top_k}, ScalarType::Int);
   const int64_t row_bytes = hidden * x.element_size();
   const char* x_ptr = const_ptr<char>(x_contiguous);
-  char* permuted_ptr = mutable_ptr<char>(permuted);
+  char* out_ptr = mutable_ptr<char>(out);
   int32_t *offs_ptr = mutable_ptr<int32_t>(offs), *row_map_ptr = mutable_ptr<int32_t>(row_map);
   if constexpr (kWithCuda) {
     if (x.is_cuda()) {
       MIXTRAL_CHECK(num_experts <= kMaxExpertsCuda, op, ": num_experts must be at most ", kMaxExpertsCuda,
                     " on cuda, got ", num_experts);
       const CudaScope scope(x);
-      check_launch(op, launch_moe_permute_cuda(x_ptr, index_array(ids), permuted_ptr, offs_ptr, row_map_ptr, tokens,
-                                               top_k, num_experts, row_bytes, scope.stream()));
-      return {permuted, offs, row_map};
+      check_launch(op, launch_moe_permute_cuda(x_ptr, index_array(ids), out_ptr, offs_ptr, row_map_ptr, tokens, top_k,
+                                               num_experts, row_bytes, scope.stream()));
+      return {offs, row_map};
     }
   }
   const int64_t bad = launch_moe_permute_index_cpu(index_array(ids), offs_ptr, row_map_ptr, copies, num_experts);
   MIXTRAL_CHECK(bad < 0, op, ": topk_ids must be in [0, ", num_experts, "), got ", index_array(ids)[bad], " at token ",
                 bad / top_k);
   parallel_rows(tokens, top_k * row_bytes, [=](int64_t begin, int64_t end) {
-    launch_moe_permute_copy_cpu(x_ptr, row_map_ptr, permuted_ptr, top_k, row_bytes, begin, end);
+    launch_moe_permute_copy_cpu(x_ptr, row_map_ptr, out_ptr, top_k, row_bytes, begin, end);
   });
-  return {permuted, offs, row_map};
+  return {offs, row_map};
 }
 
 Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {
   const int64_t tokens = row_map.size(0), top_k = row_map.size(1), rows = y.size(0), hidden = y.size(1);
-  const Tensor y_contiguous = torch::stable::contiguous(y), weights = torch::stable::contiguous(topk_weights);
-  const Tensor map = torch::stable::contiguous(row_map);
+  const Tensor y_contiguous = as_contiguous(y), weights = as_contiguous(topk_weights);
+  const Tensor map = as_contiguous(row_map);
   const IndexArray map_array = index_array(map);
   if (!y.is_cuda()) {
     for (int64_t i = 0; i < tokens * top_k; ++i)
       MIXTRAL_CHECK(map_array[i] >= -1 && map_array[i] < rows, op, ": row_map must be in [-1, ", rows, "), got ",
                     map_array[i], " at token ", i / top_k);
   }
-  const Tensor out = torch::stable::new_empty(y, {tokens, hidden});
+  const Tensor out = new_tensor(y, {tokens, hidden});
   const float* weights_ptr = const_ptr<float>(weights);
   dispatch_float(op, y.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -81,8 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& x, const Tensor& to
   check_size(op, "topk_ids", topk_ids, 0, x.size(0));
   check_same_device(op, "topk_ids", topk_ids, x);
   MIXTRAL_CHECK(num_experts >= 1, op, ": num_experts must be >= 1, got ", num_experts);
-  const Permutation p = moe_permute_step(op, x, topk_ids, num_experts);
-  return {p.permuted, p.offs, p.row_map};
+  const Tensor permuted = new_tensor(x, {topk_ids.numel(), x.size(1)});
+  const PermutationIndex index = moe_permute_step(op, x, topk_ids, num_experts, permuted);
+  return {permuted, index.offs, index.row_map};
 }
 
 Tensor moe_unpermute(const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {

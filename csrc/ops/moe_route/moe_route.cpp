@@ -3,7 +3,6 @@
 #include <tuple>
 
 #include "../dispatch.h"
-#include "../steps.h"
 
 namespace mixtral {
 namespace {
@@ -23,38 +22,41 @@ void check_arguments(const Tensor& x, const Tensor& router, int64_t top_k) {
   MIXTRAL_CHECK(top_k >= 1 && top_k <= experts, op, ": top_k must be in [1, ", experts, "], got ", top_k);
 }
 
-std::tuple<Tensor, Tensor> route_cuda(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize) {
+// x [T, H], router [E, H] -> weights [T, K], ids [T, K]
+std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize) {
+  check_arguments(x, router, top_k);
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = router.size(0);
-  MIXTRAL_CHECK(experts <= kMaxRoutedExpertsCuda, op, ": router must have at most ", kMaxRoutedExpertsCuda,
-                " experts on cuda, got ", experts);
-  const Tensor x_contiguous = torch::stable::contiguous(x), router_contiguous = torch::stable::contiguous(router);
-  const Tensor weights = torch::stable::new_empty(x, {tokens, top_k}, ScalarType::Float);
-  const Tensor ids = torch::stable::new_empty(x, {tokens, top_k}, ScalarType::Int);
+  MIXTRAL_CHECK(!x.is_cuda() || experts <= kMaxRoutedExpertsCuda, op, ": router must have at most ",
+                kMaxRoutedExpertsCuda, " experts on cuda, got ", experts);
+  // The CPU's kernel reads the router in f32: one conversion serves all tokens.
+  const Tensor rows = x.is_cuda() ? router : torch::stable::to(router, ScalarType::Float);
+  const Tensor x_contiguous = as_contiguous(x), rows_contiguous = as_contiguous(rows);
+  const Tensor weights = new_tensor(x, {tokens, top_k}, ScalarType::Float);
+  const Tensor ids = new_tensor(x, {tokens, top_k}, ScalarType::Int);
+  float* weights_ptr = mutable_ptr<float>(weights);
+  int32_t* ids_ptr = mutable_ptr<int32_t>(ids);
   dispatch_float(op, x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const CudaScope scope(x);
+    const T* x_ptr = const_ptr<T>(x_contiguous);
     const auto launch = [&](auto router_tag) {
       using R = decltype(router_tag);
-      if constexpr (kWithCuda)
-        check_launch(op, launch_moe_route_cuda(const_ptr<T>(x_contiguous), const_ptr<R>(router_contiguous),
-                                               mutable_ptr<float>(weights), mutable_ptr<int32_t>(ids), tokens, hidden,
-                                               experts, top_k, renormalize, scope.stream()));
+      if constexpr (kWithCuda) {
+        if (x.is_cuda()) {
+          const CudaScope scope(x);
+          check_launch(op, launch_moe_route_cuda(x_ptr, const_ptr<R>(rows_contiguous), weights_ptr, ids_ptr, tokens,
+                                                 hidden, experts, top_k, renormalize, scope.stream()));
+          return;
+        }
+      }
+      const float* router_ptr = const_ptr<float>(rows_contiguous);
+      parallel_rows(tokens, experts * hidden / 8, [=](int64_t begin, int64_t end) {
+        launch_moe_route_cpu<T, R>(x_ptr, router_ptr, weights_ptr, ids_ptr, hidden, experts, top_k, renormalize, begin,
+                                   end);
+      });
     };
     router.scalar_type() == ScalarType::Float ? launch(float{}) : launch(T{});
   });
   return {weights, ids};
-}
-
-// x [T, H], router [E, H] -> weights [T, K], ids [T, K]
-std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize) {
-  check_arguments(x, router, top_k);
-  if constexpr (kWithCuda) {
-    if (x.is_cuda()) return route_cuda(x, router, top_k, renormalize);
-  }
-  const Tensor rows = torch::stable::to(x, router.scalar_type());
-  const Tensor offs = torch::stable::full({1}, static_cast<double>(x.size(0)), ScalarType::Long);
-  const Tensor logits = grouped_gemm_step(op, "router", rows, torch::stable::unsqueeze(router, 0), offs);  // [T, E]
-  return topk_softmax_step(op, logits, top_k, renormalize);
 }
 
 }  // namespace

@@ -24,12 +24,12 @@ Tensor empty_packed(const Tensor& weight, WeightFormat format) {
   switch (format) {
     case WeightFormat::kInt8:
     case WeightFormat::kFp8:
-      return torch::stable::new_empty(weight, {experts, blocks, packed_block_bytes(format, depth, 1)},
+      return new_tensor(weight, {experts, blocks, packed_block_bytes(format, depth, 1)},
                                       format == WeightFormat::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn);
     case WeightFormat::kInt4:
-      return torch::stable::new_empty(weight, {experts, blocks, depth / 32, kInt4StepBytes}, ScalarType::Byte);
+      return new_tensor(weight, {experts, blocks, depth / 32, kInt4StepBytes}, ScalarType::Byte);
     default:
-      return torch::stable::new_empty(weight, {experts, blocks, depth / 32, 1024});
+      return new_tensor(weight, {experts, blocks, depth / 32, 1024});
   }
 }
 
@@ -55,8 +55,8 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
   MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % 32 == 0, op,
                 ": weight must have N and Kdim that are multiples of 32, got shape ", shape_string(weight));
   if (scales) check_scales(op, *scales, weight, quantize);
-  const Tensor rows = torch::stable::contiguous(weight);
-  if (scales) scales = torch::stable::contiguous(*scales);
+  const Tensor rows = as_contiguous(weight);
+  if (scales) scales = as_contiguous(*scales);
   const uint8_t* scale_bytes = scales ? const_ptr<uint8_t>(*scales) : nullptr;
   const Tensor packed = empty_packed(weight, format);
   std::atomic<bool> finite = true;
@@ -76,14 +76,14 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
 // packed -> weight [E, N, Kdim]; BFloat16 when quantised
 Tensor unpack_weight(const Tensor& packed) {
   constexpr const char* op = "unpack_weight";
-  const Tensor contiguous = torch::stable::contiguous(packed);
+  const Tensor contiguous = as_contiguous(packed);
   const bool quantized = is_quantized(weight_format(packed));
   if (!quantized) check_float(op, "packed", packed);
   const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
   const WeightView view = view_weight(op, "packed", contiguous, type, "[E, N/32, Kdim/32, 1024]");
   MIXTRAL_CHECK(view.format != WeightFormat::kPlain, op, ": packed must be a packed weight, got shape ",
                 shape_string(packed));
-  const Tensor out = torch::stable::new_empty(packed, {view.experts, view.columns, view.depth}, type);
+  const Tensor out = new_tensor(packed, {view.experts, view.columns, view.depth}, type);
   dispatch_float(op, type, [&](auto tag) {
     using T = decltype(tag);
     const char* from = static_cast<const char*>(view.data);

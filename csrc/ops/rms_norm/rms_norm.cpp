@@ -1,8 +1,8 @@
 #include "rms_norm.h"
 
-#include "../dispatch.h"
-
 #include <tuple>
+
+#include "../dispatch.h"
 
 namespace mixtral {
 namespace {
@@ -21,9 +21,9 @@ void check_arguments(const char* op, const Tensor& x, const Tensor& weight, doub
 void run(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, const Tensor& out,
          const Tensor* sum) {
   const int64_t rows = x.size(0), hidden = x.size(1);
-  const Tensor x_contiguous = torch::stable::contiguous(x);
-  const Tensor weight_contiguous = torch::stable::contiguous(weight);
-  const Tensor residual_contiguous = residual ? torch::stable::contiguous(*residual) : x_contiguous;
+  const Tensor x_contiguous = as_contiguous(x);
+  const Tensor weight_contiguous = as_contiguous(weight);
+  const Tensor residual_contiguous = residual ? as_contiguous(*residual) : x_contiguous;
   dispatch_float(op, x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* x_ptr = const_ptr<T>(x_contiguous);
@@ -48,7 +48,7 @@ void run(const char* op, const Tensor& x, const Tensor* residual, const Tensor& 
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check_arguments("rms_norm", x, weight, eps);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x, x.sizes());
   run("rms_norm", x, nullptr, weight, eps, out, nullptr);
   return out;
 }
@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   check_size("add_rms_norm", "residual", residual, 1, x.size(1));
   check_dtype("add_rms_norm", "residual", residual, x.scalar_type());
   check_same_device("add_rms_norm", "residual", residual, x);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
-  Tensor sum = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x, x.sizes());
+  Tensor sum = new_tensor(x, x.sizes());
   run("add_rms_norm", x, &residual, weight, eps, out, &sum);
   return {out, sum};
 }

@@ -60,7 +60,7 @@ void rolling_kv_cache_write(const Tensor& k_cache, const Tensor& v_cache, const 
   check_write(kWrite, k_cache, v_cache, k, v, slot_mapping);
   const int64_t tokens = k.size(0), slots = k_cache.size(0) * k_cache.size(1);
   const int64_t row_size = k_cache.size(2) * k_cache.size(3);
-  const Tensor k_contiguous = torch::stable::contiguous(k), v_contiguous = torch::stable::contiguous(v);
+  const Tensor k_contiguous = as_contiguous(k), v_contiguous = as_contiguous(v);
   const Tensor index = as_index(slot_mapping, ScalarType::Long);
   const int64_t* index_ptr = const_ptr<int64_t>(index);
   if (!k_cache.is_cuda()) check_slots(kWrite, index_ptr, tokens, slots);
@@ -93,7 +93,7 @@ Tensor rolling_kv_cache_rope_write(const Tensor& q, const Tensor& k, const Tenso
   const Tensor q_rows = as_rows(q), k_rows = as_rows(k), v_rows = as_rows(v);
   const Tensor position_index = as_index(positions, ScalarType::Long), index = as_index(slot_mapping, ScalarType::Long);
   if (!q.is_cuda()) check_slots(kRopeWrite, const_ptr<int64_t>(index), tokens, slots);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  Tensor q_out = new_tensor(q, q.sizes());
   const std::vector<float> frequencies = inverse_frequencies(theta, head_dim);
   dispatch_float(kRopeWrite, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

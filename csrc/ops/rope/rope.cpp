@@ -38,7 +38,7 @@ std::vector<float> inverse_frequencies(double theta, int64_t head_dim) {
 
 Tensor as_rows(const Tensor& x) {
   const bool heads_apart = x.size(1) > 1 && x.stride(1) != x.size(2);
-  return heads_apart || (x.size(2) > 1 && x.stride(2) != 1) ? torch::stable::contiguous(x) : x;
+  return heads_apart || (x.size(2) > 1 && x.stride(2) != 1) ? as_contiguous(x) : x;
 }
 
 namespace {
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   const int64_t tokens = q.size(0), head_dim = q.size(2);
   const Tensor q_rows = as_rows(q), k_rows = as_rows(k);
   const Tensor index = as_index(positions, ScalarType::Long);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes()), k_out = torch::stable::new_empty(k, k.sizes());
+  Tensor q_out = new_tensor(q, q.sizes()), k_out = new_tensor(k, k.sizes());
   const std::vector<float> frequencies = inverse_frequencies(theta, head_dim);
   dispatch_float(kOp, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -50,7 +50,7 @@ int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem,
     const bool hopper = use_hopper_kernels(q);
     if (hopper && takes_attention_decode_hopper(problem)) {  // few queries a sequence
       const int64_t bytes = decode_workspace_bytes(problem, decode_plan(problem));
-      const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+      const Tensor workspace = new_tensor(q, {bytes}, ScalarType::Byte);
       return launch_attention_decode_hopper(problem, mutable_ptr<unsigned char>(workspace), stream);
     }
     if (hopper && takes_attention_prefill_hopper(problem)) return launch_attention_prefill_hopper(problem, stream);
@@ -69,8 +69,8 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   const int64_t sequences = cu_seqlens_q.size(0) - 1;
   MIXTRAL_CHECK(tokens == 0 || sequences > 0, op, ": cu_seqlens_q must have at least 2 elements, got shape ",
                 shape_string(cu_seqlens_q));
-  const Tensor q_contiguous = torch::stable::contiguous(q);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor q_contiguous = as_contiguous(q);
+  Tensor out = new_tensor(q, q.sizes());
   dispatch_float(op, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const AttentionProblem<T> problem{
@@ -133,8 +133,7 @@ Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& 
     check_cu_seqlens(kOp, "cu_seqlens_q", const_ptr<int64_t>(index_q), sequences, q.size(0));
     check_cu_seqlens(kOp, "cu_seqlens_k", keys.cu_seqlens, sequences, k.size(0));
   }
-  return attend(kOp, q, torch::stable::contiguous(k), torch::stable::contiguous(v), index_q, keys, window, causal,
-                scale);
+  return attend(kOp, q, as_contiguous(k), as_contiguous(v), index_q, keys, window, causal, scale);
 }
 
 }  // namespace

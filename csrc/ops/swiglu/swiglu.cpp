@@ -7,8 +7,8 @@ namespace mixtral {
 
 Tensor swiglu_step(const char* op, const Tensor& gate_up) {
   const int64_t rows = gate_up.size(0), intermediate = gate_up.size(1) / 2;
-  const Tensor gate_up_contiguous = torch::stable::contiguous(gate_up);
-  const Tensor out = torch::stable::new_empty(gate_up, {rows, intermediate});
+  const Tensor gate_up_contiguous = as_contiguous(gate_up);
+  const Tensor out = new_tensor(gate_up, {rows, intermediate});
   dispatch_float(op, gate_up.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* gate_up_ptr = const_ptr<T>(gate_up_contiguous);

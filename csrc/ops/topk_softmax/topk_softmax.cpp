@@ -11,9 +11,9 @@ namespace mixtral {
 std::tuple<Tensor, Tensor> topk_softmax_step(const char* op, const Tensor& router_logits, int64_t top_k,
                                              bool renormalize) {
   const int64_t tokens = router_logits.size(0), experts = router_logits.size(1);
-  const Tensor logits = torch::stable::contiguous(router_logits);
-  const Tensor weights = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Float);
-  const Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Int);
+  const Tensor logits = as_contiguous(router_logits);
+  const Tensor weights = new_tensor(logits, {tokens, top_k}, ScalarType::Float);
+  const Tensor ids = new_tensor(logits, {tokens, top_k}, ScalarType::Int);
   float* weights_ptr = mutable_ptr<float>(weights);
   int32_t* ids_ptr = mutable_ptr<int32_t>(ids);
   dispatch_float(op, logits.scalar_type(), [&](auto tag) {
