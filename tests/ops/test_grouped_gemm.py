@@ -38,6 +38,14 @@ def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> tuple[to
     return a, b, offsets(make_routing(routing, rows, experts, 1, device), experts)
 
 
+def int8_weight(packed: torch.Tensor) -> torch.Tensor:
+    """f64 [E, N, Kdim]: what unpack_weight rounds to bf16."""
+    scales = packed[..., -128:].contiguous().view(torch.float32)
+    ones = packed.clone()  # unpacked, the same q at a scale of one
+    ones[..., -128:] = torch.ones_like(scales).view(torch.int8)
+    return ops.unpack_weight(ones).double() * scales.flatten(1)[..., None].double()
+
+
 @pytest.mark.every_isa
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -77,7 +85,7 @@ def test_packed_equals_plain(case, device, dtype):
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("quantize", QUANTISED)
+@pytest.mark.parametrize("quantize", ["fp8", "int4"])
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
 def test_quantised_equals_what_it_stands_for(case, quantize, device):
     a, b, offs = make(case, "zipf", device, torch.bfloat16)
@@ -111,6 +119,23 @@ def test_fp8_product_is_near_the_exact_one(device):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_int8_is_scale_times_q(case, device):
+    """On the CPU without a rounding to bf16: results are nearly always the exact ones, rounded."""
+    a, b, offs = make(case, "zipf", device, torch.bfloat16)
+    packed = pack(b, "int8")
+    if device == "cpu":
+        actual, oracle = (
+            ops.grouped_gemm(a, packed, offs),
+            reference.grouped_gemm(a.double(), int8_weight(packed), offs),
+        )
+        assert_within_twice_baseline(actual, oracle, oracle.bfloat16())
+        assert (actual != oracle.bfloat16()).sum() <= 1 + 0.02 * actual.numel()  # f32 sums: rounded as exact ones are
+    else:
+        assert torch.equal(ops.grouped_gemm(a, packed, offs), ops.grouped_gemm(a, ops.unpack_weight(packed), offs))
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize(("dtype", "quantize"), PACKED_FORMATS, ids=str)
 @pytest.mark.parametrize("depth", [4096, 14336])
 def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype, quantize, device):
@@ -137,6 +162,21 @@ def test_few_rows_have_the_bits_of_many(quantize):
     for rows in (1, 2, 3, 4, 5):
         parts = [ops.grouped_gemm(part, packed, torch.tensor([len(part)])) for part in a.split(rows)]
         assert torch.equal(torch.cat(parts).view(torch.int16), whole.view(torch.int16)), f"{rows} rows"
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("scale", [0, 1, 126, 127, 254, 255])
+def test_one_row_has_the_bits_of_many_at_every_int4_scale(scale):
+    """The kernel of one row multiplies sums by the power of two of a scale, the others each weight."""
+    magnitudes = torch.tensor([0, 2.0**-126, 2.0**-62, 2.0**-48, 2.0**-47, 1, 2.0**55, 2.0**56, 2.0**59, 2.0**127])
+    a = (torch.randn(len(magnitudes), 64) * 0.5).clamp(-1, 1) * magnitudes[:, None]
+    a[:, 1::2] = -a[:, ::2]  # sums that are nearly zero
+    a[:, 5] = magnitudes
+    a, b = a.bfloat16(), (4 * torch.randn(1, 32, 64)).clamp(-7, 7).bfloat16() * 2.0 ** (scale // 2 - 64)
+    packed = ops.pack_weight(b, "int4", torch.full((1, 32, 2), scale, dtype=torch.uint8))
+    whole = ops.grouped_gemm(a, packed, torch.tensor([len(a)]))
+    parts = [ops.grouped_gemm(row, packed, torch.tensor([1])) for row in a.split(1)]
+    assert torch.equal(torch.cat(parts).view(torch.int16), whole.view(torch.int16))
 
 
 def test_packed_inputs_may_be_strided(device):

@@ -81,6 +81,9 @@ def test_equals_the_composition_of_the_ops(case, routing, device, dtype):
 def test_packed_weights_equal_what_they_stand_for(case, dtype, gate_up_format, down_format, device):
     x, weights, ids, gate_up, down = make(case, "zipf", device, dtype)
     gate_up, down = pack(gate_up, gate_up_format), pack(down, down_format)
+    assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), composed(x, weights, ids, gate_up, down))
+    if "int8" in (gate_up_format, down_format) and device == "cpu":
+        return  # its scale meets the sum: test_grouped_gemm.py
     plain = ops.unpack_weight(gate_up), ops.unpack_weight(down)
     for weight_pair in ((gate_up, down), (gate_up, plain[1]), (plain[0], down)):
         layer = (x, weights, ids, *weight_pair)

@@ -85,7 +85,7 @@ class Multiplication {
       : gemm_(gemm), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth), sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
     if constexpr (std::is_same_v<T, BFloat16>)
-      if (count == 1) row_kernel_ = row_kernel(gemm.b.format);
+      if (count == 1) row_kernel_ = row_kernel(gemm.b.format, a_, depth);
     if (row_kernel_) {
       widen_row();
       return;
@@ -105,14 +105,21 @@ class Multiplication {
 
   // Sums [panels, sum_rows, 32] with the panels at `columns`.
   const float* run(const int64_t* columns, int64_t panels) const {
-    auto& scratch = thread_scratch<Operand>();
-    float* sums = scratch.sums.grow(panels * sum_rows_ * kPanelColumns);
-    if (row_kernel_) {
-      const float* row = thread_scratch<float>().rows.at(0);
-      for (int64_t i = 0; i < panels; ++i)
-        row_kernel_(packed_block(gemm_.b, expert_, columns[i]), row, gemm_.b.depth, sums + i * kPanelColumns);
-      return sums;
-    }
+    float* sums = thread_scratch<Operand>().sums.grow(panels * sum_rows_ * kPanelColumns);
+    row_kernel_ ? sum_row(columns, panels, sums) : sum_rows(columns, panels, sums);
+    if (gemm_.b.format == WeightFormat::kInt8)
+      for (int64_t i = 0; i < panels; ++i) scale_columns(columns[i], sums + i * sum_rows_ * kPanelColumns);
+    return sums;
+  }
+
+ private:
+  void sum_row(const int64_t* columns, int64_t panels, float* sums) const {
+    const float* row = thread_scratch<float>().rows.at(0);
+    for (int64_t i = 0; i < panels; ++i)
+      row_kernel_(packed_block(gemm_.b, expert_, columns[i]), row, gemm_.b.depth, sums + i * kPanelColumns);
+  }
+
+  void sum_rows(const int64_t* columns, int64_t panels, float* sums) const {
     std::fill_n(sums, panels * sum_rows_ * kPanelColumns, 0.0f);
     for (int64_t k = 0; k < gemm_.b.depth; k += piece_) {
       const int64_t size = std::min(piece_, gemm_.b.depth - k);
@@ -123,10 +130,18 @@ class Multiplication {
         multiply(rows, columns[i], k, size, next, sums + i * sum_rows_ * kPanelColumns);
       }
     }
-    return sums;
   }
 
- private:
+  // Sums of one panel of int8 weights, in units of kInt8Unit -> the products.
+  void scale_columns(int64_t column, float* sums) const {
+    const char* block = packed_block(gemm_.b, expert_, column);
+    const auto* scales = reinterpret_cast<const float*>(block + kBlockRows * gemm_.b.depth);
+    for_cpu_isa([&] {
+      for (int64_t r = 0; r < count_; ++r, sums += kPanelColumns)
+        for (int64_t j = 0; j < kPanelColumns; ++j) sums[j] = sums[j] / kInt8Unit * scales[j];
+    });
+  }
+
   // The one row as f32, as row_kernel_ takes it.
   void widen_row() const {
     const int64_t depth = gemm_.b.depth;

@@ -14,55 +14,98 @@
 namespace mixtral {
 
 inline constexpr int64_t kHalfPairs = 16;
-inline constexpr int64_t kPrefetchBytes = 4096;  // ahead: far enough for memory, near enough for the first cache
 
-// Fetches half a step that is read later: the processor's own prefetchers stop at the end of a page.
+// Fetches half a step that is read later, first into the second cache: the first one has too few lines under way to
+// wait for memory, and the processor's own prefetchers stop at the end of a page.
 template <int64_t kBytes>
 MIXTRAL_INLINE void prefetch_half(const char* half) {
+  constexpr int64_t kFar = 16384, kNear = 1024;
 #pragma GCC unroll 8
-  for (int64_t byte = 0; byte < kBytes; byte += 64) _mm_prefetch(half + kPrefetchBytes + byte, _MM_HINT_T0);
+  for (int64_t byte = 0; byte < kBytes; byte += 64) {
+    _mm_prefetch(half + kFar + byte, _MM_HINT_T1);
+    _mm_prefetch(half + kNear + byte, _MM_HINT_T0);
+  }
 }
 
+// The values are q * 2^16.
 struct Int8Block {
   static constexpr int64_t kStepBytes = cpu::kStepElements, kHalfBytes = kStepBytes / 2;
   struct Half {
     const char* pairs;
-    __m512 low, high;  // the scales of columns 0-7 and 8-15, each twice
 
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE static __m512 load(const char* values) {
-      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))));
+    // The sixteen columns at the even and at the odd depth of pair p, which is 32 bits: q in the upper 16, zeros below.
+    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 even(int64_t p) const {
+      return _mm512_cvtepi32_ps(_mm512_slli_epi32(words(p), 16));
+    }
+    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 odd(int64_t p) const {
+      return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512i pair(int64_t p) const {
-      const char* at = pairs + p * 32;
-      return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(load(at + 16), high), _mm512_mul_ps(load(at), low));
+      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(p)), 16);
+      return _mm512_or_si512(low, _mm512_castps_si512(odd(p)));
+    }
+    // sum + the sum of this half
+    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 add(__m512 half_sum, __m512 sum) const {
+      return _mm512_add_ps(sum, half_sum);
+    }
+
+   private:
+    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512i words(int64_t p) const {
+      return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + p * 32)));
     }
   };
 
-  Int8Block(const char* block, int64_t depth) : steps(block), scales(block + depth * kBlockRows) {}
+  Int8Block(const char* block, int64_t) : steps(block) {}
   MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kStepBytes + h * kHalfBytes;
     prefetch_half<kHalfBytes>(at);
-    const __m512 rows = _mm512_loadu_ps(scales + h * 64);
-    const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    return {at, _mm512_permutexvar_ps(low, rows), _mm512_permutexvar_ps(high, rows)};
+    return {at};
   }
 
-  const char *steps, *scales;
+  const char* steps;
 };
-
 struct Int4Block {
   static constexpr int64_t kHalfBytes = (kInt4StepBytes - kBlockRows) / 2;
   struct Half {
-    const char* words;            // of four groups of four pairs
-    __m512i table_row, exponent;  // of the scale of each column, for both words of its pair
+    const char* words;  // of four groups of four pairs
+    __m512i scales;     // of each column, in all four bytes
 
     MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i pair(int64_t p) const {
       constexpr int kAndOr = 0xea;  // (a & b) | c
       const __m512i word = _mm512_loadu_si512(words + p / 4 * 64);
+      const __m512i table_row = _mm512_slli_epi16(_mm512_and_si512(scales, _mm512_set1_epi16(1)), 4);
+      const __m512i exponents = _mm512_sub_epi16(_mm512_srli_epi16(scales, 9), _mm512_set1_epi16(64));
       const __m512i index =
           _mm512_ternarylogic_epi32(_mm512_srli_epi16(word, 4 * (p % 4)), _mm512_set1_epi16(15), table_row, kAndOr);
-      return _mm512_add_epi16(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(kInt4Levels)), exponent);
+      return _mm512_add_epi16(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(kInt4Levels)),
+                              _mm512_slli_epi16(exponents, 7));
+    }
+
+    // The sixteen columns at the even and at the odd depth of pair p, without the powers of two of their scales.
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 even(int64_t p) const { return level(p, p % 4); }
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 odd(int64_t p) const { return level(p, p % 4 + 4); }
+
+    // sum + half_sum * the powers of two
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 add(__m512 half_sum, __m512 sum) const {
+      const __m512i exponents = _mm512_and_si512(_mm512_srli_epi32(scales, 2), _mm512_set1_epi32(0x3f800000));
+      const __m512i powers = _mm512_add_epi32(exponents, _mm512_set1_epi32((127 - 64) << 23));
+      return _mm512_fmadd_ps(half_sum, _mm512_castsi512_ps(powers), sum);
+    }
+
+   private:
+    // Nibble `nibble` of the words of pair p's group. A look-up takes the lowest five bits of its index: with the
+    // lowest bit of the scale in front of every second nibble, one shift brings each of them there.
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 level(int64_t p, int nibble) const {
+      constexpr int kSelect = 0xca;  // a ? b : c
+      const __m512i word = _mm512_loadu_si512(words + p / 4 * 64);
+      const __m512i nibbles =
+          _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibble % 2 == 0 ? word : _mm512_srli_epi32(word, 4),
+                                    _mm512_slli_epi32(scales, 4), kSelect);
+      return _mm512_permutex2var_ps(table(0), _mm512_srli_epi32(nibbles, nibble / 2 * 8), table(1));
+    }
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512 table(int64_t row) {
+      const __m256i levels = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kInt4Levels) + row);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(levels), 16));
     }
   };
 
@@ -70,11 +113,11 @@ struct Int4Block {
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kInt4StepBytes;
     prefetch_half<kHalfBytes + kBlockRows>(at + h * kHalfBytes);
-    __m512i scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + h));
-    scales = _mm512_or_si512(scales, _mm512_slli_epi32(scales, 16));
-    const __m512i exponents = _mm512_sub_epi16(_mm512_srli_epi16(scales, 1), _mm512_set1_epi16(64));
-    return {at + kBlockRows + h * kHalfBytes, _mm512_slli_epi16(_mm512_and_si512(scales, _mm512_set1_epi16(1)), 4),
-            _mm512_slli_epi16(exponents, 7)};
+    const __m512i four_times =
+        _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
+                         0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
+    const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + h);
+    return {at + kBlockRows + h * kHalfBytes, _mm512_shuffle_epi8(_mm512_broadcast_i32x4(scales), four_times)};
   }
 
   const char* steps;

@@ -15,14 +15,9 @@ constexpr int64_t kPairWords = 16, kInt4Groups = 4, kInt4GroupBytes = 64;  // 16
 
 // ---- plain loops
 
-MIXTRAL_INLINE void int8_steps(const int8_t* values, const float* row_scales, int64_t steps, BFloat16* out) {
-  float scales[2][kStepDepth];  // of the two words of each column's pair
-  for (int64_t half = 0; half < 2; ++half)
-    for (int64_t e = 0; e < kStepDepth; ++e) scales[half][e] = row_scales[half * kPairWords + e / 2];
-  for (int64_t p = 0; p < steps * kStepDepth; ++p)  // 16 pairs of one half, then of the other
-    for (int64_t e = 0; e < kStepDepth; ++e)
-      out[p * kStepDepth + e] =
-          from_float<BFloat16>(static_cast<float>(values[p * kStepDepth + e]) * scales[p / kPairWords % 2][e]);
+MIXTRAL_INLINE void int8_steps(const int8_t* values, int64_t steps, BFloat16* out) {
+  for (int64_t i = 0; i < steps * kStepElements; ++i)
+    out[i] = from_float<BFloat16>(static_cast<float>(values[i]) * kInt8Unit);
 }
 
 MIXTRAL_INLINE void int4_step(const char* step, BFloat16* out) {
@@ -70,14 +65,13 @@ MIXTRAL_TARGET_AVX512 void int4_steps_avx512(const Int4Block& block, int64_t beg
 
 }  // namespace
 
-void dequantize_int8(const char* block, int64_t depth, int64_t k, int64_t steps, BFloat16* out) {
+void dequantize_int8(const char* block, int64_t k, int64_t steps, BFloat16* out) {
 #if defined(__x86_64__)
   const int64_t begin = k / kStepDepth;
-  if (cpu_isa() >= CpuIsa::kAvx512Bf16) return int8_steps_avx512({block, depth}, begin, begin + steps, out);
+  if (cpu_isa() >= CpuIsa::kAvx512Bf16) return int8_steps_avx512({block, 0}, begin, begin + steps, out);
 #endif
   const auto* values = reinterpret_cast<const int8_t*>(block) + k * kBlockRows;
-  const auto* scales = reinterpret_cast<const float*>(block + depth * kBlockRows);
-  for_cpu_isa([&] { int8_steps(values, scales, steps, out); });
+  for_cpu_isa([&] { int8_steps(values, steps, out); });
 }
 
 void dequantize_int4(const char* block, int64_t k, int64_t steps, BFloat16* out) {

@@ -5,11 +5,12 @@
 
 namespace mixtral {
 
-// sums [32] = row [depth] * block; the row's values are bf16 ones. The bits are those of cpu::bf16_kernel().
+// sums [32] = row [depth] * block; the row's values are bf16 ones. The bits are those of cpu::bf16_kernel() with the
+// panels of load_panel().
 using RowKernel = void (*)(const char* block, const float* row, int64_t depth, float* sums);
 
-// Null where the instruction set in use has no such kernel, and for weights that are not quantised: tiles, which are
-// read in place, are as fast as memory.
-RowKernel row_kernel(WeightFormat format);
+// The kernel of a row [depth]. Null where the instruction set in use has none, for rows out of its range, and for
+// weights that are not quantised: tiles, which are read in place, are as fast as memory.
+RowKernel row_kernel(WeightFormat format, const BFloat16* row, int64_t depth);
 
 }  // namespace mixtral

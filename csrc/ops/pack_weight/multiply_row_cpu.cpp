@@ -9,12 +9,11 @@ namespace {
 
 #if defined(__x86_64__)
 // In the order of the tile unit (cpu/amx.h): in each step the even depths, the odd depths, and then both into the sum.
-// A pair is used where it was made, in a register: stored, it would not be in the cache yet when a tile is loaded.
+// Values are used where they were made, in registers.
 template <typename Block>
 MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_steps(const char* data, const float* row,
                                                                          int64_t depth, float* sums) {
   const Block block(data, depth);
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t step = 0; step < depth / kStepDepth; ++step, row += kStepDepth) {
 #pragma GCC unroll 2
@@ -23,13 +22,10 @@ MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_steps(const c
       __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
 #pragma GCC unroll 16
       for (int p = 0; p < kHalfPairs; ++p) {
-        const __m512i pair = half.pair(p);
-        const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-        const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
-        even = _mm512_fmadd_ps(_mm512_set1_ps(row[2 * p]), first, even);
-        odd = _mm512_fmadd_ps(_mm512_set1_ps(row[2 * p + 1]), second, odd);
+        even = _mm512_fmadd_ps(_mm512_set1_ps(row[2 * p]), half.even(p), even);
+        odd = _mm512_fmadd_ps(_mm512_set1_ps(row[2 * p + 1]), half.odd(p), odd);
       }
-      sum[h] = _mm512_add_ps(sum[h], _mm512_add_ps(even, odd));
+      sum[h] = half.add(_mm512_add_ps(even, odd), sum[h]);
     }
   }
   for (int h = 0; h < 2; ++h) _mm512_storeu_ps(sums + h * 16, sum[h]);
@@ -53,13 +49,30 @@ void multiply(const char* block, const float* row, int64_t depth, float* sums) {
 }
 #endif
 
+// Whether int4 weights give sums that scale by powers of two as real numbers do. Levels are multiples of 2^-8 below 16,
+// and powers of scales are 2^-64 to 2^63: where all values of the row are zero or in [2^-47, 2^56), a sum of one step
+// is neither subnormal nor infinite, before it is multiplied by its power or after.
+bool sums_scale_exactly(const BFloat16* row, int64_t depth) {
+  constexpr uint32_t kLeast = (127 - 47) << 7, kEnd = (127 + 56) << 7;
+  bool exact = true;
+  for_cpu_isa([&] {
+    uint32_t outside = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      const uint32_t magnitude = row[k].x & 0x7fffu;
+      outside |= static_cast<uint32_t>(magnitude != 0 && magnitude - kLeast >= kEnd - kLeast);
+    }
+    exact = outside == 0;
+  });
+  return exact;
+}
+
 }  // namespace
 
-RowKernel row_kernel(WeightFormat format) {
+RowKernel row_kernel(WeightFormat format, const BFloat16* row, int64_t depth) {
 #if defined(__x86_64__)
   if (cpu_isa() == CpuIsa::kAmx) {
     if (format == WeightFormat::kInt8) return multiply<Int8Block>;
-    if (format == WeightFormat::kInt4) return multiply<Int4Block>;
+    if (format == WeightFormat::kInt4 && sums_scale_exactly(row, depth)) return multiply<Int4Block>;
   }
 #endif
   return nullptr;

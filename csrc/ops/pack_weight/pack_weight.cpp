@@ -25,7 +25,7 @@ Tensor empty_packed(const Tensor& weight, WeightFormat format) {
     case WeightFormat::kInt8:
     case WeightFormat::kFp8:
       return new_tensor(weight, {experts, blocks, packed_block_bytes(format, depth, 1)},
-                                      format == WeightFormat::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn);
+                        format == WeightFormat::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn);
     case WeightFormat::kInt4:
       return new_tensor(weight, {experts, blocks, depth / 32, kInt4StepBytes}, ScalarType::Byte);
     default:

@@ -10,13 +10,15 @@
 //   fp8       Float8_e4m3fn [E, N/32, 32*Kdim + 128]  the rows as they are, of e4m3 values; then a f32 scale for each
 //   int4      Byte  [E, N/32, Kdim/32, 544]   steps: a byte of scale for each row, then 2 halves of 256 bytes
 //
-// A quantised weight stands for bf16 values.
-// int8: scale * q rounded once, q in [-127, 127], one scale a row, which is never zero or subnormal.
-// fp8: scale * e4m3, which is exact, one power of two a row (e4m3.h). Rows that meet such a weight in a product are
-// first rounded in the same way.
-// int4: sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32 depths of a row. s is a power
-// of the square root of two: a level at any scale is then one of 32 bf16 values with another exponent, and a table
-// look-up and an addition to the exponent field make a weight. Scale byte e means
+// int8: a weight is scale * q, q in [-127, 127], one scale a row, which is never zero or subnormal. The CPU kernels
+// multiply by q, which bf16 holds exactly, and each finished sum by its scale; unpacked, a weight is rounded to bf16.
+//
+// fp8: a weight is scale * e4m3, exact in bf16, one scale a row, a power of two (e4m3.h). Rows that meet such a weight
+// in a product are first rounded in the same way.
+//
+// int4: a weight is a bf16 value, one of sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for
+// each 32 depths of a row. s is a power of the square root of two: a level at any scale is then one of 32 bf16 values
+// with another exponent, which a table look-up finds. Scale byte e means
 //   value = bf16((q + 1/2) * (e odd ? sqrt(2) : 1)) * 2^(e div 2 - 64).
 // Half h of an int4 step holds rows 16 h to 16 h + 15 as four groups of 32 16-bit words: nibble i of word w in group g
 // is q + 8 of pair 4 g + i, row 16 h + w div 2, at the pair's depth w mod 2.
@@ -38,6 +40,7 @@ using torch::headeronly::Half;
 enum class WeightFormat { kPlain, kPacked, kInt8, kFp8, kInt4 };
 
 inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 544;
+inline constexpr float kInt8Unit = 65536;  // what panels of int8 weights are multiples of: the cheapest to make from q
 
 inline bool is_quantized(WeightFormat format) {
   return format != WeightFormat::kPlain && format != WeightFormat::kPacked;
@@ -86,7 +89,8 @@ int launch_unpack_weight_cuda(const WeightView& weight, T* out, cudaStream_t str
 
 // The panel (cpu/matmul.h) of columns [column, column + 32) of `expert` at depths [k, k + depth), zero where there are
 // none; column and k are multiples of 32. It is the weight itself where its format allows, or is made in `scratch`,
-// which holds 32 * depth values (depth rounded up to 32). Weights are of type T; BFloat16 when quantised.
+// which holds 32 * depth values (depth rounded up to 32). Weights are of type T; BFloat16 when quantised. int8: the
+// values are q * kInt8Unit; sums are to be multiplied by the block's scales / kInt8Unit.
 template <typename T, typename Operand>
 const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                           Operand* scratch);

@@ -208,7 +208,9 @@ void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t d
       const T* step = reinterpret_cast<const T*>(block) + k * kPanelColumns;
       [[maybe_unused]] BFloat16 dequantized[kStepElements];
       if constexpr (std::is_same_v<T, BFloat16>) {
-        if (format == WeightFormat::kInt8) dequantize_int8(block, depth, k, 1, dequantized);
+        if (format == WeightFormat::kInt8)
+          for (int64_t j = 0; j < kBlockRows; ++j)
+            for (int64_t d = 0; d < kStepDepth; ++d) dequantized[pair_index(j, d)] = int8_value(block, depth, j, k + d);
         if (format == WeightFormat::kFp8) dequantize_fp8(block, depth, k, 1, dequantized);
         if (format == WeightFormat::kInt4) dequantize_int4(block, k, 1, dequantized);
         if (format != WeightFormat::kPacked) step = dequantized;

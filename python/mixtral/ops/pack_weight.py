@@ -12,8 +12,9 @@ def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | No
     """The rows of ``weight`` in the order in which the CPU kernels read them, 32 rows to a block.
 
     ``grouped_gemm`` and ``moe_mlp`` take the result in place of ``weight``; shape and dtype tell the format. Only the
-    format without quantisation gives the bits of the plain weight; a quantised one stands for what
-    :func:`unpack_weight` returns, and goes with bf16 inputs alone.
+    format without quantisation gives the bits of the plain weight; fp8 and int4 stand for what :func:`unpack_weight`
+    returns, and so does int8 on CUDA, while the CPU multiplies by q and each finished sum by the scale, without a
+    rounding between. Quantised weights go with bf16 inputs alone.
 
     An fp8 scale is the least power of two that keeps its row within 448, the largest e4m3 value, and at least 2^-117;
     rows that meet an fp8 weight are rounded in the same way (:func:`grouped_gemm`). An int4 scale is a power of the
@@ -24,9 +25,9 @@ def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | No
     quantize  packed                               a weight is
     ========  ===================================  ==========================================================
     None      [E, N/32, Kdim/32, 1024], its dtype  itself
-    "int8"    int8 [E, N/32, 32 * Kdim + 128]      f32 scale of its row * q, -127 <= q <= 127, rounded to bf16
+    "int8"    int8 [E, N/32, 32 * Kdim + 128]      f32 scale of its row * q, -127 <= q <= 127
     "fp8"     float8_e4m3fn, shape as "int8"       f32 scale of its row, a power of two * e4m3, exact in bf16
-    "int4"    uint8 [E, N/32, Kdim/32, 544]        scale of 32 depths of its row * (q + 1/2), -8 <= q <= 7, likewise
+    "int4"    uint8 [E, N/32, Kdim/32, 544]        scale of 32 depths of its row * (q + 1/2), -8 <= q <= 7, in bf16
     ========  ===================================  ==========================================================
 
     Args:
@@ -47,7 +48,7 @@ def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | No
 
 
 def unpack_weight(packed: Tensor) -> Tensor:
-    """The weight that ``packed`` stands for: what was packed, or the bf16 values of a quantised one.
+    """The weight that ``packed`` stands for: what was packed, or that of a quantised one, rounded to bf16.
 
     Args:
         packed: as from :func:`pack_weight`.
