@@ -15,8 +15,8 @@
 // fp8: scale * e4m3, which is exact, one power of two a row (e4m3.h). Rows that meet such a weight in a product are
 // first rounded in the same way.
 // int4: sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32 depths of a row. s is a
-// power of the square root of two: a level at any scale is then one of 32 bf16 values with another exponent, and a table
-// look-up and an addition to the exponent field make a weight. Scale byte e means
+// power of the square root of two: a level at any scale is then one of 32 bf16 values with another exponent, and a
+// table look-up and an addition to the exponent field make a weight. Scale byte e means
 //   value = bf16((q + 1/2) * (e odd ? sqrt(2) : 1)) * 2^(e div 2 - 64).
 // Half h of an int4 step holds rows 16 h to 16 h + 15 as four groups of 32 16-bit words: nibble i of word w in group g
 // is q + 8 of pair 4 g + i, row 16 h + w div 2, at the pair's depth w mod 2.
