@@ -7,7 +7,7 @@
 //   quantize  packed                          one block
 //   none      float [E, N/32, Kdim/32, 1024]  steps; bf16 in pair order
 //   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order; then a f32 scale for each row
-//   fp8       Float8_e4m3fn [E, N/32, 32*Kdim + 128]  the rows as they are, of e4m3 values; then a f32 scale for each
+//   fp8       Float8_e4m3fn, likewise         rows of Kdim e4m3 values; then a f32 scale for each row
 //   int4      Byte  [E, N/32, Kdim/32, 544]   steps: a byte of scale for each row, then 2 halves of 256 bytes
 //
 // int8: a weight is scale * q, q in [-127, 127], one scale a row, which is never zero or subnormal. The CPU kernels
