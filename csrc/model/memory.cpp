@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <c10/core/CachingDeviceAllocator.h>
+#include <malloc.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -69,6 +70,12 @@ std::string gib_text(double bytes) {
 std::string out_of_memory_text(const std::string& what, double bytes, c10::Device device, double available) {
   const std::string name = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
   return what + ": needs " + gib_text(bytes) + " on " + name + ", " + gib_text(available) + " available";
+}
+
+void release_free_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 void check_memory(const std::string& what, double bytes, c10::Device device) {

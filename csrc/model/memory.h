@@ -21,4 +21,7 @@ void check_memory(const std::string& what, double bytes, c10::Device device);
 std::string out_of_memory_text(const std::string& what, double bytes, c10::Device device, double available);
 std::string gib_text(double bytes);  // "1.50 GiB"
 
+// Gives the free memory of the C library's heap back to the system, as far as the library has a way to.
+void release_free_memory();
+
 }  // namespace mixtral

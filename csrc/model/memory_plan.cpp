@@ -9,7 +9,7 @@
 namespace mixtral {
 namespace {
 
-constexpr double kPackingBytes = 64 << 20;  // rows as read (weights.cpp), as converted, and as packed
+constexpr double kPackingBytes = 16 << 20;  // rows as read (weights.cpp), as converted, and as packed
 
 // The values of one token that are alive at a time: the residual and its norm; then q, k, v and what attention makes of
 // them, or the rows of its experts with gate, up, their product and the output.

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "memory.h"
 #include "memory_plan.h"
 #include "ops.h"
 
@@ -150,6 +151,7 @@ Mixtral Mixtral::from_pretrained(const std::filesystem::path& folder, const Load
   };
   Mixtral model = allocate();
   checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
+  release_free_memory();  // of staging and packing
   return model;
 }
 

@@ -13,7 +13,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr uint64_t kMaxIndexBytes = 100'000'000;
-constexpr uint64_t kStagingBytes = 16 << 20;
+constexpr uint64_t kStagingBytes = 4 << 20;
 constexpr uint64_t kProgressBytes = 64 << 20;
 
 std::string shape_string(const std::vector<int64_t>& shape) {
