@@ -63,12 +63,12 @@ struct Problem {
   }
 };
 
-TensorMap weight_map(const Problem& p, const void* b, int unit_rows, int bytes) {
+TensorMap weight_map(const Problem& p, const void* b, int unit_rows, WeightFormat format) {
   const StreamGemm gemm{nullptr, {}, p.experts, p.rows, p.columns, p.depth};
-  const StreamWeightBoxes boxes = stream_weight_boxes(gemm, p.swiglu, unit_rows, bytes);
+  const StreamWeightBoxes boxes = stream_weight_boxes(gemm, p.swiglu, unit_rows, format);
+  const MapElement element = format == WeightFormat::kFp8 ? MapElement::kByte : MapElement::kBFloat16;
   TensorMap map;
-  EXPECT_TRUE(encode_tensor_map<4>(&map, b, bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte, boxes.sizes,
-                                   boxes.strides, boxes.box));
+  EXPECT_TRUE(encode_tensor_map<4>(&map, b, element, boxes.sizes, boxes.strides, boxes.box));
   return map;
 }
 
@@ -97,7 +97,9 @@ struct Operands<BFloat16Weights> {
     std::mt19937 random(static_cast<unsigned>(p.columns));
     for (auto& x : p.b) x = static_cast<float>(static_cast<int>(random() % 255) - 127) / 64;
   }
-  TensorMap weights(const Problem& p, int unit_rows) const { return weight_map(p, p.b.data(), unit_rows, 2); }
+  TensorMap weights(const Problem& p, int unit_rows) const {
+    return weight_map(p, p.b.data(), unit_rows, WeightFormat::kPlain);
+  }
   TokenMaps tokens(const Problem& p) const { return token_maps(p, p.a.data(), 2); }
 };
 
@@ -159,27 +161,37 @@ struct Operands<Int4Weights> {
 
 template <>
 struct Operands<E4m3Weights> {
-  explicit Operands(Problem& p) : a(p.a.size()), b(p.b.size()) {
-    fill(p.a, a, a_scales, p.depth);
-    fill(p.b, b, b_scales, p.depth);
+  // Random numbers, 1/2 to 7.5 of both signs, and a power of two for each row.
+  explicit Operands(Problem& p)
+      : a(p.a.size()), packed(p.experts * p.weight_rows / 32 * (32 * p.depth + 128)), random(p.columns) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      a_scales.push_back(random_scale());
+      fill_row(a.data() + row * p.depth, a_scales.back(), p.a.data() + row * p.depth, p.depth);
+    }
+    for (int64_t row = 0; row < p.experts * p.weight_rows; ++row) {
+      uint8_t* block = packed.data() + row / 32 * (32 * p.depth + 128);
+      const float scale = random_scale();
+      std::memcpy(block + 32 * p.depth + row % 32 * 4, &scale, 4);
+      fill_row(block + row % 32 * p.depth, scale, p.b.data() + row * p.depth, p.depth);
+    }
   }
-  static void fill(std::vector<BFloat16>& values, std::vector<uint8_t>& bytes, std::vector<float>& scales,
-                   int64_t depth) {
-    std::mt19937 random(static_cast<unsigned>(values.size()));
-    for (size_t row = 0; row < values.size() / depth; ++row)
-      scales.push_back(std::ldexp(1.0f, static_cast<int>(random() % 5) - 2));
-    for (size_t i = 0; i < bytes.size(); ++i) {
-      bytes[i] = static_cast<uint8_t>(0x30 + random() % 0x20 + random() % 2 * 0x80);  // 1/2 to 7.5, both signs
-      values[i] = e4m3_value(bytes[i]) * scales[i / depth];
+  float random_scale() { return std::ldexp(1.0f, static_cast<int>(random() % 5) - 2); }
+  void fill_row(uint8_t* bytes, float scale, BFloat16* values, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k) {
+      bytes[k] = static_cast<uint8_t>(0x30 + random() % 0x20 + random() % 2 * 0x80);
+      values[k] = e4m3_value(bytes[k]) * scale;
     }
   }
   E4m3Weights::Source weights(const Problem& p, int unit_rows) const {
-    return {weight_map(p, b.data(), unit_rows, 1), b_scales.data(), a_scales.data()};
+    return {weight_map(p, packed.data(), unit_rows, WeightFormat::kFp8), reinterpret_cast<const char*>(packed.data()),
+            a_scales.data()};
   }
   TokenMaps tokens(const Problem& p) const { return token_maps(p, a.data(), 1); }
 
-  std::vector<uint8_t> a, b;
-  std::vector<float> a_scales, b_scales;
+  std::vector<uint8_t> a;
+  std::vector<float> a_scales;
+  GuardedBytes packed;
+  std::mt19937 random;
 };
 
 // out as floats; fails where the kernel wrote beyond it.
@@ -321,10 +333,44 @@ TEST(GroupedGemmStream, Int4WeightsAreExactAtEveryScale) {
   }
 }
 
-TEST(GroupedGemmStream, E4m3SumsAreScaledByRowAndColumn) {
-  expect_products<FewRows, E4m3Weights>({{0, 9, 10, 50}, 52, 72, 144});
-  expect_products<FewRows, E4m3Weights>({{20, 70}, 70, 40, 128 * 7 + 16, true}, 2);
-  expect_products<FewRows, E4m3Weights>({{}, 5, 136, 16});
+TEST(GroupedGemmStream, Fp8WeightsAreThoseOfTheCpuFormat) {
+  expect_products<FewRows, E4m3Weights>({{0, 9, 10, 50}, 52, 96, 160});  // a half tile of rows, a part of a step
+  expect_products<FewRows, E4m3Weights>({{2, 11}, 11, 32, 32});
+  expect_products<FewRows, E4m3Weights>({{}, 5, 160, 128 * 7 + 32});  // more steps than stages
+  expect_products<FewRows, E4m3Weights>({{7, 3, 12}, 12, 96, 64}, 2);
+}
+
+TEST(GroupedGemmStream, MoreRowsOfFp8) {
+  expect_products<MoreE4m3Rows, E4m3Weights>({{0, 70, 75}, 80, 160, 96}, 2);       // 128 and 8 tokens, a unit and a bit
+  expect_products<MoreE4m3Rows, E4m3Weights>({{140, 160}, 160, 32, 128 + 32}, 2);  // two passes: 128 and 12 tokens
+  expect_products<MoreE4m3Rows, E4m3Weights>({{20, 20, 52}, 52, 128, 128 * 7 + 64});  // more steps than stages
+}
+
+TEST(GroupedGemmStream, Fp8SwigluTakesGateAndUpFromTheirBlocks) {
+  expect_products<FewRows, E4m3Weights>({{9, 10, 42}, 42, 96, 128, true});
+  expect_products<FewRows, E4m3Weights>({{0, 70}, 72, 32, 128 * 6 + 32, true}, 2);
+  expect_products<FewRows, E4m3Weights>({{}, 33, 64, 32, true});
+  expect_products<MoreE4m3Rows, E4m3Weights>({{3, 75, 75}, 79, 96, 160, true}, 2);  // one unit and half of another
+}
+
+// Sums that do round: every product of a row is added in the same order, whatever the shape and the neighbours.
+TEST(GroupedGemmStream, Fp8RowsHaveTheSameBitsInEveryShape) {
+  Problem p{{40, 47, 120}, 120, 96, 128 * 3 + 32};
+  Operands<E4m3Weights> operands(p);
+  for (uint8_t& byte : operands.a) byte = static_cast<uint8_t>(operands.random() % 0x7F + operands.random() % 2 * 0x80);
+  const std::vector<float> few = run<E4m3Weights, FewRows>(p, operands, 0);
+  EXPECT_EQ((run<E4m3Weights, MoreE4m3Rows>(p, operands, 1)), few);
+  EXPECT_NE(few, p.expected());
+}
+
+TEST(GroupedGemmStream, Fp8RowOfScaleNanIsNanAlone) {
+  Problem p{{5, 9}, 9, 64, 96};
+  Operands<E4m3Weights> operands(p);
+  std::vector<float> expected = p.expected();
+  operands.a_scales[6] = kNan;
+  const std::vector<float> out = run<E4m3Weights, FewRows>(p, operands, 0);
+  for (int64_t i = 0; i < p.rows * p.columns; ++i)
+    EXPECT_TRUE(i / p.columns == 6 ? std::isnan(out[i]) : out[i] == expected[i]) << i / p.columns;
 }
 
 }  // namespace

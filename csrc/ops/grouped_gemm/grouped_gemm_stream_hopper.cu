@@ -11,19 +11,19 @@ using namespace cuda;
 
 constexpr MapElement map_element(int bytes) { return bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte; }
 
-// b [E, rows of weights, Kdim]
+// b [E, rows of weights, Kdim], plain or fp8
 template <typename Weights, typename Shape>
 bool encode_weights(TensorMap* map, const void* b, const StreamGemm& gemm, bool swiglu) {
-  constexpr int kBytes = Weights::kTokenBytes;
-  const StreamWeightBoxes boxes = stream_weight_boxes(gemm, swiglu, Shape::kGroups * kStreamTileRows, kBytes);
-  return encode_tensor_map<4>(map, b, map_element(kBytes), boxes.sizes, boxes.strides, boxes.box);
+  const auto boxes = stream_weight_boxes(gemm, swiglu, Shape::kGroups * kStreamTileRows, Weights::kFormat);
+  return encode_tensor_map<4>(map, b, map_element(Weights::kTokenBytes), boxes.sizes, boxes.strides, boxes.box);
 }
 
-// a [M, Kdim]
-template <typename Weights>
+// a [M, Kdim]; the boxes that a unit may need
+template <typename Weights, typename Shape>
 bool encode_tokens(TokenMaps* maps, const void* a, const StreamGemm& gemm) {
   constexpr int kBytes = Weights::kTokenBytes;
-  for (int box = 0; box < kTokenBoxes; ++box) {
+  const int largest = token_box(gemm.rows < Shape::kRows ? gemm.rows : Shape::kRows);
+  for (int box = 0; box <= largest; ++box) {
     if (!encode_tensor_map<2>(&maps->boxes[box], a, map_element(kBytes), {gemm.depth, gemm.rows}, {gemm.depth * kBytes},
                               {kSwizzleRowBytes / kBytes, 8 << box}))
       return false;
@@ -33,8 +33,8 @@ bool encode_tokens(TokenMaps* maps, const void* a, const StreamGemm& gemm) {
 
 template <typename Weights, typename Shape, bool kSwiglu>
 int launch_kernel(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, cudaStream_t stream) {
-  TokenMaps tokens;
-  if (!encode_tokens<Weights>(&tokens, a, gemm)) return cudaErrorInvalidValue;
+  TokenMaps tokens = {};
+  if (!encode_tokens<Weights, Shape>(&tokens, a, gemm)) return cudaErrorInvalidValue;
   const auto kernel = grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>;
   constexpr int kSharedBytes = sizeof(StreamShared<Weights, Shape>);
   int device = 0, processors = 0;
@@ -78,6 +78,14 @@ int launch_bf16(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t str
   return launch<BFloat16Weights, Shape>(weights, gemm.a, problem, swiglu, stream);
 }
 
+template <typename Shape>
+int launch_e4m3(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, bool swiglu, cudaStream_t stream) {
+  const StreamGemm problem = stream_gemm(gemm, swiglu);
+  E4m3Weights::Source weights{{}, static_cast<const char*>(gemm.b.data), a.scales};
+  if (!encode_weights<E4m3Weights, Shape>(&weights.map, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
+  return launch<E4m3Weights, Shape>(weights, a.values, problem, swiglu, stream);
+}
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
@@ -86,6 +94,7 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
   const WeightView& b = gemm.b;
   const int halves = swiglu ? 2 : 1;
   if (b.depth == 0 || !aligned(gemm.a) || !aligned(b.data) || !aligned(gemm.out)) return false;
+  if (b.format == WeightFormat::kFp8) return b.columns % (halves * kBlockRows) == 0;
   if (b.format == WeightFormat::kInt4)
     return gemm.rows <= kMaxInt4StreamRows * b.experts && b.columns % (halves * kBlockRows) == 0;
   return b.format == WeightFormat::kPlain && gemm.rows <= kMaxStreamRows && b.depth % 8 == 0 &&
@@ -102,20 +111,19 @@ int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
   return launch_bf16<MoreRows>(gemm, swiglu, stream);
 }
 
-int launch_quantize_rows_hopper(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth,
+int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
                                 cudaStream_t stream) {
   if (rows == 0 || depth == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(ceil_div(rows, kQuantizeWarps));
-  quantize_rows_kernel<<<blocks, kQuantizeWarps * kWarpSize, 0, stream>>>(x, out, scales, rows, depth);
+  const auto blocks = static_cast<unsigned>(ceil_div(rows, kRoundWarps));
+  quantize_rows_kernel<<<blocks, kRoundWarps * kWarpSize, 0, stream>>>(a, out, rows, depth);
   return cudaGetLastError();
 }
 
-int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,
+int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, bool swiglu,
                                            cudaStream_t stream) {
-  if (gemm.rows == 0 || gemm.columns == 0) return cudaSuccess;
-  E4m3Weights::Source weights{{}, operands.b_scales, operands.a_scales};
-  if (!encode_weights<E4m3Weights, FewRows>(&weights.map, operands.b, gemm, swiglu)) return cudaErrorInvalidValue;
-  return launch<E4m3Weights, FewRows>(weights, operands.a, gemm, swiglu, stream);
+  if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
+  return gemm.rows <= FewRows::kRows ? launch_e4m3<FewRows>(gemm, a, swiglu, stream)
+                                     : launch_e4m3<MoreE4m3Rows>(gemm, a, swiglu, stream);
 }
 
 }  // namespace mixtral

@@ -19,15 +19,18 @@
 //   bf16, more:          2 warpgroups share 256 tokens, 4 stages of 16 + 32 KiB, 210 KiB, 1 block on each SM
 //   int4:                1 warpgroup, 32 tokens, 8 stages of 2.1 + 4 KiB, 54 KiB, 4 blocks on each SM: making bf16 of a
 //                        tile and multiplying take turns in a block, so others must fill the gaps
-//   e4m3:                as bf16 up to 64 rows, whatever their number
+//   fp8, up to 64 rows:  as bf16
+//   fp8, more:           2 warpgroups share 128 tokens (their sums are there twice), 6 stages of 16 + 16 KiB, 210 KiB,
+//   1
+//                        block on each SM; prefill reads the weights again for every 128 tokens, mostly from L2
 // Registers: N / 2 sums a thread and few others, without spills under the launch bounds; 128 sums have 232 registers.
 //
 // Roofline: 2 bytes of bf16 weights make 2 N operations, so the bound is memory up to 200 (H200) to 300 (H100) tokens
 // an expert: bytes = active experts * rows of weights * Kdim * 2, once (1 for e4m3, 0.53 for int4), plus tokens from
 // L2. To keep HBM busy an SM must have 20 to 30 KB in flight (3.35 to 4.8 TB/s at about 1 us, over 132 SMs); the shapes
-// have 160, 96, 64, 68 and 96 KiB of weights. That is why nothing splits the depth to even out the last units, or to
-// have more of them (a dense layer of 4096 columns has 64 units, with 5 MiB in flight): the blocks that are left share
-// the bandwidth, and half of the SMs can still draw all of it. So the depth is summed in one order for every row.
+// have 160, 96, 64, 68, 96 and 96 KiB of weights. That is why nothing splits the depth to even out the last units, or
+// to have more of them (a dense layer of 4096 columns has 64 units, with 5 MiB in flight): the blocks that are left
+// share the bandwidth, and half of the SMs can still draw all of it. So the depth is summed in one order for every row.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +56,7 @@ using FewestRows = StreamShape<1, 16, 10, 2>;
 using FewRows = StreamShape<1, 64, 6, 2>;
 using MoreRows = StreamShape<2, 256, 4, 1>;
 using Int4Rows = StreamShape<1, 32, 8, 4>;
+using MoreE4m3Rows = StreamShape<2, 128, 6, 1>;
 
 // Columns of out that a warpgroup makes, and the bytes between tokens where they are staged: the 16 more put the eight
 // rows that one stmatrix writes, and the pieces that are read back, into different banks.
@@ -71,7 +75,8 @@ struct StreamShared {
 template <typename Weights, typename Shape>
 inline constexpr bool kFits = Shape::kBlocksPerSm*(sizeof(StreamShared<Weights, Shape>) + 1024) <= 228 << 10;
 static_assert(kFits<BFloat16Weights, FewestRows> && kFits<BFloat16Weights, FewRows> &&
-              kFits<BFloat16Weights, MoreRows> && kFits<Int4Weights, Int4Rows> && kFits<E4m3Weights, FewRows>);
+              kFits<BFloat16Weights, MoreRows> && kFits<Int4Weights, Int4Rows> && kFits<E4m3Weights, FewRows> &&
+              kFits<E4m3Weights, MoreE4m3Rows>);
 
 // The rows of a, in boxes of 8, 16, ..., 256: box i has 8 << i.
 inline constexpr int kTokenBoxes = 6;

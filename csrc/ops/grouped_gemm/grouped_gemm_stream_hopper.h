@@ -39,8 +39,9 @@ inline int64_t max_stream_units(const StreamGemm& gemm, int64_t unit_rows, int64
   return max_gemm_tiles(gemm.experts, gemm.rows, unit_rows, ceil_div(gemm.columns, unit_columns));
 }
 
-// The weights as boxes see them: depths, 8 rows, groups of 8 rows, experts; with SwiGLU every expert is two, gate and
-// up, and a box takes 8 gate rows and the up rows of the same features. Strides in bytes, of all but the first.
+// The weights as boxes see them: depths, the rows of a block, blocks, experts. A block is 32 rows of packed fp8, of
+// plain weights 8. With SwiGLU every expert is two, gate and up, and a box takes 8 gate rows and the up rows of the
+// same features. Strides in bytes, of all but the first.
 struct StreamWeightBoxes {
   std::array<int64_t, 4> sizes;
   std::array<int64_t, 3> strides;
@@ -48,12 +49,14 @@ struct StreamWeightBoxes {
 };
 
 // For boxes of 128 bytes of each row; without SwiGLU one takes all `unit_rows` rows of a unit.
-inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu, int unit_rows, int element_bytes) {
-  const int halves = swiglu ? 2 : 1;
-  const int64_t row_bytes = gemm.depth * element_bytes;
-  return {{gemm.depth, 8, gemm.columns / 8, gemm.experts * halves},
-          {row_bytes, 8 * row_bytes, gemm.columns * row_bytes},
-          {128 / element_bytes, 8, swiglu ? 1 : unit_rows / 8, halves}};
+inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu, int unit_rows, WeightFormat format) {
+  const bool fp8 = format == WeightFormat::kFp8;
+  const int halves = swiglu ? 2 : 1, element_bytes = fp8 ? 1 : 2, block_rows = fp8 ? kBlockRows : 8;
+  const int64_t row_bytes = gemm.depth * element_bytes, blocks = gemm.columns / block_rows;
+  const int64_t block_bytes = fp8 ? packed_block_bytes(format, gemm.depth, 1) : block_rows * row_bytes;
+  return {{gemm.depth, block_rows, blocks, gemm.experts * halves},
+          {row_bytes, block_bytes, blocks * block_bytes},
+          {128 / element_bytes, swiglu ? 8 : block_rows, swiglu ? 1 : unit_rows / block_rows, halves}};
 }
 
 // The row of an expert's weights that is row `row` of its tile of 64 rows number `tile`. With SwiGLU a tile is 8 gate
@@ -62,28 +65,28 @@ MIXTRAL_HOST_DEVICE inline int64_t stream_weight_row(int64_t columns, bool swigl
   return swiglu ? row / 8 % 2 * columns + tile * 32 + row / 16 * 8 + row % 8 : tile * 64 + row;
 }
 
-// Whether the kernel takes the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of out
+// Whether a kernel here takes the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of out
 // multiples of 8, at most kMaxStreamRows rows; or int4, columns of out multiples of 32, at most kMaxInt4StreamRows rows
-// for each expert. gemm.offs.data may be nullptr: then all rows are one group, E is 1, and weights are read while the
-// kernel before is still running.
+// for each expert; or fp8, columns of out multiples of 32. gemm.offs.data may be nullptr: then all rows are one group,
+// E is 1, and weights are read while the kernel before is still running.
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
 
-// With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two steps make of it.
-// Returns a cudaError_t.
+// For any b but fp8. With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two
+// steps make of it. Returns a cudaError_t.
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
 
-// x [rows, depth] -> e4m3 numbers out [rows, depth] and a scale for each row, scales [rows]; depth a multiple of 8.
-int launch_quantize_rows_hopper(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth,
+// Rows of a as e4m3 numbers, each row with a scale (pack_weight/e4m3.h).
+struct E4m3Rows {
+  uint8_t* values;  // [M, Kdim]
+  float* scales;    // [M]
+};
+
+// a [rows, depth] -> out; a and out aligned to 16 bytes, depth a multiple of 8.
+int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
                                 cudaStream_t stream);
 
-// e4m3 numbers, each times the scale of its row; Kdim is a multiple of 16.
-struct E4m3Operands {
-  const uint8_t* a;       // [M, Kdim]
-  const float* a_scales;  // [M]
-  const uint8_t* b;       // [E, columns, Kdim], with `swiglu` [E, 2 I, Kdim]
-  const float* b_scales;  // [E, columns], [E, 2 I]
-};
-int launch_grouped_gemm_stream_e4m3_hopper(const E4m3Operands& operands, const StreamGemm& gemm, bool swiglu,
+// The same product for b of fp8 and the rows `a` in place of gemm.a.
+int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, bool swiglu,
                                            cudaStream_t stream);
 
 }  // namespace mixtral

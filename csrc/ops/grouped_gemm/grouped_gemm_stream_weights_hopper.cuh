@@ -1,7 +1,7 @@
 // What the formats of weights do differently in the grouped GEMM of few rows: how a tile of 64 rows comes into shared
 // memory, and how a warpgroup multiplies it with the tokens there.
 //
-//   Source                    the weights, as the kernel takes them
+//   kFormat, Source           the weights, and as the kernel takes them
 //   kDepth, kTileBytes        depths of a stage, and bytes of a tile of 64 rows and so many depths
 //   kTokenBytes               bytes of a value of a token: a stage holds 128 bytes of every token
 //   load                      one thread: the tiles of a unit for one step, kTileBytes apart, on their way to `full`,
@@ -21,28 +21,30 @@ namespace mixtral::cuda {
 inline constexpr int kStreamTileRows = 64;
 inline constexpr uint64_t kDescriptorStep = 32 >> 4;  // from the depths of one product to the next: 32 bytes of a row
 
-// Boxes of a tensor map (stream_weight_boxes): tiles of swizzled rows of 128 bytes.
-template <bool kSwiglu, int kGroups>
+// Boxes of a tensor map (stream_weight_boxes): tiles of swizzled rows of 128 bytes. kRowsOfBlock: the map's.
+template <bool kSwiglu, int kGroups, int kRowsOfBlock>
 __device__ __forceinline__ void load_weight_boxes(unsigned char* shared, Barrier* full, const TensorMap& map,
                                                   const GemmTile& unit, int depth, int token_bytes) {
   constexpr int kRows = kGroups * kStreamTileRows, kBoxes = kSwiglu ? kRows / 16 : 1, kHalves = kSwiglu ? 2 : 1;
-  const int group = static_cast<int>(unit.column_block * (kRows / 8 / kHalves));
+  constexpr int kBoxesOfBlock = kRowsOfBlock / 8;  // with SwiGLU
+  const int block = static_cast<int>(unit.column_block * (kRows / kHalves / kRowsOfBlock));
   arrive_expect_bytes(full, kRows * kSwizzleRowBytes + token_bytes);
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
-    load_box(shared + box * (kRows / kBoxes * kSwizzleRowBytes), &map, full, depth, 0, group + box,
-             static_cast<int>(unit.expert) * kHalves, L2Policy::kEvictFirst);
+    load_box(shared + box * (kRows / kBoxes * kSwizzleRowBytes), &map, full, depth, box % kBoxesOfBlock * 8,
+             block + box / kBoxesOfBlock, static_cast<int>(unit.expert) * kHalves, L2Policy::kEvictFirst);
   }
 }
 
 struct BFloat16Weights {
+  static constexpr WeightFormat kFormat = WeightFormat::kPlain;
   using Source = TensorMap;
   static constexpr int kDepth = 64, kTileBytes = kStreamTileRows * kSwizzleRowBytes, kTokenBytes = 2;
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
                                               const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
-    load_weight_boxes<kSwiglu, kGroups>(shared, full, source, unit, step * kDepth, token_bytes);
+    load_weight_boxes<kSwiglu, kGroups, 8>(shared, full, source, unit, step * kDepth, token_bytes);
   }
 
   template <bool kSwiglu, int N>
@@ -73,6 +75,7 @@ struct BFloat16Weights {
 // Instructions are what is scarce: about 155 a warp and tile, of which 20 load and 64 convert. As many cycles of an SM
 // for 2176 bytes are 3.3 TB/s at 1.75 GHz on 132 SMs: what HBM3 has, and less than HBM3e.
 struct Int4Weights {
+  static constexpr WeightFormat kFormat = WeightFormat::kInt4;
   struct Source {
     const char* packed;  // [experts, blocks of 32 rows, steps of 32 depths, kInt4StepBytes]
   };
@@ -133,20 +136,22 @@ struct Int4Weights {
                                                 int64_t) {}
 };
 
-// e4m3 weights with a scale for each row, e4m3 tokens with a scale each. The tensor cores keep fewer bits than f32 of a
-// running sum of e4m3 products: every 128 depths it is added to one in f32 by other units.
+// fp8, packed as for the CPU: blocks of 32 rows of e4m3 numbers, and behind them a scale for each row. The tokens are
+// e4m3 with a scale each. The tensor cores keep fewer bits than f32 of a running sum of e4m3 products: every 128 depths
+// it is added to one in f32 by other units.
 struct E4m3Weights {
+  static constexpr WeightFormat kFormat = WeightFormat::kFp8;
   struct Source {
     TensorMap map;
-    const float* weight_scales;  // [experts, rows of weights]
-    const float* token_scales;   // [rows]
+    const char* packed;         // [experts, blocks, 32 * Kdim + 128], what `map` is of
+    const float* token_scales;  // [rows]
   };
   static constexpr int kDepth = 128, kTileBytes = kStreamTileRows * kSwizzleRowBytes, kTokenBytes = 1;
 
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
                                               const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
-    load_weight_boxes<kSwiglu, kGroups>(shared, full, source.map, unit, step * kDepth, token_bytes);
+    load_weight_boxes<kSwiglu, kGroups, kBlockRows>(shared, full, source.map, unit, step * kDepth, token_bytes);
   }
 
   template <bool kSwiglu, int N>
@@ -170,17 +175,20 @@ struct E4m3Weights {
                                                 const GemmTile& unit, int64_t tile) {
     const int thread = threadIdx.x % 128;
     const int64_t weight_rows = gemm.columns * (kSwiglu ? 2 : 1);
-    float weight_scales[2];
+    const int64_t block_bytes = packed_block_bytes(kFormat, gemm.depth, 1);
+    float weight_scales[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = stream_weight_row(gemm.columns, kSwiglu, tile, accumulator_row(thread, half * 2));
-      weight_scales[half] = row < weight_rows ? source.weight_scales[unit.expert * weight_rows + row] : 0.0f;
+      if (row >= weight_rows) continue;  // behind the last column
+      const char* block = source.packed + (unit.expert * weight_rows + row) / kBlockRows * block_bytes;
+      weight_scales[half] = reinterpret_cast<const float*>(block + kBlockRows * gemm.depth)[row % kBlockRows];
     }
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
       const int64_t token = unit.row_begin + accumulator_column(thread, i);
-      const float scale = token < unit.row_end ? source.token_scales[token] : 0.0f;
-      sums[i] *= scale * weight_scales[i / 2 % 2];
+      const float token_scale = token < unit.row_end ? source.token_scales[token] : 0.0f;
+      sums[i] = sums[i] * weight_scales[i / 2 % 2] * token_scale;  // the product of the scales alone could overflow
     }
   }
 };

@@ -1,5 +1,4 @@
-// Rows of bf16 as e4m3 numbers and a scale each: scale = max |x| / 448, which is the largest e4m3 number; at least
-// 1e-10 / 448, so that a row of zeros divides by none.
+// Rows of bf16 as e4m3 numbers and a scale each (pack_weight/e4m3.h).
 //
 // A warp for each row, 16 bytes a lane at a time. It reads its row twice, the second time from cache: 2 + 1 bytes of
 // memory for a value and next to no arithmetic.
@@ -7,48 +6,45 @@
 
 #include <cstdint>
 
-#include "../cuda/hopper_layout.h"
+#include "e4m3_row_scale.cuh"
+#include "grouped_gemm_stream_hopper.h"
 
 namespace mixtral::cuda {
 
-inline constexpr int kQuantizeWarps = 4;
-inline constexpr float kLargestE4m3 = 448.0f, kLeastLargest = 1e-10f;
-
 struct BFloat16Piece {
-  uint4 words;  // eight values
-  __device__ __forceinline__ float operator[](int i) const {
+  uint4 words;                                             // eight values
+  __device__ __forceinline__ uint32_t bits(int i) const {  // as f32
     const uint32_t all[4] = {words.x, words.y, words.z, words.w};
-    return to_float(BFloat16(static_cast<uint16_t>(all[i / 2] >> i % 2 * 16), BFloat16::from_bits()));
+    return i % 2 == 0 ? all[i / 2] << 16 : all[i / 2] & 0xFFFF0000;
   }
 };
 
-// x [rows, depth], depth a multiple of 8 -> out [rows, depth], scales [rows]
-__global__ void __launch_bounds__(kQuantizeWarps* kWarpSize)
-    quantize_rows_kernel(const BFloat16* x, uint8_t* out, float* scales, int64_t rows, int64_t depth) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kQuantizeWarps + threadIdx.x / kWarpSize;
+// a [rows, depth], depth a multiple of 8 -> out
+__global__ void __launch_bounds__(kRoundWarps* kWarpSize)
+    quantize_rows_kernel(const BFloat16* a, E4m3Rows out, int64_t rows, int64_t depth) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRoundWarps + threadIdx.x / kWarpSize;
   if (row >= rows) return;
   const int lane = threadIdx.x % kWarpSize;
-  const auto* pieces = reinterpret_cast<const BFloat16Piece*>(x + row * depth);
-  float largest = kLeastLargest;
+  const auto* pieces = reinterpret_cast<const BFloat16Piece*>(a + row * depth);
+  uint32_t largest = 0;
   for (int64_t p = lane; p < depth / 8; p += kWarpSize) {
     const BFloat16Piece piece = pieces[p];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(piece[i]));
+    for (int i = 0; i < 8; ++i) largest = larger_magnitude(largest, piece.bits(i));
   }
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
-  const float inverse = kLargestE4m3 / largest;
+  const RowScale scale = row_scale(largest);
   for (int64_t p = lane; p < depth / 8; p += kWarpSize) {
     const BFloat16Piece piece = pieces[p];
+    const auto value = [&](int i) { return bits_to_float(piece.bits(i)) * scale.inverse; };
     uint32_t words[2];
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      words[w] = pack_e4m3(piece[w * 4] * inverse, piece[w * 4 + 1] * inverse) |
-                 static_cast<uint32_t>(pack_e4m3(piece[w * 4 + 2] * inverse, piece[w * 4 + 3] * inverse)) << 16;
+      words[w] = pack_e4m3(value(w * 4), value(w * 4 + 1)) |
+                 static_cast<uint32_t>(pack_e4m3(value(w * 4 + 2), value(w * 4 + 3))) << 16;
     }
-    *reinterpret_cast<uint2*>(out + row * depth + p * 8) = uint2{words[0], words[1]};
+    *reinterpret_cast<uint2*>(out.values + row * depth + p * 8) = uint2{words[0], words[1]};
   }
-  if (lane == 0) scales[row] = largest / kLargestE4m3;
+  if (lane == 0) out.scales[row] = scale.scale;
 }
 
 }  // namespace mixtral::cuda

@@ -31,7 +31,7 @@ namespace mixtral {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-enum class WeightFormat { kPlain, kPacked, kInt8, kInt4 };
+enum class WeightFormat { kPlain, kPacked, kInt8, kFp8, kInt4 };
 
 inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 544;
 
@@ -46,6 +46,7 @@ struct WeightView {
 MIXTRAL_HOST_DEVICE inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t element_size) {
   switch (format) {
     case WeightFormat::kInt8:
+    case WeightFormat::kFp8:
       return kBlockRows * (depth + static_cast<int64_t>(sizeof(float)));
     case WeightFormat::kInt4:
       return depth / 32 * kInt4StepBytes;
