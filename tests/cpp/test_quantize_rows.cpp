@@ -9,7 +9,7 @@
 #include "gpu_emulator/hopper.h"
 // The kernels, after the building blocks.
 #include "ops/grouped_gemm/quantize_rows_hopper.cuh"
-#include "ops/grouped_gemm/round_rows_kernels.cuh"
+#include "ops/grouped_gemm/round_to_e4m3_kernels.cuh"
 
 namespace mixtral::cuda {
 namespace {
@@ -50,13 +50,13 @@ TEST(QuantizeRows, RowsBecomeTheNearestE4m3UnderTheLeastScale) {
   const int64_t rows = static_cast<int64_t>(a.size()) / kDepth;
   std::vector<uint8_t> values(a.size() + 1, 0xAB);
   std::vector<float> scales(rows + 1, -1.0f);
-  const unsigned blocks = static_cast<unsigned>(rows) / kRoundWarps + 1;
-  emulator::launch({{blocks, 1, 1}, kRoundWarps * kWarpSize, 0, 1}, [&] {
+  const unsigned blocks = static_cast<unsigned>(rows) / kE4m3Warps + 1;
+  emulator::launch({{blocks, 1, 1}, kE4m3Warps * kWarpSize, 0, 1}, [&] {
     quantize_rows_kernel(a.data(), {values.data(), scales.data()}, rows, kDepth);
   });
   std::vector<BFloat16> rounded(a.size() + 1, BFloat16(-1.0f));
-  emulator::launch({{blocks, 1, 1}, kRoundWarps * kWarpSize, 0, 1},
-                   [&] { round_rows_kernel(a.data(), rounded.data(), rows, kDepth); });
+  emulator::launch({{blocks, 1, 1}, kE4m3Warps * kWarpSize, 0, 1},
+                   [&] { round_to_e4m3_kernel(a.data(), rounded.data(), rows, kDepth); });
   for (int64_t row = 0; row < rows; ++row) {
     const float scale = scale_of(&a[row * kDepth]);
     if (std::isnan(scale)) {

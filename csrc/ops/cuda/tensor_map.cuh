@@ -1,22 +1,26 @@
 // Tensor maps: what TMA must know of a tensor in global memory to copy boxes of it.
 //
-// Source: CUDA driver API, cuTensorMapEncodeTiled. Encoding is a pure host computation of well under a microsecond on
-// what is known from sizes and pointers alone, so it is legal under graph capture and done at every launch.
+// Source: CUDA driver API, cuTensorMapEncodeTiled: a pure host function of sizes and pointers, legal under graph
+// capture. A launch needs up to seven maps, a model several hundred launches for a pass: a map is encoded once for its
+// arguments and looked up from then on. Weights stay where they are, and the caching allocator gives out the same
+// blocks again.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "hopper.cuh"
+#include "memo.h"
 
 namespace mixtral::cuda {
 
 enum class MapElement { kBFloat16, kByte };
 
-// Sizes and box innermost first, strides in bytes for dimensions 1 and up; all boxes are swizzled rows of at most 128
-// bytes. Returns false where the driver cannot describe it: base or strides not multiples of 16, a box above 256.
+// Sizes and box innermost first, strides in bytes for dimensions 1 and up.
 template <size_t kRank>
-bool encode_tensor_map(TensorMap* map, const void* data, MapElement element, const std::array<int64_t, kRank>& sizes,
-                       const std::array<int64_t, kRank - 1>& strides, const std::array<int, kRank>& box) {
+bool encode_new_tensor_map(TensorMap* map, const void* data, MapElement element,
+                           const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank - 1>& strides,
+                           const std::array<int, kRank>& box) {
   cuuint64_t driver_sizes[kRank], driver_strides[kRank] = {};
   cuuint32_t driver_box[kRank], steps[kRank];
   for (size_t d = 0; d < kRank; ++d) {
@@ -38,6 +42,22 @@ bool encode_tensor_map(TensorMap* map, const void* data, MapElement element, con
   return encode && encode(map, type, kRank, const_cast<void*>(data), driver_sizes, driver_strides, driver_box, steps,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// The same, remembered by each thread for itself: up to 4096 maps of 128 bytes, the weights of a model and its
+// activations. All boxes are swizzled rows of at most 128 bytes. Returns false where the driver cannot describe it:
+// base or strides not multiples of 16, a box above 256.
+template <size_t kRank>
+bool encode_tensor_map(TensorMap* map, const void* data, MapElement element, const std::array<int64_t, kRank>& sizes,
+                       const std::array<int64_t, kRank - 1>& strides, const std::array<int, kRank>& box) {
+  using Maps = Memo<TensorMap, 1 + 3 * kRank, 4096>;
+  typename Maps::Key key{reinterpret_cast<uint64_t>(data), static_cast<uint64_t>(element)};
+  std::copy(sizes.begin(), sizes.end(), key.begin() + 2);
+  std::copy(strides.begin(), strides.end(), key.begin() + 2 + kRank);
+  std::copy(box.begin(), box.end(), key.begin() + 1 + 2 * kRank);
+  thread_local Maps maps;
+  return maps.get(key, map,
+                  [&](TensorMap* made) { return encode_new_tensor_map(made, data, element, sizes, strides, box); });
 }
 
 }  // namespace mixtral::cuda

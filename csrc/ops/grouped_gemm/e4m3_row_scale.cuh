@@ -7,7 +7,7 @@
 
 namespace mixtral::cuda {
 
-inline constexpr int kRoundWarps = 4;
+inline constexpr int kE4m3Warps = 4;
 
 __device__ __forceinline__ uint32_t larger_magnitude(uint32_t largest, uint32_t bits) {
   const uint32_t magnitude = bits & 0x7FFFFFFF;  // of f32 bits; NaN is the largest

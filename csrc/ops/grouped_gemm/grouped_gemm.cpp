@@ -43,28 +43,58 @@ void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& 
   });
 }
 
-// The kernels for Hopper where they were asked for and take the product; one of them takes int4, the others get packed
-// weights unpacked. The simple ones have no swiglu of their own.
+#ifdef MIXTRAL_WITH_HOPPER
+// A product that the kernels of few rows take. For fp8, a goes through a workspace of e4m3 numbers.
+void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm, bool swiglu,
+                             cudaStream_t stream) {
+  if (gemm.b.format != WeightFormat::kFp8)
+    return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, swiglu, stream));
+  const Tensor values = torch::stable::new_empty(a, {gemm.rows, gemm.b.depth}, ScalarType::Byte);
+  const Tensor scales = torch::stable::new_empty(a, {gemm.rows}, ScalarType::Float);
+  const E4m3Rows rows{mutable_ptr<uint8_t>(values), mutable_ptr<float>(scales)};
+  check_launch(op, launch_quantize_rows_hopper(gemm.a, rows, gemm.rows, gemm.b.depth, stream));
+  check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, swiglu, stream));
+}
+#endif
+
+template <typename T>
+void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu);
+
+// Plain weights in place of packed ones; and for fp8, rows of a that are what they are rounded to.
+template <typename T>
+void launch_unpacked_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu,
+                             cudaStream_t stream) {
+  const Tensor weight = torch::stable::new_empty(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
+  check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(weight), stream));
+  GroupedGemm<T> unpacked = gemm;
+  unpacked.b.format = WeightFormat::kPlain;
+  unpacked.b.data = weight.const_data_ptr();
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (gemm.b.format == WeightFormat::kFp8) {
+      const Tensor rounded = torch::stable::new_empty(a, {gemm.rows, gemm.b.depth});
+      check_launch(op, launch_round_to_e4m3_cuda(gemm.a, gemm.b.depth, mutable_ptr<T>(rounded), gemm.rows, stream));
+      unpacked.a = const_ptr<T>(rounded);
+      return launch_on_cuda(op, a, unpacked, swiglu);
+    }
+  }
+  launch_on_cuda(op, a, unpacked, swiglu);
+}
+
+// The kernels for Hopper where they were asked for and take the product; of packed weights, those of few rows take int4
+// and fp8, the others get them unpacked. The simple ones have no swiglu of their own.
 template <typename T>
 void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
   const CudaScope scope(a);
   [[maybe_unused]] const bool hopper = use_hopper_kernels(a);  // throws where the build has none
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (hopper && takes_grouped_gemm_stream_hopper(gemm, swiglu))  // few rows
-      return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, swiglu, scope.stream()));
+    if (hopper && takes_grouped_gemm_stream_hopper(gemm, swiglu))
+      return launch_stream_on_hopper(op, a, gemm, swiglu, scope.stream());
     if (hopper && takes_grouped_gemm_tile_hopper(gemm, swiglu))
       return check_launch(op, launch_grouped_gemm_tile_hopper(gemm, swiglu, scope.stream()));
   }
 #endif
-  if (gemm.b.format != WeightFormat::kPlain) {
-    const Tensor rows = torch::stable::new_empty(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
-    check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(rows), scope.stream()));
-    GroupedGemm<T> unpacked = gemm;
-    unpacked.b.format = WeightFormat::kPlain;
-    unpacked.b.data = rows.const_data_ptr();
-    return launch_on_cuda(op, a, unpacked, swiglu);
-  }
+  if (gemm.b.format != WeightFormat::kPlain) return launch_unpacked_on_cuda(op, a, gemm, swiglu, scope.stream());
   if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
   const Tensor gate_up = torch::stable::new_empty(a, {gemm.rows, gemm.b.columns});
   GroupedGemm<T> product = gemm;

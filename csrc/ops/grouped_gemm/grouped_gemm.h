@@ -36,6 +36,9 @@ void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range)
 template <typename T>
 void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
 
+// The same on CUDA, of all rows of a [rows, depth]; returns a cudaError_t.
+int launch_round_to_e4m3_cuda(const BFloat16* a, int64_t depth, BFloat16* out, int64_t rows, cudaStream_t stream);
+
 // b is plain.
 template <typename T>
 int launch_grouped_gemm_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream);

@@ -114,8 +114,8 @@ int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
 int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
                                 cudaStream_t stream) {
   if (rows == 0 || depth == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(ceil_div(rows, kRoundWarps));
-  quantize_rows_kernel<<<blocks, kRoundWarps * kWarpSize, 0, stream>>>(a, out, rows, depth);
+  const auto blocks = static_cast<unsigned>(ceil_div(rows, kE4m3Warps));
+  quantize_rows_kernel<<<blocks, kE4m3Warps * kWarpSize, 0, stream>>>(a, out, rows, depth);
   return cudaGetLastError();
 }
 

@@ -9,9 +9,9 @@
 namespace mixtral::cuda {
 
 // a [rows, depth] -> out [rows, depth]
-__global__ void __launch_bounds__(kRoundWarps* kWarpSize)
-    round_rows_kernel(const BFloat16* __restrict__ a, BFloat16* __restrict__ out, int64_t rows, int64_t depth) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRoundWarps + threadIdx.x / kWarpSize;
+__global__ void __launch_bounds__(kE4m3Warps* kWarpSize)
+    round_to_e4m3_kernel(const BFloat16* __restrict__ a, BFloat16* __restrict__ out, int64_t rows, int64_t depth) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kE4m3Warps + threadIdx.x / kWarpSize;
   if (row >= rows) return;
   const int lane = threadIdx.x % kWarpSize;
   uint32_t largest = 0;
