@@ -45,15 +45,15 @@ void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& 
 
 #ifdef MIXTRAL_WITH_HOPPER
 // A product that the kernels of few rows take. For fp8, a goes through a workspace of e4m3 numbers.
-void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm, bool swiglu,
-                             cudaStream_t stream) {
+void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm,
+                             const RoutedRows& routed, bool swiglu, cudaStream_t stream) {
   if (gemm.b.format != WeightFormat::kFp8)
-    return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, swiglu, stream));
+    return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, routed, swiglu, stream));
   const Tensor values = torch::stable::new_empty(a, {gemm.rows, gemm.b.depth}, ScalarType::Byte);
   const Tensor scales = torch::stable::new_empty(a, {gemm.rows}, ScalarType::Float);
   const E4m3Rows rows{mutable_ptr<uint8_t>(values), mutable_ptr<float>(scales)};
   check_launch(op, launch_quantize_rows_hopper(gemm.a, rows, gemm.rows, gemm.b.depth, stream));
-  check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, swiglu, stream));
+  check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, routed, swiglu, stream));
 }
 #endif
 
@@ -89,7 +89,7 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (hopper && takes_grouped_gemm_stream_hopper(gemm, swiglu))
-      return launch_stream_on_hopper(op, a, gemm, swiglu, scope.stream());
+      return launch_stream_on_hopper(op, a, gemm, {}, swiglu, scope.stream());
     if (hopper && takes_grouped_gemm_tile_hopper(gemm, swiglu))
       return check_launch(op, launch_grouped_gemm_tile_hopper(gemm, swiglu, scope.stream()));
   }
@@ -135,6 +135,20 @@ Tensor grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor
                                 const Tensor& offs) {
   return run(op, a, b_name, b, offs, true);
 }
+
+#ifdef MIXTRAL_WITH_HOPPER
+Tensor grouped_gemm_routed_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& ids,
+                                bool ids_ready, bool swiglu) {
+  const Tensor a_contiguous = torch::stable::contiguous(a), b_contiguous = torch::stable::contiguous(b);
+  const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
+  const int64_t rows = a.size(0), copies = ids.numel(), columns = swiglu ? weight.columns / 2 : weight.columns;
+  const Tensor out = torch::stable::new_empty(a, {copies, columns});
+  const GroupedGemm<BFloat16> gemm{const_ptr<BFloat16>(a_contiguous), weight, {}, mutable_ptr<BFloat16>(out), rows};
+  const CudaScope scope(a);
+  launch_stream_on_hopper(op, a, gemm, {index_array(ids), copies / rows, ids_ready}, swiglu, scope.stream());
+  return out;
+}
+#endif
 
 namespace {
 
