@@ -41,6 +41,10 @@ void check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& 
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj) {
   check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+#ifdef MIXTRAL_WITH_HOPPER
+  if (takes_moe_mlp_hopper(op, x, topk_ids, gate_up_proj, down_proj))
+    return moe_mlp_hopper(op, x, topk_weights, topk_ids, gate_up_proj, down_proj);
+#endif
   const Permutation p = moe_permute_step(op, x, topk_ids, gate_up_proj.size(0));
   const Tensor activated = grouped_gemm_swiglu_step(op, "gate_up_proj", p.permuted, gate_up_proj, p.offs);  // [M, I]
   const Tensor y = grouped_gemm_step(op, "down_proj", activated, down_proj, p.offs);                        // [M, H]
