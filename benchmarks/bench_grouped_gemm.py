@@ -1,4 +1,4 @@
-"""grouped_gemm at Mixtral's shapes against a loop of torch.nn.functional.linear over the experts."""
+"""grouped_gemm at Mixtral's shapes against a loop of torch.nn.functional.linear over the experts, of plain weights."""
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,23 @@ def loop(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> torch.Tensor:
 
 def run(bench: Bench) -> None:
     experts, columns, depth = 8, 4096, 4096
-    for dtype in (torch.float32, torch.bfloat16):
+    formats = [(torch.float32, None), (torch.bfloat16, None)]
+    if bench.device == "cuda":
+        formats += [(torch.bfloat16, "fp8"), (torch.bfloat16, "int4")]
+    for dtype, quantize in formats:
         b = torch.randn(experts, columns, depth, device=bench.device).to(dtype) / depth**0.5
+        ours = ops.pack_weight(b.cpu(), quantize).to(bench.device) if quantize else b
         for rows in (1, 8, 32, 256, 1024):
             a = torch.randn(rows, depth, device=bench.device).to(dtype)
             ends = [rows * (e + 1) // experts for e in range(experts)]
             offs = torch.tensor(ends, dtype=torch.int32, device=bench.device)
-            case = f"M={rows} E={experts} N={columns} Kdim={depth} {dtype}"
+            case = f"M={rows} E={experts} N={columns} Kdim={depth} {quantize or dtype}"
             active = sum(end > start for start, end in zip([0, *ends], ends, strict=False))
             bench.compare(
                 case,
-                lambda a=a, b=b, o=offs: ops.grouped_gemm(a, b, o),
+                lambda a=a, b=ours, o=offs: ops.grouped_gemm(a, b, o),
                 {"torch loop": lambda a=a, b=b, e=ends: loop(a, b, e)},
-                gigabytes=active * columns * depth * b.element_size() / 1e9,
+                gigabytes=active * ours.nbytes / experts / 1e9,
                 gflop=2 * rows * columns * depth / 1e9,
                 dtype=dtype,
             )

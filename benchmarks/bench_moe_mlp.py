@@ -2,7 +2,7 @@
 
 The peers: Hugging Face's eager loop over experts (on the CPU; it synchronises with the host), F.grouped_mm with the
 torch ops around it, and, where transformers is installed, its implementations of the experts (on CUDA; on the CPU
-they are the other two).
+they are the other two). They multiply bf16; on CUDA, quantised weights are measured against them as well.
 """
 
 import importlib.util
@@ -28,6 +28,8 @@ GOALS = {"cpu": {512: 1.3, 2048: 1.5}, "cuda": dict.fromkeys((1, 4, 16, 64), 3.0
 GOALS["cuda"] |= dict.fromkeys((4096, 8192, 16384), 1.03)
 BOUND_GOALS = dict.fromkeys((1, 4, 16, 64), 92.0) | dict.fromkeys((128, 256), 88.0)
 BOUND_GOALS |= dict.fromkeys((4096, 8192, 16384), 69.0)
+QUANTISED = ("fp8", "int4")  # on CUDA, for so many tokens:
+QUANTISED_BOUND_GOALS = {1: 80.0, 16: 85.0, 64: 85.0}
 ROUTER_GOAL = 40.0  # choosing experts and sorting rows takes at most a fortieth of the layer's time
 
 
@@ -37,8 +39,14 @@ class Experts:
 
     gate_up: Tensor  # [E, 2I, H]
     down: Tensor  # [E, H, I]
-    ours_gate_up: Tensor  # on the CPU packed, as the model's are
+    ours_gate_up: Tensor  # on the CPU or quantised packed, as the model's are
     ours_down: Tensor
+    quantize: str | None = None
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes of one expert, as our kernels read it."""
+        return (self.ours_gate_up.nbytes + self.ours_down.nbytes) / len(self.down)
 
 
 def make_experts(device: str, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> Experts:
@@ -49,8 +57,19 @@ def make_experts(device: str, hidden: int = HIDDEN, intermediate: int = INTERMED
         return one.repeat(EXPERTS, 1, 1)
 
     gate_up, down = draw(2 * intermediate, hidden), draw(hidden, intermediate)
-    ours = (ops.pack_weight(weight) if device == "cpu" else weight for weight in (gate_up, down))
-    return Experts(gate_up, down, *ours)
+    return as_ours(gate_up, down, None)
+
+
+def as_ours(gate_up: Tensor, down: Tensor, quantize: str | None) -> Experts:
+    """Packing is done on the CPU: one expert's weights, copied again."""
+
+    def pack(weight: Tensor) -> Tensor:
+        one = ops.pack_weight(weight[:1].cpu(), quantize)
+        return torch.cat([one.to(weight.device)] * EXPERTS)
+
+    packed = quantize is not None or gate_up.device.type == "cpu"
+    ours = (pack(gate_up), pack(down)) if packed else (gate_up, down)
+    return Experts(gate_up, down, *ours, quantize)
 
 
 def route(routing: str, tokens: int, device: str) -> tuple[Tensor, Tensor]:
@@ -117,12 +136,11 @@ def transformers_peers(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts
     return {f"transformers {name}": layer(name) for name in names}
 
 
-def work_of(tokens: int, chosen: int, hidden: int, intermediate: int) -> dict[str, float]:
+def work_of(tokens: int, chosen: int, hidden: int, intermediate: int, expert_bytes: float) -> dict[str, float]:
     """Arithmetic of T * K rows; traffic of the chosen experts' weights, the inputs and the outputs."""
-    weights = 3 * hidden * intermediate  # of one expert
     return {
-        "gflop": 2 * tokens * TOP_K * weights / 1e9,
-        "gigabytes": 2 * (chosen * weights + 2 * tokens * hidden) / 1e9,
+        "gflop": 2 * tokens * TOP_K * 3 * hidden * intermediate / 1e9,
+        "gigabytes": (chosen * expert_bytes + 4 * tokens * hidden) / 1e9,
     }
 
 
@@ -131,14 +149,17 @@ def run_case(bench: Bench, experts: Experts, routing: str, tokens: int, name: st
     hidden, intermediate = experts.down.shape[1:]
     x = torch.randn(tokens, hidden, device=bench.device).bfloat16()
     weights, ids = route(routing, tokens, bench.device)
+    goals, bound_goals = GOALS[bench.device], BOUND_GOALS if bench.device == "cuda" else {}
+    if experts.quantize:
+        goals, bound_goals = {}, QUANTISED_BOUND_GOALS
     has_goals = routing == "uniform"
     bench.compare(
         f"{name} T={tokens} {routing}",
         lambda: ops.moe_mlp(x, weights, ids, experts.ours_gate_up, experts.ours_down),
         peers_of(x, weights, ids, experts),
-        **work_of(tokens, len(ids.unique()), hidden, intermediate),
-        goal=GOALS[bench.device].get(tokens) if has_goals else None,
-        bound_goal=BOUND_GOALS.get(tokens) if has_goals and bench.device == "cuda" else None,
+        **work_of(tokens, len(ids.unique()), hidden, intermediate, experts.expert_bytes),
+        goal=goals.get(tokens) if has_goals else None,
+        bound_goal=bound_goals.get(tokens) if has_goals else None,
         budget=BUDGET[bench.device],
     )
 
@@ -168,6 +189,10 @@ def run(bench: Bench) -> None:
         for routing in ROUTINGS[bench.device]:
             run_case(bench, experts, routing, tokens, "8x7B")
     if bench.device == "cuda":
+        for quantize in QUANTISED:
+            quantised = as_ours(experts.gate_up, experts.down, quantize)
+            for tokens in QUANTISED_BOUND_GOALS:
+                run_case(bench, quantised, "uniform", tokens, f"8x7B {quantize}")
         run_router(bench, experts, 4096, "8x7B")
 
 

@@ -10,7 +10,7 @@ def run(bench: Bench) -> None:
     experts, columns, depth = 2, 4096, 4096
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(experts, columns, depth, device=bench.device).to(dtype)
-        for quantize in (None, "int8", "int4"):
+        for quantize in (None, "int8", "fp8", "int4"):
             packed = ops.pack_weight(weight, quantize)
             unpacked = ops.unpack_weight(packed)
             case = f"E={experts} N={columns} Kdim={depth} {dtype} quantize={quantize}"

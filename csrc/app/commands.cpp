@@ -70,7 +70,7 @@ CLI::Option* add_switch(CLI::App& app, const std::string& names, bool& value, co
 
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help) {
   return add_option(app, name, dtype, help)
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16", "int8", "int4"}));
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16", "int8", "fp8", "int4"}));
 }
 
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names) {

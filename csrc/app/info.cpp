@@ -63,6 +63,7 @@ nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const Wei
                         {"bfloat16", 2 * parameters},
                         {"float16", 2 * parameters},
                         {"int8", quantized_bytes(config, Packing::kInt8)},
+                        {"fp8", quantized_bytes(config, Packing::kFp8)},
                         {"int4", quantized_bytes(config, Packing::kInt4)}}},
                       {"weights_bytes", bytes(memory.weights)},
                       {"kv_bytes_per_token", kv_bytes_per_token(config, type)},
@@ -106,10 +107,10 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   text += line("parameters", billions(parameters));
   text += line("active", billions(config.active_parameters()) + " per token");
   text += line("dtype", type.name() + " (checkpoint: " + stored_dtype(config) + ")");
-  text +=
-      line("weights", bytes_text(memory.weights) + "; float32 " + size_of(4 * parameters) + ", bfloat16 and float16 " +
-                          size_of(2 * parameters) + ", int8 " + size_of(quantized_bytes(config, Packing::kInt8)) +
-                          ", int4 " + size_of(quantized_bytes(config, Packing::kInt4)));
+  text += line("weights", bytes_text(memory.weights) + "; float32 " + size_of(4 * parameters) +
+                              ", bfloat16 and float16 " + size_of(2 * parameters) + ", int8 and fp8 " +
+                              size_of(quantized_bytes(config, Packing::kInt8)) + ", int4 " +
+                              size_of(quantized_bytes(config, Packing::kInt4)));
   text += line("cache", size_of(kv_bytes_per_token(config, type)) + " per token; " + bytes_text(memory.cache) +
                             " for a context of " + number(memory.ctx_size) + " (at most " +
                             number(memory.cached_tokens) + " tokens kept)");

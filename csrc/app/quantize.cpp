@@ -1,4 +1,4 @@
-// `mixtral quantize`: a checkpoint with int8 or int4 weights, written once and loaded as it is.
+// `mixtral quantize`: a checkpoint with int8, fp8 or int4 weights, written once and loaded as it is.
 #include <cmath>
 #include <cstdio>
 
@@ -64,13 +64,13 @@ void run(const Flags& flags) {
 
 void add_quantize(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
-  CLI::App& command = *app.add_subcommand("quantize", "Write a checkpoint with int8 or int4 weights");
+  CLI::App& command = *app.add_subcommand("quantize", "Write a checkpoint with int8, fp8 or int4 weights");
   command.add_option("MODEL", flags->model, "Folder of the checkpoint")->required()->type_name("FOLDER");
   command.add_option("OUT", flags->out, "Folder to write; it must not exist or be empty")
       ->required()
       ->type_name("FOLDER");
-  add_option(command, "--dtype", flags->dtype, "int8: one scale a row; int4: one scale for every 32 weights")
-      ->check(CLI::IsMember({"int8", "int4"}))
+  add_option(command, "--dtype", flags->dtype, "int8 and fp8: one scale a row; int4: one scale for every 32 weights")
+      ->check(CLI::IsMember({"int8", "fp8", "int4"}))
       ->required();
   add_option(command, "--calibrate", flags->calibrate,
              "A text of the kind the model is for: int4 weights are rounded so that its results change least")

@@ -159,11 +159,12 @@ std::string read_quantization(const Fields& fields) {
   if (!fields.find(key)) return "";
   const Fields quantization = fields.object(key);
   const bool ours = quantization.find("quant_method") && quantization.at("quant_method") == "mixtral";
-  const std::string bits = ours ? quantization.string("dtype") : "";
-  if (bits != "int8" && bits != "int4") {
-    fields.fail(key, "must have quant_method \"mixtral\" and dtype \"int8\" or \"int4\", got " + shown(fields.at(key)));
+  const std::string dtype = ours ? quantization.string("dtype") : "";
+  if (dtype != "int8" && dtype != "fp8" && dtype != "int4") {
+    fields.fail(key, "must have quant_method \"mixtral\" and dtype \"int8\", \"fp8\" or \"int4\", got " +
+                         shown(fields.at(key)));
   }
-  return bits;
+  return dtype;
 }
 
 // What both kinds of file spell alike: the router's variants and the special tokens.

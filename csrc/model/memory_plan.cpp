@@ -33,7 +33,7 @@ std::vector<std::string> what_fits(const Config& config, double less_than, torch
   std::vector<torch::Device> devices = {device};
   if (!device.is_cpu()) devices.emplace_back(torch::kCPU);
   for (const torch::Device& other : devices) {
-    for (const char* name : {"bfloat16", "int8", "int4"}) {
+    for (const char* name : {"bfloat16", "int8", "fp8", "int4"}) {
       try {
         const WeightType type = parse_weight_type(name, config, other);
         const MemoryPlan plan = plan_memory(config, type, other);

@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize);
 // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
-// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8" or "int4"; scales of int4 uint8 [E,N,Kdim/32]
+// weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8", "fp8" or "int4"; scales of int4 uint8
+// [E,N,Kdim/32]
 Tensor pack_weight(const Tensor& weight, const std::optional<std::string>& quantize,
                    const std::optional<Tensor>& scales = std::nullopt);
 // The inverse: packed -> [E,N,Kdim], bf16 when quantised

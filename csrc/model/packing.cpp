@@ -8,17 +8,21 @@
 namespace mixtral {
 namespace {
 
-bool is_quantized(Packing packing) { return packing == Packing::kInt8 || packing == Packing::kInt4; }
+constexpr std::pair<const char*, Packing> kQuantized[] = {
+    {"int8", Packing::kInt8}, {"fp8", Packing::kFp8}, {"int4", Packing::kInt4}};
 
 std::optional<std::string> quantize_name(Packing packing) {
-  if (!is_quantized(packing)) return std::nullopt;
-  return packing == Packing::kInt8 ? "int8" : "int4";
+  for (const auto& [name, quantized] : kQuantized)
+    if (packing == quantized) return name;
+  return std::nullopt;
 }
 
 }  // namespace
 
+bool is_quantized(Packing packing) { return quantize_name(packing).has_value(); }
+
 std::string WeightType::name() const {
-  if (is_quantized(packing)) return *quantize_name(packing);
+  if (const auto quantized = quantize_name(packing)) return *quantized;
   return dtype == torch::kFloat32 ? "float32" : dtype == torch::kFloat16 ? "float16" : "bfloat16";
 }
 
@@ -40,20 +44,21 @@ WeightType parse_weight_type(const std::string& name, const Config& config, torc
                                 ", got " + name);
   }
   const std::string unfit = unfit_size(config);
-  if (chosen == "int8" || chosen == "int4") {
+  for (const auto& [quantized, packing] : kQuantized) {
+    if (chosen != quantized) continue;
     if (!unfit.empty())
       throw std::invalid_argument("dtype " + chosen + " needs sizes that are multiples of 32, got " + unfit);
-    return {torch::kBFloat16, chosen == "int8" ? Packing::kInt8 : Packing::kInt4};
+    return {torch::kBFloat16, packing};
   }
   const Packing packing = pack && device.is_cpu() && unfit.empty() ? Packing::kFloat : Packing::kNone;
   if (chosen == "float32") return {torch::kFloat32, packing};
   if (chosen == "float16") return {torch::kFloat16, packing};
   if (chosen == "bfloat16") return {torch::kBFloat16, packing};
-  throw std::invalid_argument("dtype must be auto, float32, bfloat16, float16, int8 or int4, got " + name);
+  throw std::invalid_argument("dtype must be auto, float32, bfloat16, float16, int8, fp8 or int4, got " + name);
 }
 
 double bytes_per_weight(const WeightType& type) {
-  if (type.packing == Packing::kInt8) return 1;
+  if (type.packing == Packing::kInt8 || type.packing == Packing::kFp8) return 1;
   if (type.packing == Packing::kInt4) return 0.5 + 1.0 / kPackedRows;  // a byte of scale for each 32
   return static_cast<double>(c10::elementSize(type.dtype));
 }
@@ -80,9 +85,7 @@ torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing) {
   return ops::pack_weight(rows.unsqueeze(0), quantize_name(packing)).squeeze(0);
 }
 
-bool is_packed(const torch::Tensor& parameter) {
-  return parameter.dim() == 4 || !torch::isFloatingType(parameter.scalar_type());
-}
+bool is_packed(const torch::Tensor& parameter) { return parameter.dim() == 4 || parameter.element_size() == 1; }
 
 bool packs_lm_head(const Config& config, Packing packing) {
   return packing != Packing::kNone && !config.tie_word_embeddings && config.vocab_size % kPackedRows == 0;

@@ -14,7 +14,7 @@
 
 namespace mixtral {
 
-enum class Packing { kNone, kFloat, kInt8, kInt4 };
+enum class Packing { kNone, kFloat, kInt8, kFp8, kInt4 };
 
 inline constexpr int64_t kPackedRows = 32;  // of a matrix in one packed block
 
@@ -23,18 +23,20 @@ struct WeightType {
   torch::ScalarType dtype;  // of activations, and of whatever is not quantised
   Packing packing;
 
-  // "float32", "bfloat16", "float16", "int8" or "int4"
+  // "float32", "bfloat16", "float16", "int8", "fp8" or "int4"
   std::string name() const;
 };
 
 // From a name as above, or "auto": the checkpoint's. Float weights are packed on the CPU if `pack` is true and their
-// sizes allow it. Throws std::invalid_argument for another name; for int8 and int4 with sizes that are no multiples of
-// 32; and for a checkpoint that is quantised already, unless the name is its own.
+// sizes allow it. Throws std::invalid_argument for another name; for a quantised type with sizes that are no
+// multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
 WeightType parse_weight_type(const std::string& name, const Config& config, torch::Device device, bool pack = true);
 
 // The first size that keeps the matrices from being packed, in words; empty when there is none.
 std::string unfit_size(const Config& config);
 
+// Whether it is one of the quantised formats.
+bool is_quantized(Packing packing);
 // Bytes of all weights, to within 1 %.
 double weight_bytes(const Config& config, const WeightType& type);
 // Bytes of one value of a matrix.

@@ -15,11 +15,11 @@ constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr size_t kMaxTensors = 65536;
 constexpr size_t kMaxRank = 8;
 
-// 0 for a type that is unknown or, like the 8-bit and smaller floats, of no use here.
+// 0 for a type that is unknown or, like most floats of 8 bits and less, of no use here.
 uint64_t dtype_bytes(const std::string& dtype) {
-  static const std::map<std::string, uint64_t> kBytes = {{"BOOL", 1}, {"U8", 1},   {"I8", 1},  {"U16", 2}, {"I16", 2},
-                                                         {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4}, {"F32", 4},
-                                                         {"U64", 8},  {"I64", 8},  {"F64", 8}};
+  static const std::map<std::string, uint64_t> kBytes = {
+      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"U16", 2}, {"I16", 2}, {"F16", 2},
+      {"BF16", 2}, {"U32", 4}, {"I32", 4}, {"F32", 4},     {"U64", 8}, {"I64", 8}, {"F64", 8}};
   const auto found = kBytes.find(dtype);
   return found == kBytes.end() ? 0 : found->second;
 }

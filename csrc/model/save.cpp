@@ -37,25 +37,12 @@ class Output {
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_;
 };
 
-const char* dtype_name(torch::ScalarType type) {
-  switch (type) {
-    case torch::kInt8:
-      return "I8";
-    case torch::kUInt8:
-      return "U8";
-    case torch::kFloat32:
-      return "F32";
-    default:
-      return "BF16";  // the activations of a quantised model
-  }
-}
-
 std::string safetensors_header(const torch::OrderedDict<std::string, torch::Tensor>& parameters) {
   json header;
   size_t offset = 0;
   for (const auto& item : parameters) {
     const torch::Tensor& tensor = item.value();
-    header[item.key()] = {{"dtype", dtype_name(tensor.scalar_type())},
+    header[item.key()] = {{"dtype", safetensors_dtype(tensor.scalar_type())},
                           {"shape", tensor.sizes().vec()},
                           {"data_offsets", {offset, offset + tensor.nbytes()}}};
     offset += tensor.nbytes();
@@ -182,8 +169,8 @@ void check_unused(const fs::path& folder) {
 void save_quantized(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
                     const LoadProgress& progress) {
   const WeightType type = model.weight_type();
-  if (type.packing != Packing::kInt8 && type.packing != Packing::kInt4) {
-    throw std::invalid_argument("save_quantized: model must be int8 or int4, got " + type.name());
+  if (!is_quantized(type.packing)) {
+    throw std::invalid_argument("save_quantized: model must be int8, fp8 or int4, got " + type.name());
   }
   check_unused(folder);
   try {

@@ -137,7 +137,8 @@ std::vector<WeightSlice> parameter_slices(const Config& config) {
   std::vector<WeightSlice> slices;
   for (const auto& item : model.named_parameters()) {
     const torch::Tensor& parameter = item.value();
-    slices.push_back({item.key(), parameter.sizes().vec(), item.key(), 0, 0, is_packed(parameter)});
+    slices.push_back({item.key(), parameter.sizes().vec(), item.key()});
+    if (is_packed(parameter)) slices.back().packed = parameter.scalar_type();
   }
   return slices;
 }

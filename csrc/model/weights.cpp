@@ -90,10 +90,9 @@ std::vector<SafetensorsFile> open_files(const fs::path& folder, CheckpointLayout
 
 torch::ScalarType scalar_type(const SafetensorsFile& file, const WeightSlice& slice, const SafetensorsEntry& entry) {
   if (slice.packed) {
-    const bool int8 = slice.shape.size() == 3;
-    if (entry.dtype == (int8 ? "I8" : "U8")) return int8 ? torch::kInt8 : torch::kUInt8;
-    throw LoadError(file.path(), slice.tensor,
-                    std::string("dtype must be ") + (int8 ? "I8" : "U8") + ", got " + entry.dtype);
+    const std::string expected = safetensors_dtype(*slice.packed);
+    if (entry.dtype == expected) return *slice.packed;
+    throw LoadError(file.path(), slice.tensor, "dtype must be " + expected + ", got " + entry.dtype);
   }
   if (entry.dtype == "F32") return torch::kFloat32;
   if (entry.dtype == "BF16") return torch::kBFloat16;
@@ -177,6 +176,21 @@ class RowReader {
 };
 
 }  // namespace
+
+const char* safetensors_dtype(torch::ScalarType type) {
+  switch (type) {
+    case torch::kInt8:
+      return "I8";
+    case torch::kFloat8_e4m3fn:
+      return "F8_E4M3";
+    case torch::kUInt8:
+      return "U8";
+    case torch::kFloat32:
+      return "F32";
+    default:
+      return "BF16";  // the activations of a quantised model
+  }
+}
 
 Checkpoint::Checkpoint(const fs::path& folder, const Config& config) : files_(open_files(folder, config.layout)) {
   std::map<std::string, size_t> where;  // tensor -> index of its file

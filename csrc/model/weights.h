@@ -26,6 +26,9 @@
 
 namespace mixtral {
 
+// The name that a parameter's type has in the files of a quantised model.
+const char* safetensors_dtype(torch::ScalarType type);
+
 // Called while weights are read: bytes done, bytes in all.
 using LoadProgress = std::function<void(uint64_t done, uint64_t total)>;
 

@@ -20,8 +20,8 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
   // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]
   m.def("moe_unpermute(Tensor y, Tensor topk_weights, Tensor row_map) -> Tensor");
-  // weight [E,N,Kdim] -> the same packed for the CPU kernels (pack_weight/pack_weight.h); quantize: "int8" or
-  // "int4", whose scales uint8 [E,N,Kdim/32] may be given
+  // weight [E,N,Kdim] -> the same packed for the CPU kernels (pack_weight/pack_weight.h); quantize: "int8", "fp8"
+  // or "int4", whose scales uint8 [E,N,Kdim/32] may be given
   m.def("pack_weight(Tensor weight, str? quantize=None, Tensor? scales=None) -> Tensor");
   // packed -> weight [E,N,Kdim]
   m.def("unpack_weight(Tensor packed) -> Tensor");

@@ -75,8 +75,8 @@ class Mixtral:
         Args:
             path: the folder.
             device: "cpu", "cuda" or "cuda:N".
-            dtype: of the weights: "float32", "bfloat16", "float16"; quantised while they are read: "int8"
-                (one scale a row) or "int4" (one for every 32 weights); "auto": as in the files.
+            dtype: of the weights: "float32", "bfloat16", "float16"; quantised while they are read: "int8" or
+                "fp8" (one scale a row) or "int4" (one for every 32 weights); "auto": as in the files.
             pack: on the CPU, keep matrices in the layout that the kernels read fastest (``ops.pack_weight``). False: as
                 in Hugging Face, so that ``named_parameters`` gives [rows, columns]. Results are the same bit for bit.
             progress: called with (bytes read, bytes in all).
@@ -119,7 +119,7 @@ class Mixtral:
 
     @property
     def weight_type(self) -> str:
-        """ "float32", "bfloat16", "float16", "int8" or "int4"."""
+        """ "float32", "bfloat16", "float16", "int8", "fp8" or "int4"."""
         return self._model.weight_type
 
     def named_parameters(self) -> dict[str, Tensor]:

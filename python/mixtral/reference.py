@@ -93,6 +93,20 @@ def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scales).round().clamp(-127, 127), scales
 
 
+def _quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[...,Kdim] -> e4m3, f32 scales [...,1]: the least powers of two that keep a row within 448 = 1.75 * 2^8."""
+    fraction, exponent = torch.frexp(weight.float().abs().amax(-1, keepdim=True))  # fraction in [1/2, 1)
+    exponent = torch.where(fraction == 0, -117, exponent - 9 + (fraction > 1.75 / 2).int())
+    scales = torch.ldexp(torch.ones_like(fraction), exponent.clamp(min=-117))
+    return (weight.float() / scales).to(torch.float8_e4m3fn), scales
+
+
+def round_rows_to_e4m3(a: Tensor) -> Tensor:
+    """[M,Kdim] -> [M,Kdim]: the rows of a product with an fp8 weight; NaN throughout where a row has inf or NaN."""
+    values, scales = _quantize_fp8(a)
+    return (values.float() * scales).masked_fill(~a.isfinite().all(-1, keepdim=True), torch.nan).to(a.dtype)
+
+
 def _int4_scale(byte: Tensor) -> tuple[Tensor, Tensor]:
     """The scale that a byte means, as a factor, 1 or the square root of two, and the exponent of a power of two."""
     return torch.where(byte % 2 == 1, 2**0.5, 1.0).float(), byte.int() // 2 - 64
@@ -128,6 +142,10 @@ def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | No
         q, scales = _quantize_int8(weight)
         values = _pair_order(q).to(torch.int8).reshape(experts, columns // 32, 32 * depth)
         return torch.cat((values, scales.reshape(experts, columns // 32, 32).view(torch.int8)), -1)
+    if quantize == "fp8":
+        values, scales = _quantize_fp8(weight)
+        rows, scales = (x.contiguous().view(torch.uint8).reshape(experts, columns // 32, -1) for x in (values, scales))
+        return torch.cat((rows, scales), -1).view(torch.float8_e4m3fn)
     if quantize == "int4":
         levels, scales = _quantize_int4(weight, scales)
         # block, step, half, group of pairs, pair, word: nibble `pair` of a word is in byte pair // 2, low half first
@@ -147,6 +165,10 @@ def unpack_weight(packed: Tensor) -> Tensor:
         values, scales = packed[..., :-128], packed[..., -128:].contiguous().view(torch.float32)
         q = _from_pair_order(values.reshape(experts, blocks, -1, 1024))
         return (q * scales.reshape(experts, blocks * 32, 1)).bfloat16()
+    if packed.dtype == torch.float8_e4m3fn:
+        values, scales = packed.view(torch.uint8).split((packed.shape[2] - 128, 128), -1)
+        rows = values.contiguous().view(torch.float8_e4m3fn).float().reshape(experts, blocks * 32, -1)
+        return (rows * scales.contiguous().view(torch.float32).reshape(experts, blocks * 32, 1)).bfloat16()
     count = packed.shape[2]
     if packed.dtype == torch.uint8:
         factor, exponent = _int4_scale(packed[..., :32].mT.reshape(experts, blocks * 32, count, 1))

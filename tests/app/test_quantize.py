@@ -35,7 +35,7 @@ def assert_fails(run: subprocess.CompletedProcess, code: int, *words: str) -> No
         assert word in message
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=["int8", "fp8", "int4"])
 def quantized(request, tmp_path_factory) -> Path:
     """The demo model quantised; the name of the folder is the dtype."""
     out = tmp_path_factory.mktemp("quantized") / "new" / request.param
@@ -240,13 +240,14 @@ def damage(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     ("name", "tensor", "reason"),
     [
         (QKV, torch.zeros(1, 10, 6, 544, dtype=torch.int8), "dtype must be U8, got I8"),
+        (QKV, torch.zeros(1, 10, 6, 544).to(torch.float8_e4m3fn), "dtype must be U8, got F8_E4M3"),
         (QKV, torch.zeros(1, 10, 5, 544, dtype=torch.uint8), r"shape must be \[1, 10, 6, 544\], got \[1, 10, 5, 544\]"),
         (QKV, torch.zeros(320, 192, dtype=torch.bfloat16), "dtype must be U8, got BF16"),
         ("embed_tokens", torch.zeros(4096, 192, dtype=torch.uint8), "dtype must be F32, BF16 or F16, got U8"),
         (QKV, None, "tensor is missing"),
         ("norm", None, "tensor is missing"),
     ],
-    ids=["I8", "shape", "not packed", "packed", "missing matrix", "missing norm"],
+    ids=["I8", "F8_E4M3", "shape", "not packed", "packed", "missing matrix", "missing norm"],
 )
 def test_damaged_weights_are_load_errors(name, tensor, reason, damaged):
     damage(damaged, name, tensor)
@@ -289,13 +290,14 @@ def test_sizes_that_cannot_be_quantised_are_a_load_error(damaged):
     assert_fails(mixtral("info", damaged), 3, "quantization_config", "intermediate_size 200")
 
 
-def test_weights_of_the_other_kind_are_a_load_error(damaged):
-    edit_config(damaged, quantization_config={"quant_method": "mixtral", "dtype": "int8"})
-    with pytest.raises(python_mixtral.LoadError, match="dtype must be I8, got U8"):
+@pytest.mark.parametrize(("dtype", "name"), [("int8", "I8"), ("fp8", "F8_E4M3")])
+def test_weights_of_the_other_kind_are_a_load_error(dtype, name, damaged):
+    edit_config(damaged, quantization_config={"quant_method": "mixtral", "dtype": dtype})
+    with pytest.raises(python_mixtral.LoadError, match=f"dtype must be {name}, got U8"):
         load(damaged)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
 def test_a_quantised_checkpoint_has_one_dtype(dtype, damaged):
     message = f"dtype must be auto or int4 for a checkpoint quantised to int4, got {dtype}"
     with pytest.raises(ValueError, match=message):

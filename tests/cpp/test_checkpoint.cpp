@@ -309,7 +309,8 @@ TEST(Checkpoint, NeedsWeights) {
 // In a child process, whose peak is its own. The file is sparse, so writing it costs no memory.
 class CheckpointDeathTest : public ::testing::TestWithParam<Packing> {};
 INSTANTIATE_TEST_SUITE_P(Packings, CheckpointDeathTest,
-                         ::testing::Values(Packing::kNone, Packing::kFloat, Packing::kInt8, Packing::kInt4));
+                         ::testing::Values(Packing::kNone, Packing::kFloat, Packing::kInt8, Packing::kFp8,
+                                           Packing::kInt4));
 
 TEST_P(CheckpointDeathTest, PeakMemoryIsThatOfTheWeights) {
   ::testing::FLAGS_gtest_death_test_style = "threadsafe";

@@ -218,7 +218,7 @@ TEST(Config, RejectsWhatTheModelCannotCompute) {
       [] {
         mixtral({{"quantization_config", R"({"bits":4})"}});
       },
-      "quantization_config: must have quant_method \"mixtral\" and dtype \"int8\" or \"int4\", got {\"bits\":4}");
+      "quantization_config: must have quant_method \"mixtral\" and dtype \"int8\", \"fp8\" or \"int4\", got {\"bits\":4}");
   expect_load_error(
       [] {
         mixtral({{"torch_dtype", "\"float8\""}});

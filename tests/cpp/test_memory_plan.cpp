@@ -78,9 +78,11 @@ TEST(MemoryPlan, AnH100HasNoRoomForMixtralIn16Bits) {
   EXPECT_NE(error.find(" on cuda, 79.00 GiB available; bfloat16 weights "), std::string::npos) << error;
   EXPECT_NE(error.find("a cache of up to 4.00 GiB for a context of 32768"), std::string::npos) << error;
   EXPECT_NE(error.find("; what would fit: int8 ("), std::string::npos) << error;
+  EXPECT_NE(error.find(", fp8 ("), std::string::npos) << error;
   EXPECT_NE(error.find(", int4 ("), std::string::npos) << error;
   EXPECT_NE(error.find(", bfloat16 on cpu (87."), std::string::npos) << error;
   EXPECT_NE(error.find("int8 on cpu ("), std::string::npos) << error;
+  EXPECT_NE(error.find("fp8 on cpu ("), std::string::npos) << error;
   EXPECT_NE(error.find("int4 on cpu ("), std::string::npos) << error;
   EXPECT_EQ(error.find('\n'), std::string::npos);
 }
@@ -91,6 +93,7 @@ TEST(MemoryPlan, SuggestsOnlyWhatIsSmallerFitsAndExists) {
             std::string::npos);
   const auto small = error_of(config, "bfloat16", torch::kCPU, machine(30, 0));
   EXPECT_EQ(small.find("int8"), std::string::npos) << small;
+  EXPECT_EQ(small.find("fp8"), std::string::npos) << small;
   EXPECT_NE(small.find("what would fit: int4 ("), std::string::npos) << small;
   const auto none = error_of(config, "bfloat16", torch::kCPU, machine(10, 0));
   EXPECT_NE(none.find("; no other dtype fits"), std::string::npos) << none;

@@ -41,6 +41,8 @@ TEST(UnpackWeightKernel, GivesTheBitsOfTheCpu) {
     expect_bits_of_the_cpu<BFloat16, WeightFormat::kPacked>(blocks, depth);
     expect_bits_of_the_cpu<Half, WeightFormat::kPacked>(blocks, depth);
     expect_bits_of_the_cpu<float, WeightFormat::kInt8, BFloat16>(blocks, depth);
+    expect_bits_of_the_cpu<float, WeightFormat::kFp8, BFloat16>(blocks, depth);
+    expect_bits_of_the_cpu<float, WeightFormat::kFp8, BFloat16>(blocks, depth);
     expect_bits_of_the_cpu<float, WeightFormat::kInt4, BFloat16>(blocks, depth);
   }
 }

@@ -31,7 +31,7 @@ TEST(Packing, FloatWeightsArePackedOnTheCpuWhereSizesAllow) {
 }
 
 TEST(Packing, NamesAreThoseOfTheWeights) {
-  for (const std::string name : {"float32", "bfloat16", "float16", "int8", "int4"})
+  for (const std::string name : {"float32", "bfloat16", "float16", "int8", "fp8", "int4"})
     for (const torch::DeviceType device : {torch::kCPU, torch::kCUDA})
       EXPECT_EQ(parse_weight_type(name, packable_config(), device).name(), name);
 }
@@ -39,9 +39,11 @@ TEST(Packing, NamesAreThoseOfTheWeights) {
 TEST(Packing, ErrorsSayWhatDoesNotFit) {
   const Config config = packable_config();
   EXPECT_EQ(error_of("int3", config, torch::kCPU),
-            "dtype must be auto, float32, bfloat16, float16, int8 or int4, got int3");
+            "dtype must be auto, float32, bfloat16, float16, int8, fp8 or int4, got int3");
   Config unfit = config;
   unfit.num_kv_heads = 1;
+  EXPECT_EQ(error_of("fp8", unfit, torch::kCPU),
+            "dtype fp8 needs sizes that are multiples of 32, got num_kv_heads * head_dim 16");
   EXPECT_EQ(error_of("int8", unfit, torch::kCPU),
             "dtype int8 needs sizes that are multiples of 32, got num_kv_heads * head_dim 16");
   Config quantized = config;
@@ -57,7 +59,7 @@ TEST(Packing, PlannedBytesAreThoseOfTheParameters) {
   config.intermediate_size = 1024;
   for (const int64_t vocab : {4096, 4097})  // with a packed lm_head and a plain one
     for (const bool tied : {false, true})
-      for (const Packing packing : {Packing::kNone, Packing::kFloat, Packing::kInt8, Packing::kInt4}) {
+      for (const Packing packing : {Packing::kNone, Packing::kFloat, Packing::kInt8, Packing::kFp8, Packing::kInt4}) {
         config.vocab_size = vocab;
         config.tie_word_embeddings = tied;
         const MixtralImpl model(config, torch::kBFloat16, torch::kMeta, packing);

@@ -1,5 +1,6 @@
-// Rows of bf16 as e4m3 with a scale each, on the emulated GPU, against the definition: the least power of two with
-// which the row's largest magnitude is at most 448, at least 2^-117, and each value over it rounded to nearest.
+// Rows of bf16 as e4m3 with a scale each, on the emulated GPU, against the CPU's and the definition of both: the least
+// power of two with which the row's largest magnitude is at most 448, at least 2^-117, and each value over it rounded to
+// nearest.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -57,6 +58,8 @@ TEST(QuantizeRows, RowsBecomeTheNearestE4m3UnderTheLeastScale) {
   std::vector<BFloat16> rounded(a.size() + 1, BFloat16(-1.0f));
   emulator::launch({{blocks, 1, 1}, kE4m3Warps * kWarpSize, 0, 1},
                    [&] { round_to_e4m3_kernel(a.data(), rounded.data(), rows, kDepth); });
+  std::vector<BFloat16> on_cpu(a.size());
+  launch_round_to_e4m3_cpu(a.data(), kDepth, on_cpu.data(), 0, rows);
   for (int64_t row = 0; row < rows; ++row) {
     const float scale = scale_of(&a[row * kDepth]);
     if (std::isnan(scale)) {
@@ -66,11 +69,12 @@ TEST(QuantizeRows, RowsBecomeTheNearestE4m3UnderTheLeastScale) {
     }
     for (int64_t i = row * kDepth; i < (row + 1) * kDepth; ++i) {
       if (std::isnan(scale)) {
-        ASSERT_TRUE(std::isnan(static_cast<float>(rounded[i]))) << row;
+        ASSERT_TRUE(std::isnan(static_cast<float>(rounded[i])) && std::isnan(static_cast<float>(on_cpu[i]))) << row;
         continue;
       }
       const uint8_t nearest = e4m3_bits(static_cast<float>(a[i]) / scale);
       ASSERT_EQ(values[i], nearest) << row << ", " << static_cast<float>(a[i]);
+      ASSERT_EQ(static_cast<float>(rounded[i]), static_cast<float>(on_cpu[i])) << row;
       ASSERT_EQ(static_cast<float>(rounded[i]), e4m3_value(nearest) * scale) << row << ", " << static_cast<float>(a[i]);
     }
   }

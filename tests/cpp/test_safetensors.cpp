@@ -45,6 +45,13 @@ TEST(Safetensors, ReadsEntriesAndBytes) {
   EXPECT_EQ(std::string(bytes, 4), "mnop");
 }
 
+TEST(Safetensors, ReadsEightBitFloats) {
+  const TempFolder folder;
+  const std::string header = R"({"t":{"dtype":"F8_E4M3","shape":[2,2],"data_offsets":[0,4]}})";
+  write_file(folder / "m.safetensors", safetensors(header, "1234"));
+  EXPECT_EQ(SafetensorsFile(folder / "m.safetensors").entries().at("t").dtype, "F8_E4M3");
+}
+
 TEST(Safetensors, RejectsBadHeaderLengths) {
   for (size_t n = 0; n < 8; ++n) expect_rejected(std::string(n, 'x'), "at least 8 bytes");
   const auto with_length = [](uint64_t length) {
@@ -93,8 +100,8 @@ TEST(Safetensors, RejectsTooManyTensorsQuickly) {
 TEST(Safetensors, RejectsBadEntries) {
   expect_entry_rejected("7", "must be an object, got 7");
   expect_entry_rejected(R"({"shape":[1],"data_offsets":[0,4]})", "dtype is missing");
-  expect_entry_rejected(R"({"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]})",
-                        "dtype must be a supported type, got \"F8_E4M3\"");
+  expect_entry_rejected(R"({"dtype":"F8_E5M2","shape":[4],"data_offsets":[0,4]})",
+                        "dtype must be a supported type, got \"F8_E5M2\"");
   expect_entry_rejected(R"({"dtype":32,"shape":[1],"data_offsets":[0,4]})", "dtype must be a supported type, got 32");
   for (const char* shape :
        {"1", "[-1]", "[1.0]", "[1e0]", "[\"1\"]", "[null]", "[9223372036854775808]", "[-0]", "[18446744073709551616]",

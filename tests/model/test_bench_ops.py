@@ -69,7 +69,7 @@ def test_data_sheet_is_that_of_the_gpu():
 
 
 def test_work_of_a_layer_of_8x7b():
-    work = bench_moe_mlp.work_of(1024, 8, bench_moe_mlp.HIDDEN, bench_moe_mlp.INTERMEDIATE)
+    work = bench_moe_mlp.work_of(1024, 8, bench_moe_mlp.HIDDEN, bench_moe_mlp.INTERMEDIATE, 2 * 176160768)
     assert work["gflop"] == pytest.approx(1024 * 0.7046, rel=1e-4)
     assert work["gigabytes"] == pytest.approx(2 * 8 * 0.176160768 + 4 * 1024 * 4096 / 1e9)
 
@@ -84,6 +84,14 @@ def test_routings_are_what_they_are_called():
     assert counts["uniform"].min() > 0.9 * 1000 and counts["uniform"].max() < 1.1 * 1000
     assert counts["Zipf"][0] > 2 * counts["Zipf"][2] and (counts["Zipf"].diff() < 0).all()
     assert counts["one pair"].tolist() == [4000, 4000, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("quantize", "bytes_per_weight"), [(None, 2), ("fp8", 1 + 4 / 64), ("int4", 0.53125)])
+def test_experts_are_counted_in_the_bytes_of_their_format(quantize, bytes_per_weight):
+    plain = bench_moe_mlp.make_experts("cpu", hidden=64, intermediate=64)
+    experts = bench_moe_mlp.as_ours(plain.gate_up, plain.down, quantize)
+    assert experts.expert_bytes == 3 * 64 * 64 * bytes_per_weight
+    assert len(experts.ours_gate_up) == len(experts.ours_down) == bench_moe_mlp.EXPERTS
 
 
 @pytest.mark.parametrize("routing", ["uniform", "one pair"])

@@ -91,6 +91,21 @@ def test_quantised_model_is_a_bfloat16_model_with_the_round_trip_of_its_matrices
     assert_same_results(ours, rounded)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "dense"])
+def test_fp8_model_rounds_its_matrices_and_what_meets_them(layout, tmp_path):
+    save(packable_model(dense=layout == "dense"), tmp_path, layout)
+    ours, exact = load(tmp_path, "fp8"), load(tmp_path, "float32", pack=False).named_parameters()
+    assert (ours.weight_type, ours.dtype) == ("fp8", torch.bfloat16)
+    assert_packed(ours, exact, "fp8")
+    rounded = load(tmp_path, "bfloat16", pack=False)
+    for name, weight in rounded.named_parameters().items():
+        if name.endswith(MATRICES):
+            weight.copy_(unpacked(ours.named_parameters()[name], weight))
+    logits = ours(IDS)
+    assert logits.isfinite().all() and not torch.equal(rounded(IDS), logits)
+    assert torch.equal(ours(IDS[1:]), logits[1:])
+
+
 def test_auto_packs_and_keeps_the_dtype_of_the_files(tmp_path):
     packable_model().to(torch.float16).save_pretrained(tmp_path)
     model = load(tmp_path, "auto")
@@ -118,7 +133,7 @@ def test_other_sizes_stay_plain_and_cannot_be_quantised(sizes, words, tmp_path):
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path, "float32")(IDS), theirs(IDS).logits, atol=1e-4, rtol=0)
-    for dtype in ("int8", "int4"):
+    for dtype in ("int8", "fp8", "int4"):
         with pytest.raises(ValueError, match=f"dtype {dtype} needs sizes that are multiples of 32, got {words}"):
             load(tmp_path, dtype)
 

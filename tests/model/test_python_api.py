@@ -45,7 +45,7 @@ def test_dtype_and_device_are_names_or_torch_objects(dtype, device):
 @pytest.mark.parametrize("dtype", ["int3", "half", torch.float64])
 def test_unknown_dtype_is_a_value_error(dtype):
     name = str(dtype).removeprefix("torch.")
-    message = f"dtype must be auto, float32, bfloat16, float16, int8 or int4, got {name}"
+    message = f"dtype must be auto, float32, bfloat16, float16, int8, fp8 or int4, got {name}"
     with pytest.raises(ValueError, match=message):
         mixtral.Mixtral.from_pretrained(DEMO, dtype=dtype)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
+from conftest import pack
 from mixtral import reference
 from routing import ROUTINGS, make_routing
 
@@ -12,11 +13,14 @@ REPEATS = 1000
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
 
-def layer(tokens: int, hidden: int = 256, intermediate: int = 512, experts: int = 8) -> tuple[torch.Tensor, ...]:
+def layer(tokens: int, quantize: str | None = None) -> tuple[torch.Tensor, ...]:
     """x, gate_up_proj, down_proj, router."""
+    hidden, intermediate, experts = 256, 512, 8
     x = torch.randn(tokens, hidden, **BF16)
     gate_up = torch.randn(experts, 2 * intermediate, hidden, **BF16) / hidden**0.5
     down = torch.randn(experts, hidden, intermediate, **BF16) / intermediate**0.5
+    if quantize:
+        gate_up, down = pack(gate_up, quantize), pack(down, quantize)
     return x, gate_up, down, torch.randn(experts, hidden, device="cuda") / hidden**0.5
 
 
@@ -47,6 +51,8 @@ CALLS = {
     "moe few": lambda: (moe, layer(40)),
     "moe middle": lambda: (moe, layer(300)),
     "moe prefill": lambda: (moe, layer(2000)),
+    "moe fp8 decode": lambda: (moe, layer(1, "fp8")),
+    "moe fp8 prefill": lambda: (moe, layer(2000, "fp8")),
     "attention decode": lambda: (ops.rolling_kv_cache_attention, decode(3, 1000, 700)),
     "attention prefill": lambda: (ops.sliding_window_attention, prefill([700, 3, 129], 256)),
 }
@@ -79,9 +85,10 @@ def test_on_another_stream_and_under_load(call):
     assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.parametrize("quantize", [None, "fp8"])
 @pytest.mark.parametrize("tokens", [0, 1, 40, 300, 2000])
-def test_graph_replay_with_changing_routing(tokens):
-    x, gate_up, down, router = layer(tokens)
+def test_graph_replay_with_changing_routing(tokens, quantize):
+    x, gate_up, down, router = layer(tokens, quantize)
     weights = torch.rand(tokens, 2, device="cuda")
     ids = make_routing("uniform", tokens, 8, 2, "cuda")
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

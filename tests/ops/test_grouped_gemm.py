@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import DTYPES, assert_within_twice_baseline, opcheck, pack, with_threads
+from conftest import DTYPES, assert_same_product, assert_within_twice_baseline, opcheck, pack, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing, offsets
 
@@ -18,7 +18,8 @@ CASES = [
     (65, 513, 31, 8),
     (257, 1040, 37, 16),
 ]
-PACKED_FORMATS = [(dtype, None) for dtype in DTYPES] + [(torch.bfloat16, "int8"), (torch.bfloat16, "int4")]
+QUANTISED = ["int8", "fp8", "int4"]
+PACKED_FORMATS = [(dtype, None) for dtype in DTYPES] + [(torch.bfloat16, quantize) for quantize in QUANTISED]
 # The same, for packed weights: also beyond a chunk of rows (512)
 PACKED_CASES = [
     (0, 32, 32, 2),
@@ -76,12 +77,37 @@ def test_packed_equals_plain(case, device, dtype):
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", QUANTISED)
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
 def test_quantised_equals_what_it_stands_for(case, quantize, device):
     a, b, offs = make(case, "zipf", device, torch.bfloat16)
     packed = pack(b, quantize)
-    assert torch.equal(ops.grouped_gemm(a, packed, offs), ops.grouped_gemm(a, ops.unpack_weight(packed), offs))
+    rows = reference.round_rows_to_e4m3(a) if quantize == "fp8" else a
+    expected = ops.grouped_gemm(rows, ops.unpack_weight(packed), offs)
+    assert_same_product(ops.grouped_gemm(a, packed, offs), expected, float8=quantize == "fp8")
+
+
+@pytest.mark.every_isa
+def test_rows_that_meet_fp8_weights_are_rounded_to_e4m3():
+    """Of all magnitudes; ties; zeros; NaN throughout where there is inf or NaN. The weight picks out each depth."""
+    a = torch.randn(40, 64) * 2.0 ** torch.linspace(-126, 124, 40)[:, None]
+    a[0], a[1], a[2, 3], a[3, 63], a[4, 0] = 0, 2.0**-133, float("nan"), float("inf"), -float("inf")
+    a[5] = 2.0 ** -torch.arange(64)
+    a[6, :17], a[6, 17:] = torch.arange(256, 273) / 16, 28  # neighbours and ties between them
+    a = a.bfloat16()
+    out = ops.grouped_gemm(a, ops.pack_weight(torch.eye(64)[None], "fp8"), torch.tensor([40]))
+    expected = reference.round_rows_to_e4m3(a)
+    finite = torch.ones(40, dtype=torch.bool)
+    finite[2:5] = False
+    assert out[~finite].isnan().all() and torch.equal(out[finite], expected[finite])
+    assert not torch.equal(out[finite], a[finite])
+
+
+def test_fp8_product_is_near_the_exact_one(device):
+    a, b, offs = make((130, 1024, 64, 2), "uniform", device, torch.bfloat16)
+    exact = reference.grouped_gemm(a.double(), b.double(), offs)
+    error = ops.grouped_gemm(a, pack(b, "fp8"), offs).double() - exact
+    assert 0.02 < error.square().mean().sqrt() / exact.square().mean().sqrt() < 0.05  # e4m3 errs by some 2.6 %, twice
 
 
 @pytest.mark.every_isa
@@ -99,7 +125,7 @@ def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", [None, *QUANTISED])
 def test_few_rows_have_the_bits_of_many(quantize):
     """Also where products and sums are subnormal, overflow or are not a number."""
     a = torch.randn(33, 544) * 2.0 ** torch.linspace(-124, 120, 33)[:, None]
@@ -115,7 +141,7 @@ def test_few_rows_have_the_bits_of_many(quantize):
 
 def test_packed_inputs_may_be_strided(device):
     a, b, offs = make((9, 64, 96, 3), "uniform", device, torch.bfloat16)
-    for quantize in (None, "int8", "int4"):
+    for quantize in (None, *QUANTISED):
         packed = pack(b, quantize)
         strided = packed.transpose(0, 1).contiguous().transpose(0, 1)
         assert not strided.is_contiguous()
@@ -231,7 +257,7 @@ def test_packed_weight_that_does_not_fit_raises(a, b, message, device):
         ops.grouped_gemm(a.to(device), pack(b.to(device)), OFFS.to(device))
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", QUANTISED)
 def test_quantised_weight_that_does_not_fit_raises(quantize):
     packed = ops.pack_weight(PLAIN, quantize)
     with pytest.raises(RuntimeError, match=r"b must be packed from \[3, 64, 64\], got \[3, 64, 96\]"):
@@ -258,4 +284,4 @@ def test_opcheck(case, device, dtype):
 @pytest.mark.parametrize(("dtype", "quantize"), PACKED_FORMATS, ids=str)
 def test_opcheck_of_packed_weights(dtype, quantize, device):
     a, b, offs = make((5, 64, 96, 3), "uniform", device, dtype)
-    opcheck(torch.ops.mixtral.grouped_gemm.default, (a, pack(b, quantize), offs))
+    opcheck(torch.ops.mixtral.grouped_gemm.default, (a, pack(b, quantize), offs), float8=quantize == "fp8")

@@ -9,11 +9,13 @@ import pytest
 from cuda_code import cuobjdump
 from mixtral.ops._library import LIBRARY
 
-WGMMA = {"HGMMA", "QGMMA"}
+WGMMA = {"HGMMA", "QGMMA"}  # of bf16, and of 8-bit floats
 # Part of a kernel's name -> instructions of which it has at least one: products, and the way of its data.
 KERNELS = {
     "grouped_gemm_tile_kernel": (WGMMA, {"UTMALDG"}),
     "grouped_gemm_stream_kernel": (WGMMA, {"UTMALDG"}),
+    "E4m3Weights": ({"QGMMA"}, {"UTMALDG"}),
+    "quantize_rows_kernel": ({"F2FP"}, {"STG"}),
     "attention_prefill_hopper_kernel": (WGMMA, {"UTMALDG"}),
     "attention_decode": ({"HMMA"}, {"LDGSTS"}, {"LDSM"}),
 }

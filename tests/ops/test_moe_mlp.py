@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import DTYPES, assert_within_twice_baseline, opcheck, pack, with_threads
+from conftest import DTYPES, assert_same_product, assert_within_twice_baseline, opcheck, pack, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing
 
@@ -20,7 +20,8 @@ CASES = [
 PACKED_CASES = [(0, 32, 32, 4, 2), (1, 32, 32, 1, 1), (40, 544, 96, 8, 2), (130, 64, 160, 3, 1)]
 # Formats of gate_up_proj and down_proj
 PACKED_FORMATS = [(dtype, None, None) for dtype in DTYPES]
-PACKED_FORMATS += [(torch.bfloat16, *formats) for formats in (("int8", "int8"), ("int4", "int4"), ("int4", None))]
+QUANTISED = [("int8", "int8"), ("fp8", "fp8"), ("fp8", "int8"), ("int4", "int4"), ("int4", None)]
+PACKED_FORMATS += [(torch.bfloat16, *formats) for formats in QUANTISED]
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -39,11 +40,19 @@ def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> Layer:
     )
 
 
-def composed(*layer: torch.Tensor) -> torch.Tensor:
+def composed(*layer: torch.Tensor, multiply=ops.grouped_gemm) -> torch.Tensor:
     x, weights, ids, gate_up, down = layer
     permuted, offs, row_map = ops.moe_permute(x, ids, len(gate_up))
-    y = ops.grouped_gemm(ops.swiglu(ops.grouped_gemm(permuted, gate_up, offs)), down, offs)
+    y = multiply(ops.swiglu(multiply(permuted, gate_up, offs)), down, offs)
     return ops.moe_unpermute(y, weights, row_map)
+
+
+def multiply_unpacked(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """grouped_gemm with what ``b`` stands for."""
+    if b.dtype == torch.float8_e4m3fn:
+        a = reference.round_rows_to_e4m3(a)
+    packed = b.dim() == 4 or b.dtype != a.dtype
+    return ops.grouped_gemm(a, ops.unpack_weight(b) if packed else b, offs)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -71,11 +80,12 @@ def test_packed_weights_equal_what_they_stand_for(case, dtype, gate_up_format, d
     x, weights, ids, gate_up, down = make(case, "zipf", device, dtype)
     gate_up, down = pack(gate_up, gate_up_format), pack(down, down_format)
     plain = ops.unpack_weight(gate_up), ops.unpack_weight(down)
-    expected = ops.moe_mlp(x, weights, ids, *plain)
-    assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), expected)
-    assert torch.equal(composed(x, weights, ids, gate_up, down), expected)
-    assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, plain[1]), expected)
-    assert torch.equal(ops.moe_mlp(x, weights, ids, plain[0], down), expected)
+    for weight_pair in ((gate_up, down), (gate_up, plain[1]), (plain[0], down)):
+        layer = (x, weights, ids, *weight_pair)
+        expected = composed(*layer, multiply=multiply_unpacked)
+        actual = ops.moe_mlp(*layer)
+        assert torch.equal(composed(*layer), actual)
+        assert_same_product(actual, expected, float8="fp8" in (gate_up_format, down_format))
 
 
 @pytest.mark.parametrize(("dtype", "gate_up_format", "down_format"), PACKED_FORMATS, ids=str)
@@ -167,6 +177,7 @@ BF16, GATE_UP_32, DOWN_32 = torch.ones(2, 32).bfloat16(), torch.ones(4, 64, 32),
     ("x", "gate_up", "down", "message"),
     [
         (BF16.float(), "int8", None, "moe_mlp: gate_up_proj is quantised and must meet inputs of BFloat16, got Float"),
+        (BF16.float(), "fp8", None, "moe_mlp: gate_up_proj is quantised and must meet inputs of BFloat16, got Float"),
         (BF16.float(), None, "int4", "moe_mlp: down_proj is quantised and must meet inputs of BFloat16, got Float"),
         (BF16.half(), None, None, "moe_mlp: gate_up_proj must be Half, got Float"),
         (torch.ones(2, 64), None, None, r"gate_up_proj must be packed from \[4, 64, 64\], got \[4, 64, 32\]"),
@@ -208,4 +219,5 @@ def test_opcheck(case, device, dtype):
 def test_opcheck_of_packed_weights(dtype, gate_up_format, down_format, device):
     x, weights, ids, gate_up, down = make((5, 32, 32, 3, 2), "uniform", device, dtype)
     packed = pack(gate_up, gate_up_format), pack(down, down_format)
-    opcheck(torch.ops.mixtral.moe_mlp.default, (x, weights, ids, *packed))
+    float8 = "fp8" in (gate_up_format, down_format)
+    opcheck(torch.ops.mixtral.moe_mlp.default, (x, weights, ids, *packed), float8=float8)

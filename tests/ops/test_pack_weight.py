@@ -7,7 +7,8 @@ import mixtral.ops as ops
 from conftest import opcheck, with_threads
 from mixtral import reference
 
-FORMATS = [None, "int8", "int4"]
+E4M3 = torch.float8_e4m3fn
+FORMATS = [None, "int8", "fp8", "int4"]
 SHAPES = [(1, 32, 32), (3, 96, 160), (2, 32, 1056), (5, 160, 32)]  # E, N, Kdim
 EMPTY = [(0, 32, 32), (2, 0, 32), (2, 32, 0)]
 
@@ -71,6 +72,46 @@ def test_int8_error_is_half_a_step(dtype):
     assert ((stands_for - weight.double()).abs() <= 0.5001 * scales + rounding).all()
 
 
+def test_fp8_error_is_half_a_step_of_e4m3(dtype):
+    """Of 3 bits of mantissa, 2^-4 of a weight, and of the scale's 2^-9 below its 2^-6."""
+    weight = torch.cat((special_rows(dtype), make((1, 64, 64), dtype)), 1).double()
+    packed = ops.pack_weight(weight.to(dtype), "fp8")
+    scales = packed[..., -128:].contiguous().view(torch.float32).double().reshape(1, -1, 1)
+    assert (torch.frexp(scales).mantissa == 0.5).all() and (scales >= 2.0**-117).all()
+    largest = weight.abs().amax(-1, keepdim=True) / scales
+    assert (largest <= 448).all() and ((largest > 224) | (scales == 2.0**-117)).all()
+    step = torch.maximum(weight.abs() * 2.0**-4, scales * 2.0**-10)
+    assert ((ops.unpack_weight(packed).double() - weight).abs() <= step).all()
+
+
+@pytest.mark.every_isa
+def test_every_e4m3_value_is_kept_and_ties_go_to_even(dtype):
+    values = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    values = values[values.isfinite()].sort().values
+    middles = (values[1:] + values[:-1]) / 2
+    for scale in (1.0, 2.0**-3, 2.0**5):
+        for row in (values, middles):
+            weight = torch.zeros(1, 32, 256)
+            weight[0, :, : len(row)] = row
+            weight[0, :, 255] = 448  # so that this is the scale
+            actual = ops.unpack_weight(ops.pack_weight((weight * scale).to(dtype), "fp8")).float() / scale
+            even = (weight * scale).to(dtype).float().div(scale).to(E4M3).float()
+            assert torch.equal(actual, even) and (row is not values or torch.equal(actual, weight))
+
+
+def test_fp8_scale_changes_where_the_largest_value_passes_448():
+    for largest, scale in ((448, 1), (450, 2), (896, 2), (900, 4), (225, 1), (224, 0.5)):
+        packed = ops.pack_weight(torch.full((1, 32, 32), float(largest)).bfloat16(), "fp8")
+        assert (packed[..., -128:].contiguous().view(torch.float32) == scale).all(), largest
+
+
+def test_fp8_rows_lie_as_they_are():
+    weight = torch.randint(-8, 9, (1, 32, 64)).float()  # e4m3 values at any scale
+    packed = ops.pack_weight(weight, "fp8")
+    scales = packed[..., -128:].contiguous().view(torch.float32).view(32, 1)
+    assert torch.equal(packed[0, 0, :-128].float().view(32, 64) * scales, weight[0])
+
+
 def test_int4_error_is_that_of_a_scale_that_covers_all_or_less(dtype):
     """A scale that reaches the largest of 32 is at most sqrt(2) above largest / 7.5, and errs by half of itself."""
     weight = torch.cat((special_rows(dtype), make((1, 64, 64), dtype)), 1)
@@ -114,7 +155,12 @@ def test_empty(shape, quantize, device, dtype):
     weight = make(shape, dtype)
     packed = ops.pack_weight(weight, quantize)
     blocks = (shape[0], shape[1] // 32)
-    expected = {None: (shape[2] // 32, 1024), "int8": (32 * shape[2] + 128,), "int4": (shape[2] // 32, 544)}
+    expected = {
+        None: (shape[2] // 32, 1024),
+        "int8": (32 * shape[2] + 128,),
+        "fp8": (32 * shape[2] + 128,),
+        "int4": (shape[2] // 32, 544),
+    }
     assert packed.shape == blocks + expected[quantize] and ops.unpack_weight(packed.to(device)).shape == shape
 
 
@@ -131,7 +177,7 @@ def test_strided_inputs_and_threads(quantize, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2.0**66])
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["int8", "fp8", "int4"])
 def test_weights_that_are_not_finite_cannot_be_quantised(quantize, value, dtype):
     weight = make((2, 64, 96), dtype)
     weight[1, 40, 95] = value
@@ -152,8 +198,8 @@ WEIGHT = torch.ones(2, 32, 64)
         (WEIGHT.char(), "int8", "pack_weight: weight must be Float, BFloat16 or Half, got Char"),
         (WEIGHT[:, :31], None, r"weight must have N and Kdim that are multiples of 32, got shape \[2, 31, 64\]"),
         (WEIGHT[..., :48], "int4", r"weight must have N and Kdim that are multiples of 32, got shape \[2, 32, 48\]"),
-        (WEIGHT, "int2", 'pack_weight: quantize must be None, "int8" or "int4", got "int2"'),
-        (WEIGHT, "", 'pack_weight: quantize must be None, "int8" or "int4", got ""'),
+        (WEIGHT, "int2", 'pack_weight: quantize must be None, "int8", "fp8" or "int4", got "int2"'),
+        (WEIGHT, "", 'pack_weight: quantize must be None, "int8", "fp8" or "int4", got ""'),
     ],
 )
 def test_bad_weight_raises(weight, quantize, message):
@@ -168,6 +214,7 @@ SCALES = torch.full((2, 32, 2), 128, dtype=torch.uint8)
     ("quantize", "scales", "message"),
     [
         ("int8", SCALES, 'pack_weight: scales must come with quantize "int4", got "int8"'),
+        ("fp8", SCALES, 'pack_weight: scales must come with quantize "int4", got "fp8"'),
         (None, SCALES, 'pack_weight: scales must come with quantize "int4", got None'),
         ("int4", SCALES.float(), "pack_weight: scales must be Byte, got Float"),
         ("int4", SCALES[0], r"pack_weight: scales must have 3 dimensions \[E, N, Kdim/32\], got shape \[32, 2\]"),
@@ -189,6 +236,11 @@ def test_bad_scales_raise(quantize, scales, message):
         (WEIGHT.double(), "unpack_weight: packed must be Float, BFloat16 or Half, got Double"),
         (torch.ones(1, 1, 1, 1023), r"packed must have the shape of a packed weight, got \[1, 1, 1, 1023\]"),
         (torch.ones(1, 1, 1024).char(), r"packed must have the shape of a packed weight, got \[1, 1, 1024\]"),
+        (torch.ones(1, 1, 1024).to(E4M3), r"packed must have the shape of a packed weight, got \[1, 1, 1024\]"),
+        (
+            torch.ones(1, 1, 1, 1152).to(E4M3),
+            r"packed must have 3 dimensions of a packed weight, got shape \[1, 1, 1, 1",
+        ),
         (torch.ones(1, 1, 1, 1024).byte(), r"packed must have the shape of a packed weight, got \[1, 1, 1, 1024\]"),
         (torch.ones(1, 544).byte(), r"packed must have 4 dimensions of a packed weight, got shape \[1, 544\]"),
         (torch.ones(1, 1, 1, 1152).char(), r"packed must have 3 dimensions of a packed weight, got shape \[1, 1, 1, 1"),
@@ -226,8 +278,10 @@ def test_backward_is_an_error_in_words():
 @pytest.mark.parametrize("shape", [(0, 32, 32), (2, 64, 96)], ids=str)
 def test_opcheck(shape, quantize, device, dtype):
     weight = make(shape, dtype)
-    opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize))
+    float8 = quantize == "fp8"
+    opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize), float8=float8)
     if quantize == "int4":
         scales = torch.full((*shape[:2], shape[2] // 32), 128, dtype=torch.uint8)
         opcheck(torch.ops.mixtral.pack_weight.default, (weight, quantize, scales))
-    opcheck(torch.ops.mixtral.unpack_weight.default, (ops.pack_weight(weight, quantize).to(device),))
+    packed = ops.pack_weight(weight, quantize).to(device)
+    opcheck(torch.ops.mixtral.unpack_weight.default, (packed,), float8=float8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import DTYPES, assert_within_twice_baseline
+from conftest import DTYPES, assert_same_product, assert_within_twice_baseline, pack
 from mixtral import reference
 from routing import ROUTINGS, make_routing
 
@@ -87,6 +87,25 @@ def test_moe_mlp(device):
         )
         oracle = reference.moe_mlp(*(x if x is ids else x.double() for x in layer))
         assert_within_twice_baseline(ops.moe_mlp(*layer), oracle, reference.moe_mlp(*layer), case.roundings)
+
+    each_case(device, check)
+
+
+def test_fp8_weights(device):
+    """A product is that of what rows and weights are rounded to; the layer is its steps, bit for bit."""
+
+    def check(case: Case) -> None:
+        tokens, experts, top_k, ids = case.routing()
+        hidden, intermediate = 32 * case.choose.randint(1, 6), 32 * case.choose.randint(1, 6)
+        x, weights = case.normal(tokens, hidden).bfloat16(), torch.rand(tokens, top_k, device=device)
+        gate_up = pack(case.normal(experts, 2 * intermediate, hidden).bfloat16(), "fp8")
+        down = pack(case.normal(experts, hidden, intermediate).bfloat16(), "fp8")
+        permuted, offs, row_map = ops.moe_permute(x, ids, experts)
+        product = ops.grouped_gemm(permuted, gate_up, offs)
+        rows = reference.round_rows_to_e4m3(permuted)
+        assert_same_product(product, ops.grouped_gemm(rows, ops.unpack_weight(gate_up), offs), float8=True)
+        y = ops.grouped_gemm(ops.swiglu(product), down, offs)
+        assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), ops.moe_unpermute(y, weights, row_map))
 
     each_case(device, check)
 

@@ -43,8 +43,17 @@ void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& 
   });
 }
 
+// a [M, Kdim], contiguous, as it meets weights of fp8.
+Tensor round_to_e4m3(const Tensor& a) {
+  const Tensor rounded = torch::stable::new_empty(a, {a.size(0), a.size(1)});
+  parallel_rows(a.size(0), a.size(1), [&](int64_t begin, int64_t end) {
+    launch_round_to_e4m3_cpu(const_ptr<BFloat16>(a), a.size(1), mutable_ptr<BFloat16>(rounded), begin, end);
+  });
+  return rounded;
+}
+
 #ifdef MIXTRAL_WITH_HOPPER
-// A product that the kernels of few rows take. For fp8, a goes through a workspace of e4m3 numbers.
+// A product that the kernels which stream weights take. For fp8, a goes through a workspace of e4m3 numbers.
 void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm,
                              const RoutedRows& routed, bool swiglu, cudaStream_t stream) {
   if (gemm.b.format != WeightFormat::kFp8)
@@ -80,8 +89,8 @@ void launch_unpacked_on_cuda(const char* op, const Tensor& a, const GroupedGemm<
   launch_on_cuda(op, a, unpacked, swiglu);
 }
 
-// The kernels for Hopper where they were asked for and take the product; of packed weights, those of few rows take int4
-// and fp8, the others get them unpacked. The simple ones have no swiglu of their own.
+// The kernels for Hopper where they were asked for and take the product: those which stream weights, few rows of plain
+// and int4 weights and any of fp8; the others get packed weights unpacked. The simple ones have no swiglu of their own.
 template <typename T>
 void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
   const CudaScope scope(a);
@@ -105,9 +114,10 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 
 // With `swiglu`, out is swiglu of the product.
 Tensor run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, bool swiglu) {
-  const Tensor a_contiguous = torch::stable::contiguous(a), b_contiguous = torch::stable::contiguous(b);
-  const Tensor offs_contiguous = torch::stable::contiguous(offs);
+  const Tensor b_contiguous = torch::stable::contiguous(b), offs_contiguous = torch::stable::contiguous(offs);
   const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
+  Tensor a_contiguous = torch::stable::contiguous(a);
+  if (weight.format == WeightFormat::kFp8 && !a.is_cuda()) a_contiguous = round_to_e4m3(a_contiguous);
   const int64_t rows = a.size(0), columns = swiglu ? weight.columns / 2 : weight.columns;
   const IndexArray ends = index_array(offs_contiguous);
   if (!a.is_cuda()) check_offsets(op, ends, weight.experts, rows);

@@ -1,5 +1,7 @@
 // grouped_gemm: out[m, n] = sum_k a[m, k] * b[e, n, k]  for the expert e with offs[e-1] <= m < offs[e]
 //
+// With weights of fp8, rows of a are first rounded to e4m3 too: tensor cores can multiply what both then stand for.
+//
 // offs holds the end of every group, as in torch's F.grouped_mm. Products and sums are f32, rounded once at the end. On
 // CUDA, where offs is not read by the host, rows behind the last group are zero.
 #pragma once
@@ -35,6 +37,10 @@ void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range)
 // of the plain product.
 template <typename T>
 void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
+
+// Rows [row_begin, row_end) of a [M, depth], as they meet weights of fp8: the nearest values of e4m3 with a scale for
+// each row (pack_weight/e4m3.h) -> out [M, depth]. A row with inf or NaN is NaN throughout.
+void launch_round_to_e4m3_cpu(const BFloat16* a, int64_t depth, BFloat16* out, int64_t row_begin, int64_t row_end);
 
 // The same on CUDA, of all rows of a [rows, depth]; returns a cudaError_t.
 int launch_round_to_e4m3_cuda(const BFloat16* a, int64_t depth, BFloat16* out, int64_t rows, cudaStream_t stream);

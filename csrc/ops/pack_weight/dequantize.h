@@ -13,6 +13,7 @@ inline constexpr uint16_t kInt4Levels[2 * 16] = {0xc0f0, 0xc0d0, 0xc0b0, 0xc090,
 
 // Steps from depth k on of a block whose rows are `depth` long -> out [steps, 1024].
 void dequantize_int8(const char* block, int64_t depth, int64_t k, int64_t steps, BFloat16* out);
+void dequantize_fp8(const char* block, int64_t depth, int64_t k, int64_t steps, BFloat16* out);
 void dequantize_int4(const char* block, int64_t k, int64_t steps, BFloat16* out);
 
 }  // namespace mixtral

@@ -1,8 +1,8 @@
 // Rows of 8-bit floats that share a scale, for weights and for the rows that meet them.
 //
-// e4m3 has a sign, 4 bits of exponent and 3 of mantissa, no infinity, and 448 as its largest value (Micikevicius et al.,
-// "FP8 Formats for Deep Learning", 2022, section 3). The scale of a row is a power of two, as in the Microscaling formats
-// (Rouhani et al., 2023): dividing by it is exact, and scale * e4m3 is a bf16 value.
+// e4m3 has a sign, 4 bits of exponent and 3 of mantissa, no infinity, and 448 as its largest value (Micikevicius et
+// al., "FP8 Formats for Deep Learning", 2022, section 3). The scale of a row is a power of two, as in the Microscaling
+// formats (Rouhani et al., 2023): dividing by it is exact, and scale * e4m3 is a bf16 value.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@
 
 namespace mixtral {
 
-// The bits of a row's scale as f32: the smallest power of two with largest / scale <= 448, where that is 1.75 * 2^8, and
-// at least 2^-117, below which scale * e4m3 could be subnormal. NaN where `largest_bits`, those of the largest magnitude
-// of the row as f32, are of inf or NaN.
+// The bits of a row's scale as f32: the smallest power of two with largest / scale <= 448, where that is 1.75 * 2^8,
+// and at least 2^-117, below which scale * e4m3 could be subnormal. NaN where `largest_bits`, those of the largest
+// magnitude of the row as f32, are of inf or NaN.
 MIXTRAL_HOST_DEVICE inline uint32_t e4m3_scale_bits(uint32_t largest_bits) {
   constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000, kLeastExponent = 10;
   if (largest_bits >= kInfinity) return kNaN;

@@ -13,7 +13,9 @@ namespace {
 WeightFormat parse_format(const char* op, const std::optional<std::string>& quantize) {
   if (!quantize) return WeightFormat::kPacked;
   if (*quantize == "int8") return WeightFormat::kInt8;
-  MIXTRAL_CHECK(*quantize == "int4", op, ": quantize must be None, \"int8\" or \"int4\", got \"", *quantize, "\"");
+  if (*quantize == "fp8") return WeightFormat::kFp8;
+  MIXTRAL_CHECK(*quantize == "int4", op, ": quantize must be None, \"int8\", \"fp8\" or \"int4\", got \"", *quantize,
+                "\"");
   return WeightFormat::kInt4;
 }
 
@@ -21,8 +23,9 @@ Tensor empty_packed(const Tensor& weight, WeightFormat format) {
   const int64_t experts = weight.size(0), blocks = weight.size(1) / kBlockRows, depth = weight.size(2);
   switch (format) {
     case WeightFormat::kInt8:
+    case WeightFormat::kFp8:
       return torch::stable::new_empty(weight, {experts, blocks, packed_block_bytes(format, depth, 1)},
-                                      ScalarType::Char);
+                                      format == WeightFormat::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn);
     case WeightFormat::kInt4:
       return torch::stable::new_empty(weight, {experts, blocks, depth / 32, kInt4StepBytes}, ScalarType::Byte);
     default:
@@ -30,9 +33,10 @@ Tensor empty_packed(const Tensor& weight, WeightFormat format) {
   }
 }
 
-void check_scales(const char* op, const Tensor& scales, const Tensor& weight, WeightFormat format) {
-  MIXTRAL_CHECK(format == WeightFormat::kInt4, op, ": scales must come with quantize \"int4\", got ",
-                format == WeightFormat::kInt8 ? "\"int8\"" : "None");
+void check_scales(const char* op, const Tensor& scales, const Tensor& weight,
+                  const std::optional<std::string>& quantize) {
+  MIXTRAL_CHECK(quantize == "int4", op, ": scales must come with quantize \"int4\", got ",
+                quantize ? "\"" + *quantize + "\"" : "None");
   check_rank(op, "scales", scales, 3, "[E, N, Kdim/32]");
   check_dtype(op, "scales", scales, ScalarType::Byte);
   check_size(op, "scales", scales, 0, weight.size(0));
@@ -50,7 +54,7 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
   MIXTRAL_CHECK(!weight.is_cuda(), op, ": weight must be on the cpu (pack there and move the result), got cuda");
   MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % 32 == 0, op,
                 ": weight must have N and Kdim that are multiples of 32, got shape ", shape_string(weight));
-  if (scales) check_scales(op, *scales, weight, format);
+  if (scales) check_scales(op, *scales, weight, quantize);
   const Tensor rows = torch::stable::contiguous(weight);
   if (scales) scales = torch::stable::contiguous(*scales);
   const uint8_t* scale_bytes = scales ? const_ptr<uint8_t>(*scales) : nullptr;
@@ -73,7 +77,7 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
 Tensor unpack_weight(const Tensor& packed) {
   constexpr const char* op = "unpack_weight";
   const Tensor contiguous = torch::stable::contiguous(packed);
-  const bool quantized = packed.scalar_type() == ScalarType::Char || packed.scalar_type() == ScalarType::Byte;
+  const bool quantized = is_quantized(weight_format(packed));
   if (!quantized) check_float(op, "packed", packed);
   const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
   const WeightView view = view_weight(op, "packed", contiguous, type, "[E, N/32, Kdim/32, 1024]");

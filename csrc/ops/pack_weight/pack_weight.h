@@ -7,12 +7,16 @@
 //   quantize  packed                          one block
 //   none      float [E, N/32, Kdim/32, 1024]  steps; bf16 in pair order
 //   int8      Char  [E, N/32, 32*Kdim + 128]  steps of 1024 values in pair order; then a f32 scale for each row
+//   fp8       Float8_e4m3fn [E, N/32, 32*Kdim + 128]  the rows as they are, of e4m3 values; then a f32 scale for each
 //   int4      Byte  [E, N/32, Kdim/32, 544]   steps: a byte of scale for each row, then 2 halves of 256 bytes
 //
-// A quantised weight stands for bf16 values. int8: scale * q rounded once, q in [-127, 127], one scale a row, which is
-// never zero or subnormal. int4: sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32
-// depths of a row. s is a power of the square root of two: a level at any scale is then one of 32 bf16 values with
-// another exponent, and a table look-up and an addition to the exponent field make a weight. Scale byte e means
+// A quantised weight stands for bf16 values.
+// int8: scale * q rounded once, q in [-127, 127], one scale a row, which is never zero or subnormal.
+// fp8: scale * e4m3, which is exact, one power of two a row (e4m3.h). Rows that meet such a weight in a product are
+// first rounded in the same way.
+// int4: sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for each 32 depths of a row. s is a power
+// of the square root of two: a level at any scale is then one of 32 bf16 values with another exponent, and a table
+// look-up and an addition to the exponent field make a weight. Scale byte e means
 //   value = bf16((q + 1/2) * (e odd ? sqrt(2) : 1)) * 2^(e div 2 - 64).
 // Half h of an int4 step holds rows 16 h to 16 h + 15 as four groups of 32 16-bit words: nibble i of word w in group g
 // is q + 8 of pair 4 g + i, row 16 h + w div 2, at the pair's depth w mod 2.
@@ -34,6 +38,10 @@ using torch::headeronly::Half;
 enum class WeightFormat { kPlain, kPacked, kInt8, kFp8, kInt4 };
 
 inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 544;
+
+inline bool is_quantized(WeightFormat format) {
+  return format != WeightFormat::kPlain && format != WeightFormat::kPacked;
+}
 
 // Weights of a grouped product in any format; `data` is contiguous.
 struct WeightView {

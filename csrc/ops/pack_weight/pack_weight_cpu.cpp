@@ -20,18 +20,6 @@ constexpr float kSqrt2 = 1.41421356f;
 constexpr float kLargest = 0x1p66f;        // that a scale of int4 reaches
 constexpr double kClearlyLess = 0.999999;  // so that a rounding error decides nothing
 
-MIXTRAL_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-MIXTRAL_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // Puts a row of a step into pair order: the two depths of a pair stay together.
 MIXTRAL_INLINE void store_pairs(const uint8_t* row, int64_t j, uint8_t* step) {
   for (int64_t d = 0; d < kStepDepth; d += 2) std::memcpy(step + pair_index(j, d), row + d, 2);
@@ -64,6 +52,18 @@ MIXTRAL_INLINE void quantize_int8(const T* rows, int64_t depth, char* block) {
       }
       store_pairs(q, j, reinterpret_cast<uint8_t*>(block) + k * kBlockRows);
     }
+  }
+}
+
+// rows [32, depth]
+template <typename T>
+MIXTRAL_INLINE void quantize_fp8(const T* rows, int64_t depth, char* block) {
+  for (int64_t j = 0; j < kBlockRows; ++j, rows += depth) {
+    const float scale = bits_to_float(e4m3_scale_bits(float_to_bits(largest_magnitude(rows, depth))));
+    const float inverse = 1 / scale;
+    std::memcpy(block + kBlockRows * depth + j * sizeof scale, &scale, sizeof scale);
+    auto* values = reinterpret_cast<uint8_t*>(block) + j * depth;
+    for (int64_t d = 0; d < depth; ++d) values[d] = to_e4m3(to_float(rows[d]) * inverse);
   }
 }
 
@@ -166,7 +166,9 @@ MIXTRAL_INLINE void quantize_int4(const T* rows, const uint8_t* scales, int64_t 
 template <typename T>
 MIXTRAL_INLINE bool quantize(const T* rows, const uint8_t* scales, WeightFormat format, int64_t depth, char* block) {
   if (!(largest_magnitude(rows, kBlockRows * depth) < kLargest)) return false;
-  format == WeightFormat::kInt8 ? quantize_int8(rows, depth, block) : quantize_int4(rows, scales, depth, block);
+  if (format == WeightFormat::kInt8) quantize_int8(rows, depth, block);
+  if (format == WeightFormat::kFp8) quantize_fp8(rows, depth, block);
+  if (format == WeightFormat::kInt4) quantize_int4(rows, scales, depth, block);
   return true;
 }
 
@@ -207,6 +209,7 @@ void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t d
       [[maybe_unused]] BFloat16 dequantized[kStepElements];
       if constexpr (std::is_same_v<T, BFloat16>) {
         if (format == WeightFormat::kInt8) dequantize_int8(block, depth, k, 1, dequantized);
+        if (format == WeightFormat::kFp8) dequantize_fp8(block, depth, k, 1, dequantized);
         if (format == WeightFormat::kInt4) dequantize_int4(block, k, 1, dequantized);
         if (format != WeightFormat::kPacked) step = dequantized;
       }

@@ -26,6 +26,7 @@ template <typename T>
 int launch_unpack_weight_cuda(const WeightView& weight, T* out, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (weight.format == WeightFormat::kInt8) return unpack<T, WeightFormat::kInt8>(weight, out, stream);
+    if (weight.format == WeightFormat::kFp8) return unpack<T, WeightFormat::kFp8>(weight, out, stream);
     if (weight.format == WeightFormat::kInt4) return unpack<T, WeightFormat::kInt4>(weight, out, stream);
   }
   return unpack<T, WeightFormat::kPacked>(weight, out, stream);

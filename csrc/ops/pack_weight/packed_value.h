@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../index_array.h"
+#include "e4m3.h"
 #include "pack_weight.h"
 
 namespace mixtral {
@@ -40,6 +41,11 @@ MIXTRAL_HOST_DEVICE inline BFloat16 int8_value(const char* block, int64_t depth,
   return BFloat16(static_cast<float>(q) * read_value<float>(block + kBlockRows * depth + j * 4));
 }
 
+MIXTRAL_HOST_DEVICE inline BFloat16 fp8_value(const char* block, int64_t depth, int64_t j, int64_t d) {
+  const auto e4m3 = static_cast<uint8_t>(block[j * depth + d]);
+  return BFloat16(from_e4m3(e4m3) * read_value<float>(block + kBlockRows * depth + j * 4));
+}
+
 MIXTRAL_HOST_DEVICE inline BFloat16 int4_value(const char* block, int64_t j, int64_t d) {
   const char* step = block + d / 32 * kInt4StepBytes;
   const uint32_t word = read_value<uint32_t>(step + int4_word_offset(j, d % 32 / 8));
@@ -54,6 +60,7 @@ template <typename T>
 MIXTRAL_HOST_DEVICE T packed_value(const char* block, WeightFormat format, int64_t depth, int64_t j, int64_t d) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (format == WeightFormat::kInt8) return int8_value(block, depth, j, d);
+    if (format == WeightFormat::kFp8) return fp8_value(block, depth, j, d);
     if (format == WeightFormat::kInt4) return int4_value(block, j, d);
   }
   const int64_t index = std::is_same_v<T, BFloat16> ? pair_index(j, d % 32) : plain_index(j, d % 32);

@@ -82,6 +82,8 @@ const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t col
   const char* block = packed_block(weight, expert, column);
   if (weight.format == WeightFormat::kInt8) {
     dequantize_int8(block, weight.depth, k, steps, scratch);
+  } else if (weight.format == WeightFormat::kFp8) {
+    dequantize_fp8(block, weight.depth, k, steps, scratch);
   } else if (weight.format == WeightFormat::kInt4) {
     dequantize_int4(block, k, steps, scratch);
   } else {

@@ -2,26 +2,38 @@
 
 namespace mixtral {
 
+WeightFormat weight_format(const Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case ScalarType::Char:
+      return WeightFormat::kInt8;
+    case ScalarType::Float8_e4m3fn:
+      return WeightFormat::kFp8;
+    case ScalarType::Byte:
+      return WeightFormat::kInt4;
+    default:
+      return weight.dim() == 4 ? WeightFormat::kPacked : WeightFormat::kPlain;
+  }
+}
+
 WeightView view_weight(const char* op, const char* name, const Tensor& weight, ScalarType input, const char* symbols) {
   const void* data = weight.const_data_ptr();
-  const ScalarType type = weight.scalar_type();
-  const bool int8 = type == ScalarType::Char, int4 = type == ScalarType::Byte;
+  const WeightFormat format = weight_format(weight);
+  const bool row_scales = format == WeightFormat::kInt8 || format == WeightFormat::kFp8;
   const int64_t rank = weight.dim(), last = rank > 0 ? weight.size(rank - 1) : 0;
-  const bool packed = int8 || int4 || rank == 4;
-  if (packed) {
-    check_rank(op, name, weight, int8 ? 3 : 4, "of a packed weight");
-    const bool fits = int8 ? last >= 128 && last % 1024 == 128 : last == (int4 ? kInt4StepBytes : 1024);
-    MIXTRAL_CHECK(fits, op, ": ", name, " must have the shape of a packed weight, got ", shape_string(weight));
-  } else {
+  if (format == WeightFormat::kPlain) {
     check_rank(op, name, weight, 3, symbols);
+  } else {
+    check_rank(op, name, weight, row_scales ? 3 : 4, "of a packed weight");
+    const bool fits = row_scales ? last >= 128 && last % 1024 == 128
+                                 : last == (format == WeightFormat::kInt4 ? kInt4StepBytes : 1024);
+    MIXTRAL_CHECK(fits, op, ": ", name, " must have the shape of a packed weight, got ", shape_string(weight));
   }
-  check_dtype(op, name, weight, packed && (int8 || int4) ? type : input);
-  MIXTRAL_CHECK(!(int8 || int4) || input == ScalarType::BFloat16, op, ": ", name,
+  if (!is_quantized(format)) check_dtype(op, name, weight, input);
+  MIXTRAL_CHECK(!is_quantized(format) || input == ScalarType::BFloat16, op, ": ", name,
                 " is quantised and must meet inputs of BFloat16, got ", torch::headeronly::toString(input));
-  if (!packed) return {WeightFormat::kPlain, data, weight.size(0), weight.size(1), weight.size(2)};
-  const int64_t columns = weight.size(1) * kBlockRows;
-  if (int8) return {WeightFormat::kInt8, data, weight.size(0), columns, (last - 128) / kBlockRows};
-  return {int4 ? WeightFormat::kInt4 : WeightFormat::kPacked, data, weight.size(0), columns, weight.size(2) * 32};
+  if (format == WeightFormat::kPlain) return {format, data, weight.size(0), weight.size(1), weight.size(2)};
+  const int64_t depth = row_scales ? (last - 128) / kBlockRows : weight.size(2) * 32;
+  return {format, data, weight.size(0), weight.size(1) * kBlockRows, depth};
 }
 
 void check_weight_shape(const char* op, const char* name, const Tensor& weight, const WeightView& view, int64_t columns,

@@ -6,6 +6,9 @@
 
 namespace mixtral {
 
+// The format that dtype and rank mean.
+WeightFormat weight_format(const Tensor& weight);
+
 // `weight` must outlive the view; its data is used only if it is contiguous. Throws when it is neither plain nor in one
 // of the packed formats, or does not go with inputs of type `input`: the same dtype, or BFloat16 when quantised.
 // `symbols` names the dimensions of a plain one, e.g. "[E, N, Kdim]".

@@ -16,7 +16,9 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         a: [M, Kdim], float.
         b: [E, N, Kdim], the layout of ``torch.nn.Linear.weight``, dtype of ``a``; plain or packed
             (:func:`pack_weight`). Packed without quantisation it gives the bits of the plain one; a quantised one,
-            for bf16 ``a`` alone, those of ``unpack_weight(b)``.
+            for bf16 ``a`` alone, those of ``unpack_weight(b)``. With an fp8 one the rows of ``a`` are rounded to e4m3
+            first, each with a power of two as its scale (``reference.round_rows_to_e4m3``); a row with inf or NaN is
+            NaN throughout.
         offs: [E], int32 or int64 **end** offsets, as in ``torch.nn.functional.grouped_mm``.
 
     Returns:

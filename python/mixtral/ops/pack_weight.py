@@ -5,33 +5,39 @@ from torch import Tensor
 
 from ._library import register_fake, register_no_backward
 
+ROW_SCALED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # formats with one scale a row
+
 
 def pack_weight(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None) -> Tensor:
     """The rows of ``weight`` in the order in which the CPU kernels read them, 32 rows to a block.
 
     ``grouped_gemm`` and ``moe_mlp`` take the result in place of ``weight``; shape and dtype tell the format. Only the
     format without quantisation gives the bits of the plain weight; a quantised one stands for what
-    :func:`unpack_weight` returns, and goes with bf16 inputs alone. An int4 scale is a power of the square root of two:
-    of the smallest that covers all 32 weights and the two below it, the one with the least squared error. There is no
-    zero among its levels: zeros become half a scale, 2^-65 where all 32 are zero.
+    :func:`unpack_weight` returns, and goes with bf16 inputs alone.
+
+    An fp8 scale is the least power of two that keeps its row within 448, the largest e4m3 value, and at least 2^-117;
+    rows that meet an fp8 weight are rounded in the same way (:func:`grouped_gemm`). An int4 scale is a power of the
+    square root of two: of the smallest that covers all 32 weights and the two below it, the one with the least squared
+    error. There is no zero among its levels: zeros become half a scale, 2^-65 where all 32 are zero.
 
     ========  ===================================  ==========================================================
     quantize  packed                               a weight is
     ========  ===================================  ==========================================================
     None      [E, N/32, Kdim/32, 1024], its dtype  itself
     "int8"    int8 [E, N/32, 32 * Kdim + 128]      f32 scale of its row * q, -127 <= q <= 127, rounded to bf16
+    "fp8"     float8_e4m3fn, shape as "int8"       f32 scale of its row, a power of two * e4m3, exact in bf16
     "int4"    uint8 [E, N/32, Kdim/32, 544]        scale of 32 depths of its row * (q + 1/2), -8 <= q <= 7, likewise
     ========  ===================================  ==========================================================
 
     Args:
         weight: [E, N, Kdim], float, N and Kdim multiples of 32.
-        quantize: None, "int8" or "int4".
+        quantize: None, "int8", "fp8" or "int4".
         scales: uint8 [E, N, Kdim/32], with "int4" alone: the scale byte of each 32 depths of a row, byte e for
             2^(e / 2 - 64), where it was chosen elsewhere.
 
     Returns:
-        The packed weight: as many bytes as ``weight`` without quantisation, 1 byte a value and 4 a row with "int8",
-        4.25 bits a value with "int4".
+        The packed weight: as many bytes as ``weight`` without quantisation, 1 byte a value and 4 a row with "int8"
+        and "fp8", 4.25 bits a value with "int4".
 
     Raises:
         RuntimeError: a shape, dtype or format does not fit; a weight to be quantised is not below 2^66 in magnitude;
@@ -57,15 +63,15 @@ def unpack_weight(packed: Tensor) -> Tensor:
 
 def weight_columns(weight: Tensor) -> int:
     """N of a plain or packed weight."""
-    packed = weight.dim() == 4 or weight.dtype == torch.int8
+    packed = weight.dim() == 4 or weight.dtype in ROW_SCALED.values()
     return weight.shape[1] * (32 if packed else 1)
 
 
 @register_fake("pack_weight")
 def _(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None) -> Tensor:
     experts, columns, depth = weight.shape
-    if quantize == "int8":
-        return weight.new_empty((experts, columns // 32, 32 * depth + 128), dtype=torch.int8)
+    if quantize in ROW_SCALED:
+        return weight.new_empty((experts, columns // 32, 32 * depth + 128), dtype=ROW_SCALED[quantize])
     if quantize == "int4":
         return weight.new_empty((experts, columns // 32, depth // 32, 544), dtype=torch.uint8)
     return weight.new_empty((experts, columns // 32, depth // 32, 1024))
@@ -73,9 +79,9 @@ def _(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None)
 
 @register_fake("unpack_weight")
 def _(packed: Tensor) -> Tensor:
-    int8, int4 = packed.dtype == torch.int8, packed.dtype == torch.uint8
-    depth = (packed.shape[2] - 128) // 32 if int8 else packed.shape[2] * 32
-    dtype = torch.bfloat16 if int8 or int4 else packed.dtype
+    row_scaled = packed.dtype in ROW_SCALED.values()
+    depth = (packed.shape[2] - 128) // 32 if row_scaled else packed.shape[2] * 32
+    dtype = torch.bfloat16 if row_scaled or packed.dtype == torch.uint8 else packed.dtype
     return packed.new_empty((packed.shape[0], weight_columns(packed), depth), dtype=dtype)
 
 
