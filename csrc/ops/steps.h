@@ -29,11 +29,22 @@ void grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, cons
 void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
                               const Tensor& out);
 
+// Both steps for rows that nobody sorted, on Hopper alone: ids [R, C], contiguous, names the experts of each row of
+// a [R, Kdim], and row r C + c of the result is that of row r and expert ids[r, c]. Of ids outside [0, E) it is left
+// unwritten. takes_routed_gemm_stream_hopper holds for it. `ids_ready`: the kernel before is the routed product or the
+// rounding of its rows, and so ids was complete when it started.
+Tensor grouped_gemm_routed_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& ids,
+                                bool ids_ready, bool swiglu);
+
 // gate_up [M, 2I] -> [M, I]
 Tensor swiglu_step(const char* op, const Tensor& gate_up);
 
 // y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
 Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
+
+// The same where copy k of token t is row t K + k of y: those of ids [T, K] outside [0, E) are skipped.
+Tensor moe_combine_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& ids,
+                        int64_t num_experts);
 
 // logits [T, E] -> weights f32 [T, K], ids int32 [T, K]
 std::tuple<Tensor, Tensor> topk_softmax_step(const char* op, const Tensor& router_logits, int64_t top_k,

@@ -94,27 +94,39 @@ TEST(MoePermuteKernel, FewCopiesSpreadOverManyBlocks) {
 }
 
 template <int kValues>
-void expect_unpermute() {
+void expect_unpermute(const std::vector<int64_t>& index, int64_t bound, bool in_place, const std::vector<int>& rows) {
   constexpr int64_t kTokens = 3, kTopK = 2, kHidden = 1040, kRows = 6;
   std::vector<BFloat16> y(kRows * kHidden), out(kTokens * kHidden, BFloat16(NAN));
   for (size_t i = 0; i < y.size(); ++i) y[i] = static_cast<float>(i % 61) - 30;
-  std::fill_n(y.begin(), kHidden, BFloat16(NAN));  // row 0: nobody's
+  for (int row = 0; row < kRows; ++row) {
+    if (std::count(rows.begin(), rows.end(), row) == 0)  // nobody's
+      std::fill_n(y.begin() + row * kHidden, kHidden, BFloat16(NAN));
+  }
   const std::vector<float> weights{0.25f, 0.75f, 0.5f, 0.5f, 1.0f, 3.0f};
-  const std::vector<int64_t> row_map{3, 1, -1, 5, 6, -9};  // 6 is no row
+  const CopyRows copy_rows{{index.data(), true}, bound, in_place};
   emulator::launch({{kTokens, 1, 1}, kPermuteThreads, 0, 0}, [&] {
-    moe_unpermute_token_kernel<BFloat16, kValues>(y.data(), weights.data(), {row_map.data(), true}, out.data(), kRows,
-                                                  kTopK, kHidden);
+    moe_unpermute_token_kernel<BFloat16, kValues>(y.data(), weights.data(), copy_rows, out.data(), kTopK, kHidden);
   });
-  for (int64_t h = 0; h < kHidden; ++h) {
-    EXPECT_EQ(float(out[h]), float(BFloat16(0.25f * float(y[3 * kHidden + h]) + 0.75f * float(y[kHidden + h]))));
-    EXPECT_EQ(float(out[kHidden + h]), float(BFloat16(0.5f * float(y[5 * kHidden + h]))));
-    EXPECT_EQ(float(out[2 * kHidden + h]), 0.0f);
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t h = 0; h < kHidden; ++h) {
+      float sum = 0;
+      for (int64_t i = t * kTopK; i < (t + 1) * kTopK; ++i)
+        sum += rows[i] < 0 ? 0 : weights[i] * float(y[rows[i] * kHidden + h]);
+      EXPECT_EQ(float(out[t * kHidden + h]), float(BFloat16(sum)));
+    }
   }
 }
 
 TEST(MoeUnpermuteKernel, AddsInOrderAndSkipsDroppedCopies) {
-  expect_unpermute<1>();
-  expect_unpermute<8>();
+  const std::vector<int64_t> row_map{3, 1, -1, 5, 6, -9};  // 6 is no row
+  expect_unpermute<1>(row_map, 6, false, {3, 1, -1, 5, -1, -1});
+  expect_unpermute<8>(row_map, 6, false, {3, 1, -1, 5, -1, -1});
+}
+
+TEST(MoeUnpermuteKernel, TakesCopiesInTheirPlacesAndSkipsThoseOfNoExpert) {
+  const std::vector<int64_t> ids{3, 0, int64_t{1} << 32, 2, 4, -1};  // of 4 experts
+  expect_unpermute<1>(ids, 4, true, {0, 1, -1, 3, -1, -1});
+  expect_unpermute<8>(ids, 4, true, {0, 1, -1, 3, -1, -1});
 }
 
 struct Choice {

@@ -54,15 +54,15 @@ Tensor round_to_e4m3(const Tensor& a) {
 
 #ifdef MIXTRAL_WITH_HOPPER
 // A product that the kernels which stream weights take. For fp8, a goes through a workspace of e4m3 numbers.
-void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm, bool swiglu,
-                             cudaStream_t stream) {
+void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm,
+                             const RoutedRows& routed, bool swiglu, cudaStream_t stream) {
   if (gemm.b.format != WeightFormat::kFp8)
-    return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, swiglu, stream));
+    return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, routed, swiglu, stream));
   const Tensor values = new_tensor(a, {gemm.rows, gemm.b.depth}, ScalarType::Byte);
   const Tensor scales = new_tensor(a, {gemm.rows}, ScalarType::Float);
   const E4m3Rows rows{mutable_ptr<uint8_t>(values), mutable_ptr<float>(scales)};
   check_launch(op, launch_quantize_rows_hopper(gemm.a, rows, gemm.rows, gemm.b.depth, stream));
-  check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, swiglu, stream));
+  check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, routed, swiglu, stream));
 }
 #endif
 
@@ -98,7 +98,7 @@ void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm,
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (hopper && takes_grouped_gemm_stream_hopper(gemm, swiglu))
-      return launch_stream_on_hopper(op, a, gemm, swiglu, scope.stream());
+      return launch_stream_on_hopper(op, a, gemm, {}, swiglu, scope.stream());
     if (hopper && takes_grouped_gemm_tile_hopper(gemm, swiglu))
       return check_launch(op, launch_grouped_gemm_tile_hopper(gemm, swiglu, scope.stream()));
   }
@@ -145,6 +145,20 @@ void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& 
                               const Tensor& out) {
   run(op, a, b_name, b, offs, out, true);
 }
+
+#ifdef MIXTRAL_WITH_HOPPER
+Tensor grouped_gemm_routed_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& ids,
+                                bool ids_ready, bool swiglu) {
+  const Tensor a_contiguous = as_contiguous(a), b_contiguous = as_contiguous(b);
+  const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
+  const int64_t rows = a.size(0), copies = ids.numel(), columns = swiglu ? weight.columns / 2 : weight.columns;
+  const Tensor out = new_tensor(a, {copies, columns});
+  const GroupedGemm<BFloat16> gemm{const_ptr<BFloat16>(a_contiguous), weight, {}, mutable_ptr<BFloat16>(out), rows};
+  const CudaScope scope(a);
+  launch_stream_on_hopper(op, a, gemm, {index_array(ids), copies / rows, ids_ready}, swiglu, scope.stream());
+  return out;
+}
+#endif
 
 namespace {
 

@@ -74,21 +74,21 @@ int launch(const typename Weights::Source& weights, const void* a, const StreamG
                 : launch_kernel<Weights, Shape, false>(weights, a, gemm, stream);
 }
 
-StreamGemm stream_gemm(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
-  return {gemm.out, gemm.offs, gemm.b.experts, gemm.rows, gemm.b.columns / (swiglu ? 2 : 1), gemm.b.depth};
+StreamGemm stream_gemm(const GroupedGemm<BFloat16>& gemm, const RoutedRows& routed, bool swiglu) {
+  const int64_t columns = gemm.b.columns / (swiglu ? 2 : 1);
+  return {gemm.out, gemm.offs, gemm.b.experts, gemm.rows, columns, gemm.b.depth, routed};
 }
 
 template <typename Shape>
-int launch_bf16(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
-  const StreamGemm problem = stream_gemm(gemm, swiglu);
+int launch_bf16(const GroupedGemm<BFloat16>& gemm, const StreamGemm& problem, bool swiglu, cudaStream_t stream) {
   TensorMap weights;
   if (!encode_weights<BFloat16Weights, Shape>(&weights, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
   return launch<BFloat16Weights, Shape>(weights, gemm.a, problem, swiglu, stream);
 }
 
 template <typename Shape>
-int launch_e4m3(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, bool swiglu, cudaStream_t stream) {
-  const StreamGemm problem = stream_gemm(gemm, swiglu);
+int launch_e4m3(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, const StreamGemm& problem, bool swiglu,
+                cudaStream_t stream) {
   E4m3Weights::Source weights{{}, static_cast<const char*>(gemm.b.data), a.scales};
   if (!encode_weights<E4m3Weights, Shape>(&weights.map, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
   return launch<E4m3Weights, Shape>(weights, a.values, problem, swiglu, stream);
@@ -109,14 +109,20 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
          b.columns % (halves * 8) == 0;
 }
 
-int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream) {
+bool takes_routed_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, int64_t copies, bool swiglu) {
+  const int most = gemm.b.format == WeightFormat::kInt4 ? Int4Rows::kRows : FewRows::kRows;
+  return gemm.rows <= most && gemm.rows * copies <= kMaxRoutedCopies && takes_grouped_gemm_stream_hopper(gemm, swiglu);
+}
+
+int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const RoutedRows& routed, bool swiglu,
+                                      cudaStream_t stream) {
   if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
+  const StreamGemm problem = stream_gemm(gemm, routed, swiglu);
   if (gemm.b.format == WeightFormat::kInt4)
-    return launch<Int4Weights, Int4Rows>({static_cast<const char*>(gemm.b.data)}, gemm.a, stream_gemm(gemm, swiglu),
-                                         swiglu, stream);
-  if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, swiglu, stream);
-  if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, swiglu, stream);
-  return launch_bf16<MoreRows>(gemm, swiglu, stream);
+    return launch<Int4Weights, Int4Rows>({static_cast<const char*>(gemm.b.data)}, gemm.a, problem, swiglu, stream);
+  if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, problem, swiglu, stream);
+  if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, problem, swiglu, stream);
+  return launch_bf16<MoreRows>(gemm, problem, swiglu, stream);
 }
 
 int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
@@ -126,11 +132,12 @@ int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t 
                             rows, depth);
 }
 
-int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, bool swiglu,
-                                           cudaStream_t stream) {
+int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a,
+                                           const RoutedRows& routed, bool swiglu, cudaStream_t stream) {
   if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
-  return gemm.rows <= FewRows::kRows ? launch_e4m3<FewRows>(gemm, a, swiglu, stream)
-                                     : launch_e4m3<MoreE4m3Rows>(gemm, a, swiglu, stream);
+  const StreamGemm problem = stream_gemm(gemm, routed, swiglu);
+  return gemm.rows <= FewRows::kRows ? launch_e4m3<FewRows>(gemm, a, problem, swiglu, stream)
+                                     : launch_e4m3<MoreE4m3Rows>(gemm, a, problem, swiglu, stream);
 }
 
 }  // namespace mixtral

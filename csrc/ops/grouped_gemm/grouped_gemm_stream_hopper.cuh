@@ -37,6 +37,7 @@
 
 #include "../cuda/hopper_layout.h"
 #include "grouped_gemm_stream_hopper.h"
+#include "grouped_gemm_stream_routing_hopper.cuh"
 #include "grouped_gemm_stream_weights_hopper.cuh"
 
 namespace mixtral::cuda {
@@ -71,6 +72,7 @@ struct StreamShared {
   unsigned char weights[Shape::kStages][Shape::kGroups * Weights::kTileBytes];
   unsigned char staged[Shape::kGroups][Shape::kStaged * StreamOutput<false>::kPitch];
   Barrier full[Shape::kStages], empty[Shape::kStages];
+  StreamRouting routing;  // of routed rows
 };
 template <typename Weights, typename Shape>
 inline constexpr bool kFits = Shape::kBlocksPerSm*(sizeof(StreamShared<Weights, Shape>) + 1024) <= 228 << 10;
@@ -92,7 +94,8 @@ MIXTRAL_HOST_DEVICE constexpr int token_box(int64_t tokens) {
 }
 
 template <typename Shape, bool kSwiglu>
-__device__ __forceinline__ GemmTile stream_unit(const StreamGemm& gemm, int64_t index) {
+__device__ __forceinline__ GemmTile stream_unit(const StreamGemm& gemm, const StreamRouting& routing, int64_t index) {
+  if (gemm.routed.ids.data) return find_routed_unit(gemm, routing, Shape::columns(kSwiglu), index);
   return find_stream_unit(gemm, Shape::kRows, Shape::columns(kSwiglu), index);
 }
 
@@ -127,14 +130,14 @@ __device__ void stream_operands(StreamShared<Weights, Shape>& shared, const type
   // Weights that are ready while the kernel before still runs. With offs, it is that kernel that says whose they are.
   int ready = 0;
   if (!gemm.offs.data) {
-    const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, blockIdx.x);
+    const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, blockIdx.x);
     for (; ready < Shape::kStages && ready < steps && unit.expert >= 0; ++ready)
       load_weights<Weights, Shape, kSwiglu>(shared, weights, gemm, unit, ready, ready);
   }
   wait_for_previous_kernel();
   RingPosition ring;
   for (int64_t index = blockIdx.x;; index += gridDim.x) {
-    const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, index);
+    const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, index);
     if (unit.expert < 0) return;
     if (unit.expert == gemm.experts) continue;  // rows behind the last group: no product
     for (int step = 0; step < steps; ++step, ring.advance(Shape::kStages)) {
@@ -196,17 +199,24 @@ __device__ __forceinline__ void stage_sums(unsigned char* staged, const float (&
   }
 }
 
-// Staged tokens -> out, from row `row` and column `column` on, as far as the unit and out go.
+// Staged tokens -> out, those of rows `row` and behind, from column `column` on, as far as the unit and out go.
 template <int kStaged, bool kSwiglu>
-__device__ __forceinline__ void store_staged(const unsigned char* staged, const StreamGemm& gemm, int64_t row,
-                                             int64_t row_end, int64_t column) {
+__device__ __forceinline__ void store_staged(const unsigned char* staged, const StreamGemm& gemm,
+                                             const StreamRouting& routing, const GemmTile& unit, int64_t row,
+                                             int64_t column) {
   using Output = StreamOutput<kSwiglu>;
   const int thread = threadIdx.x % 128, piece = thread % Output::kPieces;
   column += piece * 8;
   if (column >= gemm.columns) return;
-  for (int token = thread / Output::kPieces; token < kStaged && row + token < row_end; token += 128 / Output::kPieces) {
-    *reinterpret_cast<uint4*>(gemm.out + (row + token) * gemm.columns + column) =
-        *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
+  const bool routed = gemm.routed.ids.data != nullptr;
+  const int copies = static_cast<int>(gemm.routed.copies), tokens = static_cast<int>(unit.row_end - row);
+  for (int token = thread / Output::kPieces; token < kStaged && token < tokens; token += 128 / Output::kPieces) {
+    const uint4 piece_of_token = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
+    for (int copy = 0; copy < copies; ++copy) {
+      const int64_t to = (row + token) * copies + copy;
+      if (routed && routing.experts[to] != unit.expert) continue;
+      *reinterpret_cast<uint4*>(gemm.out + to * gemm.columns + column) = piece_of_token;
+    }
   }
 }
 
@@ -229,7 +239,7 @@ __device__ __forceinline__ void compute_unit(StreamShared<Weights, Shape>& share
   for (int first = 0; first < N; first += kStaged) {
     stage_sums<N, kStaged, kSwiglu>(shared.staged[group], sums, first);
     named_barrier_sync(1 + group, 128);
-    store_staged<kStaged, kSwiglu>(shared.staged[group], gemm, unit.row_begin + first, unit.row_end,
+    store_staged<kStaged, kSwiglu>(shared.staged[group], gemm, shared.routing, unit, unit.row_begin + first,
                                    tile * StreamOutput<kSwiglu>::kColumns);
     named_barrier_sync(1 + group, 128);  // read before the next tokens are staged
   }
@@ -251,7 +261,7 @@ __device__ void compute_units(StreamShared<Weights, Shape>& shared, const typena
   wait_for_previous_kernel();  // offs is its work, and it may still read what is to be out
   RingPosition ring;
   for (int64_t index = blockIdx.x;; index += gridDim.x) {
-    const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, index);
+    const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, index);
     if (unit.expert < 0) return;
     if (unit.expert == gemm.experts)
       clear_unit<Shape, kSwiglu>(gemm, unit);
@@ -273,8 +283,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     }
     fence_barrier_init();
   }
+  if (gemm.routed.ids.data && threadIdx.x < kWarpSize) {
+    if (!gemm.routed.ids_ready) wait_for_previous_kernel();
+    read_routing(shared.routing, gemm);
+  }
   __syncthreads();
-  let_next_kernel_start();
+  let_next_kernel_start();  // behind the wait for ids: whoever starts from here on finds it complete
   if (threadIdx.x < Shape::kConsumers) {
     if constexpr (Shape::kMovesRegisters) increase_registers<232>();
     compute_units<Weights, Shape, kSwiglu>(shared, weights, gemm);

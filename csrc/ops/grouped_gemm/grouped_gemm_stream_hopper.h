@@ -14,15 +14,27 @@ inline constexpr int64_t kMaxStreamRows = 1024;
 // int4 weights are read once for every 32 rows; to make plain ones moves 8.5 times the bytes of all experts.
 inline constexpr int64_t kMaxInt4StreamRows = 256;  // for each expert
 
-// What the kernel must know beside its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.
-struct StreamGemm {
-  BFloat16* out;                          // [rows, columns]
-  IndexArray offs;                        // [experts] end offsets; data == nullptr: one group of all rows
-  int64_t experts, rows, columns, depth;  // E, M, columns of out, Kdim
+inline constexpr int kMaxRoutedCopies = 64;
+
+// Rows in any order, each with the experts that it goes to, in place of groups of sorted rows. Row r of a has rows
+// r * copies, r * copies + 1, ... of out: each is its product with the expert that ids names there. What ids names
+// outside [0, E) is nobody's, and not written. At most kMaxRoutedCopies rows of out, and all rows of a in one unit.
+struct RoutedRows {
+  IndexArray ids = {};     // [rows, copies]; data == nullptr: groups
+  int64_t copies = 1;      // for each row of a
+  bool ids_ready = false;  // ids was complete before the kernel in front of this one let this one start
 };
 
-// Unit `index` of the work: `unit_columns` columns of out for at most `unit_rows` rows of one expert, the units of the
-// same weights next to each other. Without offs nothing in device memory is read.
+// What the kernel must know beside its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.
+struct StreamGemm {
+  BFloat16* out;                          // [rows * routed.copies, columns]
+  IndexArray offs;                        // [experts] end offsets; data == nullptr: one group of all rows, or routed
+  int64_t experts, rows, columns, depth;  // E, M, columns of out, Kdim
+  RoutedRows routed = {};
+};
+
+// Unit `index` of the work on groups: `unit_columns` columns of out for at most `unit_rows` rows of one expert, the
+// units of the same weights next to each other. Without offs nothing in device memory is read.
 MIXTRAL_HOST_DEVICE inline GemmTile find_stream_unit(const StreamGemm& gemm, int64_t unit_rows, int64_t unit_columns,
                                                      int64_t index) {
   const int64_t blocks = ceil_div(gemm.columns, unit_columns);
@@ -34,9 +46,11 @@ MIXTRAL_HOST_DEVICE inline GemmTile find_stream_unit(const StreamGemm& gemm, int
   return {0, row_begin, row_end, index / row_blocks};
 }
 
-// Units that a launch must provide for, whatever offs holds.
+// Units that a launch must provide for, whatever offs or ids hold.
 inline int64_t max_stream_units(const StreamGemm& gemm, int64_t unit_rows, int64_t unit_columns) {
-  return max_gemm_tiles(gemm.experts, gemm.rows, unit_rows, ceil_div(gemm.columns, unit_columns));
+  const int64_t blocks = ceil_div(gemm.columns, unit_columns), copies = gemm.rows * gemm.routed.copies;
+  if (gemm.routed.ids.data) return (gemm.experts < copies ? gemm.experts : copies) * blocks;
+  return max_gemm_tiles(gemm.experts, gemm.rows, unit_rows, blocks);
 }
 
 // The weights as boxes see them: depths, the rows of a block, blocks, experts. A block is 32 rows of packed fp8, of
@@ -71,9 +85,13 @@ MIXTRAL_HOST_DEVICE inline int64_t stream_weight_row(int64_t columns, bool swigl
 // E is 1, and weights are read while the kernel before is still running.
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
 
+// The same for rows that go to `copies` experts each: few enough for one unit, and their copies for a block's table.
+bool takes_routed_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, int64_t copies, bool swiglu);
+
 // For any b but fp8. With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two
-// steps make of it. Returns a cudaError_t.
-int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
+// steps make of it. Where `routed` has ids, gemm.offs has none. Returns a cudaError_t.
+int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const RoutedRows& routed, bool swiglu,
+                                      cudaStream_t stream);
 
 // Rows of a as e4m3 numbers, each row with a scale (pack_weight/e4m3.h).
 struct E4m3Rows {
@@ -86,7 +104,7 @@ int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t 
                                 cudaStream_t stream);
 
 // The same product for b of fp8 and the rows `a` in place of gemm.a.
-int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, bool swiglu,
-                                           cudaStream_t stream);
+int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a,
+                                           const RoutedRows& routed, bool swiglu, cudaStream_t stream);
 
 }  // namespace mixtral

@@ -59,6 +59,10 @@ Tensor temporary(Slot slot, const Tensor& like, int64_t rows, int64_t columns) {
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj) {
   const int64_t intermediate = check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+#ifdef MIXTRAL_WITH_HOPPER
+  if (takes_moe_mlp_hopper(op, x, topk_ids, gate_up_proj, down_proj))
+    return moe_mlp_hopper(op, x, topk_weights, topk_ids, gate_up_proj, down_proj);
+#endif
   const int64_t copies = topk_ids.numel();
   const Tensor rows = temporary(kCopiedRows, x, copies, x.size(1));             // [M, H]
   const Tensor activated = temporary(kActivatedRows, x, copies, intermediate);  // [M, I]

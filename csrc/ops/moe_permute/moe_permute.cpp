@@ -39,16 +39,12 @@ PermutationIndex moe_permute_step(const char* op, const Tensor& x, const Tensor&
   return {offs, row_map};
 }
 
-Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {
-  const int64_t tokens = row_map.size(0), top_k = row_map.size(1), rows = y.size(0), hidden = y.size(1);
+namespace {
+
+// The sums of both steps; rows.index is contiguous, y [M, H], topk_weights [T, K].
+Tensor combine(const char* op, const Tensor& y, const Tensor& topk_weights, const CopyRows& rows) {
+  const int64_t tokens = topk_weights.size(0), top_k = topk_weights.size(1), hidden = y.size(1);
   const Tensor y_contiguous = as_contiguous(y), weights = as_contiguous(topk_weights);
-  const Tensor map = as_contiguous(row_map);
-  const IndexArray map_array = index_array(map);
-  if (!y.is_cuda()) {
-    for (int64_t i = 0; i < tokens * top_k; ++i)
-      MIXTRAL_CHECK(map_array[i] >= -1 && map_array[i] < rows, op, ": row_map must be in [-1, ", rows, "), got ",
-                    map_array[i], " at token ", i / top_k);
-  }
   const Tensor out = new_tensor(y, {tokens, hidden});
   const float* weights_ptr = const_ptr<float>(weights);
   dispatch_float(op, y.scalar_type(), [&](auto tag) {
@@ -58,16 +54,36 @@ Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_we
     if constexpr (kWithCuda) {
       if (y.is_cuda()) {
         const CudaScope scope(y);
-        check_launch(op, launch_moe_unpermute_cuda(y_ptr, weights_ptr, map_array, out_ptr, tokens, rows, top_k, hidden,
-                                                   scope.stream()));
+        check_launch(
+            op, launch_moe_unpermute_cuda(y_ptr, weights_ptr, rows, out_ptr, tokens, top_k, hidden, scope.stream()));
         return;
       }
     }
     parallel_rows(tokens, top_k * hidden, [=](int64_t begin, int64_t end) {
-      launch_moe_unpermute_cpu(y_ptr, weights_ptr, map_array, out_ptr, top_k, hidden, begin, end);
+      launch_moe_unpermute_cpu(y_ptr, weights_ptr, rows, out_ptr, top_k, hidden, begin, end);
     });
   });
   return out;
+}
+
+}  // namespace
+
+Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {
+  const int64_t copies = row_map.numel(), top_k = row_map.size(1), rows = y.size(0);
+  const Tensor map = as_contiguous(row_map);
+  const IndexArray map_array = index_array(map);
+  if (!y.is_cuda()) {
+    for (int64_t i = 0; i < copies; ++i)
+      MIXTRAL_CHECK(map_array[i] >= -1 && map_array[i] < rows, op, ": row_map must be in [-1, ", rows, "), got ",
+                    map_array[i], " at token ", i / top_k);
+  }
+  return combine(op, y, topk_weights, {map_array, rows, /*in_place=*/false});
+}
+
+Tensor moe_combine_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& ids,
+                        int64_t num_experts) {
+  const Tensor ids_contiguous = as_contiguous(ids);
+  return combine(op, y, topk_weights, {index_array(ids_contiguous), num_experts, /*in_place=*/true});
 }
 
 namespace {

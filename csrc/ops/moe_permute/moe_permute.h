@@ -20,10 +20,23 @@ int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row
 void launch_moe_permute_copy_cpu(const char* x, const int32_t* row_map, char* permuted, int64_t top_k,
                                  int64_t row_bytes, int64_t begin, int64_t end);
 
-// Tokens [begin, end) of out [T, H], from y [M, H], weights [T, K] and row_map [T, K].
+// Where the copies of tokens lie in y.
+struct CopyRows {
+  IndexArray index;  // [T, K]: row_map, or with `in_place` the expert ids
+  int64_t bound;     // the index of a copy that was not dropped is in [0, bound)
+  bool in_place;     // copy i is row i
+
+  // The row of copy i, -1 if it was dropped.
+  MIXTRAL_HOST_DEVICE int64_t operator[](int64_t i) const {
+    const int64_t value = index[i];
+    return value < 0 || value >= bound ? -1 : in_place ? i : value;
+  }
+};
+
+// Tokens [begin, end) of out [T, H], from y [M, H] and weights [T, K].
 template <typename T>
-void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out, int64_t top_k,
-                              int64_t hidden, int64_t begin, int64_t end);
+void launch_moe_unpermute_cpu(const T* y, const float* weights, CopyRows rows, T* out, int64_t top_k, int64_t hidden,
+                              int64_t begin, int64_t end);
 
 inline constexpr int64_t kMaxExpertsCuda = 4096;  // a block's shared memory holds two counts of each
 
@@ -32,7 +45,7 @@ int launch_moe_permute_cuda(const char* x, IndexArray ids, char* permuted, int32
                             int64_t tokens, int64_t top_k, int64_t experts, int64_t row_bytes, cudaStream_t stream);
 
 template <typename T>
-int launch_moe_unpermute_cuda(const T* y, const float* weights, IndexArray row_map, T* out, int64_t tokens,
-                              int64_t rows, int64_t top_k, int64_t hidden, cudaStream_t stream);
+int launch_moe_unpermute_cuda(const T* y, const float* weights, CopyRows rows, T* out, int64_t tokens, int64_t top_k,
+                              int64_t hidden, cudaStream_t stream);
 
 }  // namespace mixtral

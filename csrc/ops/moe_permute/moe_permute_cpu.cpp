@@ -32,15 +32,15 @@ void launch_moe_permute_copy_cpu(const char* x, const int32_t* row_map, char* pe
 }
 
 template <typename T>
-void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_map, T* out, int64_t top_k,
-                              int64_t hidden, int64_t begin, int64_t end) {
+void launch_moe_unpermute_cpu(const T* y, const float* weights, CopyRows rows, T* out, int64_t top_k, int64_t hidden,
+                              int64_t begin, int64_t end) {
   for_cpu_isa([=] {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t h = 0; h < hidden; h += kLanes) {
         const int64_t n = std::min(kLanes, hidden - h);
         Lanes sum{};
         for (int64_t k = 0; k < top_k; ++k) {
-          const int64_t row = row_map[t * top_k + k];
+          const int64_t row = rows[t * top_k + k];
           if (row < 0) continue;
           const T* value = y + row * hidden + h;
           const float weight = weights[t * top_k + k];
@@ -53,11 +53,10 @@ void launch_moe_unpermute_cpu(const T* y, const float* weights, IndexArray row_m
   });
 }
 
-template void launch_moe_unpermute_cpu(const float*, const float*, IndexArray, float*, int64_t, int64_t, int64_t,
+template void launch_moe_unpermute_cpu(const float*, const float*, CopyRows, float*, int64_t, int64_t, int64_t,
                                        int64_t);
-template void launch_moe_unpermute_cpu(const BFloat16*, const float*, IndexArray, BFloat16*, int64_t, int64_t, int64_t,
+template void launch_moe_unpermute_cpu(const BFloat16*, const float*, CopyRows, BFloat16*, int64_t, int64_t, int64_t,
                                        int64_t);
-template void launch_moe_unpermute_cpu(const Half*, const float*, IndexArray, Half*, int64_t, int64_t, int64_t,
-                                       int64_t);
+template void launch_moe_unpermute_cpu(const Half*, const float*, CopyRows, Half*, int64_t, int64_t, int64_t, int64_t);
 
 }  // namespace mixtral

@@ -31,21 +31,21 @@ int launch_moe_permute_cuda(const char* x, IndexArray ids, char* permuted, int32
 }
 
 template <typename T>
-int launch_moe_unpermute_cuda(const T* y, const float* weights, IndexArray row_map, T* out, int64_t tokens,
-                              int64_t rows, int64_t top_k, int64_t hidden, cudaStream_t stream) {
+int launch_moe_unpermute_cuda(const T* y, const float* weights, CopyRows rows, T* out, int64_t tokens, int64_t top_k,
+                              int64_t hidden, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   constexpr int kValues = 16 / sizeof(T);
   const auto kernel =
       vectors_fit<T, kValues>(y, hidden) ? moe_unpermute_token_kernel<T, kValues> : moe_unpermute_token_kernel<T, 1>;
-  kernel<<<static_cast<unsigned>(tokens), kPermuteThreads, 0, stream>>>(y, weights, row_map, out, rows, top_k, hidden);
+  kernel<<<static_cast<unsigned>(tokens), kPermuteThreads, 0, stream>>>(y, weights, rows, out, top_k, hidden);
   return cudaGetLastError();
 }
 
-template int launch_moe_unpermute_cuda(const float*, const float*, IndexArray, float*, int64_t, int64_t, int64_t,
-                                       int64_t, cudaStream_t);
-template int launch_moe_unpermute_cuda(const BFloat16*, const float*, IndexArray, BFloat16*, int64_t, int64_t, int64_t,
-                                       int64_t, cudaStream_t);
-template int launch_moe_unpermute_cuda(const Half*, const float*, IndexArray, Half*, int64_t, int64_t, int64_t, int64_t,
+template int launch_moe_unpermute_cuda(const float*, const float*, CopyRows, float*, int64_t, int64_t, int64_t,
+                                       cudaStream_t);
+template int launch_moe_unpermute_cuda(const BFloat16*, const float*, CopyRows, BFloat16*, int64_t, int64_t, int64_t,
+                                       cudaStream_t);
+template int launch_moe_unpermute_cuda(const Half*, const float*, CopyRows, Half*, int64_t, int64_t, int64_t,
                                        cudaStream_t);
 
 }  // namespace mixtral

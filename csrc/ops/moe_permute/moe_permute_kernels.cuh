@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../index_array.h"
+#include "moe_permute.h"
 
 namespace mixtral::cuda {
 
@@ -111,15 +112,15 @@ __global__ void __launch_bounds__(kPermuteThreads)
 // A block per token; every thread sums its columns over k in order, kValues of them at a time.
 template <typename T, int kValues>
 __global__ void __launch_bounds__(kPermuteThreads)
-    moe_unpermute_token_kernel(const T* __restrict__ y, const float* __restrict__ weights, IndexArray row_map,
-                               T* __restrict__ out, int64_t rows, int64_t top_k, int64_t hidden) {
+    moe_unpermute_token_kernel(const T* __restrict__ y, const float* __restrict__ weights, CopyRows rows,
+                               T* __restrict__ out, int64_t top_k, int64_t hidden) {
   using Values = Vector<T, kValues>;
   const int64_t t = blockIdx.x;
   for (int64_t h = threadIdx.x * kValues; h < hidden; h += kPermuteThreads * kValues) {
     float sums[kValues] = {};
     for (int64_t k = 0; k < top_k; ++k) {
-      const int64_t row = row_map[t * top_k + k];
-      if (row < 0 || row >= rows) continue;
+      const int64_t row = rows[t * top_k + k];
+      if (row < 0) continue;
       const float weight = weights[t * top_k + k];
       const Values values = *reinterpret_cast<const Values*>(y + row * hidden + h);
 #pragma unroll

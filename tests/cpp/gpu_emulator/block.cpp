@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <utility>
 
 namespace emulator {
 namespace {
@@ -34,13 +35,21 @@ struct NamedBarrier {
   uint64_t phase = 0;
 };
 
+// What a launch's neighbours in the stream wait for.
+struct Neighbours {
+  bool previous_is_late = true, previous_is_done = false;
+  size_t blocks_before_next;
+};
+
 class Block {
  public:
-  Block(const Launch& launch, Index3 index, const std::function<void()>& kernel, std::mt19937_64& random)
+  Block(const Launch& launch, Index3 index, const std::function<void()>& kernel, std::mt19937_64& random,
+        Neighbours& neighbours)
       : launch_(launch),
         index_(index),
         kernel_(kernel),
         random_(random),
+        neighbours_(neighbours),
         threads_(launch.threads),
         warps_((launch.threads + 31) / 32),
         memory_(kSharedLimit + 2048),
@@ -57,6 +66,8 @@ class Block {
   const Index3 index_;
   const std::function<void()>& kernel_;
   std::mt19937_64& random_;
+  Neighbours& neighbours_;
+  bool lets_next_start_ = false;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<unsigned char> memory_;
@@ -163,8 +174,10 @@ void launch(const Launch& launch, const std::function<void()>& kernel) {
     }
   }
   std::shuffle(blocks.begin(), blocks.end(), random);
+  Neighbours neighbours;
+  neighbours.blocks_before_next = blocks.size();
   for (const Index3& index : blocks) {
-    Block running(launch, index, kernel, random);
+    Block running(launch, index, kernel, random, neighbours);
     block = &running;
     running.run();
     const unsigned char* end = running.memory_.data() + running.memory_.size();
@@ -188,6 +201,23 @@ void wait_until(const char* what, const std::function<bool()>& ready) {
   thread.waits_for = what;
   thread.ready = ready;
   swapcontext(&thread.context, &block->scheduler_);
+}
+
+void wait_for_previous_kernel() {
+  Neighbours& neighbours = block->neighbours_;
+  if (std::exchange(neighbours.previous_is_late, false)) {
+    run_later([&neighbours, &launch = block->launch_] {
+      launch.previous_kernel();
+      neighbours.previous_is_done = true;
+    });
+  }
+  wait_until("the kernel before", [&neighbours] { return neighbours.previous_is_done; });
+}
+
+void let_next_kernel_start() {
+  if (block->lets_next_start_) return;
+  block->lets_next_start_ = true;
+  if (--block->neighbours_.blocks_before_next == 0) block->launch_.next_kernel();
 }
 
 void run_later(std::function<void()> work) { block->later_.push_back(std::move(work)); }

@@ -20,6 +20,9 @@ struct Launch {
   unsigned threads = 32;
   size_t shared_bytes = 0;  // dynamic shared memory; whatever lies beyond it and 227 KiB is out of bounds
   uint64_t seed = 0;        // of the schedule
+  // Programmatic dependent launch: what the kernel before does last of all, at a random time after a thread has begun
+  // to wait for it; what the kernel behind does first of all, as soon as every block has let it start.
+  std::function<void()> previous_kernel = [] {}, next_kernel = [] {};
 };
 
 // Runs `kernel` in every thread of every block, one block after the other in a random order. Throws std::runtime_error
@@ -37,6 +40,10 @@ size_t shared_bytes();
 
 // Waits until ready() holds; `what` names it in the message of a deadlock.
 void wait_until(const char* what, const std::function<bool()>& ready);
+
+// griddepcontrol.wait, griddepcontrol.launch_dependents
+void wait_for_previous_kernel();
+void let_next_kernel_start();
 
 // Runs `work` at a random time from now on, not in a thread.
 void run_later(std::function<void()> work);

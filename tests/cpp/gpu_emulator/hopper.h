@@ -50,6 +50,10 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncthreads() { emulator::named_barrier(0, static_cast<int>(emulator::block_size()), false); }
 inline void __syncwarp() { emulator::exchange_in_warp(nullptr, 0); }
 inline void __threadfence() {}
+template <typename T>
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
 
 template <typename T>
 T lane_value(const unsigned char* lanes, int lane) {
@@ -302,8 +306,8 @@ template <int kRegisters>
 void decrease_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
 }
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() { emulator::let_next_kernel_start(); }
 
 // ---- fragments
 

@@ -1,0 +1,55 @@
+// Rows that name their experts themselves, in the grouped GEMM of few rows: every block finds out for itself which
+// experts have work, so that no kernel has to sort rows first.
+//
+// A unit multiplies all rows with the weights of one expert and stores those that name it. That costs nothing while
+// memory is the bound: wgmma takes up to 64 tokens at the speed at which their weights arrive. The other columns of an
+// accumulator, even NaN, do not touch those that are stored.
+#pragma once
+
+#include <cstdint>
+
+#include "grouped_gemm_stream_hopper.h"
+
+namespace mixtral::cuda {
+
+struct StreamRouting {
+  int32_t experts[kMaxRoutedCopies];  // of every copy; -1: nobody's
+  int32_t active[kMaxRoutedCopies];   // every expert that a copy goes to once, in the order of their first copies
+  int32_t active_count;
+};
+
+// From L2: L1 is known to hold nothing of earlier kernels only behind a wait for them.
+__device__ __forceinline__ int64_t load_id(IndexArray ids, int64_t i) {
+  return ids.is_int64 ? __ldcg(static_cast<const int64_t*>(ids.data) + i)
+                      : __ldcg(static_cast<const int32_t*>(ids.data) + i);
+}
+
+// One warp.
+__device__ __forceinline__ void read_routing(StreamRouting& routing, const StreamGemm& gemm) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t copies = gemm.rows * gemm.routed.copies;
+  const unsigned lower_lanes = (1u << lane) - 1;
+  int count = 0;
+  for (int first = 0; first < kMaxRoutedCopies; first += kWarpSize) {
+    const int64_t id = first + lane < copies ? load_id(gemm.routed.ids, first + lane) : -1;
+    const int expert = id >= 0 && id < gemm.experts ? static_cast<int>(id) : -1;
+    bool is_new = (__match_any_sync(0xFFFFFFFFu, expert) & lower_lanes) == 0 && expert >= 0;
+    for (int i = 0; i < count; ++i) is_new = is_new && routing.active[i] != expert;
+    const unsigned all_new = __ballot_sync(0xFFFFFFFFu, is_new);
+    if (is_new) routing.active[count + __popc(all_new & lower_lanes)] = expert;
+    routing.experts[first + lane] = expert;
+    count += __popc(all_new);
+    __syncwarp();
+  }
+  if (lane == 0) routing.active_count = count;
+}
+
+// Unit `index` of the work: `unit_columns` columns of out for all rows and one of the active experts.
+__device__ __forceinline__ GemmTile find_routed_unit(const StreamGemm& gemm, const StreamRouting& routing,
+                                                     int64_t unit_columns, int64_t index) {
+  const int64_t blocks = ceil_div(gemm.columns, unit_columns);
+  if (index >= routing.active_count * blocks) return {-1, 0, 0, 0};
+  return {routing.active[index / blocks], 0, gemm.rows, index % blocks};
+}
+
+}  // namespace mixtral::cuda
