@@ -29,10 +29,9 @@ void grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, cons
 void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
                               const Tensor& out);
 
-// Both steps for rows that nobody sorted, on Hopper alone: ids [R, C], contiguous, names the experts of each row of
-// a [R, Kdim], and row r C + c of the result is that of row r and expert ids[r, c]. Of ids outside [0, E) it is left
-// unwritten. takes_routed_gemm_stream_hopper holds for it. `ids_ready`: the kernel before is the routed product or the
-// rounding of its rows, and so ids was complete when it started.
+// The same two for rows that nobody sorted, on Hopper alone, where takes_routed_gemm_stream_hopper says yes: ids [R,
+// C], contiguous, names the experts of each row of a [R, Kdim]; row r C + c of the result is that of row r and expert
+// ids[r, c], and left unwritten if that is outside [0, E). `ids_ready`: as in RoutedRows, and b must be contiguous.
 Tensor grouped_gemm_routed_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& ids,
                                 bool ids_ready, bool swiglu);
 

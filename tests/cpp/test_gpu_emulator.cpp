@@ -127,6 +127,25 @@ TEST(GpuEmulator, NamesADeadlock) {
   }
 }
 
+TEST(GpuEmulator, KernelsBeforeAndBehindOverlapAsFarAsTheyAreLet) {
+  int previous = 0, next = 0, blocks = 0;
+  emulator::Launch launch{{3, 1, 1}, 64, 0, 1};
+  launch.previous_kernel = [&] { ++previous; };
+  launch.next_kernel = [&] {
+    EXPECT_EQ(blocks, 3);
+    ++next;
+  };
+  emulator::launch(launch, [&] {
+    EXPECT_EQ(next, 0);
+    wait_for_previous_kernel();
+    EXPECT_EQ(previous, 1);
+    if (threadIdx.x == 0) ++blocks;
+    __syncthreads();
+    let_next_kernel_start();
+  });
+  EXPECT_EQ(next, 1);
+}
+
 TEST(GpuEmulator, MatrixFragmentsComeBackFromSharedMemory) {
   emulator::launch({{1, 1, 1}, 32, 1024, 3}, [] {
     auto* tile = reinterpret_cast<uint16_t*>(dynamic_shared_memory());  // [4][8][8]

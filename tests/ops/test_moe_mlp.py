@@ -16,10 +16,12 @@ CASES = [
     (1, 1, 1, 1, 1),
     (3, 5, 7, 2, 2),
     (17, 40, 33, 3, 1),
+    (5, 64, 96, 8, 2),
+    (32, 40, 72, 3, 2),
     (65, 64, 96, 8, 2),
     (33, 100, 31, 16, 4),
 ]
-PACKED_CASES = [(0, 32, 32, 4, 2), (1, 32, 32, 1, 1), (40, 544, 96, 8, 2), (130, 64, 160, 3, 1)]
+PACKED_CASES = [(0, 32, 32, 4, 2), (1, 32, 32, 1, 1), (16, 64, 96, 8, 2), (40, 544, 96, 8, 2), (130, 64, 160, 3, 1)]
 # Formats of gate_up_proj and down_proj
 PACKED_FORMATS = [(dtype, None, None) for dtype in DTYPES]
 QUANTISED = [("int8", "int8"), ("fp8", "fp8"), ("fp8", "int8"), ("int4", "int4"), ("int4", None)]
@@ -129,16 +131,22 @@ def test_nan_stays_in_its_token(device, dtype):
 
 
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1, -(2**31), 2**32 + 1])
-def test_bad_id_is_an_error_on_cpu_and_dropped_on_cuda(bad, device):
-    x, weights, ids, gate_up, down = make((9, 20, 24, 4, 2), "uniform", device, torch.float32)
-    clean = ops.moe_mlp(x, weights * (torch.arange(18, device=device).view(9, 2) != 7), ids, gate_up, down)
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_bad_id_is_an_error_on_cpu_and_dropped_on_cuda(tokens, bad, device, dtype):
+    x, weights, ids, gate_up, down = make((tokens, 24, 32, 4, 2), "uniform", device, dtype)
+    token = min(3, tokens - 1)
+    kept = weights.clone()
+    kept[token, 1] = 0
+    clean = ops.moe_mlp(x, kept, ids, gate_up, down)
     ids = ids.long()
-    ids[3, 1] = bad
+    ids[token, 1] = bad
     if device == "cpu":
-        with pytest.raises(RuntimeError, match=rf"moe_mlp: topk_ids must be in \[0, 4\), got {bad} at token 3"):
+        with pytest.raises(RuntimeError, match=rf"moe_mlp: topk_ids must be in \[0, 4\), got {bad} at token {token}"):
             ops.moe_mlp(x, weights, ids, gate_up, down)
     else:
         assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), clean)
+        ids.fill_(bad)
+        assert not ops.moe_mlp(x, weights, ids, gate_up, down).any()
 
 
 X, W, IDS = torch.ones(2, 3), torch.ones(2, 1), torch.zeros(2, 1).int()

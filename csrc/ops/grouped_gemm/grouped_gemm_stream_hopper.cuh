@@ -7,20 +7,21 @@
 // Shape::kRows tokens of one expert; blocks walk units blockIdx.x, + gridDim.x, ... (find_stream_unit: experts without
 // tokens have none). One thread of a producer warp fills a ring, a stage being the weights and the tokens of 64 or 128
 // depths; the consumers multiply, turn their sums around in shared memory, and store rows of out in pieces of 16 bytes.
-// The ring runs on from unit to unit, so memory stays busy during the stores.
+// The ring runs on from unit to unit, so memory stays busy during the stores. Rows that name their experts themselves
+// are in no groups, but in every unit (grouped_gemm_stream_routing_hopper.cuh).
 //
 // SwiGLU. A tile of weights is 8 gate rows, the 8 up rows of the same features, the next 8 gate rows and so on. The
 // accumulator then has the gate of a feature in values 4 j, 4 j + 1 and its up in values 4 j + 2, 4 j + 3 of one
 // thread. Both are rounded to bf16 first: the bits are those of the plain product followed by the op swiglu.
 //
 // Shapes:
-//   bf16, up to 16 rows: 1 warpgroup, 16 tokens, 10 stages of 8 + 2 KiB, 102 KiB of shared memory, 2 blocks on each SM
-//   bf16, up to 64 rows: 1 warpgroup, 64 tokens, 6 stages of 8 + 8 KiB, 105 KiB, 2 blocks on each SM
-//   bf16, more:          2 warpgroups share 256 tokens, 4 stages of 16 + 32 KiB, 210 KiB, 1 block on each SM
+//   bf16, up to 16 rows: 1 warpgroup, 16 tokens, 10 stages of 8 + 2 KiB, 103 KiB of shared memory, 2 blocks on each SM
+//   bf16, up to 64 rows: 1 warpgroup, 64 tokens, 6 stages of 8 + 8 KiB, 106 KiB, 2 blocks on each SM
+//   bf16, more:          2 warpgroups share 256 tokens, 4 stages of 16 + 32 KiB, 211 KiB, 1 block on each SM
 //   int4:                1 warpgroup, 32 tokens, 8 stages of 2.1 + 4 KiB, 54 KiB, 4 blocks on each SM: making bf16 of a
 //                        tile and multiplying take turns in a block, so others must fill the gaps
 //   fp8, up to 64 rows:  as bf16
-//   fp8, more:           2 warpgroups share 128 tokens, 6 stages of 16 + 16 KiB, 210 KiB, 1 block on each SM; a sum
+//   fp8, more:           2 warpgroups share 128 tokens, 6 stages of 16 + 16 KiB, 211 KiB, 1 block on each SM; a sum
 //                        takes two registers
 // Registers: N / 2 sums a thread and few others, without spills under the launch bounds; 128 sums have 232 registers.
 //
@@ -80,23 +81,15 @@ static_assert(kFits<BFloat16Weights, FewestRows> && kFits<BFloat16Weights, FewRo
               kFits<BFloat16Weights, MoreRows> && kFits<Int4Weights, Int4Rows> && kFits<E4m3Weights, FewRows> &&
               kFits<E4m3Weights, MoreE4m3Rows>);
 
-// The rows of a, in boxes of 8, 16, ..., 256: box i has 8 << i.
-inline constexpr int kTokenBoxes = 6;
+// The rows of a, in boxes of several sizes.
 struct TokenMaps {
   TensorMap boxes[kTokenBoxes];
 };
 
-// The box for so many tokens.
-MIXTRAL_HOST_DEVICE constexpr int token_box(int64_t tokens) {
-  int box = 0;
-  while (8 << box < tokens) ++box;
-  return box;
-}
-
 template <typename Shape, bool kSwiglu>
 __device__ __forceinline__ GemmTile stream_unit(const StreamGemm& gemm, const StreamRouting& routing, int64_t index) {
-  if (gemm.routed.ids.data) return find_routed_unit(gemm, routing, Shape::columns(kSwiglu), index);
-  return find_stream_unit(gemm, Shape::kRows, Shape::columns(kSwiglu), index);
+  return gemm.routed.ids.data ? find_routed_unit(gemm, routing, Shape::columns(kSwiglu), index)
+                              : find_stream_unit(gemm, Shape::kRows, Shape::columns(kSwiglu), index);
 }
 
 template <typename Weights>
@@ -208,14 +201,14 @@ __device__ __forceinline__ void store_staged(const unsigned char* staged, const 
   const int thread = threadIdx.x % 128, piece = thread % Output::kPieces;
   column += piece * 8;
   if (column >= gemm.columns) return;
-  const bool routed = gemm.routed.ids.data != nullptr;
-  const int copies = static_cast<int>(gemm.routed.copies), tokens = static_cast<int>(unit.row_end - row);
-  for (int token = thread / Output::kPieces; token < kStaged && token < tokens; token += 128 / Output::kPieces) {
-    const uint4 piece_of_token = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
+  const int copies = static_cast<int>(gemm.routed.copies);
+  for (int token = thread / Output::kPieces; token < kStaged && row + token < unit.row_end;
+       token += 128 / Output::kPieces) {
+    const uint4 values = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
     for (int copy = 0; copy < copies; ++copy) {
       const int64_t to = (row + token) * copies + copy;
-      if (routed && routing.experts[to] != unit.expert) continue;
-      *reinterpret_cast<uint4*>(gemm.out + to * gemm.columns + column) = piece_of_token;
+      if (!gemm.routed.ids.data || routing.experts[to] == unit.expert)
+        *reinterpret_cast<uint4*>(gemm.out + to * gemm.columns + column) = values;
     }
   }
 }

@@ -16,12 +16,12 @@ inline constexpr int64_t kMaxInt4StreamRows = 256;  // for each expert
 
 inline constexpr int kMaxRoutedCopies = 64;
 
-// Rows in any order, each with the experts that it goes to, in place of groups of sorted rows. Row r of a has rows
-// r * copies, r * copies + 1, ... of out: each is its product with the expert that ids names there. What ids names
-// outside [0, E) is nobody's, and not written. At most kMaxRoutedCopies rows of out, and all rows of a in one unit.
+// Rows in any order, each with the experts that it goes to, in place of groups of sorted rows. Row r of a makes rows
+// r * copies, r * copies + 1, ... of out, each with the expert that ids names there. What ids names outside [0, E) is
+// nobody's: that row of out is not written. All rows of a fit one unit, and out has at most kMaxRoutedCopies.
 struct RoutedRows {
   IndexArray ids = {};     // [rows, copies]; data == nullptr: groups
-  int64_t copies = 1;      // for each row of a
+  int64_t copies = 1;      // of each row of a
   bool ids_ready = false;  // ids was complete before the kernel in front of this one let this one start
 };
 
@@ -77,6 +77,16 @@ inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu
 // rows, 8 up rows, 8 gate rows, ... of 32 features.
 MIXTRAL_HOST_DEVICE inline int64_t stream_weight_row(int64_t columns, bool swiglu, int64_t tile, int row) {
   return swiglu ? row / 8 % 2 * columns + tile * 32 + row / 16 * 8 + row % 8 : tile * 64 + row;
+}
+
+// The rows of a come in boxes of 8, 16, ..., 256: box i has 8 << i.
+inline constexpr int kTokenBoxes = 6;
+
+// The box for so many tokens.
+MIXTRAL_HOST_DEVICE constexpr int token_box(int64_t tokens) {
+  int box = 0;
+  while (8 << box < tokens) ++box;
+  return box;
 }
 
 // Whether a kernel here takes the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of out

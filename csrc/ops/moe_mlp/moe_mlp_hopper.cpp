@@ -8,7 +8,8 @@ namespace mixtral {
 
 bool takes_moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_ids, const Tensor& gate_up_proj,
                           const Tensor& down_proj) {
-  if (!x.is_cuda() || x.scalar_type() != ScalarType::BFloat16 || topk_ids.size(1) == 0) return false;
+  if (!x.is_cuda() || x.scalar_type() != ScalarType::BFloat16 || topk_ids.numel() == 0) return false;
+  if (!down_proj.is_contiguous()) return false;  // the second product reads it before a copy of it would be ready
   const WeightView gate_up = view_weight(op, "gate_up_proj", gate_up_proj, x.scalar_type(), "[E, 2I, H]");
   const WeightView down = view_weight(op, "down_proj", down_proj, x.scalar_type(), "[E, H, I]");
   const GroupedGemm<BFloat16> first{const_ptr<BFloat16>(x), gate_up, {}, nullptr, x.size(0)};
@@ -19,7 +20,7 @@ bool takes_moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_id
 
 Tensor moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
                       const Tensor& gate_up_proj, const Tensor& down_proj) {
-  // Made here, if at all: between the products, it would be a kernel that the second one does not wait for.
+  // A copy, if at all, before the first product waits: the second one reads ids without waiting.
   const Tensor ids = as_contiguous(topk_ids);
   const Tensor activated = grouped_gemm_routed_step(op, "gate_up_proj", x, gate_up_proj, ids, /*ids_ready=*/false,
                                                     /*swiglu=*/true);  // [T K, I]
