@@ -5,6 +5,7 @@
 
 #include "amx.h"
 #include "isa.h"
+#include "prefetch.h"
 
 namespace mixtral::cpu {
 namespace {
@@ -123,10 +124,11 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void set_tile_shape(const TileShape& shape) {
   tile_shape = shape;
 }
 
-// Up to 32 rows; kLower: more than 16. The sums stay in C's tiles over the whole depth.
-template <bool kLower>
-MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t lda, const BFloat16* panel,
-                                                      int64_t depth, float* c, int64_t ldc) {
+// Up to 32 rows; kLower: more than 16. The sums stay in C's tiles over the whole depth. kFetch: the panel comes from
+// memory.
+template <bool kLower, bool kFetch>
+MIXTRAL_TARGET_AMX void multiply_tiles(const BFloat16* a, int64_t lda, const BFloat16* panel, int64_t depth, float* c,
+                                       int64_t ldc) {
   const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(BFloat16)),
                 c_bytes = ldc * static_cast<int64_t>(sizeof(float));
   _tile_loadd(0, c, c_bytes);
@@ -137,6 +139,7 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t
   }
   for (int64_t k = 0; k < depth; k += kStepDepth) {
     const BFloat16* b = panel + k * kPanelColumns;
+    if constexpr (kFetch) prefetch_ahead<kStepElements * sizeof(BFloat16)>(b);
     _tile_loadd(6, b, 64);
     _tile_loadd(4, a + k, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -161,11 +164,10 @@ MIXTRAL_TARGET_AMX void multiply_bf16_amx(const BFloat16* a, int64_t lda, int64_
   for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
     const TileShape shape{std::min(kTileRows, rows - r), std::clamp(rows - r - kTileRows, int64_t{0}, kTileRows)};
     set_tile_shape(shape);
-    if (shape.lower > 0) {
-      multiply_tiles<true>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
-    } else {
-      multiply_tiles<false>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
-    }
+    const bool fetch = r == 0 && depth > kSumDepth;  // shorter panels were made in the cache
+    const auto multiply = shape.lower > 0 ? (fetch ? multiply_tiles<true, true> : multiply_tiles<true, false>)
+                                          : (fetch ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+    multiply(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
   }
 }
 
@@ -243,6 +245,10 @@ TileKernel tile_kernel() {
 #endif
   return nullptr;
 }
+
+#if defined(__x86_64__)
+void set_tile_rows(int64_t rows) { set_tile_shape({rows, 0}); }
+#endif
 
 void release_tiles() {
 #if defined(__x86_64__)
