@@ -3,6 +3,7 @@
 
 #include <c10/core/Device.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -20,5 +21,9 @@ int64_t available_memory(c10::Device device);
 void check_memory(const std::string& what, double bytes, c10::Device device);
 std::string out_of_memory_text(const std::string& what, double bytes, c10::Device device, double available);
 std::string gib_text(double bytes);  // "1.50 GiB"
+
+// Asks the system for large pages where there is nothing yet: weights are read faster with fewer of them to look up.
+// Where it has none to give, nothing changes.
+void advise_huge_pages(void* begin, size_t bytes);
 
 }  // namespace mixtral
