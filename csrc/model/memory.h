@@ -3,6 +3,7 @@
 
 #include <c10/core/Device.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -23,5 +24,8 @@ std::string gib_text(double bytes);  // "1.50 GiB"
 
 // Gives the free memory of the C library's heap back to the system, as far as the library has a way to.
 void release_free_memory();
+// Asks the system for large pages where there is nothing yet: weights are read faster with fewer of them to look up.
+// Where it has none to give, nothing changes.
+void advise_huge_pages(void* begin, size_t bytes);
 
 }  // namespace mixtral

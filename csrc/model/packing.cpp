@@ -3,6 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "memory.h"
 #include "ops.h"
 
 namespace mixtral {
@@ -78,7 +79,9 @@ torch::Tensor empty_matrix(const std::vector<int64_t>& shape, const torch::Tenso
   const auto packed = ops::pack_weight(none, quantize_name(packing));
   auto packed_shape = packed.sizes().vec();
   packed_shape[0] = rank == 3 ? shape[0] : 1;
-  return torch::empty(packed_shape, options.dtype(packed.dtype()));
+  auto matrix = torch::empty(packed_shape, options.dtype(packed.dtype()));
+  if (matrix.is_cpu()) advise_huge_pages(matrix.mutable_data_ptr(), matrix.nbytes());
+  return matrix;
 }
 
 torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing) {

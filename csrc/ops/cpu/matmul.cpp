@@ -5,23 +5,10 @@
 
 #include "amx.h"
 #include "isa.h"
+#include "prefetch.h"
 
 namespace mixtral::cpu {
 namespace {
-
-// Fetches what lies ahead of one step's share of a panel: far ahead into the second cache, which can wait for more
-// lines at a time, and from there into the first. The processor's own prefetchers stop at the end of every page.
-template <bool kAhead, int64_t kBytes>
-MIXTRAL_INLINE void fetch_ahead(const void* panel) {
-  constexpr int64_t kFar = 16384, kNear = 2048;
-  if constexpr (kAhead) {
-#pragma GCC unroll 32
-    for (int64_t byte = 0; byte < kBytes; byte += 64) {
-      __builtin_prefetch(static_cast<const char*>(panel) + kFar + byte, 0, 2);
-      __builtin_prefetch(static_cast<const char*>(panel) + kNear + byte, 0, 3);
-    }
-  }
-}
 
 // ---- f32, in plain vectors of the compiler
 
@@ -41,7 +28,7 @@ MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* 
       Vector sum[kRows][kVectors] = {};
       const int64_t end = std::min(depth, begin + kSumDepth);
       for (int64_t k = begin; k < end; ++k) {
-        fetch_ahead<kAhead, kVectors * kBytes>(panel + k * kPanelColumns + column);
+        if constexpr (kAhead) prefetch_ahead<kVectors * kBytes>(panel + k * kPanelColumns + column);
         const Vector* b = reinterpret_cast<const Vector*>(panel + k * kPanelColumns + column);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)
@@ -97,7 +84,7 @@ MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void multiply_rows_bf16(const BFloat16
     const int64_t end = std::min(depth, begin + kSumDepth);
     for (int64_t k = begin; k < end; k += kStepDepth) {
       const BFloat16* b = panel + k * kPanelColumns;
-      fetch_ahead<kAhead, kStepElements * sizeof(BFloat16)>(b);
+      if constexpr (kAhead) prefetch_ahead<kStepElements * sizeof(BFloat16)>(b);
       for (int64_t pair = 0; pair < kStepDepth / 2; ++pair) {
         const auto left = (__m512bh)_mm512_loadu_si512(b + pair * kStepDepth);
         const auto right = (__m512bh)_mm512_loadu_si512(b + kTileElements + pair * kStepDepth);
@@ -159,7 +146,7 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tiles(const BFloat16* a, int64_t
   }
   for (int64_t k = 0; k < depth; k += kStepDepth) {
     const BFloat16* b = panel + k * kPanelColumns;
-    fetch_ahead<kAhead, kStepElements * sizeof(BFloat16)>(b);
+    if constexpr (kAhead) prefetch_ahead<kStepElements * sizeof(BFloat16)>(b);
     _tile_loadd(6, b, 64);
     _tile_loadd(4, a + k, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -268,6 +255,10 @@ TileKernel tile_kernel() {
 #endif
   return nullptr;
 }
+
+#if defined(__x86_64__)
+MIXTRAL_TARGET_AMX void set_tile_rows(int64_t rows) { set_tile_shape({rows, 0}); }
+#endif
 
 void release_tiles() {
 #if defined(__x86_64__)

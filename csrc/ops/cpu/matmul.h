@@ -36,7 +36,11 @@ using TileKernel = void (*)(const BFloat16* tiles, int64_t rows, const BFloat16*
                             const BFloat16* next);
 TileKernel tile_kernel();  // null without AMX
 
-// At the end of a task that has called a micro-kernel: gives up the tile registers of this thread.
+// Sets the tile registers (amx.h) of this thread for 1 to 16 rows.
+void set_tile_rows(int64_t rows);
+
+// At the end of a task that has called a micro-kernel or has set the tile registers: gives up the tile registers of
+// this thread.
 void release_tiles();
 
 }  // namespace mixtral::cpu

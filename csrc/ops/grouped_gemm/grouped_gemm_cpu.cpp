@@ -1,7 +1,7 @@
 // For each expert, a chunk of its rows meets a few 32-column panels of its weights at a time. Panels are walked along
 // the depth in pieces that stay in the cache while all the rows pass over them; sums are kept in f32 between pieces.
-// Each weight is read from memory once per chunk, and each piece of rows serves several panels. One row alone, as in
-// decoding, meets quantised weights without a panel (multiply_row.h).
+// Each weight is read from memory once per chunk, and each piece of rows serves several panels. A few rows, as in
+// decoding, meet quantised weights without a panel (multiply_row.h).
 //
 // What is multiplied is bf16 where the instruction set has products of bf16 (and the weights are), f32 otherwise.
 #include <algorithm>
@@ -84,12 +84,12 @@ class Multiplication {
   Multiplication(const GroupedGemm<T>& gemm, int64_t expert, int64_t row, int64_t count)
       : gemm_(gemm), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth), sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
-    if constexpr (std::is_same_v<T, BFloat16>)
+    if constexpr (std::is_same_v<T, BFloat16>) {
       if (count == 1) row_kernel_ = row_kernel(gemm.b.format, a_, depth);
-    if (row_kernel_) {
-      widen_row();
-      return;
+      if (count <= kMaxFewRows) few_rows_kernel_ = few_rows_kernel(gemm.b.format);
     }
+    if (row_kernel_) widen_row();
+    if (row_kernel_ || few_rows_kernel_) return;
     const bool few = count <= kFewRows;
     rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
     panels_in_place_ = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
@@ -106,17 +106,24 @@ class Multiplication {
   // Sums [panels, sum_rows, 32] with the panels at `columns`.
   const float* run(const int64_t* columns, int64_t panels) const {
     float* sums = thread_scratch<Operand>().sums.grow(panels * sum_rows_ * kPanelColumns);
-    row_kernel_ ? sum_row(columns, panels, sums) : sum_rows(columns, panels, sums);
+    row_kernel_ || few_rows_kernel_ ? sum_few_rows(columns, panels, sums) : sum_rows(columns, panels, sums);
     if (gemm_.b.format == WeightFormat::kInt8)
       for (int64_t i = 0; i < panels; ++i) scale_columns(columns[i], sums + i * sum_rows_ * kPanelColumns);
     return sums;
   }
 
  private:
-  void sum_row(const int64_t* columns, int64_t panels, float* sums) const {
+  // By the kernels that take blocks of quantised weights.
+  void sum_few_rows(const int64_t* columns, int64_t panels, float* sums) const {
     const float* row = thread_scratch<float>().rows.at(0);
-    for (int64_t i = 0; i < panels; ++i)
-      row_kernel_(packed_block(gemm_.b, expert_, columns[i]), row, gemm_.b.depth, sums + i * kPanelColumns);
+    for (int64_t i = 0; i < panels; ++i, sums += count_ * kPanelColumns) {
+      const char* block = packed_block(gemm_.b, expert_, columns[i]);
+      if (row_kernel_) {
+        row_kernel_(block, row, gemm_.b.depth, sums);
+      } else if constexpr (std::is_same_v<T, BFloat16>) {
+        few_rows_kernel_(block, a_, count_, gemm_.b.depth, sums);
+      }
+    }
   }
 
   void sum_rows(const int64_t* columns, int64_t panels, float* sums) const {
@@ -191,6 +198,7 @@ class Multiplication {
   const T* a_;
   int64_t sum_rows_, piece_;
   RowKernel row_kernel_ = nullptr;
+  FewRowsKernel few_rows_kernel_ = nullptr;
   MicroKernel<Operand> kernel_ = nullptr;
   TileKernel tile_kernel_ = nullptr;
   bool rows_in_place_, panels_in_place_;

@@ -4,6 +4,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/matmul.h"
+#include "../cpu/prefetch.h"
 #include "dequantize.h"
 #include "pack_weight.h"
 
@@ -14,18 +15,6 @@
 namespace mixtral {
 
 inline constexpr int64_t kHalfPairs = 16;
-
-// Fetches half a step that is read later, first into the second cache: the first one has too few lines under way to
-// wait for memory, and the processor's own prefetchers stop at the end of a page.
-template <int64_t kBytes>
-MIXTRAL_INLINE void prefetch_half(const char* half) {
-  constexpr int64_t kFar = 16384, kNear = 1024;
-#pragma GCC unroll 8
-  for (int64_t byte = 0; byte < kBytes; byte += 64) {
-    _mm_prefetch(half + kFar + byte, _MM_HINT_T1);
-    _mm_prefetch(half + kNear + byte, _MM_HINT_T0);
-  }
-}
 
 // The values are q * 2^16.
 struct Int8Block {
@@ -58,7 +47,7 @@ struct Int8Block {
   Int8Block(const char* block, int64_t) : steps(block) {}
   MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kStepBytes + h * kHalfBytes;
-    prefetch_half<kHalfBytes>(at);
+    cpu::prefetch_ahead<kHalfBytes>(at);
     return {at};
   }
 
@@ -112,7 +101,7 @@ struct Int4Block {
   Int4Block(const char* block, int64_t) : steps(block) {}
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kInt4StepBytes;
-    prefetch_half<kHalfBytes + kBlockRows>(at + h * kHalfBytes);
+    cpu::prefetch_ahead<kHalfBytes + kBlockRows>(at + h * kHalfBytes);
     const __m512i four_times =
         _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
                          0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);

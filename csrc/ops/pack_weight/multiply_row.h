@@ -1,4 +1,5 @@
-// The product of one row with a quantised block, which is read once and never written out as a panel.
+// The products of one row and of a few rows with a quantised block, which is read once and never written out as a
+// panel.
 #pragma once
 
 #include "pack_weight.h"
@@ -12,5 +13,12 @@ using RowKernel = void (*)(const char* block, const float* row, int64_t depth, f
 // The kernel of a row [depth]. Null where the instruction set in use has none, for rows out of its range, and for
 // weights that are not quantised: tiles, which are read in place, are as fast as memory.
 RowKernel row_kernel(WeightFormat format, const BFloat16* row, int64_t depth);
+
+// The same for up to kMaxFewRows rows [rows, depth] -> sums [rows, 32].
+inline constexpr int64_t kMaxFewRows = 16;
+using FewRowsKernel = void (*)(const char* block, const BFloat16* a, int64_t rows, int64_t depth, float* sums);
+
+// Null where the instruction set in use has none, and for weights that are not quantised.
+FewRowsKernel few_rows_kernel(WeightFormat format);
 
 }  // namespace mixtral

@@ -1,0 +1,22 @@
+// Fetching memory that is read once, in order, before it is needed.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace mixtral::cpu {
+
+// Fetches `kBytes` bytes that lie well behind `at`, first into the second cache: the first one has too few lines under
+// way to wait for memory, and the processor's own prefetchers stop at the end of a page.
+template <int64_t kBytes>
+MIXTRAL_INLINE void prefetch_ahead(const void* at) {
+  constexpr int64_t kFar = 16384, kNear = 2048;
+#pragma GCC unroll 32
+  for (int64_t byte = 0; byte < kBytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(at) + kFar + byte, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(at) + kNear + byte, 0, 3);
+  }
+}
+
+}  // namespace mixtral::cpu
