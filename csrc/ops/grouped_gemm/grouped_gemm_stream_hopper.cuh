@@ -205,7 +205,8 @@ __device__ __forceinline__ void store_staged(const unsigned char* staged, const 
   for (int token = thread / Output::kPieces; token < kStaged && row + token < unit.row_end;
        token += 128 / Output::kPieces) {
     const uint4 values = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
-    for (int copy = 0; copy < copies; ++copy) {
+#pragma unroll 1
+    for (int copy = 0; copy < copies; ++copy) {  // of rows in groups, one
       const int64_t to = (row + token) * copies + copy;
       if (!gemm.routed.ids.data || routing.experts[to] == unit.expert)
         *reinterpret_cast<uint4*>(gemm.out + to * gemm.columns + column) = values;

@@ -11,8 +11,8 @@
 
 namespace mixtral {
 
-// Whether moe_mlp_hopper takes the layer, by dtype, shapes, formats and layout: T K up to 64, with int4 down_proj up to
-// 32. Arguments were checked.
+// Whether moe_mlp_hopper takes the layer, by dtype, shapes, formats and layout: T K up to 64, and up to 32 rows (T,
+// then T K) where they meet int4 weights. Arguments were checked.
 bool takes_moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_ids, const Tensor& gate_up_proj,
                           const Tensor& down_proj);
 
