@@ -56,8 +56,8 @@ BatchBuffer::BatchBuffer(int64_t tokens, int64_t sequences, int64_t columns, tor
 
 void BatchBuffer::fill(const HostBatch& batch) {
   int64_t* next = host_.data_ptr<int64_t>();
-  for (const auto* part : {&batch.input_ids, &batch.positions, &batch.cu_seqlens, &batch.slot_mapping, &batch.kv_lens,
-                           &batch.page_table})
+  for (const auto* part :
+       {&batch.input_ids, &batch.positions, &batch.cu_seqlens, &batch.slot_mapping, &batch.kv_lens, &batch.page_table})
     next = std::copy(part->begin(), part->end(), next);
   if (!device_.is_cpu()) device_.copy_(host_, /*non_blocking=*/true);
 }

@@ -1,14 +1,14 @@
 // Generation: chunked prefill, then decoding a ragged batch, each sequence with its own stop.
 #pragma once
 
-#include "sampling.h"
-#include "tokenizer.h"
-#include "transformer.h"
-
 #include <functional>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "sampling.h"
+#include "tokenizer.h"
+#include "transformer.h"
 
 namespace mixtral {
 
@@ -20,11 +20,11 @@ struct Timings {
 
 struct Generation {
   std::vector<int64_t> prompt_token_ids;
-  std::vector<int64_t> token_ids;       // without the end-of-sequence token
-  std::string text;                     // continues the prompt's, cut before a stop string; empty without a tokenizer
-  std::string finish_reason;            // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
-  std::string error;                    // why, when finish_reason is "error": its logits were NaN
-  std::vector<TokenLogprob> logprobs;   // one per token when asked for
+  std::vector<int64_t> token_ids;      // without the end-of-sequence token
+  std::string text;                    // continues the prompt's, cut before a stop string; empty without a tokenizer
+  std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
+  std::string error;                   // why, when finish_reason is "error": its logits were NaN
+  std::vector<TokenLogprob> logprobs;  // one per token when asked for
 };
 
 class Engine {
@@ -34,8 +34,8 @@ class Engine {
     int64_t token_budget = 2048;  // tokens of all sequences per forward pass
     int64_t max_batch = 64;       // sequences at a time; further prompts wait for one to finish
     int64_t page_size = 16;
-    int64_t ctx_size = 0;         // longest prompt plus new tokens; 0: the model's max_position
-    bool cuda_graph = true;       // on CUDA, decode in graphs (decode_graphs.h)
+    int64_t ctx_size = 0;    // longest prompt plus new tokens; 0: the model's max_position
+    bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
   };
   // Called once per sequence and forward pass with the text that became certain (prompt index, piece). The piece may be
   // empty: while a prompt is read, while a code point or a stop string may be incomplete, or without a tokenizer.

@@ -76,9 +76,9 @@ void RollingKVCache::check(const std::vector<Chunk>& chunks) const {
     const auto range = visible_pages(found->second, tokens);
     needed += range.end - range.first - static_cast<int64_t>(found->second.pages.size());
   }
-  require(needed <= static_cast<int64_t>(free_pages_.size()), "the batch needs " + std::to_string(needed) +
-                                                                  " more pages, got " +
-                                                                  std::to_string(free_pages_.size()) + " free");
+  require(
+      needed <= static_cast<int64_t>(free_pages_.size()),
+      "the batch needs " + std::to_string(needed) + " more pages, got " + std::to_string(free_pages_.size()) + " free");
 }
 
 void RollingKVCache::release_pages(Sequence& sequence) {

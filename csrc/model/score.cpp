@@ -1,11 +1,11 @@
 #include "score.h"
 
-#include "sampling.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <stdexcept>
+
+#include "sampling.h"
 
 namespace mixtral {
 namespace {

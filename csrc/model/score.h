@@ -1,13 +1,13 @@
 // How well a model predicts a text: the log-probability of every token, given those before it.
 #pragma once
 
-#include "tokenizer.h"
-#include "transformer.h"
-
 #include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "tokenizer.h"
+#include "transformer.h"
 
 namespace mixtral {
 

@@ -48,8 +48,8 @@ class MixtralImpl : public torch::nn::Module {
   // hidden [T,H] -> f32 [T,vocab]
   torch::Tensor logits(const torch::Tensor& hidden);
 
-  // Normal(0, 0.02) weights and unit norms, drawn on the model's device from `seed`; packed matrices repeat the same few
-  // million values. For tests and benchmarks.
+  // Normal(0, 0.02) weights and unit norms, drawn on the model's device from `seed`; packed matrices repeat the same
+  // few million values. For tests and benchmarks.
   void init_random(uint64_t seed);
 
   // Throws std::invalid_argument unless every id is inside the vocabulary.

@@ -29,7 +29,7 @@ struct WeightSlice {
   // > 0: rows come in rotary pairs (0,1), (2,3), ... of each head of this size, and go to the half-split order
   // 0, 2, 4, ..., 1, 3, 5, ...
   int64_t interleaved_head_dim = 0;
-  std::optional<torch::ScalarType> packed = {};  // of quantised blocks (packing.h), which go to the parameter as they are
+  std::optional<torch::ScalarType> packed = {};  // of quantised blocks, which go to the parameter as they are
 
   int64_t cols() const { return shape.back(); }
   int64_t rows() const;

@@ -1,10 +1,9 @@
-#include "model/engine.h"
-
-#include "tiny_model.h"
-
 #include <array>
 #include <filesystem>
 #include <limits>
+
+#include "model/engine.h"
+#include "tiny_model.h"
 
 namespace mixtral {
 namespace {
@@ -151,7 +150,8 @@ TEST(Engine, CallbackSeesEveryStepAndMayCancel) {
   EXPECT_EQ(calls, (std::vector<size_t>{3 + 5, 5, 7 + 5}));  // 13, 1 and 30 prompt tokens in chunks of 4
 
   int left = 15;  // five passes of three sequences: the second one's fifth token is the last thing seen
-  const auto results = engine.generate(some_prompts(), {params(5)}, [&](size_t, const std::string&) { return --left > 0; });
+  const auto results =
+      engine.generate(some_prompts(), {params(5)}, [&](size_t, const std::string&) { return --left > 0; });
   EXPECT_EQ(left, 0);
   EXPECT_EQ(results[0].finish_reason, "cancelled");
   EXPECT_EQ(results[1].finish_reason, "length");
@@ -190,7 +190,8 @@ TEST(Engine, RejectsWhatItCannotServe) {
   EXPECT_THROW(Engine(tiny_model(tiny_config()), std::nullopt, options), std::invalid_argument);
 }
 
-// ---- with the demo tokenizer -----------------------------------------------------------------------------------------
+// ---- with the demo tokenizer
+// -----------------------------------------------------------------------------------------
 
 class EngineText : public ::testing::Test {
  protected:
@@ -220,10 +221,11 @@ std::string continuation(const Tokenizer& tokenizer, std::vector<int64_t> prompt
 TEST_F(EngineText, StreamedPiecesAreTheText) {
   const Prompts prompts = {tokenizer.encode("Once upon", true), tokenizer.encode("a", true)};
   std::vector<std::string> streamed(2);
-  const auto results = Engine(model, tokenizer, {}).generate(prompts, {params(60, 1.0)}, [&](size_t i, const std::string& p) {
-    streamed[i] += p;
-    return true;
-  });
+  const auto results =
+      Engine(model, tokenizer, {}).generate(prompts, {params(60, 1.0)}, [&](size_t i, const std::string& p) {
+        streamed[i] += p;
+        return true;
+      });
   for (size_t i = 0; i < 2; ++i) {
     EXPECT_EQ(results[i].text, continuation(tokenizer, prompts[i], results[i].token_ids));
     EXPECT_EQ(results[i].text, streamed[i]);

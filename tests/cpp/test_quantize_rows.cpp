@@ -1,6 +1,6 @@
 // Rows of bf16 as e4m3 with a scale each, on the emulated GPU, against the CPU's and the definition of both: the least
-// power of two with which the row's largest magnitude is at most 448, at least 2^-117, and each value over it rounded to
-// nearest.
+// power of two with which the row's largest magnitude is at most 448, at least 2^-117, and each value over it rounded
+// to nearest.
 #include <gtest/gtest.h>
 
 #include <cmath>

@@ -1,9 +1,8 @@
-#include "model/rolling_kv_cache.h"
-
-#include "tiny_model.h"
-
 #include <map>
 #include <random>
+
+#include "model/rolling_kv_cache.h"
+#include "tiny_model.h"
 
 namespace mixtral {
 namespace {
@@ -30,8 +29,7 @@ TEST(RollingKVCache, SlotsFollowThePageTable) {
   EXPECT_TRUE(torch::equal(batch.kv_lens, torch::tensor({1, 9}, torch::kInt64)));
   EXPECT_TRUE(torch::equal(batch.cu_seqlens, torch::tensor({0, 1, 5}, torch::kInt64)));
   // Three pages at most, in a power of two of columns.
-  EXPECT_TRUE(
-      torch::equal(batch.page_table, torch::tensor({{2, -1, -1, -1}, {0, 1, 3, -1}}, torch::kInt64)));
+  EXPECT_TRUE(torch::equal(batch.page_table, torch::tensor({{2, -1, -1, -1}, {0, 1, 3, -1}}, torch::kInt64)));
   EXPECT_TRUE(torch::equal(batch.slot_mapping, torch::tensor({8, 5, 6, 7, 12}, torch::kInt64)));
   EXPECT_EQ(cache.pages_in_use(), 4);
   cache.remove_sequence(a);
@@ -41,7 +39,7 @@ TEST(RollingKVCache, SlotsFollowThePageTable) {
 
 TEST(RollingKVCache, PagesNeededIsBoundedByTheWindow) {
   const Config windowed = tiny_config(4, 2, /*window=*/64), full = tiny_config(4, 2, /*window=*/0);
-  EXPECT_EQ(RollingKVCache::pages_needed(windowed, 16, 1, 1 << 20), 5);    // ceil(64 / 16) + 1
+  EXPECT_EQ(RollingKVCache::pages_needed(windowed, 16, 1, 1 << 20), 5);     // ceil(64 / 16) + 1
   EXPECT_EQ(RollingKVCache::pages_needed(windowed, 16, 512, 1 << 20), 37);  // ceil(575 / 16) + 1
   EXPECT_EQ(RollingKVCache::pages_needed(windowed, 16, 512, 17), 2);
   EXPECT_EQ(RollingKVCache::pages_needed(full, 16, 1, 1 << 20), 1 << 16);
@@ -51,11 +49,13 @@ TEST(RollingKVCache, PagesNeededIsBoundedByTheWindow) {
 TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
   for (uint64_t seed = 0; seed < 60; ++seed) {
     std::mt19937 random(seed);
-    const auto pick = [&](int64_t low, int64_t high) { return low + static_cast<int64_t>(random() % (high - low + 1)); };
+    const auto pick = [&](int64_t low, int64_t high) {
+      return low + static_cast<int64_t>(random() % (high - low + 1));
+    };
     const Config config = tiny_config(4, 2, seed % 4 == 0 ? 0 : pick(1, 20));
     const int64_t page_size = pick(1, 5), max_chunk = pick(1, 9), num_pages = 40;
     auto cache = make_cache(config, page_size, num_pages, max_chunk);
-    std::map<int64_t, std::vector<int64_t>> written;  // sequence -> slot of each position
+    std::map<int64_t, std::vector<int64_t>> written;       // sequence -> slot of each position
     std::map<int64_t, std::pair<int64_t, int64_t>> owner;  // slot -> sequence and position last written there
     for (int step = 0; step < 120; ++step) {
       if (written.size() < 3) written[cache.add_sequence()];
@@ -87,8 +87,7 @@ TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
         const int64_t first_query = length - static_cast<int64_t>(chunks[b].input_ids.size());
         const int64_t oldest = config.window ? std::max<int64_t>(0, first_query - config.window + 1) : 0;
         for (int64_t p = oldest; p < length; ++p) {
-          const int64_t page =
-              batch.page_table[static_cast<int64_t>(b)][(p / page_size) % columns].item<int64_t>();
+          const int64_t page = batch.page_table[static_cast<int64_t>(b)][(p / page_size) % columns].item<int64_t>();
           const int64_t slot = page * page_size + p % page_size;
           ASSERT_EQ(slot, written[chunks[b].sequence][static_cast<size_t>(p)]) << "seed " << seed;
           ASSERT_EQ(owner[slot], std::make_pair(chunks[b].sequence, p)) << "seed " << seed;

@@ -1,12 +1,11 @@
-#include "model/score.h"
-
-#include "model/sampling.h"
-#include "tiny_model.h"
-
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
+
+#include "model/sampling.h"
+#include "model/score.h"
+#include "tiny_model.h"
 
 namespace mixtral {
 namespace {

@@ -1,13 +1,13 @@
 // Small random models for the tests, and the bits they must agree on.
 #pragma once
 
-#include "model/transformer.h"
-
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
 #include <string>
 #include <vector>
+
+#include "model/transformer.h"
 
 namespace mixtral {
 

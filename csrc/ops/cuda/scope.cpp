@@ -1,6 +1,6 @@
-#include "../dispatch.h"
-
 #include <cuda_runtime_api.h>
+
+#include "../dispatch.h"
 
 namespace mixtral {
 
@@ -12,7 +12,7 @@ CudaScope::CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
 
 void check_launch(const char* op, int error) {
   MIXTRAL_CHECK(error == cudaSuccess, op,
-                  ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+                ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
 }  // namespace mixtral

@@ -21,7 +21,8 @@ inline bool takes_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bo
   return aligned(gemm.a) && aligned(gemm.b.data) && aligned(gemm.out);
 }
 
-// A gemm that the kernel takes; out [M, N], or [M, N / 2] of swiglu: bit for bit what swiglu makes of the plain product.
+// A gemm that the kernel takes; out [M, N], or [M, N / 2] of swiglu: bit for bit what swiglu makes of the plain
+// product.
 int launch_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
 
 }  // namespace mixtral

@@ -1,13 +1,13 @@
 // rms_norm:      out[t, h] = x[t, h] / sqrt(mean_h(x[t, h]^2) + eps) * weight[h]
 // add_rms_norm:  sum = x + residual (rounded to the dtype), out = rms_norm(sum)
 //
-// Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4. The statistics are f32; as in Hugging Face's
-// MixtralRMSNorm the normalised value is rounded to the dtype of x before it meets the weight.
+// Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4. The statistics are f32; as in Hugging
+// Face's MixtralRMSNorm the normalised value is rounded to the dtype of x before it meets the weight.
 #pragma once
 
-#include "../cuda/stream.h"
-
 #include <cstdint>
+
+#include "../cuda/stream.h"
 
 namespace mixtral {
 

@@ -1,6 +1,5 @@
-#include "rms_norm.h"
-
 #include "../cuda/common.cuh"
+#include "rms_norm.h"
 #include "rms_norm_kernels.cuh"
 
 namespace mixtral {

@@ -30,8 +30,8 @@ struct DecodeRows {
   float sum[2] = {};  // over the keys of this thread
 };
 
-// A row that does not exist stands for the first one of q, and sees what the tile sees so that it calls for no mask; its
-// result is not stored.
+// A row that does not exist stands for the first one of q, and sees what the tile sees so that it calls for no mask;
+// its result is not stored.
 template <int kHeadDim>
 __device__ __forceinline__ void load_rows(const DecodeProblem& p, const DecodeTile& tile, int first_row,
                                           const KeyRange& range, int64_t origin, DecodeRows<kHeadDim>& rows) {
