@@ -53,6 +53,7 @@ struct Int8Block {
 
   const char* steps;
 };
+
 struct Int4Block {
   static constexpr int64_t kHalfBytes = (kInt4StepBytes - kBlockRows) / 2;
   struct Half {
