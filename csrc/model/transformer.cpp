@@ -24,7 +24,7 @@ void init_random_packed(const torch::Tensor& parameter, Packing packing, const N
   const auto blocks = parameter.flatten(0, 1);
   const int64_t cols = ops::unpack_weight(blocks.narrow(0, 0, 1).unsqueeze(0)).size(2);
   const int64_t count = std::clamp(kDrawnAtOnce / (kPackedRows * cols), int64_t{1}, blocks.size(0));
-  const auto dtype = torch::isFloatingType(parameter.scalar_type()) ? parameter.scalar_type() : torch::kBFloat16;
+  const auto dtype = is_quantized(packing) ? torch::kBFloat16 : parameter.scalar_type();
   const auto drawn = pack_rows(normal({count * kPackedRows, cols}).to(torch::kCPU, dtype), packing);
   for (const auto& piece : blocks.split(count)) piece.copy_(drawn.narrow(0, 0, piece.size(0)));
 }

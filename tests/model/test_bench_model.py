@@ -189,17 +189,19 @@ def test_experts_of_a_step_are_those_that_the_router_chose():
     assert TINY.layers * TINY.top_k < model_cuda.experts_read(model, 64) <= TINY.layers * TINY.experts
 
 
-def test_rows_of_some_layers_are_scaled_to_all_and_say_so(monkeypatch):
+@pytest.mark.parametrize("dtype", model_cuda.BYTES_PER_WEIGHT)
+def test_rows_of_some_layers_are_scaled_to_all_and_say_so(dtype, monkeypatch):
     monkeypatch.setattr("model_cuda.PREFILL", 32)
     monkeypatch.setattr("model_cuda.PROMPT", 4)
     monkeypatch.setattr("model_cuda.STEPS", 2)
     monkeypatch.setattr("model_cuda.rates_of", lambda device, dtype: Rates(10.0, 100.0))
-    bench, full = Bench("model", "cpu"), replace(TINY, layers=4)
-    model_cuda.run_model(bench, TINY, full, "bfloat16", rounds=1)
+    bench, shape = Bench("model", "cpu"), replace(TINY, intermediate=64)
+    full = replace(shape, layers=4)
+    model_cuda.run_model(bench, shape, full, dtype, rounds=1)
     measured, scaled = bench.rows[0::2], bench.rows[1::2]
     assert [row.goal for row in measured] == [None, 82.0, 80.0, None, None]
-    assert all(row.case == "8x7B bfloat16, 2 of 4 layers" for row in measured)
-    assert all(row.case == "8x7B bfloat16, scaled from 2 to 4 layers" and row.goal is None for row in scaled)
+    assert all(row.case == f"8x7B {dtype}, 2 of 4 layers" for row in measured)
+    assert all(row.case == f"8x7B {dtype}, scaled from 2 to 4 layers" and row.goal is None for row in scaled)
     for some, all_layers in zip(measured, scaled, strict=True):
         assert all_layers.percent_of_bound == pytest.approx(100 * all_layers.value / all_layers.bound)
         assert 0.5 < all_layers.value / some.value < 1  # embedding and lm_head are read once in both
