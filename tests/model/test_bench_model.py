@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM
 
 import mixtral
 import model_cuda
-from bench_model import ISA_ENVIRONMENT, bound_rows, groups_that_fit, profile_rows, rate_rows, resource_rows
+from bench_model import (
+    ISA_ENVIRONMENT,
+    binary_peak_memory,
+    bound_rows,
+    groups_that_fit,
+    memory_goal_row,
+    profile_rows,
+    rate_rows,
+    resource_rows,
+)
 from common import Bench
 from engines import VOCAB, Worker, missing_packages
 from model_turns import MEASURES, PROFILES, Measure, Turns, run_turns
@@ -130,11 +139,16 @@ def test_better_experts_implementation_of_a_peer_counts():
 
 def test_rows_of_a_peer_that_did_not_run_stay_empty():
     groups = {"ours": turns_of({"ours": 10.0})}
-    for row in (
-        rate_rows("mid", "int8", ["llama.cpp"], groups) + resource_rows("mid", "int8", ["llama.cpp"], groups)[:2]
-    ):
+    for row in rate_rows("mid", "int8", ["llama.cpp"], groups) + resource_rows("mid", "int8", ["llama.cpp"], groups):
         assert row.value > 0 and row.peer == "llama.cpp" and row.peer_value is None and row.ratio is None
     json.dumps([vars(row) for row in rate_rows("mid", "int8", ["llama.cpp"], groups)])
+
+
+def test_memory_goal_is_that_of_the_binary(folder):
+    peak = binary_peak_memory(folder, "bfloat16", threads=1)
+    assert 2 * TINY.weights < peak < 2 * TINY.weights + 300 * 2**20
+    row = memory_goal_row("mid", "int8", 3 * 10**9)
+    assert row.value == pytest.approx(SHAPES["mid"].weights / 3e9) and 0.85 < row.goal < 0.87
 
 
 def test_decode_bound_is_reading_the_weights_of_a_token():
