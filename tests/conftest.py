@@ -50,6 +50,14 @@ def assert_within_twice_baseline(
     assert error <= max(allowed, floor), f"error {error:.3e}, allowed {max(allowed, floor):.3e}"
 
 
+def int8_weight(packed: torch.Tensor) -> torch.Tensor:
+    """f64 [E, N, Kdim]: what unpack_weight rounds to bf16."""
+    scales = packed[..., -128:].contiguous().view(torch.float32)
+    ones = packed.clone()  # unpacked, the same q at a scale of one
+    ones[..., -128:] = torch.ones_like(scales).view(torch.int8)
+    return torch.ops.mixtral.unpack_weight(ones).double() * scales.flatten(1)[..., None].double()
+
+
 def assert_same_product(actual: torch.Tensor, expected: torch.Tensor, float8: bool) -> None:
     """The same bits, but for ``float8`` where tensor cores multiply e4m3.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import DTYPES, assert_same_product, assert_within_twice_baseline, opcheck, pack, with_threads
+from conftest import DTYPES, assert_same_product, assert_within_twice_baseline, int8_weight, opcheck, pack, with_threads
 from mixtral import reference
 from routing import ROUTINGS, make_routing, offsets
 
@@ -36,14 +36,6 @@ def make(case: tuple, routing: str, device: str, dtype: torch.dtype) -> tuple[to
     a = torch.randn(rows, depth, device=device, dtype=torch.float64).to(dtype)
     b = torch.randn(experts, columns, depth, device=device, dtype=torch.float64).to(dtype)
     return a, b, offsets(make_routing(routing, rows, experts, 1, device), experts)
-
-
-def int8_weight(packed: torch.Tensor) -> torch.Tensor:
-    """f64 [E, N, Kdim]: what unpack_weight rounds to bf16."""
-    scales = packed[..., -128:].contiguous().view(torch.float32)
-    ones = packed.clone()  # unpacked, the same q at a scale of one
-    ones[..., -128:] = torch.ones_like(scales).view(torch.int8)
-    return ops.unpack_weight(ones).double() * scales.flatten(1)[..., None].double()
 
 
 @pytest.mark.every_isa
