@@ -1,6 +1,5 @@
 #include "grouped_gemm.h"
 
-#include <algorithm>
 #include <type_traits>
 
 #include "../cuda/kernel_choice.h"
@@ -8,9 +7,9 @@
 #include "../pack_weight/weight_view.h"
 #include "../steps.h"
 #include "../swiglu/swiglu.h"
+#include "gemm_work.h"
 #include "grouped_gemm_stream_hopper.h"
 #include "grouped_gemm_tile_hopper.h"
-#include "tiles.h"
 
 namespace mixtral {
 namespace {
@@ -24,23 +23,6 @@ void check_offsets(const char* op, IndexArray offs, int64_t experts, int64_t row
     begin = offs[e];
   }
   MIXTRAL_CHECK(begin == rows, op, ": offs must end at the ", rows, " rows of a, got ", begin);
-}
-
-// Splits out into 32-column blocks, and the rows as well where there are fewer blocks than threads, as in a router.
-template <typename Launch>
-void parallel_blocks(int64_t rows, int64_t blocks, int64_t depth, const Launch& launch) {
-  constexpr int64_t kSplitRows = 64;
-  if (blocks == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t splits = std::clamp<int64_t>(threads / blocks, 1, std::max<int64_t>(1, rows / kSplitRows));
-  parallel_rows(blocks * splits, rows / splits * kBlockRows * depth / 8, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t split = begin / blocks, last = std::min(end, (split + 1) * blocks);
-      launch(
-          GemmRange{rows * split / splits, rows * (split + 1) / splits, begin - split * blocks, last - split * blocks});
-      begin = last;
-    }
-  });
 }
 
 // a [M, Kdim], contiguous, as it meets weights of fp8.
@@ -128,8 +110,11 @@ void run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, c
     if constexpr (kWithCuda) {
       if (a.is_cuda()) return launch_on_cuda(op, a, gemm, swiglu);
     }
-    parallel_blocks(rows, ceil_div(columns, kBlockRows), weight.depth, [&](const GemmRange& range) {
-      swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, range) : launch_grouped_gemm_cpu(gemm, range);
+    if (out.numel() == 0) return;
+    const int64_t blocks = ceil_div(columns, kBlockRows), threads = torch::stable::get_num_threads();
+    GemmWork work(ends, weight.experts, blocks, threads);
+    parallel_rows(threads, rows * blocks * kBlockRows * weight.depth / 8 / threads, [&](int64_t, int64_t) {
+      swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, work) : launch_grouped_gemm_cpu(gemm, work);
     });
   });
 }

@@ -25,18 +25,16 @@ struct GroupedGemm {
   int64_t rows;  // M
 };
 
-// Rows [row_begin, row_end) of a work on 32-column blocks [block_begin, block_end) of out.
-struct GemmRange {
-  int64_t row_begin, row_end, block_begin, block_end;
-};
+class GemmWork;  // gemm_work.h
 
+// The share of one of the threads that call this with the same work.
 template <typename T>
-void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
+void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, GemmWork& work);
 
 // The same with swiglu of each row: b [E, 2I, Kdim], out [M, I]; blocks are of I columns. Bit for bit what swiglu makes
 // of the plain product.
 template <typename T>
-void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range);
+void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, GemmWork& work);
 
 // Rows [row_begin, row_end) of a [M, depth], as they meet weights of fp8: the nearest values of e4m3 with a scale for
 // each row (pack_weight/e4m3.h) -> out [M, depth]. A row with inf or NaN is NaN throughout.

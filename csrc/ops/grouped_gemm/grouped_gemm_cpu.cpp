@@ -13,8 +13,8 @@
 #include "../cpu/simd.h"
 #include "../pack_weight/multiply_row.h"
 #include "../swiglu/swiglu_value.h"
+#include "gemm_work.h"
 #include "grouped_gemm.h"
-#include "tiles.h"
 
 namespace mixtral {
 
@@ -22,8 +22,8 @@ using namespace cpu;
 
 namespace {
 
-constexpr int64_t kChunkRows = 512, kFewRows = 32;  // few: rows and weights are used where they lie
-constexpr int64_t kPieceDepth = 512;                // half of it, a multiple of kSumDepth, where panels are made
+constexpr int64_t kFewRows = GemmWork::kFewRows;  // rows and weights are used where they lie
+constexpr int64_t kPieceDepth = 512;              // half of it, a multiple of kSumDepth, where panels are made
 constexpr int64_t kMaxPanels = 8;
 
 int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
@@ -220,72 +220,67 @@ MIXTRAL_INLINE void store_swiglu(const float* gate, const float* up, int64_t cou
           swiglu_value(from_float<T>(gate[r * kPanelColumns + j]), from_float<T>(up[r * kPanelColumns + j]));
 }
 
-// Calls visit(expert, row, count) for chunks of the rows [range.row_begin, range.row_end) of each expert.
-template <typename T, typename Visit>
-void for_each_chunk(const GroupedGemm<T>& gemm, const GemmRange& range, const Visit& visit) {
-  int64_t group_begin = 0;
-  for (int64_t expert = 0; expert < gemm.b.experts; ++expert) {
-    const int64_t begin = std::max(group_begin, range.row_begin);
-    group_begin = gemm.offs[expert];
-    const int64_t rows = std::min(group_begin, range.row_end) - begin;
-    if (rows <= 0) continue;
-    const int64_t chunk = round_up(ceil_div(rows, ceil_div(rows, kChunkRows)), kFewRows);
-    for (int64_t row = 0; row < rows; row += chunk) visit(expert, begin + row, std::min(chunk, rows - row));
+// Blocks [block_begin, block_end) of `count` rows of out from `row` on.
+template <bool kSwiglu, typename T, typename Operand>
+void run_blocks(const GroupedGemm<T>& gemm, const Multiplication<T, Operand>& multiplication, int64_t row,
+                int64_t count, int64_t block_begin, int64_t block_end) {
+  constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;
+  const int64_t width = gemm.b.columns / kParts;  // of out
+  for (int64_t first = block_begin; first < block_end; first += kBlocks) {
+    const int64_t blocks = std::min(kBlocks, block_end - first);
+    int64_t columns[kMaxPanels];
+    for (int64_t i = 0; i < blocks * kParts; ++i)
+      columns[i] = (first + i / kParts) * kPanelColumns + i % kParts * width;
+    const float* sums = multiplication.run(columns, blocks * kParts);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t column = (first + i) * kPanelColumns, size = multiplication.sum_rows() * kPanelColumns;
+      T* out = gemm.out + row * width + column;
+      const float* part = sums + i * kParts * size;
+      const int64_t used = std::min(kPanelColumns, width - column);
+      if constexpr (kSwiglu) {
+        for_cpu_isa([&] { store_swiglu(part, part + size, count, out, width, used); });
+      } else {
+        for_cpu_isa([&] { store(part, count, out, width, used); });
+      }
+    }
   }
 }
 
 template <bool kSwiglu, typename T, typename Operand>
-void run_with(const GroupedGemm<T>& gemm, const GemmRange& range) {
-  constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;
-  const int64_t width = gemm.b.columns / kParts;  // of out
-  for_each_chunk(gemm, range, [&](int64_t expert, int64_t row, int64_t count) {
+void run_with(const GroupedGemm<T>& gemm, GemmWork& work) {
+  work.take([&](int64_t expert, int64_t row, int64_t count) {
     const Multiplication<T, Operand> multiplication(gemm, expert, row, count);
-    for (int64_t first = range.block_begin; first < range.block_end; first += kBlocks) {
-      const int64_t blocks = std::min(kBlocks, range.block_end - first);
-      int64_t columns[kMaxPanels];
-      for (int64_t i = 0; i < blocks * kParts; ++i)
-        columns[i] = (first + i / kParts) * kPanelColumns + i % kParts * width;
-      const float* sums = multiplication.run(columns, blocks * kParts);
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t column = (first + i) * kPanelColumns, size = multiplication.sum_rows() * kPanelColumns;
-        T* out = gemm.out + row * width + column;
-        const float* part = sums + i * kParts * size;
-        const int64_t used = std::min(kPanelColumns, width - column);
-        if constexpr (kSwiglu) {
-          for_cpu_isa([&] { store_swiglu(part, part + size, count, out, width, used); });
-        } else {
-          for_cpu_isa([&] { store(part, count, out, width, used); });
-        }
-      }
-    }
+    return [=, &gemm](int64_t block_begin, int64_t block_end) {
+      run_blocks<kSwiglu>(gemm, multiplication, row, count, block_begin, block_end);
+    };
   });
   release_tiles();
 }
 
 template <bool kSwiglu, typename T>
-void run(const GroupedGemm<T>& gemm, const GemmRange& range) {
+void run(const GroupedGemm<T>& gemm, GemmWork& work) {
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (bf16_kernel()) return run_with<kSwiglu, T, BFloat16>(gemm, range);
-  run_with<kSwiglu, T, float>(gemm, range);
+    if (bf16_kernel()) return run_with<kSwiglu, T, BFloat16>(gemm, work);
+  run_with<kSwiglu, T, float>(gemm, work);
 }
 
 }  // namespace
 
 template <typename T>
-void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, const GemmRange& range) {
-  run<false>(gemm, range);
+void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, GemmWork& work) {
+  run<false>(gemm, work);
 }
 
 template <typename T>
-void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, const GemmRange& range) {
-  run<true>(gemm, range);
+void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, GemmWork& work) {
+  run<true>(gemm, work);
 }
 
-template void launch_grouped_gemm_cpu(const GroupedGemm<float>&, const GemmRange&);
-template void launch_grouped_gemm_cpu(const GroupedGemm<BFloat16>&, const GemmRange&);
-template void launch_grouped_gemm_cpu(const GroupedGemm<Half>&, const GemmRange&);
-template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<float>&, const GemmRange&);
-template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<BFloat16>&, const GemmRange&);
-template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<Half>&, const GemmRange&);
+template void launch_grouped_gemm_cpu(const GroupedGemm<float>&, GemmWork&);
+template void launch_grouped_gemm_cpu(const GroupedGemm<BFloat16>&, GemmWork&);
+template void launch_grouped_gemm_cpu(const GroupedGemm<Half>&, GemmWork&);
+template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<float>&, GemmWork&);
+template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<BFloat16>&, GemmWork&);
+template void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<Half>&, GemmWork&);
 
 }  // namespace mixtral
