@@ -48,10 +48,7 @@ struct Problem {
   void compute_row(int64_t row, int64_t expert, float* out) const {
     for (int64_t c = 0; c < columns; ++c) {
       float value = product(row, expert, c);
-      if (swiglu) {
-        const float g = BFloat16(value), u = BFloat16(product(row, expert, columns + c));
-        value = g / (1.0f + expf(-g)) * u;
-      }
+      if (swiglu) value = swiglu_value(BFloat16(value), BFloat16(product(row, expert, columns + c)));
       out[c] = BFloat16(value);
     }
   }

@@ -39,6 +39,10 @@ bool encode_new_tensor_map(TensorMap* map, const void* data, MapElement element,
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
+  // The driver wants the device's context to be current. A thread that has only taken memory from the caching allocator
+  // has none yet: setting the device, even to what it is, binds it, also while a graph is captured.
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
   return encode && encode(map, type, kRank, const_cast<void*>(data), driver_sizes, driver_strides, driver_box, steps,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

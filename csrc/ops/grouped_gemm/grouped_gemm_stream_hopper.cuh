@@ -37,6 +37,7 @@
 #include <cstdint>
 
 #include "../cuda/hopper_layout.h"
+#include "../swiglu/swiglu_value.cuh"
 #include "grouped_gemm_stream_hopper.h"
 #include "grouped_gemm_stream_routing_hopper.cuh"
 #include "grouped_gemm_stream_weights_hopper.cuh"
@@ -159,8 +160,7 @@ __device__ __forceinline__ void multiply_unit(StreamShared<Weights, Shape>& shar
 }
 
 __device__ __forceinline__ float swiglu(float gate, float up) {
-  const float g = to_float(from_float<BFloat16>(gate)), u = to_float(from_float<BFloat16>(up));
-  return g / (1.0f + expf(-g)) * u;
+  return to_float(swiglu_value(from_float<BFloat16>(gate), from_float<BFloat16>(up)));
 }
 
 // The pair of values of out that a thread has in 8x8 matrix `m`: 8 columns of out times 8 tokens.
