@@ -206,13 +206,14 @@ bool encode_tensor_map(TensorMap* map, const void* data, MapElement element, con
   map->rank = kRank;
   map->element_bytes = element == MapElement::kBFloat16 ? 2 : 1;
   map->swizzled = true;
-  bool legal = reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] * map->element_bytes <= 128;
+  const int row_bytes = box[0] * map->element_bytes;
+  bool legal = reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes <= 128 && row_bytes % 16 == 0;
   for (size_t d = 0; d < kRank; ++d) {
     map->sizes[d] = sizes[d];
     map->box[d] = box[d];
     if (d > 0) map->strides[d] = strides[d - 1];
     legal = legal && sizes[d] > 0 && sizes[d] <= int64_t{1} << 32 && box[d] > 0 && box[d] <= 256 &&
-            map->strides[d] % 16 == 0;
+            map->strides[d] % 16 == 0 && map->strides[d] < int64_t{1} << 40;
   }
   return legal;
 }
