@@ -1,4 +1,4 @@
-// The online softmax of one row of scores (Milakov and Gimelshein, 2018), a block of keys at a time.
+// The online softmax of rows of scores (Milakov and Gimelshein, 2018), a block of keys at a time.
 #pragma once
 
 #include <limits>
@@ -13,37 +13,52 @@ struct SoftmaxState {
   cpu::Lanes sum{};  // lane j: keys j (mod 16)
 };
 
-// scores, weights [64]; keys [from, to) are seen, the others get the weight 0. acc [width] is the weighted sum of
-// values so far; it and the sum of weights are scaled when the maximum rises. The weights are summed as they are
-// rounded for the product.
+// Rows that go through the steps of a softmax side by side: what one row's next step waits for, another row does.
+inline constexpr int64_t kSoftmaxRows = 16;
+
+// scores, weights [rows, 64], of up to kSoftmaxRows rows; row r sees the keys seen[r] of the block, the others get the
+// weight 0. acc [rows, width] is the weighted sum of values so far; it and the sum of weights are scaled where the
+// maximum rises. The weights are summed as they are rounded for the product. Scores are lost.
 template <typename Operand>
-MIXTRAL_INLINE void softmax_block(const float* scores, int64_t from, int64_t to, float scale, SoftmaxState& state,
+MIXTRAL_INLINE void softmax_block(float* scores, const KeyRange* seen, int64_t rows, float scale, SoftmaxState* states,
                                   Operand* weights, float* acc, int64_t width) {
   using cpu::kLanes;
   static_assert(kKeyBlock == 4 * kLanes);
   constexpr float kUnseen = -std::numeric_limits<float>::infinity();
-  float x[kKeyBlock];
-  for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = scores[j] * scale;
-  for (int64_t j = 0; j < from; ++j) x[j] = kUnseen;
-  for (int64_t j = to; j < kKeyBlock; ++j) x[j] = kUnseen;
-
   const auto larger = [](float a, float b) { return a > b ? a : b; };
-  float top[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) top[j] = larger(larger(x[j], x[j + 16]), larger(x[j + 32], x[j + 48]));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t j = 0; j < half; ++j) top[j] = larger(top[j], top[j + half]);
-  const float max = larger(state.max, top[0]);
 
-  for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::exp_f32(x[j] - max);
-  for (int64_t j = 0; j < kKeyBlock; ++j) weights[j] = cpu::from_float<Operand>(x[j]);
-  for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::to_float(weights[j]);
-  if (max != state.max) {
-    const float correction = cpu::exp_f32(state.max - max);
-    for (int64_t j = 0; j < kLanes; ++j) state.sum.v[j] *= correction;
-    for (int64_t d = 0; d < width; ++d) acc[d] *= correction;
-    state.max = max;
+  float top[kSoftmaxRows][kLanes];
+  for (int64_t r = 0; r < rows; ++r) {
+    float* x = scores + r * kKeyBlock;
+    for (int64_t j = 0; j < kKeyBlock; ++j) x[j] *= scale;
+    std::fill(x, x + seen[r].begin, kUnseen);
+    std::fill(x + seen[r].end, x + kKeyBlock, kUnseen);
+    for (int64_t j = 0; j < kLanes; ++j) top[r][j] = larger(larger(x[j], x[j + 16]), larger(x[j + 32], x[j + 48]));
   }
-  for (int64_t j = 0; j < kLanes; ++j) state.sum.v[j] += (x[j] + x[j + 16]) + (x[j + 32] + x[j + 48]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < half; ++j) top[r][j] = larger(top[r][j], top[r][j + half]);
+
+  float max[kSoftmaxRows] = {}, correction[kSoftmaxRows] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    max[r] = larger(states[r].max, top[r][0]);
+    correction[r] = states[r].max - max[r];
+  }
+  for (int64_t r = 0; r < kSoftmaxRows; ++r) correction[r] = cpu::exp_f32(correction[r]);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (max[r] == states[r].max) continue;
+    for (int64_t j = 0; j < kLanes; ++j) states[r].sum.v[j] *= correction[r];
+    for (int64_t d = 0; d < width; ++d) acc[r * width + d] *= correction[r];
+    states[r].max = max[r];
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* x = scores + r * kKeyBlock;
+    Operand* weight = weights + r * kKeyBlock;
+    for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::exp_f32(x[j] - max[r]);
+    for (int64_t j = 0; j < kKeyBlock; ++j) weight[j] = cpu::from_float<Operand>(x[j]);
+    for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::to_float(weight[j]);
+    for (int64_t j = 0; j < kLanes; ++j) states[r].sum.v[j] += (x[j] + x[j + 16]) + (x[j + 32] + x[j + 48]);
+  }
 }
 
 }  // namespace mixtral

@@ -21,48 +21,55 @@ namespace {
 
 using namespace cpu;
 
+// Memory that each thread keeps from call to call.
+template <typename Operand>
+struct Scratch {
+  Buffer<Operand> q, weights, k_panels, v_panels, copies, zeros;
+  Buffer<float> scores, acc;
+  std::vector<SoftmaxState> states;
+};
+
 // The work of one thread, tile after tile. Row r of a tile is query token r / group, head r % group of the group.
 template <typename T, typename Operand>
 class TileWorker {
  public:
-  TileWorker(const AttentionProblem<T>& problem, MicroKernel<Operand> kernel)
+  TileWorker(const AttentionProblem<T>& problem, MicroKernel<Operand> kernel, Scratch<Operand>& scratch)
       : p_(problem),
         multiply_(kernel),
         group_(p_.num_heads / p_.num_kv_heads),
         width_((p_.head_dim + kPanelColumns - 1) / kPanelColumns * kPanelColumns),
         rows_(group_ * std::min(p_.tile_tokens(), p_.tokens)),
-        q_(rows_ * width_),
-        weights_(rows_ * kKeyBlock),
-        k_panels_(kKeyBlock * width_),
-        v_panels_(kKeyBlock * width_),
-        copies_(2 * kKeyBlock * width_),
-        zeros_(width_),
-        scores_(rows_ * kKeyBlock),
-        acc_(rows_ * width_),
-        states_(rows_) {}
+        q_(scratch.q.grow(rows_ * width_)),
+        weights_(scratch.weights.grow(rows_ * kKeyBlock)),
+        k_panels_(scratch.k_panels.grow(kKeyBlock * width_)),
+        v_panels_(scratch.v_panels.grow(kKeyBlock * width_)),
+        copies_(scratch.copies.grow(2 * kKeyBlock * width_)),
+        zeros_(scratch.zeros.grow(width_)),  // new memory is zero, and nothing is written there
+        scores_(scratch.scores.grow(rows_ * kKeyBlock)),
+        acc_(scratch.acc.grow(rows_ * width_)) {
+    if (static_cast<int64_t>(scratch.states.size()) < rows_) scratch.states.resize(rows_);
+    states_ = scratch.states.data();
+  }
 
   MIXTRAL_INLINE void attend_tile(const QueryTile& tile, int64_t kv_head) {
     tile_ = tile;
     kv_head_ = kv_head;
     const int64_t tokens = tile.end - tile.begin;
     for (int64_t r = 0; r < tokens * group_; ++r) {
-      convert_row(p_.q + row_offset(r), p_.head_dim, width_, q_.at(r * width_));
+      convert_row(p_.q + row_offset(r), p_.head_dim, width_, q_ + r * width_);
       states_[r] = SoftmaxState{};
     }
-    std::fill_n(acc_.at(0), tokens * group_ * width_, 0.0f);
+    std::fill_n(acc_, tokens * group_ * width_, 0.0f);
     const int64_t first = visible(0).begin, last = visible(tokens - 1).end;
     for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) attend_block(block, tokens);
     for (int64_t r = 0; r < tokens * group_; ++r) {
       const float sum = sum_lanes(states_[r].sum), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key was seen
       T* out = p_.out + row_offset(r);
-      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(*acc_.at(r * width_ + d) * inverse);
+      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(acc_[r * width_ + d] * inverse);
     }
   }
 
  private:
-  // f32: short sums, added up, lose less than a long one.
-  static constexpr int64_t kScoreDepth = sizeof(Operand) == 4 ? 8 : kStepDepth;
-
   int64_t row_offset(int64_t r) const {
     return ((tile_.begin + r / group_) * p_.num_heads + kv_head_ * group_ + r % group_) * p_.head_dim;
   }
@@ -98,14 +105,14 @@ class TileWorker {
 
   // Rows of keys and values; zeros for those outside `keys`, which may not even lie in memory.
   MIXTRAL_INLINE void gather_rows(int64_t block, const KeyRange& keys) {
-    std::fill_n(k_rows_, kKeyBlock, zeros_.at(0));
-    std::fill_n(v_rows_, kKeyBlock, zeros_.at(0));
+    std::fill_n(k_rows_, kKeyBlock, zeros_);
+    std::fill_n(v_rows_, kKeyBlock, zeros_);
     for (int64_t j = keys.begin; j < keys.end;) {
       int64_t row = p_.keys.row(tile_.sequence, block + j);
       for (const int64_t run_end = j + std::min(keys.end - j, p_.keys.run(block + j)); j < run_end; ++j, ++row) {
         const int64_t offset = (row * p_.num_kv_heads + kv_head_) * p_.head_dim;
-        k_rows_[j] = operand_row(p_.k + offset, p_.head_dim, width_, copies_.at(j * width_));
-        v_rows_[j] = operand_row(p_.v + offset, p_.head_dim, width_, copies_.at((kKeyBlock + j) * width_));
+        k_rows_[j] = operand_row(p_.k + offset, p_.head_dim, width_, copies_ + j * width_);
+        v_rows_[j] = operand_row(p_.v + offset, p_.head_dim, width_, copies_ + (kKeyBlock + j) * width_);
       }
     }
   }
@@ -115,37 +122,39 @@ class TileWorker {
     const int64_t panel_begin = keys.begin / kPanelColumns;
     const int64_t panel_end = (keys.end + kPanelColumns - 1) / kPanelColumns;
     const int64_t row = begin * group_, rows = (end - begin) * group_;
-    pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_.at(0));
-    std::fill_n(scores_.at(row * kKeyBlock), rows * kKeyBlock, 0.0f);
+    pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_);
+    std::fill_n(scores_ + row * kKeyBlock, rows * kKeyBlock, 0.0f);
+    const int64_t score_depth = sizeof(Operand) == 4 ? 8 : width_;  // f32: short sums, added up, lose less than one
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-      for (int64_t d = 0; d < width_; d += kScoreDepth)
-        multiply_(q_.at(row * width_ + d), width_, rows, k_panels_.at((panel * width_ + d) * kPanelColumns),
-                  kScoreDepth, scores_.at(row * kKeyBlock + panel * kPanelColumns), kKeyBlock);
-    for (int64_t token = begin; token < end; ++token) {
-      const KeyRange own = seen(block, token);
-      for (int64_t r = token * group_; r < (token + 1) * group_; ++r)
-        softmax_block(scores_.at(r * kKeyBlock), own.begin, own.end, p_.scale, states_[r], weights_.at(r * kKeyBlock),
-                      acc_.at(r * width_), width_);
+      for (int64_t d = 0; d < width_; d += score_depth)
+        multiply_(q_ + row * width_ + d, width_, rows, k_panels_ + (panel * width_ + d) * kPanelColumns, score_depth,
+                  scores_ + row * kKeyBlock + panel * kPanelColumns, kKeyBlock);
+    for (int64_t r = row; r < row + rows; r += kSoftmaxRows) {
+      const int64_t count = std::min(kSoftmaxRows, row + rows - r);
+      KeyRange ranges[kSoftmaxRows];
+      for (int64_t i = 0; i < count; ++i) ranges[i] = seen(block, (r + i) / group_);
+      softmax_block(scores_ + r * kKeyBlock, ranges, count, p_.scale, states_ + r, weights_ + r * kKeyBlock,
+                    acc_ + r * width_, width_);
     }
-    pack_values(v_rows_, panel_begin, panel_end, width_, v_panels_.at(0));
+    pack_values(v_rows_, panel_begin, panel_end, width_, v_panels_);
     const int64_t depth_begin = panel_begin * kStepDepth, depth = (panel_end - panel_begin) * kStepDepth;
     for (int64_t d = 0; d < width_; d += kPanelColumns)
-      multiply_(weights_.at(row * kKeyBlock + depth_begin), kKeyBlock, rows,
-                v_panels_.at(d * kKeyBlock + depth_begin * kPanelColumns), depth, acc_.at(row * width_ + d), width_);
+      multiply_(weights_ + row * kKeyBlock + depth_begin, kKeyBlock, rows,
+                v_panels_ + d * kKeyBlock + depth_begin * kPanelColumns, depth, acc_ + row * width_ + d, width_);
   }
 
   const AttentionProblem<T>& p_;
   const MicroKernel<Operand> multiply_;
   const int64_t group_, width_, rows_;
-  Buffer<Operand> q_;                   // [rows, width]
-  Buffer<Operand> weights_;             // [rows, 64]
-  Buffer<Operand> k_panels_;            // [2][width/32][1024]
-  Buffer<Operand> v_panels_;            // [width/32][2][1024]
-  Buffer<Operand> copies_;              // [2, 64, width]
-  Buffer<Operand> zeros_;               // [width]
-  Buffer<float> scores_;                // [rows, 64]
-  Buffer<float> acc_;                   // [rows, width]
-  std::vector<SoftmaxState> states_;    // [rows]
+  Operand* const q_;                    // [rows, width]
+  Operand* const weights_;              // [rows, 64]
+  Operand* const k_panels_;             // [2][width/32][1024]
+  Operand* const v_panels_;             // [width/32][2][1024]
+  Operand* const copies_;               // [2, 64, width]
+  const Operand* const zeros_;          // [width]
+  float* const scores_;                 // [rows, 64]
+  float* const acc_;                    // [rows, width]
+  SoftmaxState* states_;                // [rows]
   BlockRows<Operand> k_rows_, v_rows_;  // of the block
   QueryTile tile_{};
   int64_t kv_head_ = 0;
@@ -154,8 +163,9 @@ class TileWorker {
 template <typename T, typename Operand>
 void attend_items(const AttentionProblem<T>& p, MicroKernel<Operand> kernel, std::atomic<int64_t>& next_item) {
   const int64_t tiles = num_query_tiles(p.tokens, p.sequences, p.tile_tokens()), items = p.num_items();
+  static thread_local Scratch<Operand> scratch;
   for_cpu_isa([&] {
-    TileWorker<T, Operand> worker(p, kernel);
+    TileWorker<T, Operand> worker(p, kernel, scratch);
     for (int64_t item = next_item++; item < items; item = next_item++) {
       // Head after head, so that its keys stay in the cache; the last tiles of a sequence, which see most, first.
       const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, p.tile_tokens(), tiles - 1 - item % tiles);
