@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <malloc.h>
 #include <sys/mman.h>
@@ -54,6 +55,7 @@ int64_t address_space() {
 
 int64_t available_memory(c10::Device device) {
   if (device.is_cpu()) return std::max<int64_t>(0, std::min({system_memory(), container_memory(), address_space()}));
+  at::globalContext().lazyInitDevice(device.type());  // the allocator knows no device before
   const auto index = device.has_index() ? device.index() : c10::DeviceIndex{0};
   auto* allocator = c10::getDeviceAllocator(device.type());
   const auto& stats = allocator->getDeviceStats(index);
