@@ -3,7 +3,8 @@
 //
 // bf16, f16: 64x128 tiles, four warps of 32x64, mma.sync m16n8k16 fed by ldmatrix from a cp.async pipeline of three
 // stages. Rows of shared memory are 80 bytes apart: the eight rows that one ldmatrix reads fall into different banks.
-// f32: 64x64 tiles, 4x4 values per thread, fused multiply-adds.
+// f32: 64x64 tiles, 4x4 values per thread, fused multiply-adds, in chains of 256 products as on the CPU: one long chain
+// would err several times as much as products that split the depth.
 // Both add the products of an output in the order of k, whatever the number of rows.
 #include <climits>
 #include <type_traits>
@@ -179,6 +180,7 @@ __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGe
 // ---- f32
 
 constexpr int kFmaThreads = 256, kFmaTile = 64, kFmaDepth = 16, kFmaPitch = kFmaTile + 4, kPerThread = 4;
+constexpr int64_t kFmaChain = 256;
 
 // Columns [k, k + kFmaDepth) of 64 rows -> panel [kFmaDepth, kFmaPitch], transposed.
 __device__ __forceinline__ void load_transposed(const Operand<float>& source, int64_t k, float* panel) {
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGe
   const Operand<float> b = operand(static_cast<const float*>(gemm.b.data), tile.expert * gemm.b.columns + column,
                                    gemm.b.columns - column, gemm.b.depth);
   const int thread_row = threadIdx.x / 16 * kPerThread, thread_column = threadIdx.x % 16 * kPerThread;
-  float sums[kPerThread][kPerThread] = {};
+  float sums[kPerThread][kPerThread] = {}, chain[kPerThread][kPerThread] = {};
   for (int64_t k = 0; k < gemm.b.depth; k += kFmaDepth) {
     __syncthreads();  // the previous panels have been read
     load_transposed(a, k, a_panel);
@@ -216,8 +218,16 @@ __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGe
 #pragma unroll
       for (int r = 0; r < kPerThread; ++r)
 #pragma unroll
-        for (int c = 0; c < kPerThread; ++c) sums[r][c] = fmaf(left_values[r], right_values[c], sums[r][c]);
+        for (int c = 0; c < kPerThread; ++c) chain[r][c] = fmaf(left_values[r], right_values[c], chain[r][c]);
     }
+    if ((k + kFmaDepth) % kFmaChain != 0 && k + kFmaDepth < gemm.b.depth) continue;
+#pragma unroll
+    for (int r = 0; r < kPerThread; ++r)
+#pragma unroll
+      for (int c = 0; c < kPerThread; ++c) {
+        sums[r][c] += chain[r][c];
+        chain[r][c] = 0.0f;
+      }
   }
 #pragma unroll
   for (int r = 0; r < kPerThread; ++r)
