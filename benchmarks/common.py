@@ -98,7 +98,7 @@ class Bench:
     def finish(self, record: bool) -> None:
         """Say, and keep with the versions, what the GPU was set to; write the record when asked."""
         if self.device == "cuda":
-            self.versions |= gpu_state()
+            self.versions |= gpu_state() | {"kernels": os.environ.get("MIXTRAL_CUDA_KERNELS", "simple")}
             print(device_name(self.device), *(f"{name} {value}" for name, value in self.versions.items()), sep=", ")
             if torch.cuda.get_device_capability() == (9, 0):
                 clock = float(self.versions["SM clock"].split()[0])

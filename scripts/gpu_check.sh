@@ -9,6 +9,7 @@
 # 5000 random cases an op, equal bits over 1000 runs, graphs whose routing changes, sizes beyond 2^32, and whole models
 # CPU = CUDA; `sanitizers` runs memcheck, racecheck, initcheck and synccheck on small shapes. Both do it for the simple
 # kernels and for those of the GPU at hand (MIXTRAL_CUDA_KERNELS), and end in a table and a record of the cases passed.
+# `benchmarks` measures those of the GPU at hand. MIXTRAL_CUDA_KERNELS, when set, is the only kind in all three.
 # PYTHON chooses the interpreter; MIXTRAL_COMMIT names the commit where the tree is a copy without git. Exit status 0
 # only if every step passed.
 set -uo pipefail
@@ -30,6 +31,7 @@ build() {
 
 kernel_choices() {
   local capability
+  if [[ -n ${MIXTRAL_CUDA_KERNELS:-} ]]; then echo "$MIXTRAL_CUDA_KERNELS"; return; fi
   capability=$("$python" -c 'import torch; print(*torch.cuda.get_device_capability())')
   if [[ $capability == "9 0" ]]; then echo simple hopper; else echo simple; fi
 }
@@ -59,12 +61,18 @@ run_sanitizers() {
   "$python" scripts/gpu_record.py cuda-sanitizers "$out" "$logs"/*.xml || status=1
 }
 
+run_benchmarks() {
+  local kernels
+  kernels=$(kernel_choices)
+  MIXTRAL_CUDA_KERNELS=${kernels##* } "$python" benchmarks/run_all.py --device cuda --minutes 8 || status=1
+}
+
 status=0
 build
 case $what in
   tests) run_tests ;;
   sanitizers) run_sanitizers ;;
-  benchmarks) "$python" benchmarks/run_all.py --device cuda --minutes 8 || status=1 ;;
+  benchmarks) run_benchmarks ;;
   *) echo "gpu_check: tests, sanitizers or benchmarks, not $what" >&2; exit 2 ;;
 esac
 exit $status
