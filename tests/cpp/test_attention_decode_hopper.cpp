@@ -28,13 +28,13 @@ class Batch {
  public:
   explicit Batch(const Config& config, bool zero_queries = false, unsigned seed = 1) : c(config), random_(seed) {
     for (size_t b = 0; b < c.queries.size(); ++b) {
-      cu_q_.push_back(cu_q_.back() + c.queries[b]);
-      cu_k_.push_back(cu_k_.back() + c.lengths[b]);
+      cu_q.push_back(cu_q.back() + c.queries[b]);
+      cu_k.push_back(cu_k.back() + c.lengths[b]);
     }
-    q = numbers(cu_q_.back() * c.num_heads * c.head_dim);
+    q = numbers(cu_q.back() * c.num_heads * c.head_dim);
     if (zero_queries) std::fill(q.begin(), q.end(), BFloat16(0.0f));
-    k = numbers(cu_k_.back() * row_size());
-    v = numbers(cu_k_.back() * row_size());
+    k = numbers(cu_k.back() * row_size());
+    v = numbers(cu_k.back() * row_size());
     if (c.page_size > 0) make_pages();
   }
 
@@ -43,10 +43,12 @@ class Batch {
     p.q = q.data();
     p.k = (c.page_size > 0 ? k_cache : k).data();
     p.v = (c.page_size > 0 ? v_cache : v).data();
-    p.cu_seqlens_q = cu_q_.data();
-    p.keys.cu_seqlens = cu_k_.data();
+    p.cu_seqlens_q = cu_q.data();
+    p.keys.cu_seqlens = cu_k.data();
+    p.keys.pages = 1;
+    p.keys.page_size = static_cast<int64_t>(k.size()) / row_size();
     if (c.page_size > 0) p.keys = {nullptr, c.lengths.data(), page_table.data(), pages_, c.page_size, columns_};
-    p.tokens = cu_q_.back();
+    p.tokens = static_cast<int64_t>(q.size()) / (c.num_heads * c.head_dim);
     p.sequences = static_cast<int64_t>(c.queries.size());
     p.num_heads = c.num_heads;
     p.num_kv_heads = c.num_kv_heads;
@@ -88,19 +90,20 @@ class Batch {
   void reference(const Check& check) const {
     const DecodeProblem p = problem();
     for (int64_t b = 0; b < p.sequences; ++b) {
-      for (int64_t t = cu_q_[b]; t < cu_q_[b + 1]; ++t) {
+      for (int64_t t = cu_q[b]; t < cu_q[b + 1]; ++t) {
         for (int64_t h = 0; h < c.num_heads; ++h) reference_row(p, b, t, h, check);
       }
     }
   }
 
   int64_t row_size() const { return c.num_kv_heads * c.head_dim; }
-  int64_t first_key(int64_t sequence) const { return cu_k_[sequence]; }
+  int64_t first_key(int64_t sequence) const { return cu_k[sequence]; }
 
   Config c;
   std::vector<BFloat16> q, k, v;           // [T, Nq, D], [keys, Nkv, D]
   std::vector<BFloat16> k_cache, v_cache;  // [pages, P, Nkv, D]
   std::vector<int64_t> page_table;         // [B, R]
+  std::vector<int64_t> cu_q{0}, cu_k{0};   // [B + 1]
 
  private:
   std::vector<BFloat16> numbers(int64_t size) {
@@ -131,21 +134,21 @@ class Batch {
           free.pop_back();
         }
         const int64_t slot = (page * c.page_size + key % c.page_size) * row_size();
-        std::copy_n(&k[(cu_k_[b] + key) * row_size()], row_size(), &k_cache[slot]);
-        std::copy_n(&v[(cu_k_[b] + key) * row_size()], row_size(), &v_cache[slot]);
+        std::copy_n(&k[(cu_k[b] + key) * row_size()], row_size(), &k_cache[slot]);
+        std::copy_n(&v[(cu_k[b] + key) * row_size()], row_size(), &v_cache[slot]);
       }
     }
   }
 
   template <typename Check>
   void reference_row(const DecodeProblem& p, int64_t b, int64_t t, int64_t h, const Check& check) const {
-    const int64_t position = t - cu_q_[b + 1] + c.lengths[b], kv_head = h / (c.num_heads / c.num_kv_heads);
+    const int64_t position = t - cu_q[b + 1] + c.lengths[b], kv_head = h / (c.num_heads / c.num_kv_heads);
     const size_t query = (t * c.num_heads + h) * c.head_dim;
     std::vector<double> scores, sums(c.head_dim), magnitudes(c.head_dim);
     std::vector<size_t> rows;
     for (int64_t key = 0; key < c.lengths[b]; ++key) {
       if (c.causal && (key > position || (c.window > 0 && key <= position - c.window))) continue;
-      rows.push_back((cu_k_[b] + key) * row_size() + kv_head * c.head_dim);
+      rows.push_back((cu_k[b] + key) * row_size() + kv_head * c.head_dim);
       double score = 0;
       for (int64_t d = 0; d < c.head_dim; ++d)
         score += static_cast<double>(q[query + d]) * static_cast<double>(k[rows.back() + d]);
@@ -166,7 +169,6 @@ class Batch {
   }
 
   std::mt19937 random_;
-  std::vector<int64_t> cu_q_{0}, cu_k_{0};
   int64_t pages_ = 0, columns_ = 0;
 };
 
@@ -253,6 +255,25 @@ TEST(AttentionDecodeHopper, AKeyOnAMissingPageIsZeros) {
     std::fill_n(&batch.v[32 * batch.row_size()], 16 * batch.row_size(), BFloat16(0.0f));
     expect_near_reference(batch, batch.run());
   }
+}
+
+// Nobody checks the offsets on the device.
+TEST(AttentionDecodeHopper, OffsetsBehindTheTensorsAreNotFollowed) {
+  const Config config{.queries = {1, 1}, .lengths = {40, 30}, .page_size = 0};
+  const auto clean = Batch(config).run(2);
+  const auto first_token = [](const std::vector<BFloat16>& out) {
+    return std::vector<BFloat16>(out.begin(), out.begin() + 4 * 64);
+  };
+  for (const int64_t wrong : {int64_t{1000}, int64_t{1} << 40, int64_t{-1000}}) {
+    Batch queries(config);
+    queries.cu_q[2] = wrong;
+    const auto out = queries.run(2);
+    EXPECT_TRUE(same_bits(first_token(out), first_token(clean))) << wrong;
+    for (size_t i = 4 * 64; i < out.size(); ++i) ASSERT_TRUE(std::isnan(static_cast<float>(out[i]))) << wrong;
+  }
+  Batch keys(config);
+  keys.cu_k[1] = 1000;  // the end of the first sequence and the start of the second one
+  for (const BFloat16 x : first_token(keys.run(2))) ASSERT_TRUE(std::isfinite(static_cast<float>(x)));
 }
 
 TEST(AttentionDecodeHopper, OneValueReachesOnlyTheQueriesThatSeeIt) {

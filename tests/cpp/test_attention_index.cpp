@@ -45,9 +45,12 @@ TEST(AttentionIndex, PackedKeysFollowOneAnother) {
   const std::vector<int64_t> starts = {0, 3, 3, 10};
   KeyLayout keys;
   keys.cu_seqlens = starts.data();
+  keys.pages = 1;
+  keys.page_size = 10;
   EXPECT_EQ(keys.length(0), 3);
   EXPECT_EQ(keys.length(1), 0);
   EXPECT_EQ(keys.row(2, 6), 9);
+  EXPECT_EQ(keys.row(2, 7), -1);
 }
 
 TEST(AttentionIndex, PagesRollAndBadPagesHaveNoRow) {

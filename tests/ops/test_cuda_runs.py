@@ -133,6 +133,17 @@ def test_bad_expert_ids_are_dropped_and_the_context_lives():
     torch.testing.assert_close(ops.moe_mlp(x, weights, ids, gate_up, down), expected)
 
 
+@pytest.mark.parametrize("lengths", [[3, 2], [700, 130]], ids=["few queries", "many queries"])
+def test_bad_sequence_starts_are_not_followed_and_the_context_lives(lengths):
+    q, k, v, starts, _, window = prefill(lengths, 0)
+    first = slice(0, lengths[0])
+    expected = ops.sliding_window_attention(q, k, v, starts, starts, window)[first]
+    for wrong in (10**6, 2**40, -(10**6)):
+        bad = starts.clone()
+        bad[2] = wrong
+        assert torch.equal(ops.sliding_window_attention(q, k, v, bad, starts, window)[first], expected)
+
+
 @pytest.mark.parametrize("rows", [2**31 // 14336 + 200, 2**32 // 14336 + 200])
 def test_sizes_beyond_32_bits(rows):
     """More than 2^31 and 2^32 values in one tensor: the last rows are right."""

@@ -43,15 +43,15 @@ constexpr int64_t box_keys(const KeyLayout& keys) {
   return keys.page_table && keys.page_size < kBlockKeys ? keys.page_size : kBlockKeys;
 }
 
-// Where the box of the keys from `position` on lies in a map of [pages, page_size] rows. A page that is none of the
-// pool lies outside the map: TMA brings zeros.
+// Where the box of the keys from `position` on lies in a map of [pages, page_size] rows. A row that is none lies
+// outside the map: TMA brings zeros.
 struct KeyBox {
   int row, page;
 };
 
 constexpr KeyBox key_box(const KeyLayout& keys, int64_t sequence, int64_t position) {
   const int64_t row = keys.row(sequence, position);
-  if (row < 0 || row >= keys.pages * keys.page_size) return {0, static_cast<int>(keys.pages)};
+  if (row < 0) return {0, static_cast<int>(keys.pages)};
   return {static_cast<int>(row % keys.page_size), static_cast<int>(row / keys.page_size)};
 }
 

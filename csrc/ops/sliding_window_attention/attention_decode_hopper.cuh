@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const int64_t kv_head = blockIdx.y;
   const int split = blockIdx.z, group = static_cast<int>(p.num_heads / p.num_kv_heads);
   const QueryTile tokens = query_tile(p.cu_seqlens_q, p.sequences, plan.tile_tokens, blockIdx.x);
-  if (tokens.begin >= tokens.end) return;
+  if (!p.holds(tokens)) return;
   const DecodeTile tile{tokens, kv_head * group, group, static_cast<int>(tokens.end - tokens.begin) * group};
   const KeyRange range{p.visible(tokens.sequence, tokens.begin).begin, p.visible(tokens.sequence, tokens.end - 1).end};
 

@@ -22,7 +22,7 @@ constexpr KeyRange visible_keys(int64_t position, int64_t length, int64_t window
 }
 
 // Where the keys of a batch lie: sequence after sequence (packed, one page of all rows), or in pages (the rolling
-// cache).
+// cache). On CUDA nobody has checked the numbers that the pointers lead to.
 struct KeyLayout {
   const int64_t* cu_seqlens = nullptr;  // packed: [B + 1]
   const int64_t* kv_lens = nullptr;     // paged: [B]
@@ -33,9 +33,12 @@ struct KeyLayout {
     return page_table ? kv_lens[sequence] : cu_seqlens[sequence + 1] - cu_seqlens[sequence];
   }
 
-  // Row of the key at `position` in the key tensor; -1 when its page is not one of the pool.
+  // Row of the key at `position` in the key tensor; -1 when it or its page is none.
   constexpr int64_t row(int64_t sequence, int64_t position) const {
-    if (!page_table) return cu_seqlens[sequence] + position;
+    if (!page_table) {
+      const int64_t row = cu_seqlens[sequence] + position;
+      return row < 0 || row >= page_size ? -1 : row;
+    }
     const int64_t page = page_table[sequence * columns + position / page_size % columns];
     return page < 0 || page >= pages ? -1 : page * page_size + position % page_size;
   }

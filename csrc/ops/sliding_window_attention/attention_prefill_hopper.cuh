@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   tile.group = static_cast<int>(p.num_heads / p.num_kv_heads);
   tile.kv_head = static_cast<int>(blockIdx.y);
   tile.queries = query_tile(p.cu_seqlens_q, p.sequences, tile_tokens(tile.group), gridDim.x - 1 - blockIdx.x);
-  if (tile.queries.begin < 0 || tile.queries.begin >= tile.queries.end || tile.queries.end > p.tokens) return;
+  if (!p.holds(tile.queries)) return;
   tile.keys = prefill_keys(p.visible(tile.queries.sequence, tile.queries.begin),
                            p.visible(tile.queries.sequence, tile.queries.end - 1));
 

@@ -34,6 +34,11 @@ struct AttentionProblem {
     return visible_keys(token - cu_seqlens_q[sequence + 1] + length, length, window, causal);
   }
 
+  // Whether a tile has queries, and no others than those of q: on CUDA nobody has checked cu_seqlens_q.
+  constexpr bool holds(const QueryTile& tile) const {
+    return tile.begin >= 0 && tile.begin < tile.end && tile.end <= tokens;
+  }
+
   // CPU: a work item is one tile of so many query tokens of a sequence, for the query heads of one key/value head.
   // Some 256 rows share the keys that are packed for them.
   constexpr int64_t tile_tokens() const { return num_heads / num_kv_heads < 256 ? 256 * num_kv_heads / num_heads : 1; }

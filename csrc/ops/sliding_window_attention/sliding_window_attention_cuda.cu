@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) attention_tile_kernel(AttentionProbl
   float* weights = v_tile + kKeys * row_stride(kWidth);
 
   const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, tile_tokens, blockIdx.x);
-  if (tile.begin >= tile.end) return;
+  if (!p.holds(tile)) return;
   const int head_dim = static_cast<int>(p.head_dim), warp = threadIdx.x / kWarpSize;
   const int64_t group = p.num_heads / p.num_kv_heads, tile_heads = heads_per_tile(group);
   const int64_t kv_head = blockIdx.y % p.num_kv_heads, first_head = blockIdx.y / p.num_kv_heads * tile_heads;
