@@ -45,9 +45,8 @@ class GemmWork {
 
  private:
   static int64_t chunk_rows(int64_t rows, int64_t blocks, int64_t threads) {
-    constexpr int64_t kMost = 512, kLeast = 64;
-    const int64_t chunks = std::max(ceil_div(rows, kMost), std::min(threads / blocks, rows / kLeast));
-    return chunks > 1 ? ceil_div(rows, chunks) : rows;
+    constexpr int64_t kLeast = 64, kMost = 512;
+    return std::min(rows, std::clamp(ceil_div(rows, std::max<int64_t>(1, threads / blocks)), kLeast, kMost));
   }
 
   // Of a block of a chunk, in rows.
