@@ -203,31 +203,31 @@ __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGe
   const Operand<float> b = operand(static_cast<const float*>(gemm.b.data), tile.expert * gemm.b.columns + column,
                                    gemm.b.columns - column, gemm.b.depth);
   const int thread_row = threadIdx.x / 16 * kPerThread, thread_column = threadIdx.x % 16 * kPerThread;
-  float sums[kPerThread][kPerThread] = {}, chain[kPerThread][kPerThread] = {};
-  for (int64_t k = 0; k < gemm.b.depth; k += kFmaDepth) {
-    __syncthreads();  // the previous panels have been read
-    load_transposed(a, k, a_panel);
-    load_transposed(b, k, b_panel);
-    __syncthreads();
+  float sums[kPerThread][kPerThread] = {};
+  for (int64_t begin = 0; begin < gemm.b.depth; begin += kFmaChain) {
+    const int64_t end = min(begin + kFmaChain, gemm.b.depth);
+    float chain[kPerThread][kPerThread] = {};
+    for (int64_t k = begin; k < end; k += kFmaDepth) {
+      __syncthreads();  // the previous panels have been read
+      load_transposed(a, k, a_panel);
+      load_transposed(b, k, b_panel);
+      __syncthreads();
 #pragma unroll
-    for (int d = 0; d < kFmaDepth; ++d) {
-      const float4 left = *reinterpret_cast<const float4*>(a_panel + d * kFmaPitch + thread_row);
-      const float4 right = *reinterpret_cast<const float4*>(b_panel + d * kFmaPitch + thread_column);
-      const float left_values[] = {left.x, left.y, left.z, left.w};
-      const float right_values[] = {right.x, right.y, right.z, right.w};
+      for (int d = 0; d < kFmaDepth; ++d) {
+        const float4 left = *reinterpret_cast<const float4*>(a_panel + d * kFmaPitch + thread_row);
+        const float4 right = *reinterpret_cast<const float4*>(b_panel + d * kFmaPitch + thread_column);
+        const float left_values[] = {left.x, left.y, left.z, left.w};
+        const float right_values[] = {right.x, right.y, right.z, right.w};
 #pragma unroll
-      for (int r = 0; r < kPerThread; ++r)
+        for (int r = 0; r < kPerThread; ++r)
 #pragma unroll
-        for (int c = 0; c < kPerThread; ++c) chain[r][c] = fmaf(left_values[r], right_values[c], chain[r][c]);
+          for (int c = 0; c < kPerThread; ++c) chain[r][c] = fmaf(left_values[r], right_values[c], chain[r][c]);
+      }
     }
-    if ((k + kFmaDepth) % kFmaChain != 0 && k + kFmaDepth < gemm.b.depth) continue;
 #pragma unroll
     for (int r = 0; r < kPerThread; ++r)
 #pragma unroll
-      for (int c = 0; c < kPerThread; ++c) {
-        sums[r][c] += chain[r][c];
-        chain[r][c] = 0.0f;
-      }
+      for (int c = 0; c < kPerThread; ++c) sums[r][c] += chain[r][c];
   }
 #pragma unroll
   for (int r = 0; r < kPerThread; ++r)
