@@ -15,7 +15,7 @@ import torch
 FOLDER = Path(__file__).parent
 CPU_ONLY = {"bench_pack_weight.py"}
 MODEL = {
-    "cpu": ["--isa", "avx2,avx512,avx512_bf16", "--models", "mini,mid", "--rounds", "3", "--seconds", "10"],
+    "cpu": ["--isa", "avx2,avx512,no_amx", "--models", "mini,mid", "--rounds", "3", "--seconds", "10"],
     "cuda": ["--layers", "8"],
 }
 
