@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "gpu_emulator/hopper.h"
+#include "gpu_emulator/wgmma.h"
 #include "ops/grouped_gemm/grouped_gemm_stream_hopper.cuh"
 
 namespace mixtral::cuda {

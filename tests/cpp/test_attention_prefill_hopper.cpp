@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "gpu_emulator/hopper.h"
+#include "gpu_emulator/wgmma.h"
 #include "ops/sliding_window_attention/attention_prefill_hopper.cuh"
 #include "ops/sliding_window_attention/attention_prefill_hopper.h"
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "gpu_emulator/hopper.h"
+#include "gpu_emulator/wgmma.h"
 
 namespace mixtral::cuda {
 namespace {

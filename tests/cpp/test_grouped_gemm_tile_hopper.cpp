@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "gpu_emulator/hopper.h"
+#include "gpu_emulator/wgmma.h"
 // The kernel, behind the building blocks.
 #include "ops/grouped_gemm/grouped_gemm_tile_hopper.cuh"
 #include "ops/grouped_gemm/grouped_gemm_tile_hopper.h"
