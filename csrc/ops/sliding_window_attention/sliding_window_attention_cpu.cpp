@@ -8,7 +8,6 @@
 // finite.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
@@ -26,7 +25,7 @@ template <typename Operand>
 struct Scratch {
   Buffer<Operand> q, weights, k_panels, v_panels, copies, zeros;
   Buffer<float> scores, acc;
-  std::vector<SoftmaxState> states;
+  Buffer<SoftmaxState> states;
 };
 
 // The work of one thread, tile after tile. Row r of a tile is query token r / group, head r % group of the group.
@@ -46,10 +45,8 @@ class TileWorker {
         copies_(scratch.copies.grow(2 * kKeyBlock * width_)),
         zeros_(scratch.zeros.grow(width_)),  // new memory is zero, and nothing is written there
         scores_(scratch.scores.grow(rows_ * kKeyBlock)),
-        acc_(scratch.acc.grow(rows_ * width_)) {
-    if (static_cast<int64_t>(scratch.states.size()) < rows_) scratch.states.resize(rows_);
-    states_ = scratch.states.data();
-  }
+        acc_(scratch.acc.grow(rows_ * width_)),
+        states_(scratch.states.grow(rows_)) {}
 
   MIXTRAL_INLINE void attend_tile(const QueryTile& tile, int64_t kv_head) {
     tile_ = tile;
@@ -154,7 +151,7 @@ class TileWorker {
   const Operand* const zeros_;          // [width]
   float* const scores_;                 // [rows, 64]
   float* const acc_;                    // [rows, width]
-  SoftmaxState* states_;                // [rows]
+  SoftmaxState* const states_;          // [rows]
   BlockRows<Operand> k_rows_, v_rows_;  // of the block
   QueryTile tile_{};
   int64_t kv_head_ = 0;
