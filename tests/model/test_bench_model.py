@@ -169,8 +169,9 @@ def test_engines_share_memory_only_when_they_fit(tmp_path):
 def test_environment_holds_torch_to_the_instruction_set():
     script = "import torch; print(torch.backends.cpu.get_cpu_capability()); torch.ones(8, 8).to_mkldnn()"
     environment = os.environ | ISA_ENVIRONMENT["avx2"] | {"ONEDNN_VERBOSE": "1"}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "AVX2" in run.stdout.splitlines()  # what Python and oneDNN print may come in either order
+    command = [sys.executable, "-u", "-c", script]  # -u: what Python and oneDNN print comes in this order
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("AVX2\n")
     assert "isa:Intel AVX2" in run.stdout
 
 
