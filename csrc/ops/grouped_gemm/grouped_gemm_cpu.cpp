@@ -85,7 +85,7 @@ class Multiplication {
       : gemm_(gemm), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth), sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (count == 1) row_kernel_ = row_kernel(gemm.b.format, a_, depth);
+      if (count == 1) row_kernel_ = row_kernel(gemm.b.format);
       if (count <= kMaxFewRows) few_rows_kernel_ = few_rows_kernel(gemm.b.format);
     }
     if (row_kernel_) widen_row();

@@ -29,13 +29,14 @@ struct Int8Block {
     MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 odd(int64_t p) const {
       return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512i pair(int64_t p) const {
-      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(p)), 16);
-      return _mm512_or_si512(low, _mm512_castps_si512(odd(p)));
-    }
-    // sum + the sum of this half
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 add(__m512 half_sum, __m512 sum) const {
-      return _mm512_add_ps(sum, half_sum);
+
+    // All pairs.
+    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
+#pragma GCC unroll 16
+      for (int64_t p = 0; p < kHalfPairs; ++p) {
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(p)), 16);
+        _mm512_storeu_si512(to + p * 32, _mm512_or_si512(low, _mm512_castps_si512(odd(p))));
+      }
     }
 
    private:
@@ -44,7 +45,6 @@ struct Int8Block {
     }
   };
 
-  Int8Block(const char* block, int64_t) : steps(block) {}
   MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kStepBytes + h * kHalfBytes;
     cpu::prefetch_ahead<kHalfBytes>(at);
@@ -60,46 +60,31 @@ struct Int4Block {
     const char* words;  // of four groups of four pairs
     __m512i scales;     // of each column, in all four bytes
 
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i pair(int64_t p) const {
-      constexpr int kAndOr = 0xea;  // (a & b) | c
-      const __m512i word = _mm512_loadu_si512(words + p / 4 * 64);
-      const __m512i table_row = _mm512_slli_epi16(_mm512_and_si512(scales, _mm512_set1_epi16(1)), 4);
-      const __m512i exponents = _mm512_sub_epi16(_mm512_srli_epi16(scales, 9), _mm512_set1_epi16(64));
-      const __m512i index =
-          _mm512_ternarylogic_epi32(_mm512_srli_epi16(word, 4 * (p % 4)), _mm512_set1_epi16(15), table_row, kAndOr);
-      return _mm512_add_epi16(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(kInt4Levels)),
-                              _mm512_slli_epi16(exponents, 7));
-    }
-
-    // The sixteen columns at the even and at the odd depth of pair p, without the powers of two of their scales.
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 even(int64_t p) const { return level(p, p % 4); }
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 odd(int64_t p) const { return level(p, p % 4 + 4); }
-
-    // sum + half_sum * the powers of two
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 add(__m512 half_sum, __m512 sum) const {
-      const __m512i exponents = _mm512_and_si512(_mm512_srli_epi32(scales, 2), _mm512_set1_epi32(0x3f800000));
-      const __m512i powers = _mm512_add_epi32(exponents, _mm512_set1_epi32((127 - 64) << 23));
-      return _mm512_fmadd_ps(half_sum, _mm512_castsi512_ps(powers), sum);
+    // All pairs. A look-up takes the lowest five bits of its index: with the lowest bit of the scale in front of every
+    // second nibble, one shift brings each of the others there.
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
+      constexpr int kSelect = 0xca;  // a ? b : c
+      const __m512i nibble = _mm512_set1_epi8(15), table_row = _mm512_slli_epi32(scales, 4);
+#pragma GCC unroll 4
+      for (int64_t group = 0; group < 4; ++group, to += 4 * 32) {
+        const __m512i word = _mm512_loadu_si512(words + group * 64);
+        const __m512i even = _mm512_ternarylogic_epi32(nibble, word, table_row, kSelect);
+        const __m512i odd = _mm512_ternarylogic_epi32(nibble, _mm512_srli_epi32(word, 4), table_row, kSelect);
+        _mm512_storeu_si512(to, values(even));
+        _mm512_storeu_si512(to + 32, values(odd));
+        _mm512_storeu_si512(to + 64, values(_mm512_srli_epi16(even, 8)));
+        _mm512_storeu_si512(to + 96, values(_mm512_srli_epi16(odd, 8)));
+      }
     }
 
    private:
-    // Nibble `nibble` of the words of pair p's group. A look-up takes the lowest five bits of its index: with the
-    // lowest bit of the scale in front of every second nibble, one shift brings each of them there.
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 level(int64_t p, int nibble) const {
-      constexpr int kSelect = 0xca;  // a ? b : c
-      const __m512i word = _mm512_loadu_si512(words + p / 4 * 64);
-      const __m512i nibbles =
-          _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibble % 2 == 0 ? word : _mm512_srli_epi32(word, 4),
-                                    _mm512_slli_epi32(scales, 4), kSelect);
-      return _mm512_permutex2var_ps(table(0), _mm512_srli_epi32(nibbles, nibble / 2 * 8), table(1));
-    }
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512 table(int64_t row) {
-      const __m256i levels = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kInt4Levels) + row);
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(levels), 16));
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i values(__m512i index) const {
+      const __m512i powers = _mm512_sub_epi16(_mm512_srli_epi16(scales, 9), _mm512_set1_epi16(64));
+      return _mm512_add_epi16(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(kInt4Levels)),
+                              _mm512_slli_epi16(powers, 7));
     }
   };
 
-  Int4Block(const char* block, int64_t) : steps(block) {}
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kInt4StepBytes;
     cpu::prefetch_ahead<kHalfBytes + kBlockRows>(at + h * kHalfBytes);

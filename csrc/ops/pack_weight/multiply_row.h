@@ -6,19 +6,18 @@
 
 namespace mixtral {
 
-// sums [32] = row [depth] * block; the row's values are bf16 ones. The bits are those of cpu::bf16_kernel() with the
-// panels of load_panel().
-using RowKernel = void (*)(const char* block, const float* row, int64_t depth, float* sums);
+// Both give the bits of cpu::bf16_kernel() with the panels of load_panel(). Null where the instruction set in use has
+// none and for weights that are not quantised: panels that are read in place are as fast as memory.
 
-// The kernel of a row [depth]. Null where the instruction set in use has none, for rows out of its range, and for
-// weights that are not quantised: tiles, which are read in place, are as fast as memory.
-RowKernel row_kernel(WeightFormat format, const BFloat16* row, int64_t depth);
-
-// The same for up to kMaxFewRows rows [rows, depth] -> sums [rows, 32].
+// sums [rows, 32] = a [rows, depth] * block, for up to kMaxFewRows rows.
 inline constexpr int64_t kMaxFewRows = 16;
 using FewRowsKernel = void (*)(const char* block, const BFloat16* a, int64_t rows, int64_t depth, float* sums);
 
-// Null where the instruction set in use has none, and for weights that are not quantised.
 FewRowsKernel few_rows_kernel(WeightFormat format);
+
+// sums [32] = row [depth] * block, where that is faster; the row's values are bf16 ones.
+using RowKernel = void (*)(const char* block, const float* row, int64_t depth, float* sums);
+
+RowKernel row_kernel(WeightFormat format);
 
 }  // namespace mixtral
