@@ -99,13 +99,9 @@ MIXTRAL_INLINE float sum_lanes(Lanes x) {
   return x.v[0];
 }
 
-// exp(x) within 0.9 ulp of f32 for finite x, 0 at -inf, inf above 88.7, NaN at NaN. Cody-Waite reduction and a degree-6
-// polynomial (Cephes expf); branch-free, so that it vectorises.
-MIXTRAL_INLINE float exp_f32(float x) {
-  const float below = x < 89.0f ? x : 89.0f;  // NaN: 89, so that no NaN is converted to an integer
-  const float clamped = below > -104.0f ? below : -104.0f;
-  const float n = std::nearbyintf(clamped * 1.44269504088896341f);
-  float r = __builtin_fmaf(n, -0.693359375f, clamped);
+// exp(x - n ln 2) for the integer n nearest to x / ln 2: Cody-Waite reduction and a degree-6 polynomial (Cephes expf).
+MIXTRAL_INLINE float exp_reduced(float x, float n) {
+  float r = __builtin_fmaf(n, -0.693359375f, x);
   r = __builtin_fmaf(n, 2.12194440e-4f, r);
   float p = 1.9875691500e-4f;
   p = __builtin_fmaf(p, r, 1.3981999507e-3f);
@@ -114,7 +110,14 @@ MIXTRAL_INLINE float exp_f32(float x) {
   p = __builtin_fmaf(p, r, 1.6666665459e-1f);
   p = __builtin_fmaf(p, r, 5.0000001201e-1f);
   p = __builtin_fmaf(p, r, 1.0f);
-  p = __builtin_fmaf(p, r, 1.0f);
+  return __builtin_fmaf(p, r, 1.0f);
+}
+
+// exp(x) within 0.9 ulp of f32 for finite x, 0 at -inf, inf above 88.7, NaN at NaN. Branch-free, so that it vectorises.
+MIXTRAL_INLINE float exp_f32(float x) {
+  const float below = x < 89.0f ? x : 89.0f;  // NaN: 89, so that no NaN is converted to an integer
+  const float clamped = below > -104.0f ? below : -104.0f;
+  const float n = std::nearbyintf(clamped * 1.44269504088896341f);
   // 2^n in two halves: n reaches -150 (subnormal results) and 128 (infinity), beyond one f32 exponent.
   const int32_t n_low = static_cast<int32_t>(n) >> 1, n_high = static_cast<int32_t>(n) - n_low;
   const uint32_t low_bits = static_cast<uint32_t>(n_low + 127) << 23, high_bits = static_cast<uint32_t>(n_high + 127)
@@ -122,7 +125,21 @@ MIXTRAL_INLINE float exp_f32(float x) {
   float low, high;
   std::memcpy(&low, &low_bits, sizeof low);
   std::memcpy(&high, &high_bits, sizeof high);
-  return x != x ? x : p * low * high;
+  return x != x ? x : exp_reduced(clamped, n) * low * high;
+}
+
+// exp(x) for x <= 0, to the same error at half the cost, but subnormal results may be 0; NaN at NaN.
+MIXTRAL_INLINE float exp_nonpositive(float x) {
+  // Where 1 is the unit of the last place: a sum with it is a rounded integer, in its lowest bits that integer + 127.
+  constexpr float kRounder = 12582912.0f + 127.0f;
+  const float clamped = -88.0f > x ? -88.0f : x;
+  const float biased = __builtin_fmaf(clamped, 1.44269504088896341f, kRounder), n = biased - kRounder;
+  uint32_t bits;
+  std::memcpy(&bits, &biased, sizeof bits);
+  bits <<= 23;  // as an exponent
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return exp_reduced(clamped, n) * power;
 }
 
 }  // namespace mixtral::cpu

@@ -44,7 +44,7 @@ MIXTRAL_INLINE void softmax_block(float* scores, const KeyRange* seen, int64_t r
     max[r] = larger(states[r].max, top[r][0]);
     correction[r] = states[r].max - max[r];
   }
-  for (int64_t r = 0; r < kSoftmaxRows; ++r) correction[r] = cpu::exp_f32(correction[r]);
+  for (int64_t r = 0; r < kSoftmaxRows; ++r) correction[r] = cpu::exp_nonpositive(correction[r]);
   for (int64_t r = 0; r < rows; ++r) {
     if (max[r] == states[r].max) continue;
     for (int64_t j = 0; j < kLanes; ++j) states[r].sum.v[j] *= correction[r];
@@ -54,10 +54,12 @@ MIXTRAL_INLINE void softmax_block(float* scores, const KeyRange* seen, int64_t r
   for (int64_t r = 0; r < rows; ++r) {
     float* x = scores + r * kKeyBlock;
     Operand* weight = weights + r * kKeyBlock;
-    for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::exp_f32(x[j] - max[r]);
+    for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::exp_nonpositive(x[j] - max[r]);
     for (int64_t j = 0; j < kKeyBlock; ++j) weight[j] = cpu::from_float<Operand>(x[j]);
     for (int64_t j = 0; j < kKeyBlock; ++j) x[j] = cpu::to_float(weight[j]);
-    for (int64_t j = 0; j < kLanes; ++j) states[r].sum.v[j] += (x[j] + x[j + 16]) + (x[j + 32] + x[j + 48]);
+    cpu::Lanes sum = states[r].sum;
+    for (int64_t j = 0; j < kLanes; ++j) sum.v[j] += (x[j] + x[j + 16]) + (x[j + 32] + x[j + 48]);
+    states[r].sum = sum;
   }
 }
 
