@@ -89,6 +89,30 @@ TEST(Simd, ExpIsWithinTwoUlpWithSubnormalResults) {
   EXPECT_EQ(exp_f32(0.0f), 1.0f);
 }
 
+TEST(Simd, ExpOfNonpositiveNumbersIsWithinTwoUlp) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  double worst = 0;
+  for (uint64_t bits = 0x80000000u; bits <= 0xffffffffu; bits += 977) {
+    const float x = float_from_bits(static_cast<uint32_t>(bits)), actual = exp_nonpositive(x);
+    if (std::isnan(x)) {
+      ASSERT_TRUE(std::isnan(actual));
+      continue;
+    }
+    const double exact = std::exp(static_cast<double>(x));
+    const float rounded = static_cast<float>(exact);
+    if (rounded < std::numeric_limits<float>::min()) {
+      ASSERT_GE(actual, 0.0f) << x;
+      ASSERT_LE(actual, std::numeric_limits<float>::min()) << x;
+      continue;
+    }
+    const double ulp = std::nextafter(rounded, kInfinity) - static_cast<double>(rounded);
+    worst = std::max(worst, std::abs(actual - exact) / ulp);
+  }
+  EXPECT_LE(worst, 2.0);
+  EXPECT_EQ(exp_nonpositive(-kInfinity), 0.0f);
+  EXPECT_EQ(exp_nonpositive(0.0f), 1.0f);
+}
+
 TEST(Simd, ShortLoadsAreZeroPadded) {
   const float values[kLanes] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
   EXPECT_EQ(sum_lanes(load_lanes(values, 5)), 15.0f);
