@@ -26,7 +26,12 @@ if ((${#missing[@]})); then
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
-[[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
+if [[ ! -x .venv/bin/python ]]; then
+  free_gb=$(($(df --output=avail -k . | tail -1) / 1000000)) needed_gb=8
+  ((free_gb >= needed_gb)) ||
+    { echo "setup: needs $needed_gb GB of free disk, PyTorch most of it; $PWD has $free_gb GB" >&2; exit 1; }
+  "${PYTHON:-python3}" -m venv .venv
+fi
 # The pins live in pyproject.toml alone.
 echo "setup: installing Python packages (PyTorch is large)"
 .venv/bin/python scripts/requirements.py build run ${1:+"$1"} | .venv/bin/pip install -q -r /dev/stdin
