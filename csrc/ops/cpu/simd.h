@@ -130,7 +130,7 @@ MIXTRAL_INLINE float exp_f32(float x) {
 
 // exp(x) for x <= 0, to the same error at half the cost, but subnormal results may be 0; NaN at NaN.
 MIXTRAL_INLINE float exp_nonpositive(float x) {
-  // Where 1 is the unit of the last place: a sum with it is a rounded integer, in its lowest bits that integer + 127.
+  // One is the unit in the last place there: adding it rounds to an integer n and leaves n + 127 in the lowest bits.
   constexpr float kRounder = 12582912.0f + 127.0f;
   const float clamped = -88.0f > x ? -88.0f : x;
   const float biased = __builtin_fmaf(clamped, 1.44269504088896341f, kRounder), n = biased - kRounder;
