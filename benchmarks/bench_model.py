@@ -123,7 +123,7 @@ def binary_peak_memory(folder: Path, dtype: str, threads: int) -> int:
 
 def memory_goal_row(model: str, dtype: str, peak_memory: int) -> Row:
     """The binary has a goal; a Python process holds an imported torch as well."""
-    weights = SHAPES[model].weights * BYTES_PER_WEIGHT[dtype]
+    weights = SHAPES[model].weight_bytes(BYTES_PER_WEIGHT[dtype])
     allowed = 1.05 * weights + SHAPES[model].cache_bytes(LONGEST) + 300 * 2**20
     metric = "weights / peak memory of the binary"
     return Row(f"{model} {dtype}", metric, weights / peak_memory, "x", goal=weights / allowed)
@@ -132,7 +132,7 @@ def memory_goal_row(model: str, dtype: str, peak_memory: int) -> Row:
 def resource_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Turns]) -> list[Row]:
     """Peak memory of the process and load time, both as shares of the weights so that higher is better."""
     shape, case = SHAPES[model], f"{model} {dtype}"
-    weights = shape.weights * BYTES_PER_WEIGHT[dtype]
+    weights = shape.weight_bytes(BYTES_PER_WEIGHT[dtype])
     rows = []
     for metric, unit, work, cost in (
         ("weights / peak memory", "x", weights, lambda turns: turns.peak_memory),
@@ -188,7 +188,7 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
 
         paths["llama.cpp"] = write_gguf(shape, folder, GGUF[dtype])
     groups: dict[str, Turns] = {}
-    for engines in groups_that_fit(paths, shape.weights * BYTES_PER_WEIGHT[dtype]):
+    for engines in groups_that_fit(paths, shape.weight_bytes(BYTES_PER_WEIGHT[dtype])):
         print(f"{model} {dtype}: {', '.join(engines)}", flush=True)
         turns = run_turns(engines, dtype, arguments.threads, arguments.rounds, arguments.seconds)
         groups |= dict.fromkeys(engines, turns)

@@ -44,6 +44,11 @@ class Shape:
         layer = self.attention_weights + self.experts * (self.expert_weights + self.hidden)
         return self.layers * layer + 2 * self.vocab * self.hidden
 
+    def weight_bytes(self, bytes_per_weight: float) -> float:
+        """With so many bytes a weight, but two for the embedding and the routers, which are not quantised."""
+        kept = self.vocab * self.hidden + self.layers * self.experts * self.hidden
+        return 2 * kept + bytes_per_weight * (self.weights - kept)
+
     @property
     def weights_per_token(self) -> int:
         """Read to decode one token: no embedding but a row, and top_k of the experts."""
