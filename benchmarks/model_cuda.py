@@ -27,18 +27,13 @@ ROUTERS = ("mixtral::topk_softmax", "mixtral::moe_route")  # ops that return (we
 RESERVE = 6 * 10**9  # bytes for activations, workspaces and what the GPU itself needs
 
 
-def weight_bytes(shape: Shape, dtype: str) -> float:
-    """Of a model: embeddings and routers stay in bf16."""
-    plain = shape.vocab * shape.hidden + shape.layers * shape.experts * shape.hidden
-    return 2 * plain + BYTES_PER_WEIGHT[dtype] * (shape.weights - plain)
-
-
 def layers_that_fit(shape: Shape, free_bytes: int, dtype: str) -> int:
     """Layers whose weights and cache leave ``RESERVE`` free."""
-    one, none = replace(shape, layers=1), replace(shape, layers=0)
+    one, none = (replace(shape, layers=layers) for layers in (1, 0))
+    kept = none.weight_bytes(BYTES_PER_WEIGHT[dtype])
     cache = one.cache_bytes(max(PREFILL, max(BATCHES) * (PROMPT + STEPS + 1)))
-    layer = weight_bytes(one, dtype) - weight_bytes(none, dtype) + cache
-    room = free_bytes - RESERVE - weight_bytes(none, dtype)
+    layer = one.weight_bytes(BYTES_PER_WEIGHT[dtype]) - kept + cache
+    room = free_bytes - RESERVE - kept
     return min(shape.layers, int(room // layer))
 
 
