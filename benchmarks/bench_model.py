@@ -25,13 +25,12 @@ import model_cuda
 from common import Bench, Row, device_name
 from engines import missing_packages
 from model_turns import MEASURES, PEERS, Turns, run_turns
-from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
+from random_models import BYTES_PER_WEIGHT, MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
 from roofline import measure_matmul_rate
 
 LONGEST = 2048  # positions that the cache has to hold
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
 GGUF = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
-BYTES_PER_WEIGHT = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.53125}  # int4: with a byte of scale for every 32
 # Memory that an engine may need, in multiples of its weights: transformers merges the experts while it loads.
 FOOTPRINT = {"ours": 1.1, "transformers": 2.2, "llama.cpp": 1.0}
 
@@ -123,7 +122,7 @@ def binary_peak_memory(folder: Path, dtype: str, threads: int) -> int:
 
 def memory_goal_row(model: str, dtype: str, peak_memory: int) -> Row:
     """The binary has a goal; a Python process holds an imported torch as well."""
-    weights = SHAPES[model].weight_bytes(BYTES_PER_WEIGHT[dtype])
+    weights = SHAPES[model].weight_bytes(dtype)
     allowed = 1.05 * weights + SHAPES[model].cache_bytes(LONGEST) + 300 * 2**20
     metric = "weights / peak memory of the binary"
     return Row(f"{model} {dtype}", metric, weights / peak_memory, "x", goal=weights / allowed)
@@ -132,7 +131,7 @@ def memory_goal_row(model: str, dtype: str, peak_memory: int) -> Row:
 def resource_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Turns]) -> list[Row]:
     """Peak memory of the process and load time, both as shares of the weights so that higher is better."""
     shape, case = SHAPES[model], f"{model} {dtype}"
-    weights = shape.weight_bytes(BYTES_PER_WEIGHT[dtype])
+    weights = shape.weight_bytes(dtype)
     rows = []
     for metric, unit, work, cost in (
         ("weights / peak memory", "x", weights, lambda turns: turns.peak_memory),
@@ -188,7 +187,7 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
 
         paths["llama.cpp"] = write_gguf(shape, folder, GGUF[dtype])
     groups: dict[str, Turns] = {}
-    for engines in groups_that_fit(paths, shape.weight_bytes(BYTES_PER_WEIGHT[dtype])):
+    for engines in groups_that_fit(paths, shape.weight_bytes(dtype)):
         print(f"{model} {dtype}: {', '.join(engines)}", flush=True)
         turns = run_turns(engines, dtype, arguments.threads, arguments.rounds, arguments.seconds)
         groups |= dict.fromkeys(engines, turns)

@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixtral
 from common import Bench, Row
 from engines import prompts_of
-from random_models import MIXTRAL_8X7B, NORM_EPS, ROPE_THETA, Shape
+from random_models import BYTES_PER_WEIGHT, MIXTRAL_8X7B, NORM_EPS, ROPE_THETA, Shape
 from roofline import Rates, rates_of
 
-BYTES_PER_WEIGHT = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.53125}  # int4: with a byte of scale for every 32
 ARITHMETIC = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int4": torch.bfloat16}
 BATCHES = (1, 8, 32, 64)
 GOALS = {1: 82.0, 8: 80.0}  # percentages of the bound, by batch
@@ -29,11 +28,10 @@ RESERVE = 6 * 10**9  # bytes for activations, workspaces and what the GPU itself
 
 def layers_that_fit(shape: Shape, free_bytes: int, dtype: str) -> int:
     """Layers whose weights and cache leave ``RESERVE`` free."""
-    one, none = (replace(shape, layers=layers) for layers in (1, 0))
-    kept = none.weight_bytes(BYTES_PER_WEIGHT[dtype])
+    one, none = replace(shape, layers=1), replace(shape, layers=0)
     cache = one.cache_bytes(max(PREFILL, max(BATCHES) * (PROMPT + STEPS + 1)))
-    layer = one.weight_bytes(BYTES_PER_WEIGHT[dtype]) - kept + cache
-    room = free_bytes - RESERVE - kept
+    layer = one.weight_bytes(dtype) - none.weight_bytes(dtype) + cache
+    room = free_bytes - RESERVE - none.weight_bytes(dtype)
     return min(shape.layers, int(room // layer))
 
 
@@ -155,7 +153,7 @@ def run_model(bench: Bench, shape: Shape, full: Shape, dtype: str, rounds: int) 
 
 def run(bench: Bench, most_layers: int, rounds: int) -> None:
     """Mixtral 8x7B on the GPU, no more than ``most_layers`` of it."""
-    for dtype in BYTES_PER_WEIGHT:
+    for dtype in ARITHMETIC:
         layers = min(most_layers, layers_that_fit(MIXTRAL_8X7B, torch.cuda.mem_get_info()[0], dtype))
         if layers < 1:
             raise RuntimeError("model_cuda.run: the GPU must have room for one layer of Mixtral 8x7B, got none")

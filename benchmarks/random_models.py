@@ -14,6 +14,9 @@ ROPE_THETA = 1e6
 MAX_POSITION = 4096
 
 
+BYTES_PER_WEIGHT = {"bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.53125}  # int4: a byte of scale for every 32
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a model, and what follows from them."""
@@ -44,10 +47,10 @@ class Shape:
         layer = self.attention_weights + self.experts * (self.expert_weights + self.hidden)
         return self.layers * layer + 2 * self.vocab * self.hidden
 
-    def weight_bytes(self, bytes_per_weight: float) -> float:
-        """With so many bytes a weight, but two for the embedding and the routers, which are not quantised."""
+    def weight_bytes(self, dtype: str) -> float:
+        """Of all weights; the embedding and the routers stay in bf16."""
         kept = self.vocab * self.hidden + self.layers * self.experts * self.hidden
-        return 2 * kept + bytes_per_weight * (self.weights - kept)
+        return 2 * kept + BYTES_PER_WEIGHT[dtype] * (self.weights - kept)
 
     @property
     def weights_per_token(self) -> int:

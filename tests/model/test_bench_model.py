@@ -208,7 +208,7 @@ def test_experts_of_a_step_are_those_that_the_router_chose():
     assert TINY.layers * TINY.top_k < model_cuda.experts_read(model, 64) <= TINY.layers * TINY.experts
 
 
-@pytest.mark.parametrize("dtype", model_cuda.BYTES_PER_WEIGHT)
+@pytest.mark.parametrize("dtype", model_cuda.ARITHMETIC)
 def test_rows_of_some_layers_are_scaled_to_all_and_say_so(dtype, monkeypatch):
     monkeypatch.setattr("model_cuda.PREFILL", 32)
     monkeypatch.setattr("model_cuda.PROMPT", 4)
