@@ -23,15 +23,15 @@ struct Int8Block {
     const char* pairs;
 
     // The sixteen columns at the even and at the odd depth of pair p, which is 32 bits: q in the upper 16, zeros below.
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 even(int64_t p) const {
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 even(int64_t p) const {
       return _mm512_cvtepi32_ps(_mm512_slli_epi32(words(p), 16));
     }
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 odd(int64_t p) const {
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 odd(int64_t p) const {
       return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
 
     // All pairs.
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
 #pragma GCC unroll 16
       for (int64_t p = 0; p < kHalfPairs; ++p) {
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(p)), 16);
@@ -40,12 +40,12 @@ struct Int8Block {
     }
 
    private:
-    MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512i words(int64_t p) const {
+    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i words(int64_t p) const {
       return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + p * 32)));
     }
   };
 
-  MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
     const char* at = steps + step * kStepBytes + h * kHalfBytes;
     cpu::prefetch_ahead<kHalfBytes>(at);
     return {at};

@@ -45,12 +45,8 @@ MIXTRAL_INLINE void int4_step(const char* step, BFloat16* out) {
 #if defined(__x86_64__)
 // ---- the same values in AVX-512
 
-MIXTRAL_TARGET_AVX512_BF16 void int8_steps_avx512(const Int8Block& block, int64_t begin, int64_t end, BFloat16* out) {
-  for (int64_t step = begin; step < end; ++step)
-    for (int64_t h = 0; h < 2; ++h, out += kTileElements) block.half(step, h).store(out);
-}
-
-MIXTRAL_TARGET_AVX512 void int4_steps_avx512(const Int4Block& block, int64_t begin, int64_t end, BFloat16* out) {
+template <typename Block>
+MIXTRAL_TARGET_AVX512 void steps_avx512(const Block& block, int64_t begin, int64_t end, BFloat16* out) {
   for (int64_t step = begin; step < end; ++step)
     for (int64_t h = 0; h < 2; ++h, out += kTileElements) block.half(step, h).store(out);
 }
@@ -61,7 +57,7 @@ MIXTRAL_TARGET_AVX512 void int4_steps_avx512(const Int4Block& block, int64_t beg
 void dequantize_int8(const char* block, int64_t k, int64_t steps, BFloat16* out) {
 #if defined(__x86_64__)
   const int64_t begin = k / kStepDepth;
-  if (cpu_isa() >= CpuIsa::kAvx512Bf16) return int8_steps_avx512({block}, begin, begin + steps, out);
+  if (cpu_isa() >= CpuIsa::kAvx512) return steps_avx512(Int8Block{block}, begin, begin + steps, out);
 #endif
   const auto* values = reinterpret_cast<const int8_t*>(block) + k * kBlockRows;
   for_cpu_isa([&] { int8_steps(values, steps, out); });
@@ -70,7 +66,7 @@ void dequantize_int8(const char* block, int64_t k, int64_t steps, BFloat16* out)
 void dequantize_int4(const char* block, int64_t k, int64_t steps, BFloat16* out) {
 #if defined(__x86_64__)
   const int64_t begin = k / kStepDepth;
-  if (cpu_isa() >= CpuIsa::kAvx512) return int4_steps_avx512({block}, begin, begin + steps, out);
+  if (cpu_isa() >= CpuIsa::kAvx512) return steps_avx512(Int4Block{block}, begin, begin + steps, out);
 #endif
   for (int64_t s = 0; s < steps; ++s, out += kStepElements)
     for_cpu_isa([&] { int4_step(block + (k / kStepDepth + s) * kInt4StepBytes, out); });
