@@ -27,7 +27,7 @@ if ((${#missing[@]})); then
 fi
 
 if [[ ! -x .venv/bin/python ]]; then
-  free_gb=$(($(df --output=avail -k . | tail -1) / 1000000)) needed_gb=8
+  free_gb=$(($(df --output=avail -B1 . | tail -1) / 1000000000)) needed_gb=9
   ((free_gb >= needed_gb)) ||
     { echo "setup: needs $needed_gb GB of free disk, PyTorch most of it; $PWD has $free_gb GB" >&2; exit 1; }
   "${PYTHON:-python3}" -m venv .venv
