@@ -2,8 +2,8 @@
 
 #include <cmath>
 
+#include "../io/load_error.h"
 #include "config_fields.h"
-#include "load_error.h"
 #include "packing.h"
 
 namespace mixtral {

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../checkpoint/memory_plan.h"
 #include "memory.h"
-#include "memory_plan.h"
 #include "ops.h"
 
 namespace mixtral {

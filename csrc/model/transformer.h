@@ -9,13 +9,13 @@
 #include <utility>
 #include <vector>
 
+#include "../checkpoint/weights.h"
 #include "attention.h"
 #include "config.h"
 #include "memory.h"
 #include "moe.h"
 #include "packing.h"
 #include "rolling_kv_cache.h"
-#include "weights.h"
 
 namespace mixtral {
 

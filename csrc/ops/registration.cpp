@@ -13,9 +13,11 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated
   m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
   // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
-  m.def("topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
+  m.def(
+      "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
   // x [T,H], router [E,H] of f32 or the dtype of x -> weights f32 [T,K], ids int32 [T,K]
-  m.def("moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
+  m.def(
+      "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
   // x [T,H], topk_ids [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
   // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]
@@ -32,11 +34,19 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
   m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
   // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]
-  m.def("sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, bool causal=True, float? scale=None) -> Tensor");
+  m.def(
+      "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, "
+      "bool causal=True, float? scale=None) -> Tensor");
   // k_cache, v_cache [pages,P,Nkv,D], k, v [T,Nkv,D], slot_mapping [T]: page * P + row
-  m.def("rolling_kv_cache_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
-  // q [T,Nq,D], k, v [T,Nkv,D], positions [T], caches and slot_mapping as above -> q rotated; rotated k and v are written
-  m.def("rolling_kv_cache_rope_write(Tensor q, Tensor k, Tensor v, Tensor positions, float theta, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor");
+  m.def(
+      "rolling_kv_cache_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
+  // q [T,Nq,D], k, v [T,Nkv,D], positions [T], caches and slot_mapping as above -> q rotated; rotated k and v are
+  // written
+  m.def(
+      "rolling_kv_cache_rope_write(Tensor q, Tensor k, Tensor v, Tensor positions, float theta, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor");
   // q [T,Nq,D], k_cache, v_cache [pages,P,Nkv,D], page_table [B,R], cu_seqlens_q [B+1], kv_lens [B] -> [T,Nq,D]
-  m.def("rolling_kv_cache_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q, Tensor kv_lens, int window=0, float? scale=None) -> Tensor");
+  m.def(
+      "rolling_kv_cache_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q, "
+      "Tensor kv_lens, int window=0, float? scale=None) -> Tensor");
 }

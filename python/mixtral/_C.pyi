@@ -1,4 +1,4 @@
-"""csrc/bindings.cpp as types."""
+"""csrc/bindings/module.cpp as types."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike

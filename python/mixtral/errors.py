@@ -1,4 +1,4 @@
-"""The exception of every loader, as in C++ (csrc/model/load_error.h)."""
+"""The exception of every loader, as in C++ (csrc/io/load_error.h)."""
 
 
 class LoadError(Exception):

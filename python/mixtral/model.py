@@ -123,7 +123,7 @@ class Mixtral:
         return self._model.weight_type
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """The weights by name, not copies; csrc/model/weights.h lists names and shapes."""
+        """The weights by name, not copies; csrc/checkpoint/weights.h lists names and shapes."""
         return self._model.named_parameters()
 
     def __call__(self, input_ids: Tensor) -> Tensor:

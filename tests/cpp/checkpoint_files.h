@@ -12,7 +12,7 @@
 #include <fstream>
 #include <string>
 
-#include "model/load_error.h"
+#include "io/load_error.h"
 
 namespace mixtral::testing {
 

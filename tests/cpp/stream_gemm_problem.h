@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "gpu_emulator/wgmma.h"
-#include "ops/grouped_gemm/grouped_gemm_stream_hopper.cuh"
+#include "ops/grouped_gemm/hopper/grouped_gemm_stream_hopper.cuh"
 
 namespace mixtral::cuda {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "gpu_emulator/hopper.h"
-#include "ops/sliding_window_attention/attention_decode_hopper.cuh"
+#include "ops/sliding_window_attention/hopper/attention_decode_hopper.cuh"
 
 namespace mixtral {
 namespace {

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "gpu_emulator/wgmma.h"
-#include "ops/sliding_window_attention/attention_prefill_hopper.cuh"
-#include "ops/sliding_window_attention/attention_prefill_hopper.h"
+#include "ops/sliding_window_attention/hopper/attention_prefill_hopper.cuh"
+#include "ops/sliding_window_attention/hopper/attention_prefill_hopper.h"
 
 namespace mixtral::cuda::prefill {
 namespace {

@@ -2,7 +2,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <gtest/gtest.h>
 
-#include "model/calibrate.h"
+#include "checkpoint/calibrate.h"
 #include "tiny_model.h"
 
 namespace mixtral {

@@ -2,9 +2,9 @@
 #include <cmath>
 #include <limits>
 
+#include "checkpoint/weights.h"
 #include "checkpoint_files.h"
 #include "model/transformer.h"
-#include "model/weights.h"
 
 namespace mixtral {
 namespace {

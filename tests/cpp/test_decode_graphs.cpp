@@ -1,7 +1,7 @@
 // Padding, buckets and buffers of decoding in graphs, on the CPU, where every step runs without one.
 #include <set>
 
-#include "model/decode_graphs.h"
+#include "engine/decode_graphs.h"
 #include "tiny_model.h"
 
 namespace mixtral {

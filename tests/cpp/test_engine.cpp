@@ -2,7 +2,7 @@
 #include <filesystem>
 #include <limits>
 
-#include "model/engine.h"
+#include "engine/engine.h"
 #include "tiny_model.h"
 
 namespace mixtral {

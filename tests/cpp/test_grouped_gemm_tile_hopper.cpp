@@ -8,8 +8,8 @@
 
 #include "gpu_emulator/wgmma.h"
 // The kernel, behind the building blocks.
-#include "ops/grouped_gemm/grouped_gemm_tile_hopper.cuh"
-#include "ops/grouped_gemm/grouped_gemm_tile_hopper.h"
+#include "ops/grouped_gemm/hopper/grouped_gemm_tile_hopper.cuh"
+#include "ops/grouped_gemm/hopper/grouped_gemm_tile_hopper.h"
 
 namespace mixtral::cuda {
 namespace {

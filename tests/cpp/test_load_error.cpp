@@ -1,6 +1,6 @@
 #include <gtest/gtest.h>
 
-#include "model/load_error.h"
+#include "io/load_error.h"
 
 namespace mixtral {
 namespace {

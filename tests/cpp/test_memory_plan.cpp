@@ -1,6 +1,6 @@
 #include <gtest/gtest.h>
 
-#include "model/memory_plan.h"
+#include "checkpoint/memory_plan.h"
 
 namespace mixtral {
 namespace {

@@ -1,9 +1,9 @@
 // Which weights are packed, what errors say, and the config.json that a quantised checkpoint gets.
 #include <gtest/gtest.h>
 
+#include "checkpoint/save.h"
 #include "checkpoint_files.h"
 #include "model/packing.h"
-#include "model/save.h"
 #include "tiny_model.h"
 
 namespace mixtral {

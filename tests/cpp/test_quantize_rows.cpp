@@ -9,7 +9,7 @@
 
 #include "gpu_emulator/hopper.h"
 // The kernels, after the building blocks.
-#include "ops/grouped_gemm/quantize_rows_hopper.cuh"
+#include "ops/grouped_gemm/hopper/quantize_rows_hopper.cuh"
 #include "ops/grouped_gemm/round_to_e4m3_kernels.cuh"
 
 namespace mixtral::cuda {

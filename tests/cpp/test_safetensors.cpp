@@ -2,7 +2,7 @@
 #include <sys/stat.h>
 
 #include "checkpoint_files.h"
-#include "model/safetensors.h"
+#include "io/safetensors.h"
 
 namespace mixtral {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "model/sample_batch.h"
+#include "engine/sample_batch.h"
 
 namespace mixtral {
 namespace {

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <random>
 
-#include "model/sampling.h"
+#include "engine/sampling.h"
 
 namespace mixtral {
 namespace {

@@ -3,8 +3,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "model/sampling.h"
-#include "model/score.h"
+#include "engine/sampling.h"
+#include "engine/score.h"
 #include "tiny_model.h"
 
 namespace mixtral {

@@ -8,10 +8,10 @@
 #include <functional>
 #include <random>
 
-#include "model/chat.h"
-#include "model/load_error.h"
-#include "model/sentencepiece_file.h"
-#include "model/tokenizer.h"
+#include "io/load_error.h"
+#include "text/chat.h"
+#include "text/sentencepiece_file.h"
+#include "text/tokenizer.h"
 
 namespace mixtral {
 namespace {

@@ -8,8 +8,8 @@
 #include "../steps.h"
 #include "../swiglu/swiglu.h"
 #include "gemm_work.h"
-#include "grouped_gemm_stream_hopper.h"
-#include "grouped_gemm_tile_hopper.h"
+#include "hopper/grouped_gemm_stream_hopper.h"
+#include "hopper/grouped_gemm_tile_hopper.h"
 
 namespace mixtral {
 namespace {

@@ -1,6 +1,6 @@
 #include "../cuda/kernel_choice.h"
 #include "../dispatch.h"
-#include "../grouped_gemm/grouped_gemm_stream_hopper.h"
+#include "../grouped_gemm/hopper/grouped_gemm_stream_hopper.h"
 #include "../pack_weight/weight_view.h"
 #include "moe_mlp.h"
 

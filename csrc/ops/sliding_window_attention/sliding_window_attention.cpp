@@ -8,8 +8,8 @@
 
 #ifdef MIXTRAL_WITH_HOPPER
 #include "../cuda/kernel_choice.h"
-#include "attention_decode_hopper.h"
-#include "attention_prefill_hopper.h"
+#include "hopper/attention_decode_hopper.h"
+#include "hopper/attention_prefill_hopper.h"
 #endif
 
 namespace mixtral {

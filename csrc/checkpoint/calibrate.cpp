@@ -1,0 +1,215 @@
+#include "calibrate.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "../model/ops.h"
+
+namespace mixtral {
+namespace {
+
+constexpr int64_t kGroup = kPackedRows;    // depths that share a scale
+constexpr int64_t kSequenceTokens = 2048;  // as in the paper
+constexpr int64_t kGramTokens = 4096;      // converted to f32 at a time
+constexpr double kDamping = 0.01;          // of the mean of the diagonal, added to it
+
+// gram [K,K] -> U f32 [K,K], upper triangular: the inverse of the damped matrix is U^T U. With L L^T for the matrix
+// reversed, L reversed is R in G = R R^T, and U its inverse: no inverse of G itself is needed.
+torch::Tensor inverse_factor(const torch::Tensor& gram) {
+  auto factor = gram.to(torch::kFloat64);
+  factor.diagonal().add_(kDamping * factor.diagonal().mean());
+  factor = torch::linalg_cholesky(factor.flip({0, 1}));
+  factor = factor.flip({0, 1});
+  const auto identity = torch::eye(gram.size(0), factor.options());
+  return torch::linalg_solve_triangular(factor, identity, /*upper=*/true).to(torch::kFloat32).contiguous();
+}
+
+// One row's group of columns, rounded at one scale.
+struct RoundedGroup {
+  float values[kGroup];  // first what is to be rounded, then what it is rounded to
+  float errors[kGroup];  // each divided by its column's diagonal element of U
+  double loss = 0;       // sum of their squares: what the roundings add to the squared error of the results
+
+  // An error in column i changes later column j by U[i,j] / U[i,i] of it. factor: U from the group's first element on.
+  void round(float scale, const float* factor, int64_t depth) {
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const float* const u = factor + i * depth;
+      const float level = std::clamp(std::floor(values[i] / scale) + 0.5f, -7.5f, 7.5f);
+      const float value = c10::BFloat16(level * scale), error = (values[i] - value) / u[i];
+      for (int64_t j = i + 1; j < kGroup; ++j) values[j] -= error * u[j];
+      values[i] = value;
+      errors[i] = error;
+      loss += static_cast<double>(error) * static_cast<double>(error);
+    }
+  }
+};
+
+// Rounds the columns [k, k + 32) of rows [N,K] in place. scales uint8 [N]: those of the nearest roundings; of each and
+// its neighbours the one of least loss replaces it. factor: U [K,K] -> errors [N,32]
+torch::Tensor round_group(const torch::Tensor& rows, int64_t k, const torch::Tensor& scales,
+                          const torch::Tensor& factor) {
+  const int64_t depth = rows.size(1);
+  const auto errors = torch::empty({rows.size(0), kGroup});
+  float* const values = rows.data_ptr<float>() + k;
+  float* const all_errors = errors.data_ptr<float>();
+  uint8_t* const scale_bytes = scales.data_ptr<uint8_t>();
+  const float* const u = factor.data_ptr<float>() + k * depth + k;
+  at::parallel_for(0, rows.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      float* const row = values + n * depth;
+      RoundedGroup best;
+      best.loss = std::numeric_limits<double>::infinity();
+      const int nearest = scale_bytes[n];
+      for (int scale = std::max(nearest - 1, 0); scale <= std::min(nearest + 1, 255); ++scale) {
+        RoundedGroup group;
+        std::copy_n(row, kGroup, group.values);
+        group.round(std::exp2(static_cast<float>(scale) / 2 - 64), u, depth);
+        if (group.loss < best.loss) {
+          best = group;
+          scale_bytes[n] = static_cast<uint8_t>(scale);
+        }
+      }
+      std::copy_n(best.values, kGroup, row);
+      std::copy_n(best.errors, kGroup, all_errors + n * kGroup);
+    }
+  });
+  return errors;
+}
+
+// Calibrates every packed matrix just before its first product.
+class Calibrator : public ops::ProductObserver {
+ public:
+  Calibrator(const MixtralImpl& model, const std::filesystem::path& source, const LoadProgress& progress)
+      : checkpoint_(source, model.config()),
+        plain_(MixtralImpl(model.config(), torch::kFloat32, torch::kMeta).named_parameters()),
+        progress_(progress) {
+    for (const auto& item : model.named_parameters()) {
+      if (!is_packed(item.value())) continue;
+      names_[item.value().data_ptr()] = item.key();
+      total_ += static_cast<uint64_t>(experts(plain_[item.key()]));
+    }
+  }
+
+  void before_grouped_gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor&) override {
+    if (names_.count(b.data_ptr()) > 0) calibrate(b, 0, read(b), a);
+  }
+
+  void before_moe_mlp(const torch::Tensor& x, const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
+                      const torch::Tensor& down_proj) override {
+    const auto gate_up_rows = read(gate_up_proj), down_rows = read(down_proj);  // [E,2I,H], [E,H,I]
+    for (int64_t e = 0; e < gate_up_proj.size(0); ++e) {
+      const auto inputs = x.index_select(0, (topk_ids == e).any(1).nonzero().squeeze(1));  // [T,H]
+      calibrate(gate_up_proj, e, gate_up_rows, inputs);
+      const auto offs = torch::full({1}, inputs.size(0), torch::kInt32);
+      calibrate(down_proj, e, down_rows, ops::swiglu(ops::grouped_gemm(inputs, gate_up_proj.narrow(0, e, 1), offs)));
+    }
+  }
+
+ private:
+  static int64_t experts(const torch::Tensor& plain) { return plain.dim() == 3 ? plain.size(0) : 1; }
+
+  // The weights of a packed parameter as the checkpoint has them, f32 [E,N,K]
+  torch::Tensor read(const torch::Tensor& packed) const {
+    const std::string& name = names_.at(packed.data_ptr());
+    const auto sizes = plain_[name].sizes();
+    torch::OrderedDict<std::string, torch::Tensor> parameter;
+    parameter.insert(name, torch::empty(sizes));
+    checkpoint_.read_into(parameter, Packing::kNone, nullptr);
+    return parameter[name].view({-1, sizes[sizes.size() - 2], sizes.back()});
+  }
+
+  // packed [E,N/32,...], rows [E,N,K], inputs [T,K] of expert e
+  void calibrate(const torch::Tensor& packed, int64_t e, const torch::Tensor& rows, const torch::Tensor& inputs) {
+    const auto gram = gram_matrix(inputs);
+    const double mean = gram.diagonal().mean().item<double>();
+    if (!std::isfinite(mean)) {
+      throw std::runtime_error("calibrate: inputs of " + names_.at(packed.data_ptr()) +
+                               " must be finite, got inf or NaN");
+    }
+    if (mean > 0) packed[e].copy_(pack_rows_calibrated(rows[e], gram));
+    if (progress_) progress_(++done_, total_);
+  }
+
+  const Checkpoint checkpoint_;
+  const torch::OrderedDict<std::string, torch::Tensor> plain_;  // shapes of the parameters when they are not packed
+  const LoadProgress& progress_;
+  std::map<const void*, std::string> names_;  // of the packed parameters, by their data
+  uint64_t done_ = 0, total_ = 0;
+};
+
+// What a pass over `tokens` tokens holds at most besides the model: activations in bf16, a layer's weights in f32, and
+// a Gram matrix with what becomes of it in f64.
+double working_bytes(const Config& config, int64_t tokens) {
+  const auto hidden = static_cast<double>(config.hidden_size), inner = static_cast<double>(config.intermediate_size);
+  const auto experts = static_cast<double>(std::max<int64_t>(config.num_experts, 1));
+  const auto copies = static_cast<double>(std::max<int64_t>(config.top_k, 1));
+  const double token = 8 * hidden + 3 * inner + copies * (2 * hidden + inner);
+  const double depth = std::max(hidden, inner);
+  return 2 * token * static_cast<double>(tokens) + 4 * experts * 3 * hidden * inner + 36 * depth * depth;
+}
+
+}  // namespace
+
+torch::Tensor gram_matrix(const torch::Tensor& inputs) {
+  const auto gram = torch::zeros({inputs.size(1), inputs.size(1)});
+  for (const auto& part : inputs.split(kGramTokens)) {
+    const auto x = part.to(torch::kFloat32);
+    gram.addmm_(x.t(), x);
+  }
+  return gram;
+}
+
+torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tensor& gram) {
+  const int64_t count = rows.size(0), depth = rows.size(1);
+  const auto factor = inverse_factor(gram);
+  const auto values = rows.clone(torch::MemoryFormat::Contiguous);  // rounded from the left, compensated to the right
+  const auto scales = torch::empty({count, depth / kGroup}, torch::kUInt8);
+  for (int64_t k = 0; k < depth; k += kGroup) {
+    const int64_t after = k + kGroup, rest = depth - after;
+    const auto step = ops::pack_weight(values.narrow(1, k, kGroup).unsqueeze(0), "int4");
+    const auto group_scales = step.narrow(3, 0, kPackedRows).flatten();  // a step begins with those of its 32 rows
+    const auto errors = round_group(values, k, group_scales, factor);
+    scales.select(1, k / kGroup).copy_(group_scales);
+    if (rest > 0)
+      values.narrow(1, after, rest).addmm_(errors, factor.narrow(0, k, kGroup).narrow(1, after, rest), 1, -1);
+  }
+  return ops::pack_weight(values.unsqueeze(0), "int4", scales.unsqueeze(0)).squeeze(0);
+}
+
+void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
+               const LoadProgress& progress) {
+  const Config& config = model.config();
+  if (model.weight_type().packing != Packing::kInt4 || !config.quantization.empty()) {
+    throw std::invalid_argument("calibrate: model must be int4 and its checkpoint not quantised");
+  }
+  if (ids.empty()) throw std::invalid_argument("calibrate: text must not be empty");
+  model.check_ids(&bos, 1);
+  model.check_ids(ids.data(), static_cast<int64_t>(ids.size()));
+
+  const auto length = static_cast<size_t>(std::clamp<int64_t>(config.max_position - 1, 1, kSequenceTokens - 1));
+  std::vector<std::vector<int64_t>> sequences;
+  for (size_t begin = 0; begin < ids.size(); begin += length) {
+    sequences.push_back({bos});
+    const auto first = ids.begin() + static_cast<int64_t>(begin);
+    const auto count = static_cast<int64_t>(std::min(length, ids.size() - begin));
+    sequences.back().insert(sequences.back().end(), first, first + count);
+  }
+  const Batch batch = packed_batch(sequences, torch::kCPU);
+  check_memory("calibrating", working_bytes(config, batch.input_ids.size(0)), torch::kCPU);
+
+  Calibrator calibrator(model, source, progress);
+  const auto hidden = model.hidden_states(batch);  // [T,H]
+  // lm_head's turn: its inputs are all here, and of its logits, which would be large, none is wanted.
+  const auto parameters = model.named_parameters();
+  if (const torch::Tensor* lm_head = parameters.find("lm_head")) {
+    calibrator.before_grouped_gemm(hidden, *lm_head, batch.offs);
+  }
+}
+
+}  // namespace mixtral

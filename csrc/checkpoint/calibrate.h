@@ -1,0 +1,32 @@
+// Better roundings for int4 than the nearest ones: those that change the results of a text least (Frantar et al.,
+// "GPTQ", 2022).
+//
+// A matrix W [N,K] is used in x W^T. For the inputs x that it meets in a text, with the Gram matrix G = sum of x^T x,
+// the squared error of the results is the trace of (W - Q) G (W - Q)^T. One column of Q after the other is rounded, and
+// the columns still to come make up for its error as well as they can. Each matrix sees the inputs that the matrices
+// before it give after their own rounding; an expert, those of the tokens routed to it.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <filesystem>
+#include <vector>
+
+#include "../model/transformer.h"
+
+namespace mixtral {
+
+// Rounds all packed matrices of the int4 `model` anew, from the weights in folder `source` and a text, ids [n] without
+// BOS; an expert that no token reaches keeps the nearest. The text is read in one forward pass, in sequences of at most
+// 2048 tokens behind a BOS. `progress` counts matrices and may throw. Throws std::invalid_argument for another model, a
+// source that is quantised itself, no ids, or one outside the vocabulary; OutOfMemory; std::runtime_error for inputs
+// that are not finite.
+void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
+               const LoadProgress& progress = nullptr);
+
+// inputs [T,K] -> f32 [K,K]
+torch::Tensor gram_matrix(const torch::Tensor& inputs);
+// rows f32 [N,K], gram f32 [K,K], not all zero -> [N/32,...]: the blocks of a packed int4 parameter.
+torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tensor& gram);
+
+}  // namespace mixtral

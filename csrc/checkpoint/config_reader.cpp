@@ -1,0 +1,281 @@
+// Config from config.json (transformers v4 and v5 spelling) and from params.json (Mistral's consolidated checkpoints).
+//
+// A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
+// are not the values of the published Mistral and Mixtral models (rms_norm_eps, sliding_window, rope_theta).
+#include <charconv>
+#include <initializer_list>
+
+#include "../io/file.h"
+#include "../io/json.h"
+#include "../io/load_error.h"
+#include "../model/config.h"
+#include "../model/config_fields.h"
+
+namespace mixtral {
+namespace {
+
+using nlohmann::json;
+
+constexpr uint64_t kMaxConfigBytes = 1 << 20;
+
+// One JSON object of a configuration file, read key by key. A key whose value is null counts as absent.
+class Fields {
+ public:
+  Fields(const json& object, const std::string& source) : object_(object), source_(source) {}
+
+  [[noreturn]] void fail(const std::string& key, const std::string& reason) const {
+    throw LoadError(source_, key, reason);
+  }
+
+  bool contains(const char* key) const { return object_.contains(key); }
+
+  const json* find(const char* key) const {
+    const auto found = object_.find(key);
+    return found == object_.end() || found->is_null() ? nullptr : &*found;
+  }
+
+  const json& at(const char* key) const {
+    const json* value = find(key);
+    if (!value) fail(key, contains(key) ? "must have a value, got null" : "is missing");
+    return *value;
+  }
+
+  int64_t as_integer(const char* key, const json& value) const {
+    // A number above 2^63 would wrap around in get<int64_t>.
+    const bool fits =
+        value.is_number_integer() && !(value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{INT64_MAX});
+    if (!fits) fail(key, "must be an integer, got " + shown(value));
+    return value;
+  }
+
+  int64_t integer(const char* key) const { return as_integer(key, at(key)); }
+  int64_t integer(const char* key, int64_t absent) const { return find(key) ? integer(key) : absent; }
+
+  double number(const char* key) const {
+    const json& value = at(key);
+    if (!value.is_number()) fail(key, "must be a number, got " + shown(value));
+    return value;
+  }
+
+  bool boolean(const char* key, bool absent) const {
+    const json* value = find(key);
+    if (value && !value->is_boolean()) fail(key, "must be true or false, got " + shown(*value));
+    return value ? value->get<bool>() : absent;
+  }
+
+  std::string string(const char* key) const {
+    const json& value = at(key);
+    if (!value.is_string()) fail(key, "must be a string, got " + shown(value));
+    return value;
+  }
+
+  Fields object(const char* key) const {
+    const json& value = at(key);
+    if (!value.is_object()) fail(key, "must be an object, got " + shown(value));
+    return Fields(value, source_);
+  }
+
+  // Features this model does not have: computing without them would give wrong numbers in silence.
+  void reject(std::initializer_list<const char*> keys) const {
+    for (const char* key : keys) {
+      const json* value = find(key);
+      if (value && *value != false) fail(key, "is not supported, got " + shown(*value));
+    }
+  }
+
+ private:
+  const json& object_;
+  const std::string& source_;
+};
+
+// An integer, decimal digits, or one window per layer, which must all agree.
+int64_t parse_window(const Fields& fields, const char* key, const json& value) {
+  if (value.is_array() && !value.empty()) {
+    for (const json& layer : value) {
+      if (layer != value.front()) fields.fail(key, "must be the same in every layer, got " + shown(value));
+    }
+    return value.front().is_null() ? 0 : parse_window(fields, key, value.front());
+  }
+  int64_t window = 0;
+  if (value.is_string()) {
+    const std::string& text = value.get_ref<const std::string&>();
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), window);
+    if (error != std::errc() || end != text.data() + text.size()) {
+      fields.fail(key, "must be an integer, got " + shown(value));
+    }
+  } else {
+    window = fields.as_integer(key, value);
+  }
+  if (window < kWindow.min || window > kWindow.max) {
+    fields.fail(key, "must be null or in [1, 2147483647], got " + shown(value));
+  }
+  return window;
+}
+
+void read_window(const Fields& fields, const char* key, const std::string& source, Config& config) {
+  const json* value = fields.find(key);
+  config.window = value ? parse_window(fields, key, *value) : 0;
+  const std::string file = std::filesystem::path(source).filename().string();
+  config.window_source =
+      file + (fields.contains(key) ? ": " : ": no ") + key + (value || !fields.contains(key) ? "" : " null");
+}
+
+// transformers v5 writes rope_parameters, v4 wrote rope_theta and rope_scaling.
+double read_rope_theta(const Fields& fields) {
+  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+    if (!fields.find(key)) continue;
+    const Fields rope = fields.object(key);
+    for (const char* type : {"rope_type", "type"}) {
+      if (rope.find(type) && rope.string(type) != "default") {
+        fields.fail(key, "must have rope_type \"default\", got " + shown(rope.at(type)));
+      }
+    }
+    if (rope.find("partial_rotary_factor") && rope.number("partial_rotary_factor") != 1) {
+      fields.fail(key, "must have partial_rotary_factor 1, got " + shown(rope.at("partial_rotary_factor")));
+    }
+  }
+  const bool nested = fields.find("rope_parameters") && fields.object("rope_parameters").find("rope_theta");
+  if (!nested) return fields.number("rope_theta");
+  const double theta = fields.object("rope_parameters").number("rope_theta");
+  if (fields.find("rope_theta") && fields.number("rope_theta") != theta) {
+    fields.fail("rope_theta", "must agree with rope_parameters");
+  }
+  return theta;
+}
+
+std::string read_dtype(const Fields& fields, const std::string& absent) {
+  const char* key = fields.find("dtype") ? "dtype" : "torch_dtype";
+  if (!fields.find(key)) return absent;
+  const std::string dtype = fields.string(key);
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {
+    fields.fail(key, "must be float32, bfloat16 or float16, got " + shown(dtype));
+  }
+  return dtype;
+}
+
+// Only the format that save_quantized writes.
+std::string read_quantization(const Fields& fields) {
+  const char* key = "quantization_config";
+  if (!fields.find(key)) return "";
+  const Fields quantization = fields.object(key);
+  const bool ours = quantization.find("quant_method") && quantization.at("quant_method") == "mixtral";
+  const std::string dtype = ours ? quantization.string("dtype") : "";
+  if (dtype != "int8" && dtype != "fp8" && dtype != "int4") {
+    fields.fail(key, "must have quant_method \"mixtral\" and dtype \"int8\", \"fp8\" or \"int4\", got " +
+                         shown(fields.at(key)));
+  }
+  return dtype;
+}
+
+// What both kinds of file spell alike: the router's variants and the special tokens.
+void read_common(const Fields& fields, Config& config) {
+  config.renormalize = fields.boolean("norm_topk_prob", true);
+  if (fields.find("router_dtype")) {
+    const std::string dtype = fields.string("router_dtype");
+    if (dtype != "float32" && dtype != "model") {
+      fields.fail("router_dtype", "must be \"float32\" or \"model\", got " + shown(dtype));
+    }
+    config.router_in_f32 = dtype == "float32";
+  }
+  config.bos_token_id = fields.integer("bos_token_id", 1);
+  if (const json* eos = fields.find("eos_token_id")) {
+    config.eos_token_ids.clear();
+    for (const json& id : eos->is_array() ? *eos : json::array({*eos})) {
+      config.eos_token_ids.push_back(fields.as_integer("eos_token_id", id));
+    }
+  }
+}
+
+Config read_hugging_face(const Fields& fields, const std::string& source) {
+  fields.reject({"attention_bias", "mlp_bias", "layer_types"});
+  const std::string type = fields.string("model_type");
+  if (type != "mixtral" && type != "mistral") {
+    fields.fail("model_type", "must be \"mixtral\" or \"mistral\", got " + shown(type));
+  }
+  if (fields.find("hidden_act") && fields.string("hidden_act") != "silu") {
+    fields.fail("hidden_act", "must be \"silu\", got " + shown(fields.at("hidden_act")));
+  }
+  Config config;
+  for (const IntegerField& field :
+       {kHiddenSize, kIntermediateSize, kNumLayers, kNumHeads, kNumKvHeads, kVocabSize, kMaxPosition}) {
+    config.*field.member = fields.integer(field.hugging_face);
+  }
+  if (type == "mixtral") {
+    config.num_experts = fields.integer(kNumExperts.hugging_face);
+    config.top_k = fields.integer(kTopK.hugging_face);
+  } else if (!fields.contains("sliding_window")) {
+    fields.fail("sliding_window", "is missing (null: no window)");
+  }
+  config.rms_norm_eps = fields.number("rms_norm_eps");
+  config.rope_theta = read_rope_theta(fields);
+  config.tie_word_embeddings = fields.boolean("tie_word_embeddings", false);
+  config.dtype = read_dtype(fields, "float32");  // as transformers: every other type converts to it without loss
+  config.quantization = read_quantization(fields);
+  read_window(fields, "sliding_window", source, config);
+  return config;
+}
+
+Config read_consolidated(const Fields& fields, const std::string& source) {
+  fields.reject({"quantization", "vision_encoder", "yarn", "rope_scaling", "lora"});
+  if (fields.find("model_type") && fields.string("model_type") != "transformer") {
+    fields.fail("model_type", "must be \"transformer\", got " + shown(fields.at("model_type")));
+  }
+  Config config;
+  config.layout = CheckpointLayout::kConsolidated;
+  const auto either = [&](const Fields& in, const char* key, const char* alias) { return in.find(key) ? key : alias; };
+  // The first release (December 2023) has the names of config.json.
+  for (const IntegerField& field : {kHiddenSize, kIntermediateSize, kNumLayers, kNumHeads, kNumKvHeads, kVocabSize}) {
+    config.*field.member = fields.integer(fields.find(field.hugging_face) ? field.hugging_face : field.consolidated);
+  }
+  config.max_position = fields.integer(either(fields, "max_seq_len", "max_position_embeddings"), 32768);
+  const bool nested = fields.find("moe");
+  const Fields moe = nested ? fields.object("moe") : fields;
+  const char* num_experts = either(moe, "num_experts", "num_local_experts");
+  if (nested || fields.find(num_experts)) {
+    config.num_experts = moe.integer(num_experts);
+    config.top_k = moe.integer("num_experts_per_tok");
+  }
+  config.rms_norm_eps = fields.number(either(fields, "rms_norm_eps", "norm_eps"));
+  read_window(fields, either(fields, "_sliding_window", "sliding_window"), source, config);
+  // Files of models with a window were written before rope_theta was a field.
+  config.rope_theta = fields.find("rope_theta") ? fields.number("rope_theta") : config.window > 0 ? 1e4 : 1e6;
+  config.tie_word_embeddings = fields.boolean(either(fields, "tied_embeddings", "tie_word_embeddings"), false);
+  config.dtype = read_dtype(fields, "bfloat16");
+  return config;
+}
+
+// A folder may hold both layouts, as Mistral's own repositories do: the one whose weights are there, config.json first.
+CheckpointLayout layout_of(const std::filesystem::path& folder) {
+  std::error_code ignored;
+  const auto exists = [&](const char* name) { return std::filesystem::exists(folder / name, ignored); };
+  if (!std::filesystem::is_directory(folder, ignored)) throw LoadError(folder.string(), "", "is not a folder");
+  const bool weights = exists("model.safetensors") || exists("model.safetensors.index.json");
+  const bool consolidated = exists("consolidated.safetensors") || exists("consolidated.safetensors.index.json");
+  if (!exists("config.json") && !exists("params.json")) {
+    throw LoadError(folder.string(), "", "holds neither config.json nor params.json");
+  }
+  const bool prefer_consolidated = exists("params.json") && consolidated && !weights;
+  return exists("config.json") && !prefer_consolidated ? CheckpointLayout::kHuggingFace
+                                                       : CheckpointLayout::kConsolidated;
+}
+
+}  // namespace
+
+Config Config::from_json(const std::string& text, CheckpointLayout layout, const std::string& source) {
+  const json object = parse_json(text, source);
+  const Fields fields(object, source);
+  Config config =
+      layout == CheckpointLayout::kHuggingFace ? read_hugging_face(fields, source) : read_consolidated(fields, source);
+  read_common(fields, config);
+  config.head_dim = fields.integer("head_dim", config.num_heads > 0 ? config.hidden_size / config.num_heads : 0);
+  config.validate(source);
+  return config;
+}
+
+Config Config::from_folder(const std::filesystem::path& folder) {
+  const CheckpointLayout layout = layout_of(folder);
+  const auto path = folder / (layout == CheckpointLayout::kHuggingFace ? "config.json" : "params.json");
+  return from_json(read_text(path, kMaxConfigBytes), layout, path.string());
+}
+
+}  // namespace mixtral

@@ -1,0 +1,82 @@
+#include "memory_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "../model/rolling_kv_cache.h"
+
+namespace mixtral {
+namespace {
+
+constexpr double kPackingBytes = 16 << 20;  // rows as read (weights.cpp), as converted, and as packed
+
+// The values of one token that are alive at a time: the residual and its norm; then q, k, v and what attention makes of
+// them, or the rows of its experts with gate, up, their product and the output.
+int64_t values_per_token(const Config& config) {
+  const int64_t copies = config.is_moe() ? config.top_k : 1;
+  const int64_t attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+  const int64_t experts = copies * (2 * config.hidden_size + 3 * config.intermediate_size);
+  return 2 * config.hidden_size + std::max(attention, experts);
+}
+
+int64_t values_of_largest_matrix(const Config& config) {
+  const int64_t experts = config.is_moe() ? config.num_experts : 1;
+  const int64_t qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+  return std::max({experts * 2 * config.intermediate_size, config.vocab_size, qkv}) * config.hidden_size;
+}
+
+// Weight types that exist for the model and fit, best first: "bfloat16 (86.99 GiB)" or "int4 on cpu (24.54 GiB)".
+std::vector<std::string> what_fits(const Config& config, double less_than, torch::Device device,
+                                   const FreeMemory& free) {
+  std::vector<std::string> found;
+  std::vector<torch::Device> devices = {device};
+  if (!device.is_cpu()) devices.emplace_back(torch::kCPU);
+  for (const torch::Device& other : devices) {
+    for (const char* name : {"bfloat16", "int8", "fp8", "int4"}) {
+      try {
+        const WeightType type = parse_weight_type(name, config, other);
+        const MemoryPlan plan = plan_memory(config, type, other);
+        const bool is_less = plan.weights < less_than || other != device;
+        if (is_less && plan.to_load() <= static_cast<double>(free(other)))
+          found.push_back(type.name() + (other != device ? " on cpu" : "") + " (" + gib_text(plan.to_load()) + ")");
+      } catch (const std::invalid_argument&) {  // not on this device, or not for this checkpoint
+      }
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const Config& config, const WeightType& type, torch::Device device, int64_t ctx_size,
+                       int64_t chunk_size) {
+  const int64_t page_size = RollingKVCache::Options().page_size;
+  const auto element_size = static_cast<int64_t>(c10::elementSize(type.dtype));
+  MemoryPlan plan;
+  plan.weights = weight_bytes(config, type);
+  plan.loading = type.packing == Packing::kNone ? 0 : kPackingBytes;
+  if (!device.is_cpu() && type.packing != Packing::kNone)
+    plan.unpacking = static_cast<double>(values_of_largest_matrix(config) * element_size);
+  plan.ctx_size = ctx_size > 0 ? ctx_size : config.max_position;
+  plan.activations = static_cast<double>(chunk_size * values_per_token(config) * element_size);
+  plan.cached_tokens = RollingKVCache::pages_needed(config, page_size, chunk_size, plan.ctx_size) * page_size;
+  plan.cache = static_cast<double>(plan.cached_tokens * config.kv_bytes_per_token(element_size));
+  return plan;
+}
+
+void check_fits(const std::string& what, const Config& config, const WeightType& type, torch::Device device,
+                const FreeMemory& free) {
+  const MemoryPlan plan = plan_memory(config, type, device);
+  const auto available = static_cast<double>(free(device));
+  if (plan.to_load() <= available) return;
+  std::string message = out_of_memory_text(what, plan.to_load(), device, available);
+  message += "; " + type.name() + " weights " + gib_text(plan.weights) + ", activations " + gib_text(plan.activations) +
+             ", and a cache of up to " + gib_text(plan.cache) + " for a context of " + std::to_string(plan.ctx_size);
+  std::string fitting;
+  for (const std::string& choice : what_fits(config, plan.weights, device, free))
+    fitting += (fitting.empty() ? "" : ", ") + choice;
+  throw OutOfMemory(message + (fitting.empty() ? "; no other dtype fits" : "; what would fit: " + fitting));
+}
+
+}  // namespace mixtral

@@ -1,0 +1,36 @@
+// What a model needs, from its configuration alone: told before anything is allocated.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "../model/config.h"
+#include "../model/memory.h"
+#include "../model/packing.h"
+
+namespace mixtral {
+
+struct MemoryPlan {
+  double weights = 0;
+  double loading = 0;      // more, while weights are packed
+  double unpacking = 0;    // on CUDA: a quantised matrix as bf16, where no kernel reads it as it is
+  double activations = 0;  // of one forward pass
+  int64_t ctx_size = 0, cached_tokens = 0;
+  double cache = 0;  // of one sequence as long as the context
+
+  // Without the cache: how much of it a run needs depends on its prompts.
+  double to_load() const { return weights + loading + unpacking + activations; }
+};
+
+// ctx_size 0: the model's; chunk_size: tokens of one forward pass.
+MemoryPlan plan_memory(const Config& config, const WeightType& type, torch::Device device, int64_t ctx_size = 0,
+                       int64_t chunk_size = 512);
+
+using FreeMemory = std::function<int64_t(torch::Device)>;  // bytes
+
+// Throws OutOfMemory, with the plan and with what would fit instead, unless `what` fits on `device`.
+void check_fits(const std::string& what, const Config& config, const WeightType& type, torch::Device device,
+                const FreeMemory& free = available_memory);
+
+}  // namespace mixtral

@@ -1,0 +1,27 @@
+// Writing a quantised model: a folder that from_pretrained reads as it is, at the speed of the disk.
+//
+// config.json is in Hugging Face's spelling, with {"quantization_config": {"quant_method": "mixtral", "dtype":
+// "int4"}}. model.safetensors holds every parameter under its own name (weights.h), matrices as packed blocks: I8 for
+// int8, F8_E4M3 for fp8, U8 for int4, in the format of csrc/ops/pack_weight/pack_weight.h. Tokenizer files are copied.
+#pragma once
+
+#include <filesystem>
+
+#include "../model/transformer.h"
+
+namespace mixtral {
+
+// The text of a config.json for `config`; Config::from_json of it gives `config` back, but for layout and
+// window_source.
+std::string config_json(const Config& config);
+
+// Throws std::invalid_argument unless `folder` does not exist or is an empty folder.
+void check_unused(const std::filesystem::path& folder);
+
+// `model` quantised to int8, fp8 or int4, read from folder `source`, into an unused `folder`, which appears complete or
+// not at all. Throws std::invalid_argument when the model is not quantised or `folder` is in use; std::runtime_error
+// when it cannot be written.
+void save_quantized(const MixtralImpl& model, const std::filesystem::path& source, const std::filesystem::path& folder,
+                    const LoadProgress& progress = nullptr);
+
+}  // namespace mixtral

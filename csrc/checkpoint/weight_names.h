@@ -1,0 +1,41 @@
+// The names and shapes of a checkpoint's tensors in each of its spellings, and where their rows go in the model.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../model/config.h"
+
+namespace mixtral {
+
+enum class WeightNames {
+  kHuggingFace,        // one tensor per expert: transformers v4, and what v5 still saves
+  kHuggingFaceMerged,  // all experts in one tensor: transformers v5 with save_original_format=False
+  kConsolidated,       // Mistral's own
+  kParameters,         // the model's parameters as they are: a quantised checkpoint (save.h)
+};
+
+// A checkpoint tensor and the rows it fills. Matrices are seen as [rows, cols] with cols the last dimension, vectors as
+// one row: every tensor is then a run of whole rows of one parameter.
+struct WeightSlice {
+  std::string tensor;          // in the checkpoint
+  std::vector<int64_t> shape;  // of `tensor`
+  std::string parameter;       // of the model, see weights.h
+  int64_t first_row = 0;       // in the parameter
+  // > 0: rows come in rotary pairs (0,1), (2,3), ... of each head of this size, and go to the half-split order
+  // 0, 2, 4, ..., 1, 3, 5, ...
+  int64_t interleaved_head_dim = 0;
+  std::optional<torch::ScalarType> packed = {};  // of quantised blocks, which go to the parameter as they are
+
+  int64_t cols() const { return shape.back(); }
+  int64_t rows() const;
+};
+
+// Every tensor that a checkpoint of `config` must have.
+std::vector<WeightSlice> weight_slices(const Config& config, WeightNames names);
+
+}  // namespace mixtral

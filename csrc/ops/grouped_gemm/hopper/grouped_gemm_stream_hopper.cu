@@ -1,0 +1,143 @@
+// Launchers of the grouped GEMM of few rows: tensor maps and grid, from shapes alone.
+#include "../../cuda/tensor_map.cuh"
+#include "../../cuda/wgmma.cuh"
+#include "grouped_gemm_stream_hopper.cuh"
+#include "quantize_rows_hopper.cuh"
+
+namespace mixtral {
+namespace {
+
+using namespace cuda;
+
+constexpr MapElement map_element(int bytes) { return bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte; }
+
+// b [E, rows of weights, Kdim], plain or fp8
+template <typename Weights, typename Shape>
+bool encode_weights(TensorMap* map, const void* b, const StreamGemm& gemm, bool swiglu) {
+  const auto boxes = stream_weight_boxes(gemm, swiglu, Shape::kGroups * kStreamTileRows, Weights::kFormat);
+  return encode_tensor_map<4>(map, b, map_element(Weights::kTokenBytes), boxes.sizes, boxes.strides, boxes.box);
+}
+
+// a [M, Kdim]; the boxes that a unit may need
+template <typename Weights, typename Shape>
+bool encode_tokens(TokenMaps* maps, const void* a, const StreamGemm& gemm) {
+  constexpr int kBytes = Weights::kTokenBytes;
+  const int largest = token_box(gemm.rows < Shape::kRows ? gemm.rows : Shape::kRows);
+  for (int box = 0; box <= largest; ++box) {
+    if (!encode_tensor_map<2>(&maps->boxes[box], a, map_element(kBytes), {gemm.depth, gemm.rows}, {gemm.depth * kBytes},
+                              {kSwizzleRowBytes / kBytes, 8 << box}))
+      return false;
+  }
+  return true;
+}
+
+// A kernel that starts while the one before it ends: programmatic dependent launch.
+template <typename... Arguments>
+int launch_overlapping(void (*kernel)(Arguments...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                       const Arguments&... arguments) {
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <typename Weights, typename Shape, bool kSwiglu>
+int launch_kernel(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, cudaStream_t stream) {
+  TokenMaps tokens = {};
+  if (!encode_tokens<Weights, Shape>(&tokens, a, gemm)) return cudaErrorInvalidValue;
+  const auto kernel = grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>;
+  constexpr int kSharedBytes = sizeof(StreamShared<Weights, Shape>);
+  int device = 0, processors = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
+    return error;
+  const int64_t units = max_stream_units(gemm, Shape::kRows, Shape::columns(kSwiglu));
+  const int64_t resident = static_cast<int64_t>(processors) * Shape::kBlocksPerSm;
+  return launch_overlapping(kernel, units < resident ? units : resident, Shape::kThreads, kSharedBytes, stream, weights,
+                            tokens, gemm);
+}
+
+template <typename Weights, typename Shape>
+int launch(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, bool swiglu,
+           cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.columns == 0) return cudaSuccess;
+  return swiglu ? launch_kernel<Weights, Shape, true>(weights, a, gemm, stream)
+                : launch_kernel<Weights, Shape, false>(weights, a, gemm, stream);
+}
+
+StreamGemm stream_gemm(const GroupedGemm<BFloat16>& gemm, const RoutedRows& routed, bool swiglu) {
+  const int64_t columns = gemm.b.columns / (swiglu ? 2 : 1);
+  return {gemm.out, gemm.offs, gemm.b.experts, gemm.rows, columns, gemm.b.depth, routed};
+}
+
+template <typename Shape>
+int launch_bf16(const GroupedGemm<BFloat16>& gemm, const StreamGemm& problem, bool swiglu, cudaStream_t stream) {
+  TensorMap weights;
+  if (!encode_weights<BFloat16Weights, Shape>(&weights, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
+  return launch<BFloat16Weights, Shape>(weights, gemm.a, problem, swiglu, stream);
+}
+
+template <typename Shape>
+int launch_e4m3(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, const StreamGemm& problem, bool swiglu,
+                cudaStream_t stream) {
+  E4m3Weights::Source weights{{}, static_cast<const char*>(gemm.b.data), a.scales};
+  if (!encode_weights<E4m3Weights, Shape>(&weights.map, gemm.b.data, problem, swiglu)) return cudaErrorInvalidValue;
+  return launch<E4m3Weights, Shape>(weights, a.values, problem, swiglu, stream);
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
+  const WeightView& b = gemm.b;
+  const int halves = swiglu ? 2 : 1;
+  if (b.depth == 0 || !aligned(gemm.a) || !aligned(b.data) || !aligned(gemm.out)) return false;
+  if (b.format == WeightFormat::kFp8) return b.columns % (halves * kBlockRows) == 0;
+  if (b.format == WeightFormat::kInt4)
+    return gemm.rows <= kMaxInt4StreamRows * b.experts && b.columns % (halves * kBlockRows) == 0;
+  return b.format == WeightFormat::kPlain && gemm.rows <= kMaxStreamRows && b.depth % 8 == 0 &&
+         b.columns % (halves * 8) == 0;
+}
+
+bool takes_routed_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, int64_t copies, bool swiglu) {
+  const int most = gemm.b.format == WeightFormat::kInt4 ? Int4Rows::kRows : FewRows::kRows;
+  return gemm.rows <= most && gemm.rows * copies <= kMaxRoutedCopies && takes_grouped_gemm_stream_hopper(gemm, swiglu);
+}
+
+int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const RoutedRows& routed, bool swiglu,
+                                      cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
+  const StreamGemm problem = stream_gemm(gemm, routed, swiglu);
+  if (gemm.b.format == WeightFormat::kInt4)
+    return launch<Int4Weights, Int4Rows>({static_cast<const char*>(gemm.b.data)}, gemm.a, problem, swiglu, stream);
+  if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, problem, swiglu, stream);
+  if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, problem, swiglu, stream);
+  return launch_bf16<MoreRows>(gemm, problem, swiglu, stream);
+}
+
+int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
+                                cudaStream_t stream) {
+  if (rows == 0 || depth == 0) return cudaSuccess;
+  return launch_overlapping(quantize_rows_kernel, ceil_div(rows, kE4m3Warps), kE4m3Warps * kWarpSize, 0, stream, a, out,
+                            rows, depth);
+}
+
+int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a,
+                                           const RoutedRows& routed, bool swiglu, cudaStream_t stream) {
+  if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
+  const StreamGemm problem = stream_gemm(gemm, routed, swiglu);
+  return gemm.rows <= FewRows::kRows ? launch_e4m3<FewRows>(gemm, a, problem, swiglu, stream)
+                                     : launch_e4m3<MoreE4m3Rows>(gemm, a, problem, swiglu, stream);
+}
+
+}  // namespace mixtral
