@@ -1,4 +1,4 @@
-"""csrc/bindings/module.cpp as types."""
+"""csrc/bindings as types."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
