@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._torch_version import check_model
+
+check_model()
+
 try:
     from . import _C
 except ImportError as error:
