@@ -101,7 +101,8 @@ def test_an_installed_binary_says_so_before_the_linker_does(monkeypatch, capsys,
 def test_versions_are_the_same_everywhere():
     cmake = (ROOT / "csrc/cmake/LibTorch.cmake").read_text()
     pins = re.findall(r'"torch==([\d.]+)\.\*"', (ROOT / "pyproject.toml").read_text())
-    assert pins == [_torch_version.BUILT_FOR] * 2
+    pins += re.findall(r'"torch==([\d.]+)\.\*"', (ROOT / "scripts/build_backend.py").read_text())
+    assert pins == [_torch_version.BUILT_FOR] * 3
     built_for = re.search(r'TORCH_VERSION MATCHES "\^(.*?)\\\\."', cmake).group(1)
     assert built_for.replace("\\\\", "") == _torch_version.BUILT_FOR
     major, minor = map(int, _torch_version.OLDEST.split("."))
