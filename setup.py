@@ -1,8 +1,8 @@
 """Builds the C++ side with the one CMakeLists.txt and puts what it built into the package.
 
 ``pip install .`` fetches what the build needs, a second copy of PyTorch among it, and builds in ``build-isolated/``.
-With ``--no-build-isolation`` the environment's own packages serve (scripts/build_backend.py names those that are missing)
-and the build is the one in ``build/``, like ``cmake --build build``; so it is with ``-e``, which only goes with it.
+With ``--no-build-isolation`` the packages of the environment serve (scripts/build_backend.py names those that are
+missing) and the build is the one in ``build/``, like ``cmake --build build``. ``-e`` goes only with it.
 CMake options go through the environment: ``CMAKE_ARGS="-DMIXTRAL_CUDA=OFF"``.
 """
 

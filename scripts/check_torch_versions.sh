@@ -23,7 +23,7 @@ install() { "$work/venv/bin/pip" install -q --no-cache-dir --disable-pip-version
 # test_with "NAME OF THE CASE" tests...: leaves a report under that name.
 test_with() {
   reports+=("$work/$1.xml")
-  "$work/venv/bin/python" -m pytest -q -p no:cacheprovider --junitxml="$work/$1.xml" "${@:2}" | tail -n 3
+  "$work/venv/bin/python" -m pytest -q -p no:cacheprovider --junitxml="$work/$1.xml" "${@:2}" | tail -n 1
 }
 
 for torch in "${torch_versions[@]}"; do

@@ -1,4 +1,4 @@
-"""Turns pytest's JUnit reports into one correctness record: ``record_tests.py NAME cpu|cuda OUT_FOLDER REPORT.xml...``."""
+"""Turns JUnit reports of pytest into one correctness record: ``record_tests.py NAME cpu|cuda FOLDER REPORT.xml...``."""
 
 import sys
 import xml.etree.ElementTree as ElementTree

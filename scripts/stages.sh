@@ -19,7 +19,7 @@ stage() {
       printf '\r%s %d s %s' "$text" $((SECONDS - start)) "$counter"
     elif ((SECONDS - said >= 60)); then # a log: a sign of life a minute
       said=$SECONDS
-      printf '%d s %s ' $((SECONDS - start)) "$counter"
+      printf '%d s %s' $((SECONDS - start)) "${counter:+$counter }"
     fi
   done
   wait "$job" || status=$?
