@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,14 @@ def test_a_stage_of_several_commands_ends_at_the_first_that_fails():
     assert run.returncode == 1 and "second" not in run.stderr
 
 
-def group_of(path: Path) -> int:
-    """The process group of a folder in /proc; 0 when it is gone."""
-    try:
-        return os.getpgid(int(path.parent.name))
-    except ProcessLookupError:
-        return 0
+def commands_of(group: int) -> list[bytes]:
+    """The command lines of a process group; empty for a process that is dead."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(ProcessLookupError, FileNotFoundError):  # gone since
+            if os.getpgid(int(path.parent.name)) == group:
+                commands.append(path.read_bytes())
+    return commands
 
 
 def test_ctrl_c_ends_what_a_stage_runs():
@@ -54,9 +57,7 @@ def test_ctrl_c_ends_what_a_stage_runs():
     process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
 
     def is_running() -> bool:
-        """Whether a process of the script's group follows /dev/null; a dead one has no command line."""
-        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if group_of(path) == process.pid]
-        return b"tail\0-f\0/dev/null\0" in lines
+        return b"tail\0-f\0/dev/null\0" in commands_of(process.pid)
 
     try:
         while not is_running():
