@@ -151,7 +151,7 @@ std::string to_text(const Flags& flags, const Result& result) {
 }
 
 void run(const Flags& flags) {
-  const Config config = Config::from_folder(model_path(flags.model));
+  const Config config = read_config(model_path(flags.model));
   const Result result = measure(flags);
   write_out(flags.json ? json_line(to_json(flags, result, config)) : to_text(flags, result));
 }

@@ -47,13 +47,6 @@ void set_threads(int64_t count) {
   at::set_num_threads(static_cast<int>(count));
 }
 
-torch::Device device_of(const ModelFlags& flags) {
-  if (flags.device == "cuda" && !torch::cuda::is_available()) {
-    throw std::runtime_error("--device cuda: this build or this machine has no CUDA device; use --device cpu");
-  }
-  return torch::Device(flags.device);
-}
-
 }  // namespace
 
 std::string environment_name(const CLI::Option& option) {
@@ -148,7 +141,7 @@ std::filesystem::path model_path(const ModelFlags& flags) {
 }
 
 WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
-  return parse_weight_type(flags.dtype, config, torch::Device(flags.device));
+  return parse_weight_type(flags.dtype, config, flags.device);
 }
 
 int64_t context_of(const ModelFlags& flags, const Config& config) {
@@ -159,14 +152,14 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   const double start = seconds_now();
   if (flags.threads > 0) set_threads(flags.threads);
   LoadOptions load_options;
-  load_options.device = device_of(flags);
+  load_options.device = flags.device;
   load_options.dtype = flags.dtype;
   ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
   };
-  Mixtral model = Mixtral::from_pretrained(model_path(flags), load_options);
+  Mixtral model = from_pretrained(model_path(flags), load_options);
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;

@@ -30,7 +30,7 @@ struct ModelFlags {
   std::string dtype = "auto";
   int64_t threads = 0;   // 0: torch decides
   int64_t ctx_size = 0;  // 0: the model's
-  int64_t chunk_size = 512;
+  int64_t chunk_size = kChunkSize;
   bool verbose = false;
   bool no_cuda_graph = false;
 };

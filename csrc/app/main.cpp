@@ -1,6 +1,4 @@
 // `mixtral <command> [MODEL] [flags]`: the program without Python.
-#include <torch/version.h>
-
 #include <algorithm>
 #include <numeric>
 #include <optional>
@@ -62,7 +60,8 @@ void check_command(const CLI::App& app, int argc, char** argv) {
 
 void run(int argc, char** argv) {
   CLI::App app("Mixtral on the command line: generate, chat, inspect, measure", "mixtral");
-  app.set_version_flag("--version", "mixtral " MIXTRAL_VERSION " (torch " TORCH_VERSION ")", "Print versions and exit");
+  app.set_version_flag("--version", "mixtral " MIXTRAL_VERSION " (torch " MIXTRAL_TORCH_VERSION ")",
+                       "Print versions and exit");
   app.require_subcommand(1);
   app.get_formatter()->column_width(38);
   app.footer(

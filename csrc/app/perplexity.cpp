@@ -73,7 +73,7 @@ void run(Flags& flags) {
   const std::string text = read_file(file);
   if (text.empty()) throw std::invalid_argument("FILE must not be empty, got " + file);
   const std::filesystem::path folder = model_path(flags.model);
-  const Config config = Config::from_folder(folder);
+  const Config config = read_config(folder);
   const Tokenizer tokenizer(folder);
 
   const Result result = measure(flags.model, config, tokenizer, text);

@@ -31,7 +31,7 @@ Text read_text(const Flags& flags, const Config& config, const std::filesystem::
   return {tokenizer.bos_id(), tokenizer.encode(text)};
 }
 
-LoadProgress show_in(ProgressBar& bar) {
+Progress show_in(ProgressBar& bar) {
   return [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
@@ -45,7 +45,7 @@ void run(const Flags& flags) {
   model_flags.threads = flags.threads;
   const std::filesystem::path folder = model_path(model_flags);
   check_unused(flags.out);  // before the model is read, which may take minutes
-  const Config config = Config::from_folder(folder);
+  const Config config = read_config(folder);
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
   const Text text = flags.calibrate.empty() ? Text() : read_text(flags, config, folder);
   LoadedEngine loaded = load_engine(model_flags, std::nullopt);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../model/defaults.h"
 #include "../model/transformer.h"
 #include "../text/tokenizer.h"
 #include "sampling.h"
@@ -30,10 +31,10 @@ struct Generation {
 class Engine {
  public:
   struct Options {
-    int64_t chunk_size = 512;     // prefill tokens of one sequence per forward pass
-    int64_t token_budget = 2048;  // tokens of all sequences per forward pass
-    int64_t max_batch = 64;       // sequences at a time; further prompts wait for one to finish
-    int64_t page_size = 16;
+    int64_t chunk_size = kChunkSize;      // prefill tokens of one sequence per forward pass
+    int64_t token_budget = kTokenBudget;  // tokens of all sequences per forward pass
+    int64_t max_batch = kMaxBatch;        // sequences at a time; further prompts wait for one to finish
+    int64_t page_size = kPageSize;
     int64_t ctx_size = 0;    // longest prompt plus new tokens; 0: the model's max_position
     bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
   };

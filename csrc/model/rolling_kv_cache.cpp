@@ -27,7 +27,7 @@ RollingKVCache::RollingKVCache(const Config& config, Options options) : config_(
   require(options.padding_tokens >= 0, "padding_tokens must be >= 0, got " + std::to_string(options.padding_tokens));
   const int64_t pages = options.num_pages + ceil_div(options.padding_tokens, options.page_size);
   const double tokens = static_cast<double>(pages) * static_cast<double>(options.page_size);
-  check_memory("the key/value cache", static_cast<double>(token_bytes) * tokens, options.device);
+  check_memory("the key/value cache", static_cast<double>(token_bytes) * tokens, options.device.str());
   const auto tensor_options = torch::dtype(options.dtype).device(options.device);
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (auto* pool : {&keys_, &values_})

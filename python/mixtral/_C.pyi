@@ -1,4 +1,4 @@
-"""csrc/bindings/module.cpp as types."""
+"""csrc/bindings as types."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -141,7 +141,6 @@ class Mixtral:
     @property
     def weight_type(self) -> str: ...
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor: ...
-    def score(self, tokenizer: Tokenizer, text: str, ctx_size: int, chunk_size: int) -> Score: ...
     def named_parameters(self) -> dict[str, torch.Tensor]: ...
 
 class EngineOptions:
@@ -161,3 +160,7 @@ class Engine:
         params: SamplingParams,
         on_text: Callable[[int, str], bool] | None,
     ) -> tuple[list[Generation], Timings]: ...
+
+CHUNK_SIZE: int
+
+def score(model: Mixtral, tokenizer: Tokenizer, text: str, ctx_size: int, chunk_size: int) -> Score: ...

@@ -1,4 +1,4 @@
-"""The model for Python: load a checkpoint, get logits, generate, stream. The work is done in C++ (csrc/model)."""
+"""The model for Python: load a checkpoint, get logits, generate, stream. The work is done in C++ (csrc)."""
 
 import queue
 import threading
@@ -127,7 +127,7 @@ class Mixtral:
         return self._model.weight_type
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """The weights by name, not copies; csrc/checkpoint/weights.h lists names and shapes."""
+        """The weights by name, not copies; csrc/model/parameters.h lists names and shapes."""
         return self._model.named_parameters()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class Mixtral:
             raise ValueError("stream: model expected a tokenizer, got none; use generate for token ids")
         return self._pieces(self._prompt_ids(prompt), options)
 
-    def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = 512) -> Score:
+    def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = _C.CHUNK_SIZE) -> Score:
         """How well the model predicts a text.
 
         Args:
@@ -232,7 +232,7 @@ class Mixtral:
         """
         if self.tokenizer is None:
             raise ValueError("perplexity: model expected a tokenizer, got none")
-        return self._model.score(self.tokenizer, text, ctx_size, chunk_size)
+        return _C.score(self._model, self.tokenizer, text, ctx_size, chunk_size)
 
     def _pieces(self, prompt_ids: list[int], options: dict[str, object]) -> Iterator[str]:
         events: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()  # None: the end
