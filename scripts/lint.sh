@@ -32,7 +32,7 @@ git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -d '\n' clang-format --dry-run
 "$ruff" check --quiet . || status=1
 "$ruff" format --check --quiet . || status=1
 case ${1:-} in
-  "") git ls-files 'csrc/io/*.cpp' 'csrc/text/*.cpp' | tidy -- -std=c++17 -Icsrc -Icsrc/include || status=1 ;;
+  "") git ls-files 'csrc/io/*.cpp' 'csrc/text/*.cpp' | tidy -- -std=c++17 -Icsrc || status=1 ;;
   --all) git ls-files 'csrc/*.cpp' | with_build || status=1 ;;
   *) printf '%s\n' "$@" | with_build || status=1 ;;
 esac
