@@ -20,7 +20,7 @@ def main() -> None:
             os.execv(binary, [str(binary), *sys.argv[1:]])
     looked = " or ".join(str(binary) for binary in BINARIES)
     print(
-        f"mixtral: the binary is not built: expected {looked}; run `pip install --no-build-isolation .`",
+        f"mixtral: the binary is not built: expected {looked}; run `scripts/setup.sh` or `pip install .`",
         file=sys.stderr,
     )
     sys.exit(5)

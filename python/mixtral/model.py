@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"mixtral: the model library cannot be loaded ({error}); build it with "
-        "`pip install --no-build-isolation -e .` (mixtral.ops works without it)"
+        "`scripts/setup.sh` or `pip install .` (mixtral.ops works without it)"
     ) from error
 
 Config = _C.Config
