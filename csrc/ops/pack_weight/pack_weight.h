@@ -30,7 +30,8 @@
 #include <cstdint>
 
 #include "../cuda/stream.h"
-#include "../index_array.h"
+#include "../host_device.h"
+#include "../product_order.h"
 
 namespace mixtral {
 

@@ -4,17 +4,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../index_array.h"
+#include "../host_device.h"
 #include "e4m3.h"
 #include "pack_weight.h"
 
 namespace mixtral {
-
-// Where the value of row j at depth d lies in a step of values: in pair order, or depth by depth.
-MIXTRAL_HOST_DEVICE constexpr int64_t pair_index(int64_t j, int64_t d) {
-  return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2;
-}
-MIXTRAL_HOST_DEVICE constexpr int64_t plain_index(int64_t j, int64_t d) { return d * kBlockRows + j; }
 
 // Where row j of an int4 step has its group `group` of four pairs: a 32-bit word, in which nibble i of the lower and of
 // the upper 16 bits is the even and the odd depth of pair i.
