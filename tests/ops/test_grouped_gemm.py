@@ -300,7 +300,7 @@ def test_quantised_weight_that_does_not_fit_raises(quantize):
     with pytest.raises(RuntimeError, match=r"b must be packed from \[3, 64, 64\], got \[3, 64, 96\]"):
         ops.grouped_gemm(torch.ones(4, 64).bfloat16(), packed, OFFS)
     for dtype, name in ((torch.float32, "Float"), (torch.float16, "Half")):
-        message = f"grouped_gemm: b is quantised and must meet inputs of BFloat16, got {name}"
+        message = f"grouped_gemm: b is quantised and needs inputs of BFloat16, got {name}"
         with pytest.raises(RuntimeError, match=message):
             ops.grouped_gemm(torch.ones(4, 96, dtype=dtype), packed, OFFS)
     with pytest.raises(RuntimeError, match=r"grouped_gemm: b must have the shape of a packed weight, got \[3, "):

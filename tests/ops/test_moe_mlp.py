@@ -187,9 +187,9 @@ BF16, GATE_UP_32, DOWN_32 = torch.ones(2, 32).bfloat16(), torch.ones(4, 64, 32),
 @pytest.mark.parametrize(
     ("x", "gate_up", "down", "message"),
     [
-        (BF16.float(), "int8", None, "moe_mlp: gate_up_proj is quantised and must meet inputs of BFloat16, got Float"),
-        (BF16.float(), "fp8", None, "moe_mlp: gate_up_proj is quantised and must meet inputs of BFloat16, got Float"),
-        (BF16.float(), None, "int4", "moe_mlp: down_proj is quantised and must meet inputs of BFloat16, got Float"),
+        (BF16.float(), "int8", None, "moe_mlp: gate_up_proj is quantised and needs inputs of BFloat16, got Float"),
+        (BF16.float(), "fp8", None, "moe_mlp: gate_up_proj is quantised and needs inputs of BFloat16, got Float"),
+        (BF16.float(), None, "int4", "moe_mlp: down_proj is quantised and needs inputs of BFloat16, got Float"),
         (BF16.half(), None, None, "moe_mlp: gate_up_proj must be Half, got Float"),
         (torch.ones(2, 64), None, None, r"gate_up_proj must be packed from \[4, 64, 64\], got \[4, 64, 32\]"),
     ],

@@ -2,8 +2,8 @@
 // constexpr for host and device.
 #pragma once
 
-#include "../host_device.h"
-#include "attention_index.h"
+#include "../../host_device.h"
+#include "../attention_index.h"
 
 namespace mixtral {
 
