@@ -9,7 +9,7 @@ import mixtral.ops as ops
 from mixtral import reference
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMAS = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops/registration.cpp").read_text())
+SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops/registration.cpp").read_text())
 # Inverse pairs, and an op that only adds a step before another, share a folder.
 FOLDER = {
     "add_rms_norm": "rms_norm",

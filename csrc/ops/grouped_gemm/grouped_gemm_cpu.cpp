@@ -23,10 +23,8 @@ using namespace cpu;
 namespace {
 
 constexpr int64_t kFewRows = GemmWork::kFewRows;  // rows and weights are used where they lie
-constexpr int64_t kPieceDepth = 512;              // half of it, a multiple of kSumDepth, where panels are made
+constexpr int64_t kPieceDepth = 512;              // half of it, a multiple of kChainDepth, where panels are made
 constexpr int64_t kMaxPanels = 8;
-
-int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
 // Memory that each thread keeps from call to call.
 template <typename Operand>

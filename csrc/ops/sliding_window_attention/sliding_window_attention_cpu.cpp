@@ -36,7 +36,7 @@ class TileWorker {
       : p_(problem),
         multiply_(kernel),
         group_(p_.num_heads / p_.num_kv_heads),
-        width_((p_.head_dim + kPanelColumns - 1) / kPanelColumns * kPanelColumns),
+        width_(round_up(p_.head_dim, kPanelColumns)),
         rows_(group_ * std::min(p_.tile_tokens(), p_.tokens)),
         q_(scratch.q.grow(rows_ * width_)),
         weights_(scratch.weights.grow(rows_ * kKeyBlock)),
@@ -117,7 +117,7 @@ class TileWorker {
   // Rows of tokens [begin, end) meet the gathered `keys` of the block. Halves of it that no row sees are left out.
   MIXTRAL_INLINE void attend_rows(int64_t block, int64_t begin, int64_t end, const KeyRange& keys) {
     const int64_t panel_begin = keys.begin / kPanelColumns;
-    const int64_t panel_end = (keys.end + kPanelColumns - 1) / kPanelColumns;
+    const int64_t panel_end = ceil_div(keys.end, kPanelColumns);
     const int64_t row = begin * group_, rows = (end - begin) * group_;
     pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_);
     std::fill_n(scores_ + row * kKeyBlock, rows * kKeyBlock, 0.0f);

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) attention_tile_kernel(AttentionProbl
 template <typename T, int kWidth>
 int launch_width(const AttentionProblem<T>& p, cudaStream_t stream) {
   const int64_t group = p.num_heads / p.num_kv_heads, tile_heads = heads_per_tile(group);
-  const int64_t tile_tokens = kRows / tile_heads, head_tiles = (group + tile_heads - 1) / tile_heads;
+  const int64_t tile_tokens = kRows / tile_heads, head_tiles = ceil_div(group, tile_heads);
   const dim3 grid(static_cast<unsigned>(num_query_tiles(p.tokens, p.sequences, tile_tokens)),
                   static_cast<unsigned>(p.num_kv_heads * head_tiles));
   constexpr int kBytes = shared_floats(kWidth) * static_cast<int>(sizeof(float));

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "../../cuda/hopper_layout.h"
-#include "../attention_blocks.h"
 #include "../sliding_window_attention.h"
+#include "attention_prefill_blocks_hopper.h"
 
 namespace mixtral::cuda::prefill {
 
