@@ -1,7 +1,14 @@
 // `mixtral info`: what a checkpoint is and what it needs, from its configuration alone.
 #include <cstdio>
+#include <memory>
 
+#include "../checkpoint/config_reader.h"
+#include "../checkpoint/memory_plan.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -16,11 +23,11 @@ int64_t bytes(double count) { return static_cast<int64_t>(count); }
 double total(const MemoryPlan& memory) { return memory.weights + memory.cache; }
 
 int64_t kv_bytes_per_token(const Config& config, const WeightType& type) {
-  return config.kv_bytes_per_token(static_cast<int64_t>(c10::elementSize(type.dtype)));
+  return config.kv_bytes_per_token(type.element_size());
 }
 
 int64_t quantized_bytes(const Config& config, Packing packing) {
-  return bytes(weight_bytes(config, {torch::kBFloat16, packing}));
+  return bytes(weight_bytes(config, {"bfloat16", packing}));
 }
 
 std::string stored_dtype(const Config& config) {
@@ -120,7 +127,7 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
 }
 
 void run(const Flags& flags) {
-  const Config config = Config::from_folder(model_path(flags.model));
+  const Config config = read_config(model_path(flags.model));
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
   write_out(flags.json ? json_line(to_json(config, memory, type))

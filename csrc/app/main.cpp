@@ -1,11 +1,16 @@
 // `mixtral <command> [MODEL] [flags]`: the program without Python.
-#include <torch/version.h>
-
 #include <algorithm>
 #include <numeric>
-#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "commands.h"
+#include "errors.h"
+#include "library_exit.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -62,7 +67,8 @@ void check_command(const CLI::App& app, int argc, char** argv) {
 
 void run(int argc, char** argv) {
   CLI::App app("Mixtral on the command line: generate, chat, inspect, measure", "mixtral");
-  app.set_version_flag("--version", "mixtral " MIXTRAL_VERSION " (torch " TORCH_VERSION ")", "Print versions and exit");
+  app.set_version_flag("--version", "mixtral " MIXTRAL_VERSION " (torch " MIXTRAL_TORCH_VERSION ")",
+                       "Print versions and exit");
   app.require_subcommand(1);
   app.get_formatter()->column_width(38);
   app.footer(
@@ -94,7 +100,8 @@ void run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
-    mixtral::app::install_handlers();
+    mixtral::app::map_library_exits();
+    mixtral::app::install_signal_handlers();
     mixtral::app::run(argc, argv);
     return mixtral::app::kOk;
   } catch (...) {

@@ -1,8 +1,17 @@
 // `mixtral quantize`: a checkpoint with int8, fp8 or int4 weights, written once and loaded as it is.
 #include <cmath>
-#include <cstdio>
+#include <memory>
+#include <stdexcept>
 
+#include "../checkpoint/calibrate.h"
+#include "../checkpoint/config_reader.h"
+#include "../checkpoint/save.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -31,7 +40,7 @@ Text read_text(const Flags& flags, const Config& config, const std::filesystem::
   return {tokenizer.bos_id(), tokenizer.encode(text)};
 }
 
-LoadProgress show_in(ProgressBar& bar) {
+Progress show_in(ProgressBar& bar) {
   return [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
@@ -45,19 +54,20 @@ void run(const Flags& flags) {
   model_flags.threads = flags.threads;
   const std::filesystem::path folder = model_path(model_flags);
   check_unused(flags.out);  // before the model is read, which may take minutes
-  const Config config = Config::from_folder(folder);
+  const Config config = read_config(folder);
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
   const Text text = flags.calibrate.empty() ? Text() : read_text(flags, config, folder);
   LoadedEngine loaded = load_engine(model_flags, std::nullopt);
-  MixtralImpl& model = *loaded.engine.model();
+  MixtralImpl& model = loaded.engine.model();
   if (!flags.calibrate.empty()) {
     ProgressBar bar("calibrating", matrices_text);
     calibrate(model, folder, text.bos, text.ids, show_in(bar));
   }
   ProgressBar bar("writing", bytes_text);
   save_quantized(model, folder, flags.out, show_in(bar));
-  write_out(flags.out + ": " + flags.dtype + ", " + bytes_text(weight_bytes(model.config(), model.weight_type())) +
-            " of weights (from " + bytes_text(before) + ")\n");
+  write_out(flags.out + ": " + flags.dtype + ", " +
+            bytes_text(weight_bytes(loaded.engine.config(), loaded.engine.weight_type())) + " of weights (from " +
+            bytes_text(before) + ")\n");
 }
 
 }  // namespace

@@ -9,12 +9,16 @@
 #include <stdexcept>
 #include <string>
 
+#include "../model/memory.h"
+#include "../model/observer.h"
 #include "../model/ops.h"
+#include "../model/parameters.h"
+#include "../model/transformer.h"
+#include "weights.h"
 
 namespace mixtral {
 namespace {
 
-constexpr int64_t kGroup = kPackedRows;    // depths that share a scale
 constexpr int64_t kSequenceTokens = 2048;  // as in the paper
 constexpr int64_t kGramTokens = 4096;      // converted to f32 at a time
 constexpr double kDamping = 0.01;          // of the mean of the diagonal, added to it
@@ -32,17 +36,17 @@ torch::Tensor inverse_factor(const torch::Tensor& gram) {
 
 // One row's group of columns, rounded at one scale.
 struct RoundedGroup {
-  float values[kGroup];  // first what is to be rounded, then what it is rounded to
-  float errors[kGroup];  // each divided by its column's diagonal element of U
-  double loss = 0;       // sum of their squares: what the roundings add to the squared error of the results
+  float values[kScaleGroup];  // first what is to be rounded, then what it is rounded to
+  float errors[kScaleGroup];  // each divided by its column's diagonal element of U
+  double loss = 0;            // sum of their squares: what the roundings add to the squared error of the results
 
   // An error in column i changes later column j by U[i,j] / U[i,i] of it. factor: U from the group's first element on.
   void round(float scale, const float* factor, int64_t depth) {
-    for (int64_t i = 0; i < kGroup; ++i) {
+    for (int64_t i = 0; i < kScaleGroup; ++i) {
       const float* const u = factor + i * depth;
       const float level = std::clamp(std::floor(values[i] / scale) + 0.5f, -7.5f, 7.5f);
       const float value = c10::BFloat16(level * scale), error = (values[i] - value) / u[i];
-      for (int64_t j = i + 1; j < kGroup; ++j) values[j] -= error * u[j];
+      for (int64_t j = i + 1; j < kScaleGroup; ++j) values[j] -= error * u[j];
       values[i] = value;
       errors[i] = error;
       loss += static_cast<double>(error) * static_cast<double>(error);
@@ -55,7 +59,7 @@ struct RoundedGroup {
 torch::Tensor round_group(const torch::Tensor& rows, int64_t k, const torch::Tensor& scales,
                           const torch::Tensor& factor) {
   const int64_t depth = rows.size(1);
-  const auto errors = torch::empty({rows.size(0), kGroup});
+  const auto errors = torch::empty({rows.size(0), kScaleGroup});
   float* const values = rows.data_ptr<float>() + k;
   float* const all_errors = errors.data_ptr<float>();
   uint8_t* const scale_bytes = scales.data_ptr<uint8_t>();
@@ -68,40 +72,40 @@ torch::Tensor round_group(const torch::Tensor& rows, int64_t k, const torch::Ten
       const int nearest = scale_bytes[n];
       for (int scale = std::max(nearest - 1, 0); scale <= std::min(nearest + 1, 255); ++scale) {
         RoundedGroup group;
-        std::copy_n(row, kGroup, group.values);
+        std::copy_n(row, kScaleGroup, group.values);
         group.round(std::exp2(static_cast<float>(scale) / 2 - 64), u, depth);
         if (group.loss < best.loss) {
           best = group;
           scale_bytes[n] = static_cast<uint8_t>(scale);
         }
       }
-      std::copy_n(best.values, kGroup, row);
-      std::copy_n(best.errors, kGroup, all_errors + n * kGroup);
+      std::copy_n(best.values, kScaleGroup, row);
+      std::copy_n(best.errors, kScaleGroup, all_errors + n * kScaleGroup);
     }
   });
   return errors;
 }
 
 // Calibrates every packed matrix just before its first product.
-class Calibrator : public ops::ProductObserver {
+class Calibrator : public ForwardObserver {
  public:
-  Calibrator(const MixtralImpl& model, const std::filesystem::path& source, const LoadProgress& progress)
-      : checkpoint_(source, model.config()),
-        plain_(MixtralImpl(model.config(), torch::kFloat32, torch::kMeta).named_parameters()),
-        progress_(progress) {
-    for (const auto& item : model.named_parameters()) {
-      if (!is_packed(item.value())) continue;
-      names_[item.value().data_ptr()] = item.key();
-      total_ += static_cast<uint64_t>(experts(plain_[item.key()]));
+  Calibrator(const MixtralImpl& model, const std::filesystem::path& source, const Progress& progress)
+      : checkpoint_(source, model.config()), progress_(progress) {
+    const auto tensors = model.named_parameters();
+    for (const Parameter& parameter : model_parameters(model.config())) {
+      const torch::Tensor& tensor = tensors[parameter.name];
+      if (!is_packed(tensor)) continue;
+      packed_[tensor.data_ptr()] = parameter;
+      total_ += static_cast<uint64_t>(tensor.size(0));  // matrices: one for each expert
     }
   }
 
-  void before_grouped_gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor&) override {
-    if (names_.count(b.data_ptr()) > 0) calibrate(b, 0, read(b), a);
+  void before_linear(const torch::Tensor& x, const torch::Tensor& weight) override {
+    if (packed_.count(weight.data_ptr()) > 0) calibrate(weight, 0, read(weight), x);
   }
 
-  void before_moe_mlp(const torch::Tensor& x, const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
-                      const torch::Tensor& down_proj) override {
+  void before_experts(const torch::Tensor& x, const torch::Tensor&, const torch::Tensor& topk_ids,
+                      const torch::Tensor& gate_up_proj, const torch::Tensor& down_proj) override {
     const auto gate_up_rows = read(gate_up_proj), down_rows = read(down_proj);  // [E,2I,H], [E,H,I]
     for (int64_t e = 0; e < gate_up_proj.size(0); ++e) {
       const auto inputs = x.index_select(0, (topk_ids == e).any(1).nonzero().squeeze(1));  // [T,H]
@@ -112,16 +116,13 @@ class Calibrator : public ops::ProductObserver {
   }
 
  private:
-  static int64_t experts(const torch::Tensor& plain) { return plain.dim() == 3 ? plain.size(0) : 1; }
-
   // The weights of a packed parameter as the checkpoint has them, f32 [E,N,K]
   torch::Tensor read(const torch::Tensor& packed) const {
-    const std::string& name = names_.at(packed.data_ptr());
-    const auto sizes = plain_[name].sizes();
-    torch::OrderedDict<std::string, torch::Tensor> parameter;
-    parameter.insert(name, torch::empty(sizes));
-    checkpoint_.read_into(parameter, Packing::kNone, nullptr);
-    return parameter[name].view({-1, sizes[sizes.size() - 2], sizes.back()});
+    const Parameter& parameter = packed_.at(packed.data_ptr());
+    torch::OrderedDict<std::string, torch::Tensor> plain;
+    plain.insert(parameter.name, torch::empty(parameter.shape));
+    checkpoint_.read_into(plain, Packing::kNone, nullptr);
+    return plain[parameter.name].view({-1, *(parameter.shape.end() - 2), parameter.shape.back()});
   }
 
   // packed [E,N/32,...], rows [E,N,K], inputs [T,K] of expert e
@@ -129,7 +130,7 @@ class Calibrator : public ops::ProductObserver {
     const auto gram = gram_matrix(inputs);
     const double mean = gram.diagonal().mean().item<double>();
     if (!std::isfinite(mean)) {
-      throw std::runtime_error("calibrate: inputs of " + names_.at(packed.data_ptr()) +
+      throw std::runtime_error("calibrate: inputs of " + packed_.at(packed.data_ptr()).name +
                                " must be finite, got inf or NaN");
     }
     if (mean > 0) packed[e].copy_(pack_rows_calibrated(rows[e], gram));
@@ -137,9 +138,8 @@ class Calibrator : public ops::ProductObserver {
   }
 
   const Checkpoint checkpoint_;
-  const torch::OrderedDict<std::string, torch::Tensor> plain_;  // shapes of the parameters when they are not packed
-  const LoadProgress& progress_;
-  std::map<const void*, std::string> names_;  // of the packed parameters, by their data
+  const Progress& progress_;
+  std::map<const void*, Parameter> packed_;  // the packed parameters, by the address of their data
   uint64_t done_ = 0, total_ = 0;
 };
 
@@ -169,21 +169,21 @@ torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tenso
   const int64_t count = rows.size(0), depth = rows.size(1);
   const auto factor = inverse_factor(gram);
   const auto values = rows.clone(torch::MemoryFormat::Contiguous);  // rounded from the left, compensated to the right
-  const auto scales = torch::empty({count, depth / kGroup}, torch::kUInt8);
-  for (int64_t k = 0; k < depth; k += kGroup) {
-    const int64_t after = k + kGroup, rest = depth - after;
-    const auto step = ops::pack_weight(values.narrow(1, k, kGroup).unsqueeze(0), "int4");
+  const auto scales = torch::empty({count, depth / kScaleGroup}, torch::kUInt8);
+  for (int64_t k = 0; k < depth; k += kScaleGroup) {
+    const int64_t after = k + kScaleGroup, rest = depth - after;
+    const auto step = ops::pack_weight(values.narrow(1, k, kScaleGroup).unsqueeze(0), "int4");
     const auto group_scales = step.narrow(3, 0, kPackedRows).flatten();  // a step begins with those of its 32 rows
     const auto errors = round_group(values, k, group_scales, factor);
-    scales.select(1, k / kGroup).copy_(group_scales);
+    scales.select(1, k / kScaleGroup).copy_(group_scales);
     if (rest > 0)
-      values.narrow(1, after, rest).addmm_(errors, factor.narrow(0, k, kGroup).narrow(1, after, rest), 1, -1);
+      values.narrow(1, after, rest).addmm_(errors, factor.narrow(0, k, kScaleGroup).narrow(1, after, rest), 1, -1);
   }
   return ops::pack_weight(values.unsqueeze(0), "int4", scales.unsqueeze(0)).squeeze(0);
 }
 
 void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
-               const LoadProgress& progress) {
+               const Progress& progress) {
   const Config& config = model.config();
   if (model.weight_type().packing != Packing::kInt4 || !config.quantization.empty()) {
     throw std::invalid_argument("calibrate: model must be int4 and its checkpoint not quantised");
@@ -200,16 +200,15 @@ void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t 
     const auto count = static_cast<int64_t>(std::min(length, ids.size() - begin));
     sequences.back().insert(sequences.back().end(), first, first + count);
   }
-  const Batch batch = packed_batch(sequences, torch::kCPU);
-  check_memory("calibrating", working_bytes(config, batch.input_ids.size(0)), torch::kCPU);
+  Batch batch = packed_batch(sequences, torch::kCPU);
+  check_memory("calibrating", working_bytes(config, batch.input_ids.size(0)), "cpu");
 
   Calibrator calibrator(model, source, progress);
+  batch.observer = &calibrator;
   const auto hidden = model.hidden_states(batch);  // [T,H]
-  // lm_head's turn: its inputs are all here, and of its logits, which would be large, none is wanted.
+  // The logits are not computed: they would be large. The inputs of lm_head are all here.
   const auto parameters = model.named_parameters();
-  if (const torch::Tensor* lm_head = parameters.find("lm_head")) {
-    calibrator.before_grouped_gemm(hidden, *lm_head, batch.offs);
-  }
+  if (const torch::Tensor* lm_head = parameters.find("lm_head")) calibrator.before_linear(hidden, *lm_head);
 }
 
 }  // namespace mixtral

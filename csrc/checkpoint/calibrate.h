@@ -7,14 +7,19 @@
 // before it give after their own rounding; an expert, those of the tokens routed to it.
 #pragma once
 
-#include <torch/torch.h>
-
+#include <cstdint>
 #include <filesystem>
 #include <vector>
 
-#include "../model/transformer.h"
+#include "load_options.h"
+
+namespace at {
+class Tensor;
+}
 
 namespace mixtral {
+
+class MixtralImpl;
 
 // Rounds all packed matrices of the int4 `model` anew, from the weights in folder `source` and a text, ids [n] without
 // BOS; an expert that no token reaches keeps the nearest. The text is read in one forward pass, in sequences of at most
@@ -22,11 +27,11 @@ namespace mixtral {
 // source that is quantised itself, no ids, or one outside the vocabulary; OutOfMemory; std::runtime_error for inputs
 // that are not finite.
 void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
-               const LoadProgress& progress = nullptr);
+               const Progress& progress = nullptr);
 
 // inputs [T,K] -> f32 [K,K]
-torch::Tensor gram_matrix(const torch::Tensor& inputs);
+at::Tensor gram_matrix(const at::Tensor& inputs);
 // rows f32 [N,K], gram f32 [K,K], not all zero -> [N/32,...]: the blocks of a packed int4 parameter.
-torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tensor& gram);
+at::Tensor pack_rows_calibrated(const at::Tensor& rows, const at::Tensor& gram);
 
 }  // namespace mixtral

@@ -1,15 +1,15 @@
-// Config from config.json (transformers v4 and v5 spelling) and from params.json (Mistral's consolidated checkpoints).
-//
-// A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
-// are not the values of the published Mistral and Mixtral models (rms_norm_eps, sliding_window, rope_theta).
+#include "config_reader.h"
+
 #include <charconv>
 #include <initializer_list>
 
 #include "../io/file.h"
 #include "../io/json.h"
 #include "../io/load_error.h"
-#include "../model/config.h"
 #include "../model/config_fields.h"
+
+// A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
+// are not the values of the published Mistral and Mixtral models (rms_norm_eps, sliding_window, rope_theta).
 
 namespace mixtral {
 namespace {
@@ -261,7 +261,7 @@ CheckpointLayout layout_of(const std::filesystem::path& folder) {
 
 }  // namespace
 
-Config Config::from_json(const std::string& text, CheckpointLayout layout, const std::string& source) {
+Config parse_config(const std::string& text, CheckpointLayout layout, const std::string& source) {
   const json object = parse_json(text, source);
   const Fields fields(object, source);
   Config config =
@@ -272,10 +272,10 @@ Config Config::from_json(const std::string& text, CheckpointLayout layout, const
   return config;
 }
 
-Config Config::from_folder(const std::filesystem::path& folder) {
+Config read_config(const std::filesystem::path& folder) {
   const CheckpointLayout layout = layout_of(folder);
   const auto path = folder / (layout == CheckpointLayout::kHuggingFace ? "config.json" : "params.json");
-  return from_json(read_text(path, kMaxConfigBytes), layout, path.string());
+  return parse_config(read_text(path, kMaxConfigBytes), layout, path.string());
 }
 
 }  // namespace mixtral

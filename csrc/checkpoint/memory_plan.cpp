@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../model/parameters.h"
 #include "../model/rolling_kv_cache.h"
 
 namespace mixtral {
@@ -21,18 +22,19 @@ int64_t values_per_token(const Config& config) {
 }
 
 int64_t values_of_largest_matrix(const Config& config) {
-  const int64_t experts = config.is_moe() ? config.num_experts : 1;
-  const int64_t qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
-  return std::max({experts * 2 * config.intermediate_size, config.vocab_size, qkv}) * config.hidden_size;
+  int64_t largest = 0;
+  for (const Parameter& parameter : model_parameters(config))
+    if (parameter.is_matrix) largest = std::max(largest, parameter.size());
+  return largest;
 }
 
 // Weight types that exist for the model and fit, best first: "bfloat16 (86.99 GiB)" or "int4 on cpu (24.54 GiB)".
-std::vector<std::string> what_fits(const Config& config, double less_than, torch::Device device,
-                                   const FreeMemory& free) {
+std::vector<std::string> types_that_fit(const Config& config, double less_than, const std::string& device,
+                                        const FreeMemory& free) {
   std::vector<std::string> found;
-  std::vector<torch::Device> devices = {device};
-  if (!device.is_cpu()) devices.emplace_back(torch::kCPU);
-  for (const torch::Device& other : devices) {
+  std::vector<std::string> devices = {device};
+  if (device != "cpu") devices.emplace_back("cpu");
+  for (const std::string& other : devices) {
     for (const char* name : {"bfloat16", "int8", "fp8", "int4"}) {
       try {
         const WeightType type = parse_weight_type(name, config, other);
@@ -49,23 +51,22 @@ std::vector<std::string> what_fits(const Config& config, double less_than, torch
 
 }  // namespace
 
-MemoryPlan plan_memory(const Config& config, const WeightType& type, torch::Device device, int64_t ctx_size,
+MemoryPlan plan_memory(const Config& config, const WeightType& type, const std::string& device, int64_t ctx_size,
                        int64_t chunk_size) {
-  const int64_t page_size = RollingKVCache::Options().page_size;
-  const auto element_size = static_cast<int64_t>(c10::elementSize(type.dtype));
+  const int64_t element_size = type.element_size();
   MemoryPlan plan;
   plan.weights = weight_bytes(config, type);
   plan.loading = type.packing == Packing::kNone ? 0 : kPackingBytes;
-  if (!device.is_cpu() && type.packing != Packing::kNone)
+  if (device != "cpu" && type.packing != Packing::kNone)
     plan.unpacking = static_cast<double>(values_of_largest_matrix(config) * element_size);
   plan.ctx_size = ctx_size > 0 ? ctx_size : config.max_position;
   plan.activations = static_cast<double>(chunk_size * values_per_token(config) * element_size);
-  plan.cached_tokens = RollingKVCache::pages_needed(config, page_size, chunk_size, plan.ctx_size) * page_size;
+  plan.cached_tokens = RollingKVCache::pages_needed(config, kPageSize, chunk_size, plan.ctx_size) * kPageSize;
   plan.cache = static_cast<double>(plan.cached_tokens * config.kv_bytes_per_token(element_size));
   return plan;
 }
 
-void check_fits(const std::string& what, const Config& config, const WeightType& type, torch::Device device,
+void check_fits(const std::string& what, const Config& config, const WeightType& type, const std::string& device,
                 const FreeMemory& free) {
   const MemoryPlan plan = plan_memory(config, type, device);
   const auto available = static_cast<double>(free(device));
@@ -74,7 +75,7 @@ void check_fits(const std::string& what, const Config& config, const WeightType&
   message += "; " + type.name() + " weights " + gib_text(plan.weights) + ", activations " + gib_text(plan.activations) +
              ", and a cache of up to " + gib_text(plan.cache) + " for a context of " + std::to_string(plan.ctx_size);
   std::string fitting;
-  for (const std::string& choice : what_fits(config, plan.weights, device, free))
+  for (const std::string& choice : types_that_fit(config, plan.weights, device, free))
     fitting += (fitting.empty() ? "" : ", ") + choice;
   throw OutOfMemory(message + (fitting.empty() ? "; no other dtype fits" : "; what would fit: " + fitting));
 }

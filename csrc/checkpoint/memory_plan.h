@@ -1,4 +1,4 @@
-// What a model needs, from its configuration alone: told before anything is allocated.
+// The memory that a model needs, from its configuration alone: known before anything is allocated.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,9 @@
 #include <string>
 
 #include "../model/config.h"
+#include "../model/defaults.h"
 #include "../model/memory.h"
-#include "../model/packing.h"
+#include "../model/weight_type.h"
 
 namespace mixtral {
 
@@ -23,14 +24,14 @@ struct MemoryPlan {
   double to_load() const { return weights + loading + unpacking + activations; }
 };
 
-// ctx_size 0: the model's; chunk_size: tokens of one forward pass.
-MemoryPlan plan_memory(const Config& config, const WeightType& type, torch::Device device, int64_t ctx_size = 0,
-                       int64_t chunk_size = 512);
+// device: "cpu" or "cuda"; ctx_size 0: the model's; chunk_size: tokens of one forward pass.
+MemoryPlan plan_memory(const Config& config, const WeightType& type, const std::string& device, int64_t ctx_size = 0,
+                       int64_t chunk_size = kChunkSize);
 
-using FreeMemory = std::function<int64_t(torch::Device)>;  // bytes
+using FreeMemory = std::function<int64_t(const std::string& device)>;  // bytes
 
-// Throws OutOfMemory, with the plan and with what would fit instead, unless `what` fits on `device`.
-void check_fits(const std::string& what, const Config& config, const WeightType& type, torch::Device device,
+// Throws OutOfMemory, with the plan and with the types that would fit, unless `what` fits on `device`.
+void check_fits(const std::string& what, const Config& config, const WeightType& type, const std::string& device,
                 const FreeMemory& free = available_memory);
 
 }  // namespace mixtral

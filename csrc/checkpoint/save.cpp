@@ -7,6 +7,8 @@
 #include <system_error>
 
 #include "../io/json.h"
+#include "../model/transformer.h"
+#include "weights.h"
 
 namespace mixtral {
 namespace {
@@ -54,7 +56,7 @@ std::string safetensors_header(const torch::OrderedDict<std::string, torch::Tens
   return prefix + text;
 }
 
-void write_weights(const MixtralImpl& model, const fs::path& path, const LoadProgress& progress) {
+void write_weights(const MixtralImpl& model, const fs::path& path, const Progress& progress) {
   const auto parameters = model.named_parameters();
   uint64_t done = 0, total = 0;
   for (const auto& item : parameters) total += item.value().nbytes();
@@ -111,8 +113,7 @@ fs::path folder_path(const fs::path& folder) {
   return path.has_filename() ? path : path.parent_path();
 }
 
-void write_folder(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
-                  const LoadProgress& progress) {
+void write_folder(const MixtralImpl& model, const fs::path& source, const fs::path& folder, const Progress& progress) {
   NewFolder incomplete(folder);
   Config config = model.config();
   config.quantization = model.weight_type().name();
@@ -167,7 +168,7 @@ void check_unused(const fs::path& folder) {
 }
 
 void save_quantized(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
-                    const LoadProgress& progress) {
+                    const Progress& progress) {
   const WeightType type = model.weight_type();
   if (!is_quantized(type.packing)) {
     throw std::invalid_argument("save_quantized: model must be int8, fp8 or int4, got " + type.name());

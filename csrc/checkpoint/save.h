@@ -1,17 +1,22 @@
 // Writing a quantised model: a folder that from_pretrained reads as it is, at the speed of the disk.
 //
 // config.json is in Hugging Face's spelling, with {"quantization_config": {"quant_method": "mixtral", "dtype":
-// "int4"}}. model.safetensors holds every parameter under its own name (weights.h), matrices as packed blocks: I8 for
-// int8, F8_E4M3 for fp8, U8 for int4, in the format of csrc/ops/pack_weight/pack_weight.h. Tokenizer files are copied.
+// "int4"}}. model.safetensors holds every parameter under its own name (model/parameters.h), matrices as packed blocks:
+// I8 for int8, F8_E4M3 for fp8, U8 for int4, in the format of csrc/ops/pack_weight/pack_weight.h. Tokenizer files are
+// copied.
 #pragma once
 
 #include <filesystem>
+#include <string>
 
-#include "../model/transformer.h"
+#include "../model/config.h"
+#include "load_options.h"
 
 namespace mixtral {
 
-// The text of a config.json for `config`; Config::from_json of it gives `config` back, but for layout and
+class MixtralImpl;
+
+// The text of a config.json for `config`; parse_config of it gives `config` back, but for layout and
 // window_source.
 std::string config_json(const Config& config);
 
@@ -22,6 +27,6 @@ void check_unused(const std::filesystem::path& folder);
 // not at all. Throws std::invalid_argument when the model is not quantised or `folder` is in use; std::runtime_error
 // when it cannot be written.
 void save_quantized(const MixtralImpl& model, const std::filesystem::path& source, const std::filesystem::path& folder,
-                    const LoadProgress& progress = nullptr);
+                    const Progress& progress = nullptr);
 
 }  // namespace mixtral

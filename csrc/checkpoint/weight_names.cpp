@@ -1,6 +1,6 @@
 #include "weight_names.h"
 
-#include "../model/transformer.h"
+#include "../model/packing.h"
 
 namespace mixtral {
 namespace {
@@ -50,75 +50,108 @@ constexpr Spelling kConsolidatedSpelling = {"",
                                             {"w1", "w3", "w2"},
                                             {"w1", "w3", "w2"}};
 
+// The tensors of a checkpoint, parameter by parameter.
 class SliceList {
  public:
   SliceList(const Config& config, WeightNames names)
-      : c_(config),
+      : config_(config),
         names_(names),
-        s_(names == WeightNames::kConsolidated ? kConsolidatedSpelling : kHuggingFaceSpelling) {}
+        spelling_(names == WeightNames::kConsolidated ? kConsolidatedSpelling : kHuggingFaceSpelling) {}
 
   std::vector<WeightSlice> build() {
-    add(s_.embeddings, {c_.vocab_size, c_.hidden_size}, "embed_tokens");
-    add(s_.norm, {c_.hidden_size}, "norm");
-    if (!c_.tie_word_embeddings) add(s_.lm_head, {c_.vocab_size, c_.hidden_size}, "lm_head");
-    for (int64_t n = 0; n < c_.num_layers; ++n) {
-      const std::string layer = "layers." + std::to_string(n) + ".";
-      add(s_.model + layer + s_.input_norm, {c_.hidden_size}, layer + "input_layernorm");
-      add(s_.model + layer + s_.post_attention_norm, {c_.hidden_size}, layer + "post_attention_layernorm");
-      add_attention(s_.model + layer + s_.attention, layer + "attention.");
-      if (!c_.is_moe()) {
-        add_mlp(s_.model + layer + s_.dense, s_.dense_mlp, layer + "mlp.", 0);
-      } else if (names_ == WeightNames::kHuggingFaceMerged) {
-        add_merged_experts(s_.model + layer + "mlp.", layer + "moe.");
-      } else {
-        add_experts(s_.model + layer, layer + "moe.");
-      }
-    }
+    for (const Parameter& parameter : model_parameters(config_)) add(parameter);
     return std::move(slices_);
   }
 
  private:
-  void add(const std::string& tensor, std::vector<int64_t> shape, const std::string& parameter, int64_t first_row = 0,
-           int64_t interleaved_head_dim = 0) {
-    slices_.push_back({tensor + ".weight", std::move(shape), parameter, first_row, interleaved_head_dim});
+  // One tensor of a checkpoint and its number of rows.
+  struct Rows {
+    std::string tensor;
+    int64_t count;
+    int64_t interleaved_head_dim = 0;
+  };
+
+  void add(const Parameter& parameter) {
+    const size_t layer = parameter.name.rfind("layers.", 0) == 0 ? parameter.name.find('.', 7) + 1 : 0;
+    const std::string path = layer > 0 ? spelling_.model + parameter.name.substr(0, layer) : "";
+    const std::string name = parameter.name.substr(layer);  // "moe.router"
+    if (name == "embed_tokens") return add_whole(parameter, spelling_.embeddings);
+    if (name == "norm") return add_whole(parameter, spelling_.norm);
+    if (name == "lm_head") return add_whole(parameter, spelling_.lm_head);
+    if (name == "input_layernorm") return add_whole(parameter, path + spelling_.input_norm);
+    if (name == "post_attention_layernorm") return add_whole(parameter, path + spelling_.post_attention_norm);
+    if (name == "attention.qkv_proj") return add_qkv(parameter, path + spelling_.attention);
+    if (name == "attention.o_proj") return add_whole(parameter, path + spelling_.attention + spelling_.qkvo[3]);
+    if (names_ == WeightNames::kHuggingFaceMerged && config_.is_moe()) return add_merged(parameter, path + "mlp.");
+    if (name == "moe.router") return add_whole(parameter, path + spelling_.router);
+    add_experts(parameter, path, name.substr(name.find('.') + 1));
   }
 
-  void add_attention(const std::string& from, const std::string& to) {
-    const int64_t q_rows = c_.num_heads * c_.head_dim, kv_rows = c_.num_kv_heads * c_.head_dim;
-    const int64_t interleaved = names_ == WeightNames::kConsolidated ? c_.head_dim : 0;
-    add(from + s_.qkvo[0], {q_rows, c_.hidden_size}, to + "qkv_proj", 0, interleaved);
-    add(from + s_.qkvo[1], {kv_rows, c_.hidden_size}, to + "qkv_proj", q_rows, interleaved);
-    add(from + s_.qkvo[2], {kv_rows, c_.hidden_size}, to + "qkv_proj", q_rows + kv_rows);
-    add(from + s_.qkvo[3], {c_.hidden_size, q_rows}, to + "o_proj");
+  void add_whole(const Parameter& parameter, const std::string& tensor) {
+    slices_.push_back({tensor + ".weight", parameter.shape, parameter.name});
   }
 
-  // Gate, up and down matrix of expert `m`; a dense block is expert 0.
-  void add_mlp(const std::string& from, const char* const (&mlp)[3], const std::string& to, int64_t m) {
-    const int64_t I = c_.intermediate_size, H = c_.hidden_size;
-    add(from + mlp[0], {I, H}, to + "gate_up_proj", m * 2 * I);
-    add(from + mlp[1], {I, H}, to + "gate_up_proj", m * 2 * I + I);
-    add(from + mlp[2], {H, I}, to + "down_proj", m * H);
-  }
-
-  void add_experts(const std::string& from, const std::string& to) {
-    add(from + s_.router, {c_.num_experts, c_.hidden_size}, to + "router");
-    for (int64_t m = 0; m < c_.num_experts; ++m) {
-      add_mlp(from + s_.experts + std::to_string(m) + ".", s_.expert_mlp, to, m);
+  // The rows of the parameter, cut into tensors from the first row on.
+  void add_rows(const Parameter& parameter, const std::vector<Rows>& cuts) {
+    int64_t first_row = 0;
+    for (const Rows& rows : cuts) {
+      slices_.push_back({rows.tensor + ".weight",
+                         {rows.count, parameter.shape.back()},
+                         parameter.name,
+                         first_row,
+                         rows.interleaved_head_dim});
+      first_row += rows.count;
     }
   }
 
-  void add_merged_experts(const std::string& from, const std::string& to) {
-    const int64_t E = c_.num_experts, I = c_.intermediate_size, H = c_.hidden_size;
-    add(from + "gate", {E, H}, to + "router");
-    slices_.push_back({from + "experts.gate_up_proj", {E, 2 * I, H}, to + "gate_up_proj"});
-    slices_.push_back({from + "experts.down_proj", {E, H, I}, to + "down_proj"});
+  void add_qkv(const Parameter& parameter, const std::string& from) {
+    const int64_t q_rows = config_.num_heads * config_.head_dim, kv_rows = config_.num_kv_heads * config_.head_dim;
+    const int64_t interleaved = names_ == WeightNames::kConsolidated ? config_.head_dim : 0;
+    add_rows(parameter, {{from + spelling_.qkvo[0], q_rows, interleaved},
+                         {from + spelling_.qkvo[1], kv_rows, interleaved},
+                         {from + spelling_.qkvo[2], kv_rows}});
   }
 
-  const Config& c_;
+  // gate_up_proj or down_proj: one matrix after the other of every expert; a dense block is one expert.
+  void add_experts(const Parameter& parameter, const std::string& path, const std::string& name) {
+    const auto& mlp = config_.is_moe() ? spelling_.expert_mlp : spelling_.dense_mlp;
+    std::vector<Rows> cuts;
+    for (int64_t m = 0; m < parameter.shape[0]; ++m) {
+      const std::string expert =
+          path + (config_.is_moe() ? spelling_.experts + std::to_string(m) + "." : spelling_.dense);
+      if (name == "gate_up_proj") {
+        cuts.push_back({expert + mlp[0], config_.intermediate_size});
+        cuts.push_back({expert + mlp[1], config_.intermediate_size});
+      } else {
+        cuts.push_back({expert + mlp[2], parameter.shape[1]});
+      }
+    }
+    add_rows(parameter, cuts);
+  }
+
+  void add_merged(const Parameter& parameter, const std::string& from) {
+    const std::string name = parameter.name.substr(parameter.name.rfind('.') + 1);
+    if (name == "router") return add_whole(parameter, from + "gate");
+    slices_.push_back({from + "experts." + name, parameter.shape, parameter.name});
+  }
+
+  const Config& config_;
   const WeightNames names_;
-  const Spelling& s_;
+  const Spelling& spelling_;
   std::vector<WeightSlice> slices_;
 };
+
+// Every parameter of a quantised model is one tensor of its own name, in its packed shape.
+std::vector<WeightSlice> parameter_slices(const Config& config) {
+  const WeightType type = parse_weight_type("auto", config);
+  std::vector<WeightSlice> slices;
+  for (const Parameter& parameter : model_parameters(config)) {
+    const auto meta = empty_parameter(parameter, scalar_type(type.dtype), torch::kMeta, type.packing);
+    slices.push_back({parameter.name, meta.sizes().vec(), parameter.name});
+    if (is_packed(meta)) slices.back().packed = meta.scalar_type();
+  }
+  return slices;
+}
 
 }  // namespace
 
@@ -127,23 +160,6 @@ int64_t WeightSlice::rows() const {
   for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
   return rows;
 }
-
-namespace {
-
-// Every parameter of the quantised model is one tensor of its own name.
-std::vector<WeightSlice> parameter_slices(const Config& config) {
-  const WeightType type = parse_weight_type("auto", config, torch::kCPU);
-  const MixtralImpl model(config, type.dtype, torch::kMeta, type.packing);
-  std::vector<WeightSlice> slices;
-  for (const auto& item : model.named_parameters()) {
-    const torch::Tensor& parameter = item.value();
-    slices.push_back({item.key(), parameter.sizes().vec(), item.key()});
-    if (is_packed(parameter)) slices.back().packed = parameter.scalar_type();
-  }
-  return slices;
-}
-
-}  // namespace
 
 std::vector<WeightSlice> weight_slices(const Config& config, WeightNames names) {
   return names == WeightNames::kParameters ? parameter_slices(config) : SliceList(config, names).build();

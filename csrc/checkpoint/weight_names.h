@@ -1,14 +1,13 @@
 // The names and shapes of a checkpoint's tensors in each of its spellings, and where their rows go in the model.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../model/config.h"
+#include "../model/libtorch.h"
 
 namespace mixtral {
 
@@ -24,12 +23,12 @@ enum class WeightNames {
 struct WeightSlice {
   std::string tensor;          // in the checkpoint
   std::vector<int64_t> shape;  // of `tensor`
-  std::string parameter;       // of the model, see weights.h
+  std::string parameter;       // its name in model/parameters.h
   int64_t first_row = 0;       // in the parameter
   // > 0: rows come in rotary pairs (0,1), (2,3), ... of each head of this size, and go to the half-split order
   // 0, 2, 4, ..., 1, 3, 5, ...
   int64_t interleaved_head_dim = 0;
-  std::optional<torch::ScalarType> packed = {};  // of quantised blocks, which go to the parameter as they are
+  std::optional<torch::ScalarType> packed = {};  // of quantised blocks, which go to the parameter unchanged
 
   int64_t cols() const { return shape.back(); }
   int64_t rows() const;

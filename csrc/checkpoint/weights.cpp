@@ -118,7 +118,7 @@ void check_unexpected(const SafetensorsFile& file, const std::set<std::string>& 
 // Reads runs of rows, and reports progress about every kProgressBytes.
 class RowReader {
  public:
-  RowReader(const LoadProgress& progress, uint64_t total) : progress_(progress), total_(total) {}
+  RowReader(const Progress& progress, uint64_t total) : progress_(progress), total_(total) {}
 
   // out: the rows of the parameter that the slice becomes, [rows,cols], on any device; or, with packing, their packed
   // blocks [rows/32,...].
@@ -169,7 +169,7 @@ class RowReader {
     if (progress_ && (done_ == total_ || done_ - reported_ >= kProgressBytes)) progress_(reported_ = done_, total_);
   }
 
-  const LoadProgress& progress_;
+  const Progress& progress_;
   const uint64_t total_;
   uint64_t done_ = 0, reported_ = 0;
   torch::Tensor staging_;
@@ -229,7 +229,7 @@ uint64_t Checkpoint::bytes() const {
 }
 
 void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
-                           const LoadProgress& progress) const {
+                           const Progress& progress) const {
   const torch::NoGradGuard no_grad;
   RowReader reader(progress, bytes());
   for (const auto& [file, entry, slice] : sources_) {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../checkpoint/from_pretrained.h"
 #include "../model/transformer.h"
 #include "engine_thread.h"
 #include "threads.h"
@@ -40,6 +41,13 @@ std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Option
   return std::make_unique<EngineCore>(
       model, ModelRunner::Options{options.page_size, chunk, options.max_batch, options.kv_memory, options.cuda_graph},
       Scheduler::Options{chunk, options.token_budget, options.max_batch});
+}
+
+std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
+  if (!Tokenizer::available() || !std::filesystem::is_directory(folder)) return std::nullopt;
+  for (const auto& entry : std::filesystem::directory_iterator(folder))
+    if (entry.path().filename().string().rfind("tokenizer.model", 0) == 0) return Tokenizer(folder);
+  return std::nullopt;
 }
 
 // One generate(): the results that have come, and who waits for them.
@@ -130,6 +138,20 @@ void Engine::Impl::wait(Call& call, const std::vector<int64_t>& ids, const While
 
 Engine::Engine(Mixtral model, std::optional<Tokenizer> tokenizer, Options options)
     : impl_(std::make_unique<Impl>(std::move(model), std::move(tokenizer), options)) {}
+
+Engine Engine::from_pretrained(const std::filesystem::path& folder, const LoadOptions& load) {
+  return from_pretrained(folder, load, Options());
+}
+
+Engine Engine::from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options) {
+  return from_pretrained(folder, load, options, tokenizer_in(folder));
+}
+
+Engine Engine::from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options,
+                               std::optional<Tokenizer> tokenizer) {
+  return Engine(mixtral::from_pretrained(folder, load), std::move(tokenizer), options);
+}
+
 Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 
@@ -180,8 +202,8 @@ void Engine::stop() { impl_->thread.stop(); }
 
 MixtralImpl& Engine::model() const { return *impl_->model; }
 const Config& Engine::config() const { return impl_->model->config(); }
-std::string Engine::weight_type() const { return impl_->model->weight_type().name(); }
-std::string Engine::device() const { return c10::DeviceTypeName(impl_->model->device().type(), /*lower_case=*/true); }
+WeightType Engine::weight_type() const { return impl_->model->weight_type(); }
+std::string Engine::device() const { return impl_->model->device().str(); }
 const std::optional<Tokenizer>& Engine::tokenizer() const { return impl_->tokenizer; }
 
 }  // namespace mixtral

@@ -1,6 +1,6 @@
 // The engine: takes requests at any time and generates for all of them together.
 //
-//   Engine      checks requests; submit(), cancel(), generate()
+//   Engine        checks requests; submit(), cancel(), generate()
 //   EngineThread  the one thread that runs forward passes
 //   EngineCore    admits requests, runs a pass, hands out results
 //   Scheduler     which requests run, and how many tokens of each
@@ -15,7 +15,10 @@
 #include <string>
 #include <vector>
 
+#include "../checkpoint/load_options.h"
 #include "../model/config.h"
+#include "../model/defaults.h"
+#include "../model/weight_type.h"
 #include "../text/tokenizer.h"
 #include "request.h"
 
@@ -27,10 +30,10 @@ class MixtralImpl;
 class Engine {
  public:
   struct Options {
-    int64_t chunk_size = 512;     // prefill tokens of one sequence per forward pass
-    int64_t token_budget = 2048;  // tokens of all sequences per forward pass
-    int64_t max_batch = 64;       // sequences at a time; further requests wait for one to finish
-    int64_t page_size = 16;
+    int64_t chunk_size = kChunkSize;      // prefill tokens of one sequence per forward pass
+    int64_t token_budget = kTokenBudget;  // tokens of all sequences per forward pass
+    int64_t max_batch = kMaxBatch;        // sequences at a time; further requests wait for one to finish
+    int64_t page_size = kPageSize;
     int64_t ctx_size = 0;    // longest prompt plus new tokens; 0: the model's max_position
     int64_t kv_memory = 0;   // most bytes for keys and values; 0: as much as requests need and the device has
     bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
@@ -42,6 +45,12 @@ class Engine {
 
   // Throws std::invalid_argument when an option is out of range.
   Engine(Mixtral model, std::optional<Tokenizer> tokenizer, Options options);
+  // Loads the model (checkpoint/from_pretrained.h), and the tokenizer if the folder has one.
+  static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load = {});
+  static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options);
+  // The same with a tokenizer that was read before, or none.
+  static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options,
+                                std::optional<Tokenizer> tokenizer);
   // Cancels what still runs.
   ~Engine();
   Engine(Engine&&) noexcept;
@@ -69,8 +78,8 @@ class Engine {
 
   MixtralImpl& model() const;
   const Config& config() const;
-  std::string weight_type() const;  // "bfloat16", "int4"
-  std::string device() const;       // "cpu", "cuda"
+  WeightType weight_type() const;
+  std::string device() const;  // "cpu", "cuda:0"
   const std::optional<Tokenizer>& tokenizer() const;
 
  private:

@@ -22,7 +22,7 @@ int64_t ModelRunner::pages_needed(int64_t prompt_tokens, int64_t max_tokens) con
 int64_t ModelRunner::affordable_pages() const {
   const auto page =
       static_cast<double>(RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype()));
-  auto available = static_cast<double>(available_memory(model_->device()));
+  auto available = static_cast<double>(available_memory(model_->device().str()));
   if (cache_) available -= cache_->bytes_to_grow(num_pages());
   const double pages = static_cast<double>(num_pages()) + available / page;
   return static_cast<int64_t>(std::clamp<double>(pages, 0, INT32_MAX));

@@ -1,8 +1,6 @@
 // Owns the model, its key/value cache and its CUDA graphs: runs the passes that the scheduler plans.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <cstdint>
 #include <optional>
 #include <vector>

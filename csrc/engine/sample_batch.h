@@ -2,10 +2,9 @@
 // than the model for a step, and copying the logits costs as well.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <vector>
 
+#include "../model/libtorch.h"
 #include "sampling.h"
 
 namespace mixtral {

@@ -12,8 +12,6 @@
 namespace mixtral {
 namespace {
 
-constexpr int64_t kPageSize = 16;
-
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument("score: " + message);
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../model/defaults.h"
 #include "../text/tokenizer.h"
 
 namespace mixtral {
@@ -15,8 +16,8 @@ class MixtralImpl;
 // A text longer than the context is cut into segments of `ctx_size` tokens. Each segment starts anew: it is read behind
 // a BOS token of its own and sees nothing of the segment before. So every token is predicted once, and BOS never.
 struct ScoreOptions {
-  int64_t ctx_size = 0;      // tokens of a segment; 0: the model's max_position
-  int64_t chunk_size = 512;  // tokens per forward pass; it bounds the memory for logits, f32 [chunk_size,vocab]
+  int64_t ctx_size = 0;             // tokens of a segment; 0: the model's max_position
+  int64_t chunk_size = kChunkSize;  // tokens per forward pass; it bounds the memory for logits, f32 [chunk_size,vocab]
   std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each chunk; may throw to end the work
 };
 

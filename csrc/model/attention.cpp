@@ -4,21 +4,20 @@
 
 namespace mixtral {
 
-AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const torch::TensorOptions& options, Packing packing)
+AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const std::string& path,
+                             const ParameterAllocator& allocator)
     : layer_(layer),
       num_heads_(config.num_heads),
       num_kv_heads_(config.num_kv_heads),
       head_dim_(config.head_dim),
       window_(config.window),
       rope_theta_(config.rope_theta) {
-  const int64_t q_size = num_heads_ * head_dim_, kv_size = num_kv_heads_ * head_dim_;
-  qkv_proj_ =
-      register_parameter("qkv_proj", empty_matrix({q_size + 2 * kv_size, config.hidden_size}, options, packing), false);
-  o_proj_ = register_parameter("o_proj", empty_matrix({config.hidden_size, q_size}, options, packing), false);
+  qkv_proj_ = allocator.add(*this, path + "attention.", "qkv_proj");
+  o_proj_ = allocator.add(*this, path + "attention.", "o_proj");
 }
 
 torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
-  const auto qkv = ops::linear(x, qkv_proj_, batch.offs).view({x.size(0), num_heads_ + 2 * num_kv_heads_, head_dim_});
+  const auto qkv = ops::linear(x, qkv_proj_, batch).view({x.size(0), num_heads_ + 2 * num_kv_heads_, head_dim_});
   const auto q = qkv.narrow(1, 0, num_heads_);                              // [T,Nq,D]
   const auto k = qkv.narrow(1, num_heads_, num_kv_heads_);                  // [T,Nkv,D]
   const auto v = qkv.narrow(1, num_heads_ + num_kv_heads_, num_kv_heads_);  // [T,Nkv,D]
@@ -34,7 +33,7 @@ torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch,
     const auto [rotated_q, rotated_k] = ops::rope(q, k, batch.positions, rope_theta_);
     out = ops::sliding_window_attention(rotated_q, rotated_k, v, batch.cu_seqlens, window_);
   }
-  return ops::linear(out.flatten(1), o_proj_, batch.offs);
+  return ops::linear(out.flatten(1), o_proj_, batch);
 }
 
 }  // namespace mixtral

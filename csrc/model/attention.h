@@ -1,17 +1,16 @@
 // Grouped-query attention with a sliding window, over the rolling cache or over the batch itself.
 #pragma once
 
-#include <torch/torch.h>
-
 #include "config.h"
+#include "libtorch.h"
 #include "packing.h"
 #include "rolling_kv_cache.h"
 
 namespace mixtral {
 
 struct AttentionImpl : torch::nn::Module {
-  // `options`: dtype and device of the parameters.
-  AttentionImpl(const Config& config, int64_t layer, const torch::TensorOptions& options, Packing packing);
+  // path: "layers.N.", before the parameters' names.
+  AttentionImpl(const Config& config, int64_t layer, const std::string& path, const ParameterAllocator& allocator);
   // x [T,H] -> [T,H]
   torch::Tensor forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache);
 

@@ -1,23 +1,26 @@
 // What one forward pass computes: chunks of several sequences, packed one after the other.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <cstdint>
 #include <vector>
 
+#include "libtorch.h"
+
 namespace mixtral {
 
-// All int64, which no op converts.
+class ForwardObserver;
+
+// All tensors are int64, which no op converts.
 struct Batch {
   torch::Tensor input_ids;   // [T]
   torch::Tensor positions;   // [T]
   torch::Tensor cu_seqlens;  // [B+1]
   torch::Tensor offs;        // [1]: T, the one group of a dense layer's grouped GEMM
   // Where keys and values go and are found; undefined when there is no cache.
-  torch::Tensor slot_mapping;  // [T]: page * P + row
-  torch::Tensor page_table;    // [B,R]
-  torch::Tensor kv_lens;       // [B]: keys of each sequence, this batch's included
+  torch::Tensor slot_mapping;           // [T]: page * P + row
+  torch::Tensor page_table;             // [B,R]
+  torch::Tensor kv_lens;                // [B]: keys of each sequence, this batch's included
+  ForwardObserver* observer = nullptr;  // told of the products of the pass (observer.h); none: nullptr
 };
 
 // The same on the host, filled sequence by sequence.

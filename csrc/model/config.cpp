@@ -4,7 +4,7 @@
 
 #include "../io/load_error.h"
 #include "config_fields.h"
-#include "packing.h"
+#include "parameters.h"
 
 namespace mixtral {
 namespace {
@@ -24,18 +24,12 @@ void check_positive(double value, const std::string& source, const char* field) 
   check(std::isfinite(value) && value > 0, source, field, "must be positive and finite, got " + std::to_string(value));
 }
 
-int64_t attention_parameters(const Config& c) {
-  const int64_t qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.hidden_size;
-  return qkv + c.num_heads * c.head_dim * c.hidden_size;
-}
-
-// All that a token passes through when `experts` of every layer compute for it (ignored for a dense model).
-int64_t parameters(const Config& c, int64_t experts) {
-  const int64_t one_mlp = 3 * c.intermediate_size * c.hidden_size;
-  const int64_t mlp = c.is_moe() ? c.num_experts * c.hidden_size + experts * one_mlp : one_mlp;
-  const int64_t layer = 2 * c.hidden_size + attention_parameters(c) + mlp;
-  const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * c.hidden_size;
-  return embeddings + c.num_layers * layer + c.hidden_size;
+// The parameters that a token passes through when `experts` of every layer compute for it.
+int64_t count_parameters(const Config& config, int64_t experts) {
+  int64_t count = 0;
+  for (const Parameter& parameter : model_parameters(config))
+    count += parameter.is_expert ? parameter.size() / config.num_experts * experts : parameter.size();
+  return count;
 }
 
 }  // namespace
@@ -70,9 +64,9 @@ void Config::validate(const std::string& source) const {
   for (const int64_t id : eos_token_ids) check(is_token(id), source, "eos_token_id", token_range + std::to_string(id));
 }
 
-int64_t Config::total_parameters() const { return parameters(*this, num_experts); }
+int64_t Config::total_parameters() const { return count_parameters(*this, num_experts); }
 
-int64_t Config::active_parameters() const { return parameters(*this, top_k); }
+int64_t Config::active_parameters() const { return count_parameters(*this, top_k); }
 
 int64_t Config::kv_bytes_per_token(int64_t element_size) const {
   return num_layers * 2 * num_kv_heads * head_dim * element_size;

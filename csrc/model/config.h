@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,8 +26,8 @@ struct Config {
   int64_t num_experts = 0;  // 0: a dense feed-forward block, as in Mistral 7B
   int64_t top_k = 0;        // experts per token
   bool renormalize = true;  // false: Switch router, the weight is the plain softmax probability
-  bool router_in_f32 =
-      true;  // false ("router_dtype": "model"): logits rounded to the model's dtype, as in Hugging Face
+  // false ("router_dtype": "model"): logits rounded to the model's dtype, as in Hugging Face
+  bool router_in_f32 = true;
   double rms_norm_eps = 0;
   double rope_theta = 0;
   int64_t window = 0;         // keys a query sees, itself included; 0: no window
@@ -41,12 +39,6 @@ struct Config {
   std::vector<int64_t> eos_token_ids = {2};
 
   bool is_moe() const { return num_experts > 0; }
-
-  // Reads config.json (transformers v4 or v5) or params.json from `folder`. Throws LoadError naming the field.
-  static Config from_folder(const std::filesystem::path& folder);
-
-  // The text of a config.json or params.json. `source` is the file that errors name.
-  static Config from_json(const std::string& text, CheckpointLayout layout, const std::string& source);
 
   // Throws LoadError (file `source`) when a field is missing, out of range or does not fit another one.
   void validate(const std::string& source) const;

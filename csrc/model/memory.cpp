@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Device.h>
 #include <malloc.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -19,7 +20,7 @@ constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 
 // The number after `key` in a file of "key value" lines, or the file's first word for an empty key; kUnlimited when
 // there is no such file, key or number ("max").
-int64_t read_number(const char* path, const std::string& key) {
+int64_t read_number(const std::filesystem::path& path, const std::string& key) {
   std::ifstream file(path);
   std::string word;
   while (!key.empty() && word != key && file >> word) {
@@ -33,16 +34,7 @@ int64_t system_memory() {
   return kib == kUnlimited ? kUnlimited : kib * 1024;
 }
 
-// The limit of a container (control groups, version 2). File pages that are not in use count as available.
-int64_t container_memory() {
-  const int64_t limit = read_number("/sys/fs/cgroup/memory.max", "");
-  const int64_t used = read_number("/sys/fs/cgroup/memory.current", "");
-  const int64_t file_pages = read_number("/sys/fs/cgroup/memory.stat", "inactive_file");
-  if (limit == kUnlimited || used == kUnlimited) return kUnlimited;
-  return limit - used + (file_pages == kUnlimited ? 0 : file_pages);
-}
-
-// What `ulimit -v` leaves.
+// The rest of `ulimit -v`.
 int64_t address_space() {
   rlimit limit;
   const int64_t used_pages = read_number("/proc/self/statm", "");
@@ -53,7 +45,16 @@ int64_t address_space() {
 
 }  // namespace
 
-int64_t available_memory(c10::Device device) {
+int64_t container_memory(const std::filesystem::path& root) {
+  const int64_t limit = read_number(root / "memory.max", "");
+  const int64_t used = read_number(root / "memory.current", "");
+  const int64_t file_pages = read_number(root / "memory.stat", "inactive_file");
+  if (limit == kUnlimited || used == kUnlimited) return kUnlimited;
+  return limit - used + (file_pages == kUnlimited ? 0 : file_pages);
+}
+
+int64_t available_memory(const std::string& device_name) {
+  const c10::Device device(device_name);
   if (device.is_cpu()) return std::max<int64_t>(0, std::min({system_memory(), container_memory(), address_space()}));
   at::globalContext().lazyInitDevice(device.type());  // the allocator knows no device before
   const auto index = device.has_index() ? device.index() : c10::DeviceIndex{0};
@@ -70,9 +71,9 @@ std::string gib_text(double bytes) {
   return text;
 }
 
-std::string out_of_memory_text(const std::string& what, double bytes, c10::Device device, double available) {
-  const std::string name = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
-  return what + ": needs " + gib_text(bytes) + " on " + name + ", " + gib_text(available) + " available";
+std::string out_of_memory_text(const std::string& what, double bytes, const std::string& device, double available) {
+  return what + ": needs " + gib_text(bytes) + " on " + device.substr(0, device.find(':')) + ", " +
+         gib_text(available) + " available";
 }
 
 void release_free_memory() {
@@ -81,7 +82,7 @@ void release_free_memory() {
 #endif
 }
 
-void check_memory(const std::string& what, double bytes, c10::Device device) {
+void check_memory(const std::string& what, double bytes, const std::string& device) {
   const auto available = static_cast<double>(available_memory(device));
   if (bytes > available) throw OutOfMemory(out_of_memory_text(what, bytes, device, available));
 }

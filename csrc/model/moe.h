@@ -1,32 +1,34 @@
 // The feed-forward block: a sparse mixture of experts, or one dense expert as in Mistral 7B.
 #pragma once
 
-#include <torch/torch.h>
+#include <string>
 
+#include "batch.h"
 #include "config.h"
+#include "libtorch.h"
 #include "packing.h"
 
 namespace mixtral {
 
 struct SparseMoeImpl : torch::nn::Module {
-  // `options`: dtype and device of the parameters; the router is f32 unless config.router_in_f32 is false.
-  SparseMoeImpl(const Config& config, const torch::TensorOptions& options, Packing packing);
+  // path: "layers.N.", before the parameters' names.
+  SparseMoeImpl(const Config& config, const std::string& path, const ParameterAllocator& allocator);
   // x [T,H] -> [T,H]
-  torch::Tensor forward(const torch::Tensor& x);
+  torch::Tensor forward(const torch::Tensor& x, const Batch& batch);
 
  private:
   int64_t top_k_;
   bool renormalize_;
-  torch::Tensor router_;        // [E,H]
+  torch::Tensor router_;        // [E,H], f32 unless config.router_in_f32 is false
   torch::Tensor gate_up_proj_;  // [E,2I,H] or packed
   torch::Tensor down_proj_;     // [E,H,I] or packed
 };
 TORCH_MODULE(SparseMoe);
 
 struct DenseMlpImpl : torch::nn::Module {
-  DenseMlpImpl(const Config& config, const torch::TensorOptions& options, Packing packing);
-  // x [T,H], offs [1] = T -> [T,H]
-  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& offs);
+  DenseMlpImpl(const std::string& path, const ParameterAllocator& allocator);
+  // x [T,H] -> [T,H]
+  torch::Tensor forward(const torch::Tensor& x, const Batch& batch);
 
  private:
   torch::Tensor gate_up_proj_;  // [1,2I,H] or packed

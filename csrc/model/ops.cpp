@@ -3,7 +3,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
-#include <utility>
+
+#include "observer.h"
 
 namespace mixtral::ops {
 namespace {
@@ -13,21 +14,7 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-thread_local ProductObserver* observer = nullptr;
-
-// Calls tell(observer), if there is one, with the observer out of the way.
-template <typename F>
-void tell_observer(const F& tell) {
-  if (!observer) return;
-  ProductObserver* const told = std::exchange(observer, nullptr);
-  tell(*told);
-  observer = told;
-}
-
 }  // namespace
-
-ProductObserver::ProductObserver() { observer = this; }
-ProductObserver::~ProductObserver() { observer = nullptr; }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, double)>("mixtral::rms_norm");
@@ -54,7 +41,6 @@ std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int6
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mixtral::grouped_gemm");
-  tell_observer([&](ProductObserver& told) { told.before_grouped_gemm(a, b, offs); });
   return op.call(a, b, offs);
 }
 
@@ -79,7 +65,6 @@ Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
                const Tensor& down_proj) {
   static const auto op =
       find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("mixtral::moe_mlp");
-  tell_observer([&](ProductObserver& told) { told.before_moe_mlp(x, topk_ids, gate_up_proj, down_proj); });
   return op.call(x, topk_weights, topk_ids, gate_up_proj, down_proj);
 }
 
@@ -107,8 +92,9 @@ Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const 
   return op.call(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, window, /*scale=*/std::nullopt);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs) {
-  return grouped_gemm(x, weight.dim() == 2 ? weight.unsqueeze(0) : weight, offs);
+Tensor linear(const Tensor& x, const Tensor& weight, const Batch& batch) {
+  if (batch.observer) batch.observer->before_linear(x, weight);
+  return grouped_gemm(x, weight.dim() == 2 ? weight.unsqueeze(0) : weight, batch.offs);
 }
 
 }  // namespace mixtral::ops

@@ -1,13 +1,14 @@
-// Typed calls of the project's ops through torch's dispatcher: the model computes in no other way.
+// Typed calls of the project's ops through torch's dispatcher. The model computes with them and with torch::embedding.
 //
 // Letters and meanings as in csrc/ops/registration.cpp.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <optional>
 #include <string>
 #include <tuple>
+
+#include "batch.h"
+#include "libtorch.h"
 
 namespace mixtral::ops {
 
@@ -46,21 +47,8 @@ Tensor rolling_kv_cache_attention(const Tensor& q, const Tensor& k_cache, const 
                                   const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lens,
                                   int64_t window);
 
-// For as long as one lives, it is shown the operands of its thread's matrix products before they are computed, and may
-// still change the weights (calibrate.h). Products inside its own functions are not shown.
-class ProductObserver {
- public:
-  ProductObserver();
-  virtual ~ProductObserver();
-  ProductObserver(const ProductObserver&) = delete;
-  ProductObserver& operator=(const ProductObserver&) = delete;
-  // Arguments as of grouped_gemm and moe_mlp.
-  virtual void before_grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) = 0;
-  virtual void before_moe_mlp(const Tensor& x, const Tensor& topk_ids, const Tensor& gate_up_proj,
-                              const Tensor& down_proj) = 0;
-};
-
-// A dense linear layer is a grouped GEMM of one group: x [T,Kdim], weight [N,Kdim] or packed, offs [1] = T -> [T,N]
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& offs);
+// A dense linear layer is a grouped GEMM of one group: x [T,Kdim], weight [N,Kdim], [1,N,Kdim] or packed -> [T,N].
+// Tells batch.observer.
+Tensor linear(const Tensor& x, const Tensor& weight, const Batch& batch);
 
 }  // namespace mixtral::ops

@@ -1,54 +1,40 @@
-// How the weight matrices of a model lie in memory: as in the checkpoint, or in the packed formats
-// (csrc/ops/pack_weight/pack_weight.h), which are read faster and may be quantised.
-//
-// Packed are the matrices of attention and of the experts, and lm_head where the vocabulary is a multiple of 32.
-// Router, norms and embeddings (and an lm_head that is the embeddings) never are.
+// Parameters as tensors: plain, or packed in the format of csrc/ops/pack_weight/pack_weight.h, which the CPU kernels
+// read faster and which may be quantised.
 #pragma once
 
-#include <torch/torch.h>
-
+#include <map>
 #include <string>
-#include <vector>
 
-#include "config.h"
+#include "libtorch.h"
+#include "parameters.h"
+#include "weight_type.h"
 
 namespace mixtral {
 
-enum class Packing { kNone, kFloat, kInt8, kFp8, kInt4 };
+// "bfloat16" <-> torch::kBFloat16
+torch::ScalarType scalar_type(const std::string& dtype);
+std::string dtype_name(torch::ScalarType type);
 
-inline constexpr int64_t kPackedRows = 32;  // of a matrix in one packed block
-
-// The type of a model's weights.
-struct WeightType {
-  torch::ScalarType dtype;  // of activations, and of whatever is not quantised
-  Packing packing;
-
-  // "float32", "bfloat16", "float16", "int8", "fp8" or "int4"
-  std::string name() const;
-};
-
-// From a name as above, or "auto": the checkpoint's. Float weights are packed on the CPU if `pack` is true and their
-// sizes allow it. Throws std::invalid_argument for another name; for a quantised type with sizes that are no
-// multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
-WeightType parse_weight_type(const std::string& name, const Config& config, torch::Device device, bool pack = true);
-
-// The first size that keeps the matrices from being packed, in words; empty when there is none.
-std::string unfit_size(const Config& config);
-
-// Whether it is one of the quantised formats.
-bool is_quantized(Packing packing);
-// Bytes of all weights, to within 1 %.
-double weight_bytes(const Config& config, const WeightType& type);
-// Bytes of one value of a matrix.
-double bytes_per_weight(const WeightType& type);
-
-// A parameter: plain of `shape` ([rows, cols] or [experts, rows, cols]), or packed.
-torch::Tensor empty_matrix(const std::vector<int64_t>& shape, const torch::TensorOptions& options, Packing packing);
+// A parameter of a model of type `dtype` and `packing`, not initialised. options: device of the result.
+torch::Tensor empty_parameter(const Parameter& parameter, torch::ScalarType dtype, torch::Device device,
+                              Packing packing);
 // rows [n, cols], n a multiple of 32 -> [n/32, ...]: the blocks of a packed parameter that they become.
 torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing);
 // Whether a parameter is a packed matrix.
 bool is_packed(const torch::Tensor& parameter);
-// Whether lm_head is.
-bool packs_lm_head(const Config& config, Packing packing);
+
+// Allocates the parameters of one model and registers them in its modules.
+class ParameterAllocator {
+ public:
+  ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing);
+  // The parameter `path` + `name` of model/parameters.h, registered in `module` as `name`.
+  torch::Tensor add(torch::nn::Module& module, const std::string& path, const std::string& name) const;
+
+ private:
+  std::map<std::string, Parameter> parameters_;
+  torch::ScalarType dtype_;
+  torch::Device device_;
+  Packing packing_;
+};
 
 }  // namespace mixtral

@@ -29,7 +29,7 @@ RollingKVCache::RollingKVCache(const Config& config, Options options) : config_(
   const double pages =
       static_cast<double>(options.num_pages) + static_cast<double>(ceil_div(options.padding_tokens, options.page_size));
   check_memory(kName, pages * static_cast<double>(page_bytes(config, options.page_size, options.dtype)),
-               options.device);
+               options.device.str());
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (auto* pool : {&keys_, &values_}) pool->push_back(new_pool(options.num_pages));
   }
@@ -58,7 +58,7 @@ void RollingKVCache::grow(int64_t num_pages) {
   require(
       num_pages >= options_.num_pages && num_pages <= INT32_MAX,
       "grow expected " + std::to_string(options_.num_pages) + " to 2^31 - 1 pages, got " + std::to_string(num_pages));
-  check_memory(kName, bytes_to_grow(num_pages), options_.device);
+  check_memory(kName, bytes_to_grow(num_pages), options_.device.str());
   free_pages_.reserve(static_cast<size_t>(num_pages));
   // If this throws, some layers have pages that nothing uses.
   for (auto* layers : {&keys_, &values_}) {

@@ -6,8 +6,6 @@
 // it rolls page by page, so no page is ever overwritten in place). Without a window R grows.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -15,15 +13,17 @@
 
 #include "batch.h"
 #include "config.h"
+#include "defaults.h"
+#include "libtorch.h"
 
 namespace mixtral {
 
 class RollingKVCache {
  public:
   struct Options {
-    int64_t page_size = 16;
+    int64_t page_size = kPageSize;
     int64_t num_pages = 0;
-    int64_t max_chunk = 512;  // most tokens of one sequence in one batch
+    int64_t max_chunk = kChunkSize;  // most tokens of one sequence in one batch
     torch::Device device = torch::kCPU;
     torch::ScalarType dtype = torch::kFloat32;
     int64_t padding_tokens = 0;  // most tokens that pad a batch (HostBatch::pad)

@@ -1,19 +1,18 @@
 #include "transformer.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/nn/modules/container/modulelist.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "../checkpoint/memory_plan.h"
-#include "memory.h"
 #include "ops.h"
 
 namespace mixtral {
 namespace {
 
-// Below autograd nothing is recorded, and no gradient formula that Python registered for an op is asked for.
+// Below autograd nothing is recorded, and the gradient formulas that Python registers for the ops do not run.
 using NoAutograd = at::AutoDispatchBelowAutograd;
 
 constexpr int64_t kDrawnAtOnce = 1 << 22;  // random values, in f32
@@ -31,53 +30,44 @@ void init_random_packed(const torch::Tensor& parameter, Packing packing, const N
 
 }  // namespace
 
-DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options,
-                                   Packing packing)
+DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator)
     : eps_(config.rms_norm_eps) {
-  input_layernorm_ = register_parameter("input_layernorm", torch::empty({config.hidden_size}, options), false);
-  attention_ = register_module("attention", Attention(config, layer, options, packing));
-  post_attention_layernorm_ =
-      register_parameter("post_attention_layernorm", torch::empty({config.hidden_size}, options), false);
+  const std::string path = "layers." + std::to_string(layer) + ".";
+  input_layernorm_ = allocator.add(*this, path, "input_layernorm");
+  post_attention_layernorm_ = allocator.add(*this, path, "post_attention_layernorm");
+  attention_ = register_module("attention", Attention(config, layer, path, allocator));
   if (config.is_moe()) {
-    moe_ = register_module("moe", SparseMoe(config, options, packing));
+    moe_ = register_module("moe", SparseMoe(config, path, allocator));
   } else {
-    mlp_ = register_module("mlp", DenseMlp(config, options, packing));
+    mlp_ = register_module("mlp", DenseMlp(path, allocator));
   }
 }
 
-std::pair<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::Tensor& x, const torch::Tensor& residual,
-                                                                  const Batch& batch, RollingKVCache* cache) {
-  torch::Tensor normed, sum = x;
-  if (residual.defined()) {
-    std::tie(normed, sum) = ops::add_rms_norm(x, residual, input_layernorm_, eps_);
+HiddenState DecoderLayerImpl::forward(const HiddenState& state, const Batch& batch, RollingKVCache* cache) {
+  torch::Tensor normed, sum = state.x;
+  if (state.residual.defined()) {
+    std::tie(normed, sum) = ops::add_rms_norm(state.x, state.residual, input_layernorm_, eps_);
   } else {
-    normed = ops::rms_norm(x, input_layernorm_, eps_);
+    normed = ops::rms_norm(state.x, input_layernorm_, eps_);
   }
   const auto attended = attention_->forward(normed, batch, cache);
   std::tie(normed, sum) = ops::add_rms_norm(attended, sum, post_attention_layernorm_, eps_);
-  return {moe_ ? moe_->forward(normed) : mlp_->forward(normed, batch.offs), sum};
+  return {moe_ ? moe_->forward(normed, batch) : mlp_->forward(normed, batch), sum};
 }
 
 MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing)
     : config_(config), packing_(packing) {
   config.validate("config");
-  const auto options = torch::dtype(dtype).device(device);
-  embed_tokens_ =
-      register_parameter("embed_tokens", torch::empty({config.vocab_size, config.hidden_size}, options), false);
+  const ParameterAllocator allocator(config, dtype, device, packing);
+  embed_tokens_ = allocator.add(*this, "", "embed_tokens");
   torch::nn::ModuleList list;
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    layers_.emplace_back(config, layer, options, packing);
+    layers_.emplace_back(config, layer, allocator);
     list->push_back(layers_.back());
   }
   register_module("layers", list);
-  norm_ = register_parameter("norm", torch::empty({config.hidden_size}, options), false);
-  if (config.tie_word_embeddings) {
-    lm_head_ = embed_tokens_;
-    return;
-  }
-  const Packing lm_head_packing = packs_lm_head(config, packing) ? packing : Packing::kNone;
-  lm_head_ = register_parameter("lm_head",
-                                empty_matrix({config.vocab_size, config.hidden_size}, options, lm_head_packing), false);
+  norm_ = allocator.add(*this, "", "norm");
+  lm_head_ = config.tie_word_embeddings ? embed_tokens_ : allocator.add(*this, "", "lm_head");
 }
 
 torch::Tensor MixtralImpl::forward(const torch::Tensor& input_ids) {
@@ -96,17 +86,31 @@ torch::Tensor MixtralImpl::forward(const torch::Tensor& input_ids) {
 }
 
 torch::Tensor MixtralImpl::hidden_states(const Batch& batch, RollingKVCache* cache) {
+  return final_norm(run_layers(0, config_.num_layers, embed(batch), batch, cache));
+}
+
+HiddenState MixtralImpl::embed(const Batch& batch) {
   const NoAutograd guard;
-  auto x = torch::embedding(embed_tokens_, batch.input_ids);
-  torch::Tensor residual;
-  for (const auto& layer : layers_) std::tie(x, residual) = layer.ptr()->forward(x, residual, batch, cache);
-  return std::get<0>(ops::add_rms_norm(x, residual, norm_, config_.rms_norm_eps));
+  return {torch::embedding(embed_tokens_, batch.input_ids), {}};
+}
+
+HiddenState MixtralImpl::run_layers(int64_t begin, int64_t end, HiddenState state, const Batch& batch,
+                                    RollingKVCache* cache) {
+  const NoAutograd guard;
+  for (int64_t n = begin; n < end; ++n) state = layers_.at(static_cast<size_t>(n))->forward(state, batch, cache);
+  return state;
+}
+
+torch::Tensor MixtralImpl::final_norm(const HiddenState& state) {
+  const NoAutograd guard;
+  return std::get<0>(ops::add_rms_norm(state.x, state.residual, norm_, config_.rms_norm_eps));
 }
 
 torch::Tensor MixtralImpl::logits(const torch::Tensor& hidden) {
   const NoAutograd guard;
-  const auto offs = torch::full({1}, hidden.size(0), torch::dtype(torch::kInt32).device(hidden.device()));
-  return ops::linear(hidden, lm_head_, offs).to(torch::kFloat32);
+  Batch rows;
+  rows.offs = torch::full({1}, hidden.size(0), torch::dtype(torch::kInt32).device(hidden.device()));
+  return ops::linear(hidden, lm_head_, rows).to(torch::kFloat32);
 }
 
 void MixtralImpl::init_random(uint64_t seed) {
@@ -134,25 +138,6 @@ void MixtralImpl::check_ids(const int64_t* ids, int64_t count) const {
                                   "), got " + std::to_string(ids[i]) + " at index " + std::to_string(i));
     }
   }
-}
-
-Mixtral Mixtral::from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
-  const Config config = Config::from_folder(folder);
-  const Checkpoint checkpoint(folder, config);
-  const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
-  // Torch ends the process when memory runs out inside an op, so what packing holds for a while is asked for as well.
-  check_fits("the weights of " + folder.string(), config, type, options.device);
-  const auto allocate = [&] {
-    try {
-      return Mixtral(config, type.dtype, options.device, type.packing);
-    } catch (const c10::Error& error) {  // allocating is all that torch does here
-      throw OutOfMemory("the weights of " + folder.string() + ": " + error.what_without_backtrace());
-    }
-  };
-  Mixtral model = allocate();
-  checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
-  release_free_memory();  // of staging and packing
-  return model;
 }
 
 }  // namespace mixtral

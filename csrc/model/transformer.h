@@ -1,30 +1,28 @@
-// The model: embedding, decoder layers, norm, lm_head. Whatever it computes is an op of the dispatcher namespace
-// `mixtral`.
+// The model: embedding, decoder layers, norm, lm_head. It is mathematics alone; checkpoint/from_pretrained.h reads one.
 #pragma once
 
-#include <torch/torch.h>
-
-#include <filesystem>
-#include <optional>
 #include <utility>
 #include <vector>
 
-#include "../checkpoint/weights.h"
 #include "attention.h"
+#include "batch.h"
 #include "config.h"
-#include "memory.h"
+#include "libtorch.h"
 #include "moe.h"
 #include "packing.h"
 #include "rolling_kv_cache.h"
 
 namespace mixtral {
 
+// The residual stream between two layers: `residual` and `x`, whose sum is folded into the next norm.
+struct HiddenState {
+  torch::Tensor x;         // [T,H]
+  torch::Tensor residual;  // [T,H]; undefined before the first layer
+};
+
 struct DecoderLayerImpl : torch::nn::Module {
-  DecoderLayerImpl(const Config& config, int64_t layer, const torch::TensorOptions& options, Packing packing);
-  // x [T,H] and residual [T,H] (undefined before the first layer) -> the same pair for the next layer, where the two
-  // are added: the sum is folded into the next norm.
-  std::pair<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x, const torch::Tensor& residual,
-                                                  const Batch& batch, RollingKVCache* cache);
+  DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator);
+  HiddenState forward(const HiddenState& state, const Batch& batch, RollingKVCache* cache);
 
  private:
   double eps_;
@@ -44,9 +42,15 @@ class MixtralImpl : public torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& input_ids);
 
   // The packed form. With a cache: write, then attend; without: block-diagonal over the batch itself. -> [T,H], normed.
+  // It is embed, all layers and final_norm.
   torch::Tensor hidden_states(const Batch& batch, RollingKVCache* cache = nullptr);
   // hidden [T,H] -> f32 [T,vocab]
   torch::Tensor logits(const torch::Tensor& hidden);
+
+  // The stages of hidden_states, for a pipeline.
+  HiddenState embed(const Batch& batch);
+  HiddenState run_layers(int64_t begin, int64_t end, HiddenState state, const Batch& batch, RollingKVCache* cache);
+  torch::Tensor final_norm(const HiddenState& state);  // -> [T,H]
 
   // Normal(0, 0.02) weights and unit norms, drawn on the model's device from `seed`; packed matrices repeat the same
   // few million values. For tests and benchmarks.
@@ -58,7 +62,7 @@ class MixtralImpl : public torch::nn::Module {
   const Config& config() const { return config_; }
   torch::Device device() const { return embed_tokens_.device(); }
   torch::ScalarType dtype() const { return embed_tokens_.scalar_type(); }  // of activations
-  WeightType weight_type() const { return {dtype(), packing_}; }
+  WeightType weight_type() const { return {dtype_name(dtype()), packing_}; }
 
  private:
   Config config_;
@@ -69,19 +73,6 @@ class MixtralImpl : public torch::nn::Module {
   torch::Tensor lm_head_;  // [vocab,H] or packed; embed_tokens itself when the two are tied
 };
 
-struct LoadOptions {
-  torch::Device device = torch::kCPU;
-  std::string dtype = "auto";  // as in parse_weight_type
-  LoadProgress progress = nullptr;
-  bool pack = true;  // false: parameters have the shapes of weights.h; slower on the CPU
-};
-
-class Mixtral : public torch::nn::ModuleHolder<MixtralImpl> {
- public:
-  using torch::nn::ModuleHolder<MixtralImpl>::ModuleHolder;
-  // A Hugging Face or Mistral consolidated folder, or one that save_quantized wrote. Throws LoadError;
-  // std::invalid_argument for a dtype that does not fit; OutOfMemory before anything is allocated.
-  static Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options = {});
-};
+TORCH_MODULE(Mixtral);
 
 }  // namespace mixtral

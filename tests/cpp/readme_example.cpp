@@ -4,7 +4,7 @@
 
 int main(int argc, char** argv) {
   const std::string folder = argc > 1 ? argv[1] : "models/demo";
-  mixtral::Engine engine(mixtral::Mixtral::from_pretrained(folder), mixtral::Tokenizer(folder), {});
+  mixtral::Engine engine(mixtral::from_pretrained(folder), mixtral::Tokenizer(folder), {});
   mixtral::SamplingParams params;
   params.max_tokens = 32;
   const auto prompt = engine.tokenizer()->encode("In the beginning", /*add_bos=*/true);

@@ -4,6 +4,7 @@
 
 #include "checkpoint/weights.h"
 #include "checkpoint_files.h"
+#include "model/parameters.h"
 #include "model/transformer.h"
 
 namespace mixtral {
@@ -36,26 +37,13 @@ Config small_config(int64_t num_experts) {
   return config;
 }
 
-// The parameters of weights.h, filled with NaN.
-Parameters empty_parameters(const Config& c, torch::ScalarType type) {
+// The parameters of model/parameters.h, filled with NaN.
+Parameters empty_parameters(const Config& config, torch::ScalarType type) {
   Parameters parameters;
-  const auto add = [&](const std::string& name, std::vector<int64_t> shape, torch::ScalarType t) {
-    parameters.insert(name, torch::full(shape, std::numeric_limits<double>::quiet_NaN(), t));
-  };
-  add("embed_tokens", {c.vocab_size, c.hidden_size}, type);
-  for (int64_t n = 0; n < c.num_layers; ++n) {
-    const std::string layer = "layers." + std::to_string(n) + ".", mlp = layer + (c.is_moe() ? "moe." : "mlp.");
-    const int64_t E = std::max<int64_t>(c.num_experts, 1), I = c.intermediate_size, H = c.hidden_size;
-    add(layer + "input_layernorm", {H}, type);
-    add(layer + "post_attention_layernorm", {H}, type);
-    add(layer + "attention.qkv_proj", {(c.num_heads + 2 * c.num_kv_heads) * c.head_dim, H}, type);
-    add(layer + "attention.o_proj", {H, c.num_heads * c.head_dim}, type);
-    if (c.is_moe()) add(mlp + "router", {E, H}, torch::kFloat32);
-    add(mlp + "gate_up_proj", {E, 2 * I, H}, type);
-    add(mlp + "down_proj", {E, H, I}, type);
+  for (const Parameter& parameter : model_parameters(config)) {
+    parameters.insert(parameter.name, torch::full(parameter.shape, std::numeric_limits<double>::quiet_NaN(),
+                                                  parameter.is_f32 ? torch::kFloat32 : type));
   }
-  add("norm", {c.hidden_size}, type);
-  if (!c.tie_word_embeddings) add("lm_head", {c.vocab_size, c.hidden_size}, type);
   return parameters;
 }
 

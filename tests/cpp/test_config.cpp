@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "checkpoint/config_reader.h"
 #include "checkpoint_files.h"
 #include "model/config.h"
 
@@ -49,11 +50,11 @@ const Keys kParams7B = {{"dim", "4096"},         {"n_layers", "32"},      {"head
                         {"norm_eps", "1e-05"},   {"vocab_size", "32000"}, {"sliding_window", "4096"}};
 
 Config mixtral(const Keys& overrides = {}) {
-  return Config::from_json(json_text(kMixtral8x7B, overrides), CheckpointLayout::kHuggingFace, "dir/config.json");
+  return parse_config(json_text(kMixtral8x7B, overrides), CheckpointLayout::kHuggingFace, "dir/config.json");
 }
 
 Config params(const Keys& overrides = {}) {
-  return Config::from_json(json_text(kParams7B, overrides), CheckpointLayout::kConsolidated, "dir/params.json");
+  return parse_config(json_text(kParams7B, overrides), CheckpointLayout::kConsolidated, "dir/params.json");
 }
 
 TEST(Config, CountsParametersOfThePublishedModels) {
@@ -138,8 +139,7 @@ TEST(Config, ReadsParamsOfBothReleases) {
       R"({"hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,"num_attention_heads":32,)"
       R"("num_key_value_heads":8,"vocab_size":32000,"rms_norm_eps":1e-05,"rope_theta":1e6,)"
       R"("num_local_experts":8,"num_experts_per_tok":2})";
-  EXPECT_EQ(Config::from_json(first, CheckpointLayout::kConsolidated, "params.json").total_parameters(),
-            46'702'792'704);
+  EXPECT_EQ(parse_config(first, CheckpointLayout::kConsolidated, "params.json").total_parameters(), 46'702'792'704);
   EXPECT_EQ(params({{"moe", "null"}}).num_experts, 0);
 }
 
@@ -231,22 +231,22 @@ TEST(Config, RejectsWhatTheModelCannotCompute) {
 
 TEST(Config, ChoosesTheLayoutWhoseWeightsAreThere) {
   const TempFolder folder;
-  expect_load_error([&] { Config::from_folder(folder.path()); }, "holds neither config.json nor params.json");
-  expect_load_error([&] { Config::from_folder(folder / "absent"); }, "is not a folder");
+  expect_load_error([&] { read_config(folder.path()); }, "holds neither config.json nor params.json");
+  expect_load_error([&] { read_config(folder / "absent"); }, "is not a folder");
   write_file(folder / "params.json", json_text(kParams7B, {}));
-  EXPECT_EQ(Config::from_folder(folder.path()).layout, CheckpointLayout::kConsolidated);
+  EXPECT_EQ(read_config(folder.path()).layout, CheckpointLayout::kConsolidated);
   write_file(folder / "config.json", json_text(kMixtral8x7B, {}));
-  EXPECT_EQ(Config::from_folder(folder.path()).layout, CheckpointLayout::kHuggingFace);
+  EXPECT_EQ(read_config(folder.path()).layout, CheckpointLayout::kHuggingFace);
   write_file(folder / "consolidated.safetensors", "");
-  EXPECT_EQ(Config::from_folder(folder.path()).layout, CheckpointLayout::kConsolidated);
+  EXPECT_EQ(read_config(folder.path()).layout, CheckpointLayout::kConsolidated);
   write_file(folder / "model.safetensors.index.json", "");
-  EXPECT_EQ(Config::from_folder(folder.path()).layout, CheckpointLayout::kHuggingFace);
+  EXPECT_EQ(read_config(folder.path()).layout, CheckpointLayout::kHuggingFace);
 }
 
 TEST(Config, SurvivesEveryTruncationAndBitFlip) {
   const auto load = [](const std::string& text, CheckpointLayout layout) {
     try {
-      Config::from_json(text, layout, "file");
+      parse_config(text, layout, "file");
     } catch (const LoadError&) {
     }
   };

@@ -25,10 +25,11 @@ Config mixtral_8x7b() {
 
 // Free memory of a machine with that much on the CPU and on CUDA.
 FreeMemory machine(double cpu_gib, double cuda_gib) {
-  return [=](torch::Device device) { return static_cast<int64_t>((device.is_cpu() ? cpu_gib : cuda_gib) * kGiB); };
+  return [=](const std::string& device) { return static_cast<int64_t>((device == "cpu" ? cpu_gib : cuda_gib) * kGiB); };
 }
 
-std::string error_of(const Config& config, const std::string& dtype, torch::Device device, const FreeMemory& free) {
+std::string error_of(const Config& config, const std::string& dtype, const std::string& device,
+                     const FreeMemory& free) {
   try {
     check_fits("the weights", config, parse_weight_type(dtype, config, device), device, free);
   } catch (const OutOfMemory& error) {
@@ -39,27 +40,27 @@ std::string error_of(const Config& config, const std::string& dtype, torch::Devi
 
 TEST(MemoryPlan, CountsWeightsActivationsAndCache) {
   const Config config = mixtral_8x7b();
-  const WeightType type = parse_weight_type("bfloat16", config, torch::kCUDA);
-  const MemoryPlan plan = plan_memory(config, type, torch::kCUDA);
+  const WeightType type = parse_weight_type("bfloat16", config, "cuda");
+  const MemoryPlan plan = plan_memory(config, type, "cuda");
   EXPECT_NEAR(plan.weights, 2 * 46.7e9, 0.01 * 2 * 46.7e9);
   EXPECT_EQ(plan.loading, 0);  // nothing is packed on CUDA
   EXPECT_EQ(plan.unpacking, 0);
   EXPECT_EQ(plan.cache, 32768.0 * 32 * 2 * 8 * 128 * 2);
   EXPECT_EQ(plan.to_load(), plan.weights + plan.activations);
   // In a pass of twice the tokens, twice the activations; a window bounds the cache.
-  EXPECT_EQ(plan_memory(config, type, torch::kCUDA, 0, 1024).activations, 2 * plan.activations);
-  EXPECT_EQ(plan_memory(config, type, torch::kCUDA, 100).cached_tokens, 112);
+  EXPECT_EQ(plan_memory(config, type, "cuda", 0, 1024).activations, 2 * plan.activations);
+  EXPECT_EQ(plan_memory(config, type, "cuda", 100).cached_tokens, 112);
   Config windowed = config;
   windowed.window = 4096;
-  EXPECT_LT(plan_memory(windowed, type, torch::kCUDA).cached_tokens, 4096 + 512 + 32);
+  EXPECT_LT(plan_memory(windowed, type, "cuda").cached_tokens, 4096 + 512 + 32);
   // Rows of two experts of 14336 are wider than all of attention.
   EXPECT_EQ(plan.activations, 512.0 * 2 * (2 * 4096 + 2 * (2 * 4096 + 3 * 14336)));
 }
 
 TEST(MemoryPlan, QuantisedWeightsOnCudaNeedRoomToBeUnpacked) {
   const Config config = mixtral_8x7b();
-  const WeightType type = parse_weight_type("int4", config, torch::kCUDA);
-  const MemoryPlan cuda = plan_memory(config, type, torch::kCUDA), cpu = plan_memory(config, type, torch::kCPU);
+  const WeightType type = parse_weight_type("int4", config, "cuda");
+  const MemoryPlan cuda = plan_memory(config, type, "cuda"), cpu = plan_memory(config, type, "cpu");
   EXPECT_EQ(cuda.unpacking, 8.0 * 2 * 14336 * 4096 * 2);  // gate and up of all experts
   EXPECT_EQ(cpu.unpacking, 0);
   EXPECT_EQ(cuda.to_load(), cpu.to_load() + cuda.unpacking);
@@ -67,13 +68,13 @@ TEST(MemoryPlan, QuantisedWeightsOnCudaNeedRoomToBeUnpacked) {
 
 TEST(MemoryPlan, WhatFitsIsNoError) {
   const Config config = mixtral_8x7b();
-  EXPECT_EQ(error_of(config, "bfloat16", torch::kCUDA, machine(0, 139)), "");
-  EXPECT_EQ(error_of(config, "int4", torch::kCPU, machine(27, 0)), "");
+  EXPECT_EQ(error_of(config, "bfloat16", "cuda", machine(0, 139)), "");
+  EXPECT_EQ(error_of(config, "int4", "cpu", machine(27, 0)), "");
 }
 
 TEST(MemoryPlan, AnH100HasNoRoomForMixtralIn16Bits) {
   const Config config = mixtral_8x7b();
-  const auto error = error_of(config, "bfloat16", torch::kCUDA, machine(120, 79));
+  const auto error = error_of(config, "bfloat16", "cuda", machine(120, 79));
   EXPECT_EQ(error.rfind("the weights: needs 87.", 0), 0u) << error;
   EXPECT_NE(error.find(" on cuda, 79.00 GiB available; bfloat16 weights "), std::string::npos) << error;
   EXPECT_NE(error.find("a cache of up to 4.00 GiB for a context of 32768"), std::string::npos) << error;
@@ -89,17 +90,17 @@ TEST(MemoryPlan, AnH100HasNoRoomForMixtralIn16Bits) {
 
 TEST(MemoryPlan, SuggestsOnlyWhatIsSmallerFitsAndExists) {
   const Config config = mixtral_8x7b();
-  EXPECT_NE(error_of(config, "float32", torch::kCUDA, machine(1, 139)).find("what would fit: bfloat16 (87."),
+  EXPECT_NE(error_of(config, "float32", "cuda", machine(1, 139)).find("what would fit: bfloat16 (87."),
             std::string::npos);
-  const auto small = error_of(config, "bfloat16", torch::kCPU, machine(30, 0));
+  const auto small = error_of(config, "bfloat16", "cpu", machine(30, 0));
   EXPECT_EQ(small.find("int8"), std::string::npos) << small;
   EXPECT_EQ(small.find("fp8"), std::string::npos) << small;
   EXPECT_NE(small.find("what would fit: int4 ("), std::string::npos) << small;
-  const auto none = error_of(config, "bfloat16", torch::kCPU, machine(10, 0));
+  const auto none = error_of(config, "bfloat16", "cpu", machine(10, 0));
   EXPECT_NE(none.find("; no other dtype fits"), std::string::npos) << none;
   Config quantized = config;  // cannot become anything else
   quantized.quantization = "int8";
-  const auto fixed = error_of(quantized, "auto", torch::kCPU, machine(30, 0));
+  const auto fixed = error_of(quantized, "auto", "cpu", machine(30, 0));
   EXPECT_NE(fixed.find("; no other dtype fits"), std::string::npos) << fixed;
 }
 

@@ -1,6 +1,7 @@
 // Which weights are packed, what errors say, and the config.json that a quantised checkpoint gets.
 #include <gtest/gtest.h>
 
+#include "checkpoint/config_reader.h"
 #include "checkpoint/save.h"
 #include "checkpoint_files.h"
 #include "model/packing.h"
@@ -9,7 +10,7 @@
 namespace mixtral {
 namespace {
 
-std::string error_of(const std::string& name, const Config& config, torch::Device device) {
+std::string error_of(const std::string& name, const Config& config, const std::string& device) {
   try {
     parse_weight_type(name, config, device);
   } catch (const std::invalid_argument& error) {
@@ -20,36 +21,36 @@ std::string error_of(const std::string& name, const Config& config, torch::Devic
 
 TEST(Packing, FloatWeightsArePackedOnTheCpuWhereSizesAllow) {
   const Config config = packable_config();
-  EXPECT_EQ(parse_weight_type("auto", config, torch::kCPU).packing, Packing::kFloat);
-  EXPECT_EQ(parse_weight_type("float32", config, torch::kCPU, /*pack=*/false).packing, Packing::kNone);
-  EXPECT_EQ(parse_weight_type("float32", config, torch::kCUDA).packing, Packing::kNone);
+  EXPECT_EQ(parse_weight_type("auto", config, "cpu").packing, Packing::kFloat);
+  EXPECT_EQ(parse_weight_type("float32", config, "cpu", /*pack=*/false).packing, Packing::kNone);
+  EXPECT_EQ(parse_weight_type("float32", config, "cuda").packing, Packing::kNone);
   for (int64_t Config::*size : {&Config::hidden_size, &Config::intermediate_size, &Config::head_dim}) {
     Config unfit = config;
     unfit.*size = 36;
-    EXPECT_EQ(parse_weight_type("float32", unfit, torch::kCPU).packing, Packing::kNone);
+    EXPECT_EQ(parse_weight_type("float32", unfit, "cpu").packing, Packing::kNone);
   }
 }
 
 TEST(Packing, NamesAreThoseOfTheWeights) {
   for (const std::string name : {"float32", "bfloat16", "float16", "int8", "fp8", "int4"})
-    for (const torch::DeviceType device : {torch::kCPU, torch::kCUDA})
+    for (const char* device : {"cpu", "cuda"})
       EXPECT_EQ(parse_weight_type(name, packable_config(), device).name(), name);
 }
 
 TEST(Packing, ErrorsSayWhatDoesNotFit) {
   const Config config = packable_config();
-  EXPECT_EQ(error_of("int3", config, torch::kCPU),
+  EXPECT_EQ(error_of("int3", config, "cpu"),
             "dtype must be auto, float32, bfloat16, float16, int8, fp8 or int4, got int3");
   Config unfit = config;
   unfit.num_kv_heads = 1;
-  EXPECT_EQ(error_of("fp8", unfit, torch::kCPU),
+  EXPECT_EQ(error_of("fp8", unfit, "cpu"),
             "dtype fp8 needs sizes that are multiples of 32, got num_kv_heads * head_dim 16");
-  EXPECT_EQ(error_of("int8", unfit, torch::kCPU),
+  EXPECT_EQ(error_of("int8", unfit, "cpu"),
             "dtype int8 needs sizes that are multiples of 32, got num_kv_heads * head_dim 16");
   Config quantized = config;
   quantized.quantization = "int8";
-  EXPECT_EQ(error_of("auto", quantized, torch::kCPU), "");
-  EXPECT_EQ(error_of("int4", quantized, torch::kCPU),
+  EXPECT_EQ(error_of("auto", quantized, "cpu"), "");
+  EXPECT_EQ(error_of("int4", quantized, "cpu"),
             "dtype must be auto or int8 for a checkpoint quantised to int8, got int4");
 }
 
@@ -83,7 +84,7 @@ TEST(Save, ConfigJsonGivesTheConfigBack) {
   dense.tie_word_embeddings = true;
   dense.eos_token_ids = {};
   for (const Config& c : {config, dense}) {
-    const auto back = Config::from_json(config_json(c), CheckpointLayout::kHuggingFace, "config.json");
+    const auto back = parse_config(config_json(c), CheckpointLayout::kHuggingFace, "config.json");
     const auto fields = [](const Config& x) {
       return std::tuple(x.hidden_size, x.intermediate_size, x.num_layers, x.num_heads, x.num_kv_heads, x.head_dim,
                         x.vocab_size, x.max_position, x.num_experts, x.top_k, x.renormalize, x.router_in_f32,

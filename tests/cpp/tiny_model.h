@@ -2,11 +2,11 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include <string>
 #include <vector>
 
+#include "model/libtorch.h"
 #include "model/transformer.h"
 
 namespace mixtral {

@@ -1,0 +1,45 @@
+#include "../model/config.h"
+
+#include "../checkpoint/config_reader.h"
+#include "bindings.h"
+
+namespace mixtral {
+
+void bind_config(py::module_& m) {
+  py::class_<Config>(m, "Config", "The architecture of a checkpoint. Sizes are counts; `window` is keys a query sees.")
+      .def(py::init([](const py::kwargs& fields) {
+             const Config config = from_kwargs<Config>(fields);
+             config.validate("Config");
+             return config;
+           }),
+           "Config(hidden_size=..., num_layers=..., ...). Raises LoadError for a missing or unfit field.")
+      .def_static("from_folder", &read_config, py::arg("folder"),
+                  "Reads config.json or params.json. Raises LoadError naming the field.")
+      .def_readwrite("hidden_size", &Config::hidden_size)
+      .def_readwrite("intermediate_size", &Config::intermediate_size)
+      .def_readwrite("num_layers", &Config::num_layers)
+      .def_readwrite("num_heads", &Config::num_heads)
+      .def_readwrite("num_kv_heads", &Config::num_kv_heads)
+      .def_readwrite("head_dim", &Config::head_dim)
+      .def_readwrite("vocab_size", &Config::vocab_size)
+      .def_readwrite("max_position", &Config::max_position)
+      .def_readwrite("num_experts", &Config::num_experts)
+      .def_readwrite("top_k", &Config::top_k)
+      .def_readwrite("renormalize", &Config::renormalize)
+      .def_readwrite("router_in_f32", &Config::router_in_f32)
+      .def_readwrite("rms_norm_eps", &Config::rms_norm_eps)
+      .def_readwrite("rope_theta", &Config::rope_theta)
+      .def_readwrite("window", &Config::window)
+      .def_readwrite("window_source", &Config::window_source)
+      .def_readwrite("tie_word_embeddings", &Config::tie_word_embeddings)
+      .def_readwrite("dtype", &Config::dtype)
+      .def_readwrite("quantization", &Config::quantization)
+      .def_readwrite("bos_token_id", &Config::bos_token_id)
+      .def_readwrite("eos_token_ids", &Config::eos_token_ids)
+      .def_property_readonly("is_moe", &Config::is_moe)
+      .def_property_readonly("total_parameters", &Config::total_parameters)
+      .def_property_readonly("active_parameters", &Config::active_parameters, "Per token.")
+      .def("kv_bytes_per_token", &Config::kv_bytes_per_token, py::arg("element_size"));
+}
+
+}  // namespace mixtral

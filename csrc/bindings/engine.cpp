@@ -1,0 +1,163 @@
+#include "../engine/engine.h"
+
+#include "../engine/score.h"
+#include "../model/transformer.h"
+#include "bindings.h"
+
+namespace mixtral {
+namespace {
+
+void bind_results(py::module_& m) {
+  py::class_<SamplingParams>(m, "SamplingParams")
+      .def(py::init(&from_kwargs<SamplingParams>))
+      .def_readwrite("max_tokens", &SamplingParams::max_tokens)
+      .def_readwrite("temperature", &SamplingParams::temperature)
+      .def_readwrite("top_p", &SamplingParams::top_p)
+      .def_readwrite("top_k", &SamplingParams::top_k)
+      .def_readwrite("min_p", &SamplingParams::min_p)
+      .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_readwrite("seed", &SamplingParams::seed)
+      .def_readwrite("stop", &SamplingParams::stop)
+      .def_readwrite("logprobs", &SamplingParams::logprobs)
+      .def_readwrite("ignore_eos", &SamplingParams::ignore_eos);
+  py::class_<TokenLogprob>(m, "TokenLogprob",
+                           "Natural-log probability of a generated token, and of the most likely ones.")
+      .def_readonly("token_id", &TokenLogprob::token_id)
+      .def_readonly("logprob", &TokenLogprob::logprob)
+      .def_readonly("top", &TokenLogprob::top, "[(token id, logprob)], falling.");
+  py::class_<Generation>(m, "Generation", "What came out for one prompt.")
+      .def_readonly("prompt_token_ids", &Generation::prompt_token_ids)
+      .def_readonly("token_ids", &Generation::token_ids, "Without the end-of-sequence token.")
+      .def_readonly("text", &Generation::text)
+      .def_readonly("finish_reason", &Generation::finish_reason, "\"stop\", \"length\", \"cancelled\" or \"error\".")
+      .def_readonly("error", &Generation::error, "Why, when finish_reason is \"error\".")
+      .def_readonly("logprobs", &Generation::logprobs, "[TokenLogprob], one per token when asked for.")
+      .def("__repr__", [](const py::object& self) {
+        return py::str("Generation(text={!r}, finish_reason={!r}, {} tokens)")
+            .format(self.attr("text"), self.attr("finish_reason"), py::len(self.attr("token_ids")));
+      });
+  py::class_<Timings>(m, "Timings", "Of one generate call: seconds, tokens, and pages of the key/value cache.")
+      .def_readonly("prefill_seconds", &Timings::prefill_seconds)
+      .def_readonly("decode_seconds", &Timings::decode_seconds)
+      .def_readonly("prompt_tokens", &Timings::prompt_tokens)
+      .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the session had in the cache.")
+      .def_readonly("new_tokens", &Timings::new_tokens)
+      .def_readonly("peak_pages", &Timings::peak_pages);
+  py::class_<Score>(m, "Score", "How well a model predicted a text.")
+      .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
+      .def_readonly("bytes", &Score::bytes, "Of the text in UTF-8.")
+      .def_property_readonly("nats_per_token", &Score::nats_per_token, "Negative log-likelihood, natural logarithm.")
+      .def_property_readonly("perplexity", &Score::perplexity, "Per token.")
+      .def_property_readonly("bits_per_byte", &Score::bits_per_byte, "Comparable between tokenizers.")
+      .def("__repr__", [](const py::object& self) {
+        return py::str("Score(perplexity={:.4f}, bits_per_byte={:.4f}, {} tokens)")
+            .format(self.attr("perplexity"), self.attr("bits_per_byte"), self.attr("tokens"));
+      });
+}
+
+// Raises KeyboardInterrupt after Ctrl-C. Python handles signals on its main thread alone.
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// Held by the engine's thread, which has no GIL when it lets go.
+using SharedObject = std::shared_ptr<py::object>;
+
+SharedObject share(py::object object) {
+  return SharedObject(new py::object(std::move(object)), [](py::object* shared) {
+    const py::gil_scoped_acquire gil;
+    delete shared;
+  });
+}
+
+// -> ([Generation], Timings). A Python error in `on_text` travels through the engine to the caller.
+std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
+                                                     const SamplingParams& params, const std::string& session,
+                                                     const py::object& on_text) {
+  std::vector<Request> requests;
+  for (const auto& prompt : prompts) requests.push_back({prompt, params, session});
+  Engine::OnText call;
+  if (!on_text.is_none()) {
+    call = [callback = share(on_text)](size_t index, const std::string& text) {
+      const py::gil_scoped_acquire gil;
+      return (*callback)(index, text).cast<bool>();
+    };
+  }
+  const py::gil_scoped_release no_gil;
+  Timings timings;
+  auto generations = engine.generate(std::move(requests), call, &timings, check_signals);
+  return {std::move(generations), timings};
+}
+
+int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
+               const std::string& session, const py::object& on_text, const py::object& on_end) {
+  Callbacks callbacks;
+  callbacks.on_text = [callback = share(on_text)](const std::string& text) {
+    const py::gil_scoped_acquire gil;
+    return (*callback)(text).cast<bool>();
+  };
+  callbacks.on_end = [callback = share(on_end)](Outcome outcome) {
+    const py::gil_scoped_acquire gil;
+    try {
+      (*callback)(std::move(outcome));
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("mixtral: on_end");
+    }
+  };
+  const py::gil_scoped_release no_gil;
+  return engine.submit({prompt, params, session}, std::move(callbacks));
+}
+
+Generation result(const Outcome& outcome) {
+  if (outcome.error) std::rethrow_exception(outcome.error);
+  return outcome.generation;
+}
+
+// The engine waits for its thread, which may wait for the GIL.
+struct DeleteWithoutGil {
+  void operator()(Engine* engine) const {
+    const py::gil_scoped_release no_gil;
+    delete engine;
+  }
+};
+
+Score score_text(MixtralImpl& model, const Tokenizer& tokenizer, const std::string& text, int64_t ctx_size,
+                 int64_t chunk_size) {
+  return score(model, tokenizer, text, {ctx_size, chunk_size, [](int64_t, int64_t) { check_signals(); }});
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  bind_results(m);
+  py::class_<Engine::Options>(m, "EngineOptions")
+      .def(py::init(&from_kwargs<Engine::Options>))
+      .def_readwrite("chunk_size", &Engine::Options::chunk_size)
+      .def_readwrite("token_budget", &Engine::Options::token_budget)
+      .def_readwrite("max_batch", &Engine::Options::max_batch)
+      .def_readwrite("page_size", &Engine::Options::page_size)
+      .def_readwrite("ctx_size", &Engine::Options::ctx_size)
+      .def_readwrite("kv_memory", &Engine::Options::kv_memory)
+      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
+  py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
+      .def_readonly("timings", &Outcome::timings)
+      .def("result", &result, "The Generation; raises the error that ended the request.");
+  py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
+      .def(py::init([](std::shared_ptr<MixtralImpl> model, std::optional<Tokenizer> tokenizer,
+                       const Engine::Options& options) {
+             return std::unique_ptr<Engine, DeleteWithoutGil>(
+                 new Engine(Mixtral(std::move(model)), std::move(tokenizer), options));
+           }),
+           py::arg("model"), py::arg("tokenizer"), py::arg("options"))
+      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"), py::arg("on_text"))
+      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("on_text"),
+           py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
+      .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
+      .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
+  m.attr("CHUNK_SIZE") = kChunkSize;
+  m.def("score", &score_text, py::arg("model"), py::arg("tokenizer"), py::arg("text"), py::arg("ctx_size"),
+        py::arg("chunk_size"), ReleaseGil());
+}
+
+}  // namespace mixtral

@@ -1,0 +1,63 @@
+// torch/extension.h is included here alone: it brings the conversions of tensors, devices and dtypes, and is slow to
+// compile.
+#include <torch/extension.h>
+
+#include "../checkpoint/from_pretrained.h"
+#include "../model/transformer.h"
+#include "bindings.h"
+
+namespace mixtral {
+namespace {
+
+std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
+                                  bool pack, const py::object& progress) {
+  LoadOptions options;
+  options.device = device.str();
+  options.dtype = dtype;
+  options.pack = pack;
+  options.progress = [&progress](uint64_t done, uint64_t total) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) {
+      throw py::error_already_set();
+    }
+    if (!progress.is_none()) {
+      progress(done, total);
+    }
+  };
+  const py::gil_scoped_release no_gil;
+  return mixtral::from_pretrained(folder, options).ptr();
+}
+
+std::shared_ptr<MixtralImpl> from_config(const Config& config, torch::Device device, const std::string& dtype,
+                                         uint64_t seed) {
+  const WeightType type = parse_weight_type(dtype, config, device.str(), /*pack=*/false);
+  auto model = std::make_shared<MixtralImpl>(config, scalar_type(type.dtype), device, type.packing);
+  model->init_random(seed);
+  return model;
+}
+
+py::dict named_parameters(const MixtralImpl& model) {
+  py::dict parameters;
+  for (const auto& item : model.named_parameters()) {
+    parameters[py::str(item.key())] = item.value();
+  }
+  return parameters;
+}
+
+}  // namespace
+
+void bind_model(py::module_& m) {
+  py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
+      .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
+                  py::arg("progress"))
+      .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
+                  ReleaseGil())
+      .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
+      .def("named_parameters", &named_parameters)
+      .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
+      .def_property_readonly("device", &MixtralImpl::device)
+      .def_property_readonly("dtype", &MixtralImpl::dtype)
+      .def_property_readonly("weight_type", [](const MixtralImpl& self) { return self.weight_type().name(); });
+}
+
+}  // namespace mixtral

@@ -1,0 +1,47 @@
+#include "from_pretrained.h"
+
+#include <c10/util/Exception.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../model/memory.h"
+#include "../model/transformer.h"
+#include "config_reader.h"
+#include "memory_plan.h"
+#include "weights.h"
+
+namespace mixtral {
+namespace {
+
+torch::Device find_device(const std::string& name) {
+  const torch::Device device(name);
+  if (device.is_cuda() && !at::hasCUDA()) {
+    throw std::runtime_error("device " + name + ": this build or this machine has no CUDA device; use cpu");
+  }
+  return device;
+}
+
+}  // namespace
+
+Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
+  const torch::Device device = find_device(options.device);
+  const Config config = read_config(folder);
+  const Checkpoint checkpoint(folder, config);
+  const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
+  // Torch ends the process when memory runs out inside an op, so the check counts the temporary memory of packing too.
+  check_fits("the weights of " + folder.string(), config, type, options.device);
+  const auto allocate = [&] {
+    try {
+      return Mixtral(config, scalar_type(type.dtype), device, type.packing);
+    } catch (const c10::Error& error) {  // allocating is all that torch does here
+      throw OutOfMemory("the weights of " + folder.string() + ": " + error.what_without_backtrace());
+    }
+  };
+  Mixtral model = allocate();
+  checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
+  release_free_memory();  // of staging and packing
+  return model;
+}
+
+}  // namespace mixtral

@@ -1,0 +1,18 @@
+// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized. CMake
+// target: mixtral::mixtral.
+#pragma once
+
+#include "checkpoint/calibrate.h"
+#include "checkpoint/config_reader.h"
+#include "checkpoint/from_pretrained.h"
+#include "checkpoint/memory_plan.h"
+#include "checkpoint/save.h"
+#include "engine/engine.h"
+#include "engine/sampling.h"
+#include "engine/score.h"
+#include "io/load_error.h"
+#include "model/config.h"
+#include "model/rolling_kv_cache.h"
+#include "model/transformer.h"
+#include "text/chat.h"
+#include "text/tokenizer.h"

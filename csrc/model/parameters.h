@@ -1,0 +1,43 @@
+// The parameters of the model: the one table of their names, shapes, and how each may be packed and sharded. The
+// modules allocate from it, and everything that reads, writes, counts or plans weights goes through it.
+//
+// In the project's letters (csrc/ops/registration.cpp):
+//   embed_tokens [vocab,H]                        norm [H]                      lm_head [vocab,H]
+//   layers.N.input_layernorm [H]                  layers.N.post_attention_layernorm [H]
+//   layers.N.attention.qkv_proj [(Nq+2Nkv)*D,H]   layers.N.attention.o_proj [H,Nq*D]
+//   layers.N.moe.router [E,H]
+//   layers.N.moe.gate_up_proj [E,2I,H]            layers.N.moe.down_proj [E,H,I]
+// A dense model has layers.N.mlp.gate_up_proj [1,2I,H] and layers.N.mlp.down_proj [1,H,I] instead of `moe`. With
+// tie_word_embeddings there is no lm_head: embed_tokens serves as both.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "config.h"
+#include "weight_type.h"
+
+namespace mixtral {
+
+inline constexpr int64_t kPackedRows = 32;  // rows of a matrix in one packed block
+inline constexpr int64_t kScaleGroup = 32;  // depths that share a scale in int4
+
+struct Parameter {
+  std::string name;            // its path in the model: "layers.0.attention.qkv_proj"
+  std::vector<int64_t> shape;  // when it is not packed
+  bool is_matrix = false;      // multiplied as a whole, so it may be packed; false for embeddings, norms and routers
+  bool is_f32 = false;         // the router: in f32 unless config.router_in_f32 is false
+  bool is_expert = false;      // its first dimension is the experts, of which a token uses top_k
+  int shard_dim = -1;          // the dimension that tensor parallelism cuts; -1: every rank holds the whole
+
+  int64_t size() const;
+  // How it is packed in a model of `packing`: not at all when its sizes do not allow it, as in an lm_head whose
+  // vocabulary is no multiple of 32.
+  Packing packing(Packing packing) const;
+};
+
+// In the order in which the model registers them.
+std::vector<Parameter> model_parameters(const Config& config);
+
+}  // namespace mixtral
