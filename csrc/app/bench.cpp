@@ -1,11 +1,19 @@
 // `mixtral bench`: how fast a model runs here, and how far that is from what memory allows.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <memory>
 #include <random>
 
+#include "../checkpoint/config_reader.h"
+#include "../engine/roofline.h"
+#include "../engine/threads.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -42,39 +50,6 @@ std::vector<std::vector<int64_t>> random_prompts(int64_t batch, int64_t length, 
   return prompts;
 }
 
-// A decode step reads every shared weight once, and the experts that at least one of the batch's tokens is routed to:
-// E (1 - (1 - K/E)^B) of them if routing is even. Of the embedding it reads single rows, unless lm_head is the same
-// tensor.
-double weight_bytes_per_token(const Config& config, int64_t batch, double bytes_per_weight) {
-  const double experts = static_cast<double>(config.num_experts), top_k = static_cast<double>(config.top_k);
-  const double expert = 3.0 * static_cast<double>(config.hidden_size * config.intermediate_size);
-  double shared = static_cast<double>(config.active_parameters());
-  if (!config.tie_word_embeddings) shared -= static_cast<double>(config.vocab_size * config.hidden_size);
-  double routed = 0;
-  if (config.is_moe()) {
-    const double used = experts * (1 - std::pow(1 - top_k / experts, static_cast<double>(batch)));
-    shared -= static_cast<double>(config.num_layers) * top_k * expert;
-    routed = static_cast<double>(config.num_layers) * used * expert;
-  }
-  return bytes_per_weight * (shared + routed) / static_cast<double>(batch);
-}
-
-// Bytes per second of summing a buffer that is as large as the weights read in one step (up to 1 GiB), so that a model
-// that lives in a CPU cache is compared with that cache.
-double read_bandwidth(double bytes, torch::Device device) {
-  constexpr int kRuns = 7;
-  const auto count = static_cast<int64_t>(std::clamp(bytes, 1e6, 1024.0 * 1024 * 1024) / sizeof(float));
-  const torch::Tensor buffer = torch::ones({count}, torch::TensorOptions().device(device).dtype(torch::kFloat32));
-  double fastest = std::numeric_limits<double>::infinity();
-  for (int run = 0; run < kRuns; ++run) {
-    throw_if_terminated();
-    const double start = seconds_now();
-    buffer.sum().item<float>();
-    fastest = std::min(fastest, seconds_now() - start);
-  }
-  return static_cast<double>(count) * sizeof(float) / fastest;
-}
-
 int64_t peak_memory_bytes() {
   std::ifstream status("/proc/self/status");
   for (std::string word; status >> word;) {
@@ -91,12 +66,12 @@ Result measure(const Flags& flags) {
   options.token_budget = flags.batch * flags.model.chunk_size;
   LoadedEngine loaded = load_engine(flags.model, std::nullopt, options);  // random ids: no text
   Engine& engine = loaded.engine;
-  const Config& config = engine.model()->config();
+  const Config& config = engine.config();
   SamplingParams params;
   params.max_tokens = flags.new_tokens;
   params.ignore_eos = true;
   const auto prompts = random_prompts(flags.batch, flags.prompt_tokens, config.vocab_size);
-  const auto go_on = [](size_t, const std::string&) { return !signalled(); };
+  const auto go_on = [](size_t, const std::string&) { return pending_signal() == 0; };
 
   engine.generate({prompts.front()}, {params}, go_on);  // warms up
   std::vector<double> prefill, decode;
@@ -111,8 +86,9 @@ Result measure(const Flags& flags) {
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);
   result.peak_memory = peak_memory_bytes();  // before the bandwidth buffer
-  result.weight_bytes = weight_bytes_per_token(config, flags.batch, bytes_per_weight(engine.model()->weight_type()));
-  result.bandwidth = read_bandwidth(result.weight_bytes * static_cast<double>(flags.batch), engine.model()->device());
+  result.weight_bytes = weight_bytes_per_token(config, flags.batch, bytes_per_weight(engine.weight_type()));
+  result.bandwidth =
+      read_bandwidth(result.weight_bytes * static_cast<double>(flags.batch), engine.device(), throw_if_terminated);
   return result;
 }
 
@@ -120,7 +96,7 @@ nlohmann::json to_json(const Flags& flags, const Result& result, const Config& c
   return {{"model", model_path(flags.model).string()},
           {"device", flags.model.device},
           {"dtype", weight_type_of(flags.model, config).name()},
-          {"threads", at::get_num_threads()},
+          {"threads", num_threads()},
           {"prompt_tokens", flags.prompt_tokens},
           {"new_tokens", flags.new_tokens},
           {"batch", flags.batch},

@@ -1,13 +1,23 @@
 // `mixtral chat`: a conversation. On a terminal a prompt, commands and Ctrl-C; from a pipe one message per line.
+#include "../text/chat.h"
+
 #include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <memory>
 #include <optional>
+#include <stdexcept>
+#include <system_error>
 #include <utility>
 
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -16,6 +26,8 @@ constexpr const char* kHelp =
     "/clear  forget the conversation\n"
     "/bye    leave (Ctrl-D does too)\n"
     "Ctrl-C  stop the answer; a second time: leave\n";
+
+constexpr const char* kSession = "chat";  // its keys stay in the cache: a turn computes its own tokens alone
 
 struct Flags {
   ModelFlags model;
@@ -59,7 +71,7 @@ class LineReader {
     bool hinted = false;
     do {
       throw_if_terminated();
-      if (interactive && signalled() && !std::exchange(hinted, true)) {
+      if (interactive && pending_signal() != 0 && !std::exchange(hinted, true)) {
         write_err("\n(Ctrl-C again, Ctrl-D or /bye to leave)\n> ");
       }
     } while (::poll(&input, 1, 100) <= 0);
@@ -94,14 +106,14 @@ class Conversation {
 
     std::string answer;
     const auto on_text = [&answer](size_t, const std::string& piece) {
-      if (signalled()) return false;
+      if (pending_signal() != 0) return false;
       const bool joins = answer.empty() && piece[0] == ' ';  // the space between the prompt and the first word
       answer += piece.substr(joins);
       write_out(piece.substr(joins));
       return true;
     };
     Timings timings;
-    check_finished(loaded_.engine.generate({ids}, {params}, on_text, &timings).front());
+    check_finished(loaded_.engine.generate({{ids, params, kSession}}, on_text, &timings).front());
     write_out("\n");
     if (flags_.model.verbose) print_stats(timings, loaded_.seconds);
     if (answer.empty()) {
@@ -112,7 +124,7 @@ class Conversation {
   }
 
  private:
-  int64_t context() { return context_of(flags_.model, loaded_.engine.model()->config()); }
+  int64_t context() { return context_of(flags_.model, loaded_.engine.config()); }
 
   // The ids of the conversation; the oldest turns go when there is no room for at least one new token.
   std::vector<int64_t> fit_context() {

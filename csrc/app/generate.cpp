@@ -1,5 +1,14 @@
 // `mixtral generate`: one prompt in, streamed text or one JSON object out.
+#include <memory>
+#include <stdexcept>
+
+#include "../checkpoint/config_reader.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -39,7 +48,7 @@ nlohmann::json timings_json(const Timings& timings, double load_seconds) {
   return {{"load_seconds", load_seconds},
           {"prompt_tokens", timings.prompt_tokens},
           {"prefill_seconds", timings.prefill_seconds},
-          {"prefill_tokens_per_second", per_second(timings.prompt_tokens, timings.prefill_seconds)},
+          {"prefill_tokens_per_second", prefill_rate(timings)},
           {"new_tokens", timings.new_tokens},
           {"decode_seconds", timings.decode_seconds},
           {"decode_tokens_per_second", per_second(decoded_tokens(timings, 1), timings.decode_seconds)},
@@ -69,8 +78,8 @@ void run(const Flags& flags) {
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
   const auto on_text = [&flags](size_t, const std::string& piece) {
-    if (!flags.json && !signalled()) write_out(piece);
-    return !signalled();
+    if (!flags.json && pending_signal() == 0) write_out(piece);
+    return pending_signal() == 0;
   };
   Timings timings;
   const Generation generation = loaded.engine.generate({ids}, {flags.sampling}, on_text, &timings).front();

@@ -1,7 +1,14 @@
 // `mixtral info`: what a checkpoint is and what it needs, from its configuration alone.
 #include <cstdio>
+#include <memory>
 
+#include "../checkpoint/config_reader.h"
+#include "../checkpoint/memory_plan.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {

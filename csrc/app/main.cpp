@@ -1,9 +1,16 @@
 // `mixtral <command> [MODEL] [flags]`: the program without Python.
 #include <algorithm>
 #include <numeric>
-#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "commands.h"
+#include "errors.h"
+#include "library_exit.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -93,7 +100,8 @@ void run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
-    mixtral::app::install_handlers();
+    mixtral::app::map_library_exits();
+    mixtral::app::install_signal_handlers();
     mixtral::app::run(argc, argv);
     return mixtral::app::kOk;
   } catch (...) {

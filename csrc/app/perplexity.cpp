@@ -1,7 +1,16 @@
 // `mixtral perplexity`: how well a model predicts a text.
 #include <cstdio>
+#include <memory>
+#include <stdexcept>
 
+#include "../checkpoint/config_reader.h"
+#include "../engine/score.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -22,7 +31,6 @@ struct Result {
 // The weights are gone when this returns, so that a second model finds the memory free.
 Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& tokenizer, const std::string& text) {
   LoadedEngine loaded = load_engine(flags, tokenizer);
-  Mixtral& model = loaded.engine.model();
   ProgressBar bar("scoring", tokens_text);
   ScoreOptions options;
   options.ctx_size = flags.ctx_size;
@@ -32,7 +40,7 @@ Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& t
     bar.update(static_cast<double>(done), static_cast<double>(total));
   };
   const double start = seconds_now();
-  const Score score = mixtral::score(*model, tokenizer, text, options);
+  const Score score = mixtral::score(loaded.engine.model(), tokenizer, text, options);
   return {weight_type_of(flags, config).name(), score, seconds_now() - start};
 }
 

@@ -1,8 +1,17 @@
 // `mixtral quantize`: a checkpoint with int8, fp8 or int4 weights, written once and loaded as it is.
 #include <cmath>
-#include <cstdio>
+#include <memory>
+#include <stdexcept>
 
+#include "../checkpoint/calibrate.h"
+#include "../checkpoint/config_reader.h"
+#include "../checkpoint/save.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {
@@ -49,15 +58,16 @@ void run(const Flags& flags) {
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
   const Text text = flags.calibrate.empty() ? Text() : read_text(flags, config, folder);
   LoadedEngine loaded = load_engine(model_flags, std::nullopt);
-  MixtralImpl& model = *loaded.engine.model();
+  MixtralImpl& model = loaded.engine.model();
   if (!flags.calibrate.empty()) {
     ProgressBar bar("calibrating", matrices_text);
     calibrate(model, folder, text.bos, text.ids, show_in(bar));
   }
   ProgressBar bar("writing", bytes_text);
   save_quantized(model, folder, flags.out, show_in(bar));
-  write_out(flags.out + ": " + flags.dtype + ", " + bytes_text(weight_bytes(model.config(), model.weight_type())) +
-            " of weights (from " + bytes_text(before) + ")\n");
+  write_out(flags.out + ": " + flags.dtype + ", " +
+            bytes_text(weight_bytes(loaded.engine.config(), loaded.engine.weight_type())) + " of weights (from " +
+            bytes_text(before) + ")\n");
 }
 
 }  // namespace

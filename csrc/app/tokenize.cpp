@@ -1,8 +1,15 @@
 // `mixtral tokenize`: what the model is given for a text, and why.
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 
+#include "../text/chat.h"
+#include "../text/tokenizer.h"
 #include "commands.h"
+#include "flags.h"
+#include "load.h"
+#include "report.h"
+#include "terminal.h"
 
 namespace mixtral::app {
 namespace {

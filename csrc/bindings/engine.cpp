@@ -1,6 +1,7 @@
 #include "../engine/engine.h"
 
 #include "../engine/score.h"
+#include "../model/transformer.h"
 #include "bindings.h"
 
 namespace mixtral {
@@ -39,6 +40,7 @@ void bind_results(py::module_& m) {
       .def_readonly("prefill_seconds", &Timings::prefill_seconds)
       .def_readonly("decode_seconds", &Timings::decode_seconds)
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
+      .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the session had in the cache.")
       .def_readonly("new_tokens", &Timings::new_tokens)
       .def_readonly("peak_pages", &Timings::peak_pages);
   py::class_<Score>(m, "Score", "How well a model predicted a text.")
@@ -53,33 +55,76 @@ void bind_results(py::module_& m) {
       });
 }
 
-// A Python error raised in here (Ctrl-C, or one of the callback's) travels through the engine to the caller.
-Engine::OnText on_text_from(const py::object& callback) {
-  return [&callback](size_t index, const std::string& piece) {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) {
-      throw py::error_already_set();
-    }
-    return callback.is_none() || callback(index, piece).cast<bool>();
-  };
+// Raises KeyboardInterrupt after Ctrl-C. Python handles signals on its main thread alone.
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-// -> ([Generation], Timings)
+// Held by the engine's thread, which has no GIL when it lets go.
+using SharedObject = std::shared_ptr<py::object>;
+
+SharedObject share(py::object object) {
+  return SharedObject(new py::object(std::move(object)), [](py::object* shared) {
+    const py::gil_scoped_acquire gil;
+    delete shared;
+  });
+}
+
+// -> ([Generation], Timings). A Python error in `on_text` travels through the engine to the caller.
 std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
-                                                     const SamplingParams& params, const py::object& on_text) {
-  const Engine::OnText forward_text = on_text_from(on_text);
+                                                     const SamplingParams& params, const std::string& session,
+                                                     const py::object& on_text) {
+  std::vector<Request> requests;
+  for (const auto& prompt : prompts) requests.push_back({prompt, params, session});
+  Engine::OnText call;
+  if (!on_text.is_none()) {
+    call = [callback = share(on_text)](size_t index, const std::string& text) {
+      const py::gil_scoped_acquire gil;
+      return (*callback)(index, text).cast<bool>();
+    };
+  }
   const py::gil_scoped_release no_gil;
   Timings timings;
-  std::vector<Generation> generations = engine.generate(prompts, {params}, forward_text, &timings);
+  auto generations = engine.generate(std::move(requests), call, &timings, check_signals);
   return {std::move(generations), timings};
 }
 
+int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
+               const std::string& session, const py::object& on_text, const py::object& on_end) {
+  Callbacks callbacks;
+  callbacks.on_text = [callback = share(on_text)](const std::string& text) {
+    const py::gil_scoped_acquire gil;
+    return (*callback)(text).cast<bool>();
+  };
+  callbacks.on_end = [callback = share(on_end)](Outcome outcome) {
+    const py::gil_scoped_acquire gil;
+    try {
+      (*callback)(std::move(outcome));
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("mixtral: on_end");
+    }
+  };
+  const py::gil_scoped_release no_gil;
+  return engine.submit({prompt, params, session}, std::move(callbacks));
+}
+
+Generation result(const Outcome& outcome) {
+  if (outcome.error) std::rethrow_exception(outcome.error);
+  return outcome.generation;
+}
+
+// The engine waits for its thread, which may wait for the GIL.
+struct DeleteWithoutGil {
+  void operator()(Engine* engine) const {
+    const py::gil_scoped_release no_gil;
+    delete engine;
+  }
+};
+
 Score score_text(MixtralImpl& model, const Tokenizer& tokenizer, const std::string& text, int64_t ctx_size,
                  int64_t chunk_size) {
-  return score(model, tokenizer, text, {ctx_size, chunk_size, [](int64_t, int64_t) {
-                                          const py::gil_scoped_acquire gil;  // for Ctrl-C
-                                          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-                                        }});
+  return score(model, tokenizer, text, {ctx_size, chunk_size, [](int64_t, int64_t) { check_signals(); }});
 }
 
 }  // namespace
@@ -93,14 +138,23 @@ void bind_engine(py::module_& m) {
       .def_readwrite("max_batch", &Engine::Options::max_batch)
       .def_readwrite("page_size", &Engine::Options::page_size)
       .def_readwrite("ctx_size", &Engine::Options::ctx_size)
+      .def_readwrite("kv_memory", &Engine::Options::kv_memory)
       .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
-  py::class_<Engine>(m, "Engine")
+  py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
+      .def_readonly("timings", &Outcome::timings)
+      .def("result", &result, "The Generation; raises the error that ended the request.");
+  py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
       .def(py::init([](std::shared_ptr<MixtralImpl> model, std::optional<Tokenizer> tokenizer,
                        const Engine::Options& options) {
-             return Engine(Mixtral(std::move(model)), std::move(tokenizer), options);
+             return std::unique_ptr<Engine, DeleteWithoutGil>(
+                 new Engine(Mixtral(std::move(model)), std::move(tokenizer), options));
            }),
            py::arg("model"), py::arg("tokenizer"), py::arg("options"))
-      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("on_text"));
+      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"), py::arg("on_text"))
+      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("on_text"),
+           py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
+      .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
+      .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
   m.attr("CHUNK_SIZE") = kChunkSize;
   m.def("score", &score_text, py::arg("model"), py::arg("tokenizer"), py::arg("text"), py::arg("ctx_size"),
         py::arg("chunk_size"), ReleaseGil());

@@ -1,3 +1,5 @@
+#include "../engine/errors.h"
+
 #include <c10/util/Exception.h>
 
 #include "../io/load_error.h"
@@ -20,8 +22,6 @@ void translate_exception(std::exception_ptr pointer) {
     PyErr_SetObject(type.ptr(), value.ptr());
   } catch (const OutOfMemory& e) {
     PyErr_SetString(PyExc_MemoryError, e.what());
-  } catch (const c10::OutOfMemoryError& e) {
-    set_error(PyExc_MemoryError, e);
   } catch (const c10::IndexError& e) {
     set_error(PyExc_IndexError, e);
   } catch (const c10::ValueError& e) {
@@ -29,9 +29,8 @@ void translate_exception(std::exception_ptr pointer) {
   } catch (const c10::TypeError& e) {
     set_error(PyExc_TypeError, e);
   } catch (const c10::Error& e) {
-    // The CPU allocator has no exception type of its own.
-    const bool out_of_memory = std::string(e.what_without_backtrace()).find("DefaultCPUAllocator") != std::string::npos;
-    set_error(out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError, e);
+    const auto error = torch_error(e);
+    set_error(error && error->out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError, e);
   }
 }
 

@@ -1,7 +1,6 @@
 #include "decode_graphs.h"
 
 #include <algorithm>
-#include <iostream>
 #include <string>
 
 #ifdef MIXTRAL_WITH_CUDA
@@ -22,27 +21,27 @@ torch::Tensor DecodeGraphs::logits(const std::vector<RollingKVCache::Chunk>& chu
   const int64_t sequences = batch.sequences();
   batch.pad(round_up_to_power_of_two(sequences), cache_.padding_slot());
   const auto sizes = std::make_pair(batch.sequences(), batch.columns);
-  auto found = steps_.find(sizes);
-  if (found == steps_.end())
-    found = steps_.emplace(sizes, Step{BatchBuffer(sizes.first, sizes.first, sizes.second, model_.device())}).first;
-  Step& step = found->second;
-  step.inputs.fill(batch);
-  if (step.warm && enabled_ && !step.graph) capture(step);
-  step.warm = true;
-  if (step.graph) {
-    replay(step);
-    return step.logits.narrow(0, 0, sequences);
+  auto found = buckets_.find(sizes);
+  if (found == buckets_.end())
+    found = buckets_.emplace(sizes, Bucket{BatchBuffer(sizes.first, sizes.first, sizes.second, model_.device())}).first;
+  Bucket& bucket = found->second;
+  bucket.inputs.fill(batch);
+  if (bucket.warm && enabled_ && !bucket.graph) capture(bucket);
+  bucket.warm = true;
+  if (bucket.graph) {
+    replay(bucket);
+    return bucket.logits.narrow(0, 0, sequences);
   }
-  return run(step).narrow(0, 0, sequences);
+  return run(bucket).narrow(0, 0, sequences);
 }
 
-torch::Tensor DecodeGraphs::run(const Step& step) {
-  return model_.logits(model_.hidden_states(step.inputs.batch(), &cache_));
+torch::Tensor DecodeGraphs::run(const Bucket& bucket) {
+  return model_.logits(model_.hidden_states(bucket.inputs.batch(), &cache_));
 }
 
 #ifdef MIXTRAL_WITH_CUDA
 
-void DecodeGraphs::capture(Step& step) {
+void DecodeGraphs::capture(Bucket& bucket) {
   if (!model_.device().is_cuda()) return;
   try {
     const c10::cuda::CUDAGuard device(model_.device());
@@ -52,27 +51,27 @@ void DecodeGraphs::capture(Step& step) {
     const auto graph = std::make_shared<at::cuda::CUDAGraph>();
     graph->capture_begin(memory_pool_, cudaStreamCaptureModeThreadLocal);
     try {
-      step.logits = run(step);
+      bucket.logits = run(bucket);
     } catch (...) {
       graph->capture_end();  // the stream leaves capture mode, whatever else this throws
       throw;
     }
     graph->capture_end();
     memory_pool_ = graph->pool();
-    step.graph = graph;
+    bucket.graph = graph;
   } catch (const std::exception& error) {
     enabled_ = false;
     const std::string what = error.what();
-    std::cerr << "mixtral: decoding goes on without CUDA graphs: " << what.substr(0, what.find('\n')) << std::endl;
+    TORCH_WARN("decoding goes on without CUDA graphs: ", what.substr(0, what.find('\n')));
   }
 }
 
-void DecodeGraphs::replay(Step& step) { step.graph->replay(); }
+void DecodeGraphs::replay(Bucket& bucket) { bucket.graph->replay(); }
 
 #else
 
-void DecodeGraphs::capture(Step&) {}
-void DecodeGraphs::replay(Step&) {}
+void DecodeGraphs::capture(Bucket&) {}
+void DecodeGraphs::replay(Bucket&) {}
 
 #endif
 

@@ -1,8 +1,8 @@
-// Decoding in CUDA graphs: the hundreds of kernel launches of a step, with one token per sequence, become a single one.
+// Decoding in CUDA graphs: one launch instead of the hundreds of kernel launches of a decode step.
 //
-// A graph is bound to its sizes and addresses. So the batch is padded to a power of two of sequences, as its page table
-// is to one of columns; its inputs lie in a buffer that stays; and there is one graph for each pair of sizes. The first
-// step of a pair runs without a graph, to warm up: what kernels set up once must not fall into the capture.
+// A graph is bound to sizes and addresses. So the batch is padded to a power of two of sequences, and its page table to
+// a power of two of columns; each pair of sizes is a bucket with input buffers that stay in place and a graph of its
+// own. The first step of a bucket runs without a graph: what kernels set up once must not be captured.
 //
 // Without CUDA every step runs that way: padding and buffers are the same on all devices.
 #pragma once
@@ -24,32 +24,32 @@ namespace mixtral {
 class DecodeGraphs {
  public:
   static constexpr int64_t kMaxSequences = 64;
-  // The padding tokens that a cache must have room for, where at most `sequences` are decoded at a time.
+  // Padding tokens that a cache needs room for when at most `sequences` sequences are decoded at a time.
   static int64_t padding_tokens(int64_t sequences);
 
-  // Both must outlive this object.
+  // Both must outlive this object, and the pool must stay where it is.
   DecodeGraphs(MixtralImpl& model, RollingKVCache& cache) : model_(model), cache_(cache) {}
 
-  // The next token of each of at most kMaxSequences sequences -> f32 [B,vocab]. The next call may overwrite the result,
-  // and must come after it was read on the host.
+  // The next token of each of at most kMaxSequences sequences -> f32 [B,vocab]. The next call overwrites the result:
+  // read it on the host before.
   torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks);
 
  private:
-  struct Step {
-    explicit Step(BatchBuffer buffer) : inputs(std::move(buffer)) {}
+  struct Bucket {
+    explicit Bucket(BatchBuffer buffer) : inputs(std::move(buffer)) {}
     BatchBuffer inputs;
     bool warm = false;
-    std::shared_ptr<at::cuda::CUDAGraph> graph;  // none before it is warm, or where graphs do not work
+    std::shared_ptr<at::cuda::CUDAGraph> graph;  // none before the second step, or if graphs do not work
     torch::Tensor logits;                        // what the graph writes
   };
-  torch::Tensor run(const Step& step);
-  void capture(Step& step);
-  void replay(Step& step);
+  torch::Tensor run(const Bucket& bucket);
+  void capture(Bucket& bucket);
+  void replay(Bucket& bucket);
 
   MixtralImpl& model_;
   RollingKVCache& cache_;
-  std::map<std::pair<int64_t, int64_t>, Step> steps_;   // by padded sequences and page-table columns
-  std::pair<uint64_t, uint64_t> memory_pool_ = {0, 0};  // shared by all graphs, of which one runs at a time
+  std::map<std::pair<int64_t, int64_t>, Bucket> buckets_;  // by padded sequences and page-table columns
+  std::pair<uint64_t, uint64_t> memory_pool_ = {0, 0};     // shared by all graphs: only one runs at a time
   bool enabled_ = true;
 };
 

@@ -1,67 +1,90 @@
-// Generation: chunked prefill, then decoding a ragged batch, each sequence with its own stop.
+// The engine: takes requests at any time and generates for all of them together.
+//
+//   Engine        checks requests; submit(), cancel(), generate()
+//   EngineThread  the one thread that runs forward passes
+//   EngineCore    admits requests, runs a pass, hands out results
+//   Scheduler     which requests run, and how many tokens of each
+//   ModelRunner   the model, its cache and its CUDA graphs
 #pragma once
 
+#include <cstdint>
+#include <filesystem>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../checkpoint/load_options.h"
+#include "../model/config.h"
 #include "../model/defaults.h"
-#include "../model/transformer.h"
+#include "../model/weight_type.h"
 #include "../text/tokenizer.h"
-#include "sampling.h"
+#include "request.h"
 
 namespace mixtral {
 
-struct Timings {
-  double prefill_seconds = 0, decode_seconds = 0;  // forward passes with prompt tokens in them, and the others
-  int64_t prompt_tokens = 0, new_tokens = 0;       // the first new token of each prompt comes from its prefill
-  int64_t peak_pages = 0;                          // of the key/value cache
-};
-
-struct Generation {
-  std::vector<int64_t> prompt_token_ids;
-  std::vector<int64_t> token_ids;      // without the end-of-sequence token
-  std::string text;                    // continues the prompt's, cut before a stop string; empty without a tokenizer
-  std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
-  std::string error;                   // why, when finish_reason is "error": its logits were NaN
-  std::vector<TokenLogprob> logprobs;  // one per token when asked for
-};
+class Mixtral;
+class MixtralImpl;
 
 class Engine {
  public:
   struct Options {
     int64_t chunk_size = kChunkSize;      // prefill tokens of one sequence per forward pass
     int64_t token_budget = kTokenBudget;  // tokens of all sequences per forward pass
-    int64_t max_batch = kMaxBatch;        // sequences at a time; further prompts wait for one to finish
+    int64_t max_batch = kMaxBatch;        // sequences at a time; further requests wait for one to finish
     int64_t page_size = kPageSize;
     int64_t ctx_size = 0;    // longest prompt plus new tokens; 0: the model's max_position
+    int64_t kv_memory = 0;   // most bytes for keys and values; 0: as much as requests need and the device has
     bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
   };
-  // Called once per sequence and forward pass with the text that became certain (prompt index, piece). The piece may be
-  // empty: while a prompt is read, while a code point or a stop string may be incomplete, or without a tokenizer.
-  // Returning false ends all generation ("cancelled").
-  using OnText = std::function<bool(size_t index, const std::string& piece)>;
+  // Callbacks::on_text with the index of the prompt. Returning false cancels that prompt alone.
+  using OnText = std::function<bool(size_t index, const std::string& text)>;
+  // Called on the waiting thread, about every 50 ms. An exception cancels the requests and is rethrown.
+  using WhileWaiting = std::function<void()>;
 
   // Throws std::invalid_argument when an option is out of range.
   Engine(Mixtral model, std::optional<Tokenizer> tokenizer, Options options);
+  // Loads the model (checkpoint/from_pretrained.h), and the tokenizer if the folder has one.
+  static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load = {});
+  static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options);
+  // The same with a tokenizer that was read before, or none.
+  static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options,
+                                std::optional<Tokenizer> tokenizer);
+  // Cancels what still runs.
+  ~Engine();
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) = delete;
 
-  // Prompts are token ids. One SamplingParams for all, or one per prompt. Throws std::invalid_argument for an empty
-  // prompt, an id outside the vocabulary, a prompt that does not fit ctx_size with max_tokens, or stop strings without
-  // a tokenizer; OutOfMemory when the key/value cache does not fit.
+  // Queues a request and returns its id. Results come through the callbacks, on the engine's thread. Throws
+  // std::invalid_argument for an empty prompt, an id outside the vocabulary, a prompt that does not fit ctx_size with
+  // max_tokens, a parameter out of range, or stop strings without a tokenizer. The forward passes use as many CPU
+  // threads as torch does on the thread of the last submit().
+  int64_t submit(Request request, Callbacks callbacks);
+  // Ends a request with "cancelled" before the next forward pass. An id that has ended is ignored.
+  void cancel(int64_t id);
+
+  // Submits all requests and waits for them. Throws what submit() does, before any of them runs; OutOfMemory when the
+  // keys and values of one do not fit; and what a callback throws: the requests that are left are cancelled then.
+  std::vector<Generation> generate(std::vector<Request> requests, const OnText& on_text = nullptr,
+                                   Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
+  // The same for token ids, with one SamplingParams for all or one per prompt.
   std::vector<Generation> generate(const std::vector<std::vector<int64_t>>& prompts,
                                    const std::vector<SamplingParams>& params, const OnText& on_text = nullptr,
-                                   Timings* timings = nullptr);
+                                   Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
 
-  Mixtral& model() { return model_; }
-  const std::optional<Tokenizer>& tokenizer() const { return tokenizer_; }
+  // Cancels all requests, and ends the thread. The engine takes no more requests.
+  void stop();
+
+  MixtralImpl& model() const;
+  const Config& config() const;
+  WeightType weight_type() const;
+  std::string device() const;  // "cpu", "cuda:0"
+  const std::optional<Tokenizer>& tokenizer() const;
 
  private:
-  void check_request(const std::vector<int64_t>& prompt, const SamplingParams& params) const;
-
-  Mixtral model_;
-  std::optional<Tokenizer> tokenizer_;
-  Options options_;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace mixtral

@@ -41,22 +41,23 @@ struct Candidate {
   double weight;  // proportional to the probability; 1 for the most likely token
 };
 
-// One request's state. The random numbers depend on the seed and the step alone, never on the batch.
+// Picks the tokens of one request. A random number depends on the seed and on how many were drawn before it, never on
+// the batch.
 class Sampler {
  public:
   // Validates `params`. `prompt_ids` matter to the repetition penalty.
   Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids);
 
-  // logits [vocab]. Repetition penalty, temperature, top-k, top-p and min-p are applied in this order, as in Hugging
-  // Face. What is left is walked through, most likely tokens first after top-k or top-p, else by id, until the share of
-  // its weight is uniform(). Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
+  // logits [vocab] -> the next token. Repetition penalty, temperature, top-k, top-p and min-p are applied in this
+  // order, as in Hugging Face. Then the token is drawn by inverse CDF: over the most likely tokens first after top-k or
+  // top-p, else over the ids. Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
   int64_t next(const float* logits, int64_t vocab);
 
-  // What next() is made of, for whoever picks the tokens of a batch at once (sample_batch.h).
+  // The parts of next(), for sample_batch.h, which picks the tokens of a whole batch.
   const SamplingParams& params() const { return params_; }
   const std::unordered_set<int64_t>& seen() const { return seen_; }
-  double uniform() const;    // this step's, in [0, 1)
-  void take(int64_t token);  // ends the step
+  double uniform() const;    // the random number for the next token, in [0, 1)
+  void take(int64_t token);  // the next token is this one
 
  private:
   std::vector<Candidate> candidates(const std::vector<float>& scores, float highest) const;
@@ -65,23 +66,7 @@ class Sampler {
   SamplingParams params_;
   std::unordered_set<int64_t> seen_;  // ids under the repetition penalty
   uint64_t seed_;
-  uint64_t step_ = 0;
-};
-
-// Finds stop strings in streamed text: holds back what may be the beginning of one. Where the text is cut does not
-// depend on the pieces it came in: the stop string that ends first wins, of several the longest.
-class StopMatcher {
- public:
-  explicit StopMatcher(std::vector<std::string> stop) : stop_(std::move(stop)) {}
-  // Text that is safe to show. After a match `stopped()` is true and nothing more comes out.
-  std::string push(const std::string& text);
-  std::string flush();
-  bool stopped() const { return stopped_; }
-
- private:
-  std::vector<std::string> stop_;
-  std::string held_;
-  bool stopped_ = false;
+  uint64_t drawn_ = 0;  // tokens
 };
 
 }  // namespace mixtral

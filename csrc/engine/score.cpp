@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../model/rolling_kv_cache.h"
+#include "../model/transformer.h"
 #include "sampling.h"
 
 namespace mixtral {

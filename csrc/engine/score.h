@@ -7,10 +7,11 @@
 #include <vector>
 
 #include "../model/defaults.h"
-#include "../model/transformer.h"
 #include "../text/tokenizer.h"
 
 namespace mixtral {
+
+class MixtralImpl;
 
 // A text longer than the context is cut into segments of `ctx_size` tokens. Each segment starts anew: it is read behind
 // a BOS token of its own and sees nothing of the segment before. So every token is predicted once, and BOS never.

@@ -10,6 +10,8 @@
 namespace mixtral {
 namespace {
 
+constexpr const char* kName = "the key/value cache";  // in errors
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void require(bool condition, const std::string& message) {
@@ -23,18 +25,54 @@ RollingKVCache::RollingKVCache(const Config& config, Options options) : config_(
   require(options.max_chunk > 0, "max_chunk must be > 0, got " + std::to_string(options.max_chunk));
   require(options.num_pages > 0 && options.num_pages <= INT32_MAX,
           "num_pages must be in [1, 2^31), got " + std::to_string(options.num_pages));
-  const auto token_bytes = config.kv_bytes_per_token(static_cast<int64_t>(c10::elementSize(options.dtype)));
   require(options.padding_tokens >= 0, "padding_tokens must be >= 0, got " + std::to_string(options.padding_tokens));
-  const int64_t pages = options.num_pages + ceil_div(options.padding_tokens, options.page_size);
-  const double tokens = static_cast<double>(pages) * static_cast<double>(options.page_size);
-  check_memory("the key/value cache", static_cast<double>(token_bytes) * tokens, options.device.str());
-  const auto tensor_options = torch::dtype(options.dtype).device(options.device);
+  const double pages =
+      static_cast<double>(options.num_pages) + static_cast<double>(ceil_div(options.padding_tokens, options.page_size));
+  check_memory(kName, pages * static_cast<double>(page_bytes(config, options.page_size, options.dtype)),
+               options.device.str());
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    for (auto* pool : {&keys_, &values_})
-      pool->push_back(torch::empty({pages, options.page_size, config.num_kv_heads, config.head_dim}, tensor_options));
+    for (auto* pool : {&keys_, &values_}) pool->push_back(new_pool(options.num_pages));
   }
   // Taken from the back: the lowest page first.
   for (int64_t page = options.num_pages; page-- > 0;) free_pages_.push_back(static_cast<int32_t>(page));
+}
+
+// The pages of one layer's keys or values, those for padding included.
+torch::Tensor RollingKVCache::new_pool(int64_t num_pages) const {
+  const int64_t pages = num_pages + ceil_div(options_.padding_tokens, options_.page_size);
+  return torch::empty({pages, options_.page_size, config_.num_kv_heads, config_.head_dim},
+                      torch::dtype(options_.dtype).device(options_.device));
+}
+
+int64_t RollingKVCache::page_bytes(const Config& config, int64_t page_size, torch::ScalarType dtype) {
+  return page_size * config.kv_bytes_per_token(static_cast<int64_t>(c10::elementSize(dtype)));
+}
+
+double RollingKVCache::bytes_to_grow(int64_t num_pages) const {
+  const double page = static_cast<double>(page_bytes(config_, options_.page_size, options_.dtype));
+  const double old_layer = page * static_cast<double>(options_.num_pages) / static_cast<double>(config_.num_layers);
+  return page * static_cast<double>(num_pages - options_.num_pages) + old_layer;
+}
+
+void RollingKVCache::grow(int64_t num_pages) {
+  require(
+      num_pages >= options_.num_pages && num_pages <= INT32_MAX,
+      "grow expected " + std::to_string(options_.num_pages) + " to 2^31 - 1 pages, got " + std::to_string(num_pages));
+  check_memory(kName, bytes_to_grow(num_pages), options_.device.str());
+  free_pages_.reserve(static_cast<size_t>(num_pages));
+  // If this throws, some layers have pages that nothing uses.
+  for (auto* layers : {&keys_, &values_}) {
+    for (torch::Tensor& pool : *layers) {
+      torch::Tensor larger = new_pool(num_pages);
+      larger.narrow(0, 0, options_.num_pages).copy_(pool.narrow(0, 0, options_.num_pages));
+      pool = std::move(larger);
+    }
+  }
+  // Below the free pages there are: those go first.
+  std::vector<int32_t> added;
+  for (int64_t page = num_pages; page-- > options_.num_pages;) added.push_back(static_cast<int32_t>(page));
+  free_pages_.insert(free_pages_.begin(), added.begin(), added.end());
+  options_.num_pages = num_pages;
 }
 
 int64_t RollingKVCache::pages_needed(const Config& config, int64_t page_size, int64_t max_chunk, int64_t length) {
@@ -48,17 +86,35 @@ int64_t RollingKVCache::add_sequence() {
   return next_sequence_++;
 }
 
-void RollingKVCache::remove_sequence(int64_t sequence) {
+RollingKVCache::Sequence& RollingKVCache::find(int64_t sequence) {
   const auto found = sequences_.find(sequence);
   require(found != sequences_.end(), "sequence must be one that was added, got " + std::to_string(sequence));
-  free_pages_.insert(free_pages_.end(), found->second.pages.begin(), found->second.pages.end());
-  sequences_.erase(found);
+  return found->second;
 }
 
-RollingKVCache::PageRange RollingKVCache::visible_pages(const Sequence& sequence, int64_t tokens) const {
+void RollingKVCache::remove_sequence(int64_t sequence) {
+  const auto& pages = find(sequence).pages;
+  free_pages_.insert(free_pages_.end(), pages.begin(), pages.end());
+  sequences_.erase(sequence);
+}
+
+bool RollingKVCache::truncate(int64_t sequence, int64_t length) {
+  Sequence& held = find(sequence);
+  require(length >= 0 && length <= held.length,
+          "truncate expected a length in [0, " + std::to_string(held.length) + "], got " + std::to_string(length));
+  const auto range = visible_pages(length, 0);
+  if (range.first < held.first) return false;
+  held.length = length;
+  for (; held.first + static_cast<int64_t>(held.pages.size()) > range.end; held.pages.pop_back())
+    free_pages_.push_back(held.pages.back());
+  release_pages(held);
+  return true;
+}
+
+RollingKVCache::PageRange RollingKVCache::visible_pages(int64_t length, int64_t tokens) const {
   // The first new query sees the keys from length - (W - 1) on; later queries see no older one.
-  const int64_t oldest_key = config_.window > 0 ? std::max<int64_t>(0, sequence.length - config_.window + 1) : 0;
-  return {oldest_key / options_.page_size, ceil_div(sequence.length + tokens, options_.page_size)};
+  const int64_t oldest_key = config_.window > 0 ? std::max<int64_t>(0, length - config_.window + 1) : 0;
+  return {oldest_key / options_.page_size, ceil_div(length + tokens, options_.page_size)};
 }
 
 void RollingKVCache::check(const std::vector<Chunk>& chunks) const {
@@ -73,7 +129,7 @@ void RollingKVCache::check(const std::vector<Chunk>& chunks) const {
     const int64_t tokens = static_cast<int64_t>(chunk.input_ids.size());
     require(tokens > 0 && tokens <= options_.max_chunk,
             "a chunk must have 1 to " + std::to_string(options_.max_chunk) + " tokens, got " + std::to_string(tokens));
-    const auto range = visible_pages(found->second, tokens);
+    const auto range = visible_pages(found->second.length, tokens);
     needed += range.end - range.first - static_cast<int64_t>(found->second.pages.size());
   }
   require(
@@ -82,7 +138,7 @@ void RollingKVCache::check(const std::vector<Chunk>& chunks) const {
 }
 
 void RollingKVCache::release_pages(Sequence& sequence) {
-  const int64_t first = visible_pages(sequence, 0).first;
+  const int64_t first = visible_pages(sequence.length, 0).first;
   for (; sequence.first < first; ++sequence.first) {
     free_pages_.push_back(sequence.pages.front());
     sequence.pages.pop_front();
@@ -90,7 +146,7 @@ void RollingKVCache::release_pages(Sequence& sequence) {
 }
 
 void RollingKVCache::take_pages(Sequence& sequence, int64_t tokens) {
-  const int64_t end = visible_pages(sequence, tokens).end;
+  const int64_t end = visible_pages(sequence.length, tokens).end;
   while (sequence.first + static_cast<int64_t>(sequence.pages.size()) < end) {
     sequence.pages.push_back(free_pages_.back());
     free_pages_.pop_back();
@@ -136,6 +192,10 @@ HostBatch RollingKVCache::lay_out(const std::vector<Chunk>& chunks) {
 torch::Tensor RollingKVCache::keys(int64_t layer) const { return keys_.at(static_cast<size_t>(layer)); }
 torch::Tensor RollingKVCache::values(int64_t layer) const { return values_.at(static_cast<size_t>(layer)); }
 int64_t RollingKVCache::length(int64_t sequence) const { return sequences_.at(sequence).length; }
+
+int64_t RollingKVCache::pages_held(int64_t sequence) const {
+  return static_cast<int64_t>(sequences_.at(sequence).pages.size());
+}
 
 int64_t RollingKVCache::pages_in_use() const { return options_.num_pages - static_cast<int64_t>(free_pages_.size()); }
 

@@ -39,9 +39,22 @@ class RollingKVCache {
 
   // Pages one sequence of `length` tokens holds at most.
   static int64_t pages_needed(const Config& config, int64_t page_size, int64_t max_chunk, int64_t length);
+  // Bytes of one page, keys and values of all layers.
+  static int64_t page_bytes(const Config& config, int64_t page_size, torch::ScalarType dtype);
+
+  // Makes the pool larger. Pages keep their numbers and contents, and get new addresses. Layers grow one after the
+  // other, so beside the new pool there is memory for one old layer. Throws OutOfMemory, and then changes nothing that
+  // matters.
+  void grow(int64_t num_pages);
+  int64_t num_pages() const { return options_.num_pages; }
+  // Bytes that grow() needs beside the pool for `num_pages` pages.
+  double bytes_to_grow(int64_t num_pages) const;
 
   int64_t add_sequence();
   void remove_sequence(int64_t sequence);  // its pages go back to the pool
+  // Forgets the tokens of a sequence from `length` on. Returns false and changes nothing when keys that the next query
+  // would see are no longer held: they were behind the window.
+  bool truncate(int64_t sequence, int64_t length);
 
   // Takes pages for the chunks, gives back pages behind the window, and lays out the batch. Throws std::runtime_error
   // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk, or a sequence is
@@ -57,6 +70,8 @@ class RollingKVCache {
   torch::Tensor values(int64_t layer) const;  // [pages,P,Nkv,D]
   int64_t length(int64_t sequence) const;
   int64_t pages_in_use() const;
+  int64_t pages_held(int64_t sequence) const;
+  bool empty() const { return sequences_.empty(); }
 
  private:
   struct Sequence {
@@ -64,11 +79,13 @@ class RollingKVCache {
     int64_t first = 0;          // p div P of the first page it holds
     std::deque<int32_t> pages;  // one for each p div P from `first` on
   };
-  // The pages [first, end), as p div P, that the next `tokens` tokens of `sequence` see or write.
+  // The pages [first, end), as p div P, that the `tokens` tokens behind `length` see or write.
   struct PageRange {
     int64_t first, end;
   };
-  PageRange visible_pages(const Sequence& sequence, int64_t tokens) const;
+  PageRange visible_pages(int64_t length, int64_t tokens) const;
+  Sequence& find(int64_t sequence);
+  torch::Tensor new_pool(int64_t num_pages) const;
   void check(const std::vector<Chunk>& chunks) const;
   void release_pages(Sequence& sequence);
   void take_pages(Sequence& sequence, int64_t tokens);

@@ -105,6 +105,8 @@ class Timings:
     @property
     def prompt_tokens(self) -> int: ...
     @property
+    def cached_tokens(self) -> int: ...
+    @property
     def new_tokens(self) -> int: ...
     @property
     def peak_pages(self) -> int: ...
@@ -149,8 +151,14 @@ class EngineOptions:
     max_batch: int
     page_size: int
     ctx_size: int
+    kv_memory: int
     cuda_graph: bool
     def __init__(self, **fields: int | bool) -> None: ...
+
+class Outcome:
+    @property
+    def timings(self) -> Timings: ...
+    def result(self) -> Generation: ...
 
 class Engine:
     def __init__(self, model: Mixtral, tokenizer: Tokenizer | None, options: EngineOptions) -> None: ...
@@ -158,8 +166,19 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        session: str,
         on_text: Callable[[int, str], bool] | None,
     ) -> tuple[list[Generation], Timings]: ...
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        session: str,
+        on_text: Callable[[str], bool],
+        on_end: Callable[[Outcome], None],
+    ) -> int: ...
+    def cancel(self, id: int) -> None: ...
+    def stop(self) -> None: ...
 
 CHUNK_SIZE: int
 

@@ -1,7 +1,8 @@
 """The model for Python: load a checkpoint, get logits, generate, stream. The work is done in C++ (csrc)."""
 
+import atexit
 import queue
-import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -30,6 +31,15 @@ Tokenizer = _C.Tokenizer
 
 Prompt = str | Sequence[int]
 
+# The thread of an engine may call back into Python, so it must end before the interpreter does.
+_engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_engines() -> None:
+    for engine in list(_engines):
+        engine.stop()
+
 
 class Mixtral:
     """A Mixtral, Mistral or Switch-style model, ready to run.
@@ -51,6 +61,7 @@ class Mixtral:
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).
             ctx_size: longest prompt plus new tokens (default: what the model was made for).
+            kv_memory: most bytes of the key/value cache (default: as much as requests need and the device has).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
 
         Raises:
@@ -59,6 +70,7 @@ class Mixtral:
         """
         self._model = model
         self._engine = _C.Engine(model, tokenizer, _C.EngineOptions(**options))
+        _engines.add(self._engine)
         self.config: Config = model.config
         self.tokenizer = tokenizer
         self.timings: Timings | None = None
@@ -158,8 +170,11 @@ class Mixtral:
         logprobs: int = 0,
         ignore_eos: bool = False,
         on_text: Callable[[int, str], bool] | None = None,
+        session: str | None = None,
     ) -> list[Generation]:
         """Continue each prompt; the prompts run as one batch, and a result does not depend on its neighbours.
+
+        Threads may call this at the same time: their prompts run as one batch too.
 
         Args:
             prompts: one prompt or a list of them. Text gets a BOS token in front; token ids are used as they are.
@@ -173,7 +188,10 @@ class Mixtral:
             stop: generation ends before any of these texts.
             logprobs: 0: none; n: of each new token and of the n most likely at its place.
             ignore_eos: go on after the end-of-sequence token.
-            on_text: called with (index of the prompt, text) as text becomes certain; False ends all generation.
+            on_text: called with (index of the prompt, text) as text becomes certain, on a thread of the engine. False
+                cancels that prompt; the others go on. It must not call ``generate``.
+            session: keep the keys and values of this conversation in the cache. The session's next prompt computes
+                only what comes after the tokens that it shares with this one and its answer.
 
         Returns:
             One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``.
@@ -183,7 +201,7 @@ class Mixtral:
                 for a model without a tokenizer.
             MemoryError: the key/value cache does not fit the device.
         """
-        params = _C.SamplingParams(
+        params = _sampling_params(
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -191,12 +209,12 @@ class Mixtral:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
-            stop=[stop] if isinstance(stop, str) else list(stop or []),
+            stop=stop,
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
         ids = [self._prompt_ids(prompt) for prompt in _prompt_list(prompts)]
-        generations, self.timings = self._engine.generate(ids, params, on_text)
+        generations, self.timings = self._engine.generate(ids, params, session or "", on_text)
         return generations
 
     def stream(self, prompt: Prompt, **options: object) -> Iterator[str]:
@@ -212,7 +230,7 @@ class Mixtral:
         """
         if self.tokenizer is None:
             raise ValueError("stream: model expected a tokenizer, got none; use generate for token ids")
-        return self._pieces(self._prompt_ids(prompt), options)
+        return self._pieces(self._prompt_ids(prompt), **options)
 
     def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = _C.CHUNK_SIZE) -> Score:
         """How well the model predicts a text.
@@ -234,32 +252,25 @@ class Mixtral:
             raise ValueError("perplexity: model expected a tokenizer, got none")
         return _C.score(self._model, self.tokenizer, text, ctx_size, chunk_size)
 
-    def _pieces(self, prompt_ids: list[int], options: dict[str, object]) -> Iterator[str]:
-        events: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()  # None: the end
-        closed = threading.Event()
+    def _pieces(self, prompt_ids: list[int], session: str | None = None, **options: object) -> Iterator[str]:
+        events: queue.SimpleQueue[str | _C.Outcome] = queue.SimpleQueue()  # filled on the engine's thread
 
-        def on_text(index: int, piece: str) -> bool:
+        def on_text(piece: str) -> bool:
             events.put(piece)
-            return not closed.is_set()
+            return True
 
-        def work() -> None:
-            try:
-                self.generate([prompt_ids], on_text=on_text, **options)
-                events.put(None)
-            except BaseException as error:  # handed to the thread that reads
-                events.put(error)
-
-        worker = threading.Thread(target=work, name="mixtral-stream")
-        worker.start()
+        request = self._engine.submit(prompt_ids, _sampling_params(**options), session or "", on_text, events.put)
+        event: str | _C.Outcome = ""
         try:
-            while (event := events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
+            while isinstance(event := events.get(), str):
                 if event:
                     yield event
         finally:
-            closed.set()
-            worker.join()
+            self._engine.cancel(request)
+            while isinstance(event, str):
+                event = events.get()
+            self.timings = event.timings
+        event.result()  # raises what ended the request
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -267,6 +278,10 @@ class Mixtral:
         if self.tokenizer is None:
             raise ValueError("generate: prompts expected token ids (the model has no tokenizer), got text")
         return self.tokenizer.encode(prompt, add_bos=True)
+
+
+def _sampling_params(stop: str | Sequence[str] | None = None, **fields: object) -> _C.SamplingParams:
+    return _C.SamplingParams(stop=[stop] if isinstance(stop, str) else list(stop or []), **fields)
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

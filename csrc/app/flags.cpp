@@ -1,0 +1,91 @@
+#include "flags.h"
+
+#include <algorithm>
+#include <cctype>
+#include <stdexcept>
+
+#include "terminal.h"
+
+namespace mixtral::app {
+
+std::string environment_name(const CLI::Option& option) {
+  std::string name = "MIXTRAL_" + option.get_lnames().front();
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
+  return name;
+}
+
+CLI::Option* add_switch(CLI::App& app, const std::string& names, bool& value, const std::string& help) {
+  CLI::Option* option = app.add_flag(names, value, help);
+  return option->envname(environment_name(*option));
+}
+
+CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help) {
+  return add_option(app, name, dtype, help)
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16", "int8", "fp8", "int4"}));
+}
+
+void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names) {
+  add_option(app, names, flags.model, "Folder of the checkpoint; without it, the bundled demo model")
+      ->type_name("FOLDER");
+}
+
+void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names) {
+  add_model_path(app, flags, path_names);
+  add_option(app, "--device", flags.device, "Where to compute")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  add_dtype(app, "--dtype", flags.dtype, "Type of the weights; auto: the checkpoint's")->capture_default_str();
+  add_option(app, "-t,--threads", flags.threads, "CPU threads; 0: one per core")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  add_option(app, "-c,--ctx-size", flags.ctx_size, "Longest prompt plus new tokens; 0: the model's")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  add_option(app, "--chunk-size", flags.chunk_size, "Prompt tokens per forward pass")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_switch(app, "-v,--verbose", flags.verbose, "Timings on stderr, even when it is not a terminal");
+}
+
+void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags) {
+  add_switch(app, "--no-cuda-graph", flags.no_cuda_graph, "On CUDA, launch the kernels of a decoding step one by one");
+}
+
+void add_sampling_flags(CLI::App& app, SamplingParams& params) {
+  add_option(app, "-n,--max-tokens", params.max_tokens, "Most new tokens")->capture_default_str();
+  add_option(app, "--temperature,--temp", params.temperature, "0: always the most likely token")->capture_default_str();
+  add_option(app, "--top-p", params.top_p, "Keep the likeliest tokens that make up this probability")
+      ->capture_default_str();
+  add_option(app, "--top-k", params.top_k, "Keep this many of the likeliest tokens; 0: all")->capture_default_str();
+  add_option(app, "--min-p", params.min_p, "Drop tokens less likely than this times the likeliest")
+      ->capture_default_str();
+  add_option(app, "--repetition-penalty", params.repetition_penalty, "Above 1: fewer repetitions")
+      ->capture_default_str();
+  add_option(app, "-s,--seed", params.seed, "Of the random numbers; without it, a new one each time");
+  add_option(app, "--stop", params.stop, "Stop before this text; may be given several times")
+      ->take_all()
+      ->allow_extra_args(false);
+  add_switch(app, "--ignore-eos", params.ignore_eos, "Go on after the end-of-sequence token");
+}
+
+void add_prompt_flags(CLI::App& app, PromptFlags& flags) {
+  flags.text_option = app.add_option("-p,--prompt", flags.text, "The prompt");
+  flags.file_option = app.add_option("-f,--file", flags.file, "Read the prompt from a file; without both, from stdin")
+                          ->excludes(flags.text_option);
+}
+
+std::string read_prompt(const PromptFlags& flags) {
+  std::string text = flags.text;
+  if (flags.text_option->count() == 0) {
+    if (flags.file_option->count() == 0 && stdin_is_terminal()) {
+      throw std::invalid_argument("no prompt: give -p TEXT or -f FILE, or pipe it in");
+    }
+    text = flags.file_option->count() > 0 ? read_file(flags.file) : read_stdin();
+    if (!text.empty() && text.back() == '\n') text.pop_back();
+  }
+  if (text.empty()) throw std::invalid_argument("prompt must not be empty");
+  return text;
+}
+
+}  // namespace mixtral::app

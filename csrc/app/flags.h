@@ -1,0 +1,54 @@
+// The flags that several subcommands share.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <string>
+
+#include "../engine/sampling.h"
+#include "../model/defaults.h"
+
+namespace mixtral::app {
+
+struct ModelFlags {
+  std::string model;  // empty: the demo model
+  std::string device = "cpu";
+  std::string dtype = "auto";
+  int64_t threads = 0;   // 0: torch decides
+  int64_t ctx_size = 0;  // 0: the model's
+  int64_t chunk_size = kChunkSize;
+  bool verbose = false;
+  bool no_cuda_graph = false;
+};
+
+struct PromptFlags {
+  std::string text, file;
+  CLI::Option* text_option = nullptr;
+  CLI::Option* file_option = nullptr;
+};
+
+constexpr const char* kModelPathNames = "MODEL,-m,--model";  // as an argument or a flag
+void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names = kModelPathNames);
+void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
+void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
+CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
+void add_sampling_flags(CLI::App& app, SamplingParams& params);
+void add_prompt_flags(CLI::App& app, PromptFlags& flags);
+
+// Reads the prompt from -p, -f or stdin; of the last two one final newline is dropped. Throws std::invalid_argument
+// when it is empty.
+std::string read_prompt(const PromptFlags& flags);
+
+// Adds an option or flag that may also come from the environment: --max-tokens from MIXTRAL_MAX_TOKENS.
+template <typename T>
+CLI::Option* add_option(CLI::App& app, const std::string& names, T& value, const std::string& help);
+CLI::Option* add_switch(CLI::App& app, const std::string& names, bool& value, const std::string& help);
+std::string environment_name(const CLI::Option& option);
+
+template <typename T>
+CLI::Option* add_option(CLI::App& app, const std::string& names, T& value, const std::string& help) {
+  CLI::Option* option = app.add_option(names, value, help);
+  return option->envname(environment_name(*option));
+}
+
+}  // namespace mixtral::app

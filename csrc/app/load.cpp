@@ -1,0 +1,63 @@
+#include "load.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <utility>
+
+#include "../checkpoint/load_options.h"
+#include "../engine/threads.h"
+#include "report.h"
+#include "signals.h"
+#include "terminal.h"
+#include "thread_trial.h"
+
+namespace mixtral::app {
+namespace {
+
+std::filesystem::path demo_model() {
+  if (const char* folder = std::getenv("MIXTRAL_DEMO_MODEL")) return folder;
+  const std::filesystem::path bin = std::filesystem::read_symlink("/proc/self/exe").parent_path();
+  // In the Python package, in the build folder of the source tree, and in a build folder elsewhere.
+  for (const std::filesystem::path& folder :
+       {bin / "../models/demo", bin / "../../models/demo", std::filesystem::path(MIXTRAL_SOURCE_DIR) / "models/demo"}) {
+    if (std::filesystem::exists(folder / "config.json")) return std::filesystem::canonical(folder);
+  }
+  throw std::invalid_argument("no MODEL given, and the demo model is not installed: name a model folder");
+}
+
+}  // namespace
+
+std::filesystem::path model_path(const ModelFlags& flags) {
+  return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
+}
+
+WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
+  return parse_weight_type(flags.dtype, config, flags.device);
+}
+
+int64_t context_of(const ModelFlags& flags, const Config& config) {
+  return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
+}
+
+LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
+  const double start = seconds_now();
+  if (flags.threads > 0) {
+    try_threads(flags.threads);
+    use_threads(static_cast<int>(flags.threads));
+  }
+  LoadOptions load_options;
+  load_options.device = flags.device;
+  load_options.dtype = flags.dtype;
+  ProgressBar bar("loading", bytes_text);
+  load_options.progress = [&bar](uint64_t done, uint64_t total) {
+    throw_if_terminated();
+    bar.update(static_cast<double>(done), static_cast<double>(total));
+  };
+  options.chunk_size = flags.chunk_size;
+  options.ctx_size = flags.ctx_size;
+  options.cuda_graph = !flags.no_cuda_graph;
+  return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
+          seconds_now() - start};
+}
+
+}  // namespace mixtral::app

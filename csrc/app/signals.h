@@ -1,0 +1,21 @@
+// SIGINT and SIGTERM.
+#pragma once
+
+#include <stdexcept>
+
+namespace mixtral::app {
+
+// SIGINT or SIGTERM has come.
+struct Interrupted : std::runtime_error {
+  Interrupted() : std::runtime_error("interrupted") {}
+};
+
+// After SIGINT or SIGTERM the process ends with 128 + signal: by itself at the next look, else by force 0.8 s later.
+void install_signal_handlers();
+// In an interactive chat SIGINT only stops the answer; a second one leaves with 0.
+void make_sigint_stop_the_answer();
+int pending_signal();        // 0: none
+void throw_if_terminated();  // by anything but the SIGINT of an interactive chat
+void forget_sigint();
+
+}  // namespace mixtral::app

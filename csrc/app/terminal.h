@@ -1,0 +1,46 @@
+// Reading files and stdin, writing stdout and stderr, and the progress bar.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "report.h"
+
+namespace mixtral::app {
+
+// The reader of stdout has gone (`| head -1`): the program leaves silently, with 0.
+struct OutputClosed : std::runtime_error {
+  OutputClosed() : std::runtime_error("stdout is closed") {}
+};
+
+// Writes all of `text` to stdout at once. Throws OutputClosed or std::system_error.
+void write_out(std::string_view text);
+// Writes to stderr. Errors are ignored: there is nobody left to tell.
+void write_err(std::string_view text);
+bool stdout_is_terminal();
+bool stderr_is_terminal();
+bool stdin_is_terminal();
+
+// The bytes of a file, and those of stdin. Throw std::invalid_argument.
+std::string read_file(const std::string& path);
+std::string read_stdin();
+
+// A bar on stderr that appears when the work takes more than half a second, and leaves no trace.
+class ProgressBar {
+ public:
+  // `amount` writes a quantity with its unit.
+  ProgressBar(std::string label, std::string (*amount)(double)) : label_(std::move(label)), amount_(amount) {}
+  ~ProgressBar();
+  void update(double done, double total);
+
+ private:
+  const std::string label_;
+  std::string (*const amount_)(double);
+  const double start_ = seconds_now();
+  double last_ = 0;
+  bool shown_ = false;
+};
+
+}  // namespace mixtral::app

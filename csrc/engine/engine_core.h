@@ -1,0 +1,52 @@
+// The engine without its thread: admits requests, runs one forward pass at a time, hands out text and results.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "model_runner.h"
+#include "scheduler.h"
+#include "sequence.h"
+#include "sessions.h"
+
+namespace mixtral {
+
+// Used by one thread. No method throws because of a request: what goes wrong with one ends that request.
+class EngineCore {
+ public:
+  // At most max_batch idle sessions are kept.
+  EngineCore(Mixtral model, const ModelRunner::Options& runner, const Scheduler::Options& scheduler);
+
+  void add(std::unique_ptr<Sequence> sequence);
+  void cancel(int64_t id);  // does nothing if no request has this id
+  bool idle() const { return sequences_.empty(); }
+  // Admits requests that fit and runs one forward pass.
+  void step();
+  void cancel_all();
+  void fail_all(const std::exception_ptr& error);
+
+ private:
+  void admit();
+  bool make_room(const Sequence& next);
+  void start(Sequence& sequence);
+  void run_pass();
+  void show(Sequence& sequence, const std::string& text);
+  void end_finished();
+  void end(Sequence& sequence) noexcept;
+  void keep_session(Sequence& sequence);
+  int64_t idle_pages_but(const std::string& session);
+  bool drop(const std::optional<Session>& session);
+
+  ModelRunner runner_;
+  Scheduler scheduler_;
+  Sessions sessions_;
+  size_t max_sessions_;
+  std::vector<std::unique_ptr<Sequence>> sequences_;  // waiting and running, in the order of arrival
+  bool may_admit_ = false;                            // something changed since the last admission
+};
+
+}  // namespace mixtral

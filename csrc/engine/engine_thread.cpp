@@ -1,0 +1,96 @@
+#include "engine_thread.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "threads.h"
+
+namespace mixtral {
+
+struct EngineThread::State {
+  std::unique_ptr<EngineCore> core;  // used by the thread alone
+  std::atomic<std::thread::id> thread_id{};
+  std::mutex mutex;  // of everything below
+  std::condition_variable changed;
+  std::vector<std::unique_ptr<Sequence>> submitted;
+  std::vector<int64_t> cancelled;  // ids
+  bool stopping = false;
+};
+
+EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_shared<State>()) {
+  state_->core = std::move(core);
+}
+
+void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
+  const std::lock_guard lock(state_->mutex);
+  if (state_->stopping) throw std::runtime_error("Engine: stopped, it takes no more requests");
+  if (!thread_.joinable()) thread_ = std::thread([state = state_] { loop(*state); });
+  auto& submitted = state_->submitted;
+  submitted.reserve(submitted.size() + sequences.size());  // all of them or none
+  for (auto& sequence : sequences) submitted.push_back(std::move(sequence));
+  state_->changed.notify_one();
+}
+
+void EngineThread::cancel(const std::vector<int64_t>& ids) {
+  const std::lock_guard lock(state_->mutex);
+  state_->cancelled.insert(state_->cancelled.end(), ids.begin(), ids.end());
+  state_->changed.notify_one();
+}
+
+void EngineThread::stop() {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stopping = true;
+    state_->changed.notify_one();
+  }
+  if (is_current()) {  // a callback drops the engine: the thread ends by itself
+    thread_.detach();
+  } else if (thread_.joinable()) {
+    thread_.join();
+  }
+}
+
+bool EngineThread::is_current() const { return state_->thread_id == std::this_thread::get_id(); }
+
+void EngineThread::loop(State& state) noexcept {
+  state.thread_id = std::this_thread::get_id();
+  for (bool goes_on = true; goes_on;) {
+    try {
+      goes_on = iterate(state);
+    } catch (...) {  // in no request's own work: out of memory, most likely
+      state.core->fail_all(std::current_exception());
+    }
+  }
+}
+
+// Takes what is in the boxes and runs one forward pass. Returns false when the thread is to end.
+bool EngineThread::iterate(State& state) {
+  std::vector<std::unique_ptr<Sequence>> submitted;
+  std::vector<int64_t> cancelled;
+  bool stopping = false;
+  {
+    std::unique_lock lock(state.mutex);
+    state.changed.wait(lock, [&] {
+      return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || state.stopping;
+    });
+    submitted.swap(state.submitted);
+    cancelled.swap(state.cancelled);
+    stopping = state.stopping;
+  }
+  const int threads = submitted.empty() ? 0 : submitted.back()->num_threads;
+  for (auto& sequence : submitted) state.core->add(std::move(sequence));
+  for (const int64_t id : cancelled) state.core->cancel(id);
+  if (stopping) {
+    state.core->cancel_all();
+    return false;
+  }
+  if (threads > 0) use_threads(threads);  // where callers differ, the last one decides
+  state.core->step();
+  return true;
+}
+
+}  // namespace mixtral

@@ -1,0 +1,34 @@
+// The one thread that runs forward passes, and the boxes through which requests and cancellations reach it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "engine_core.h"
+
+namespace mixtral {
+
+class EngineThread {
+ public:
+  explicit EngineThread(std::unique_ptr<EngineCore> core);
+  ~EngineThread() { stop(); }
+
+  // Hands over requests, all at once; the first call starts the thread. Throws std::runtime_error after stop().
+  void submit(std::vector<std::unique_ptr<Sequence>> sequences);
+  void cancel(const std::vector<int64_t>& ids);
+  // Cancels all requests and ends the thread.
+  void stop();
+  bool is_current() const;  // called on this thread, that is by a callback
+
+ private:
+  struct State;
+  static void loop(State& state) noexcept;
+  static bool iterate(State& state);
+
+  std::shared_ptr<State> state_;  // lives until the thread has ended
+  std::thread thread_;
+};
+
+}  // namespace mixtral

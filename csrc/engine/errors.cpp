@@ -1,0 +1,19 @@
+#include "errors.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstring>
+
+namespace mixtral {
+
+std::optional<TorchError> torch_error(const std::exception& error) noexcept {
+  const auto* const torch = dynamic_cast<const c10::Error*>(&error);
+  if (!torch) return std::nullopt;
+  const char* const message = torch->what_without_backtrace();
+  // The CPU allocator throws a plain c10::Error.
+  const bool out_of_memory =
+      dynamic_cast<const c10::OutOfMemoryError*>(torch) || std::strstr(message, "DefaultCPUAllocator");
+  return TorchError{out_of_memory, message};
+}
+
+}  // namespace mixtral

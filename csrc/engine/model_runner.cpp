@@ -1,0 +1,117 @@
+#include "model_runner.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../model/memory.h"
+#include "sample_batch.h"
+
+namespace mixtral {
+
+ModelRunner::ModelRunner(Mixtral model, Options options)
+    : model_(std::move(model)), options_(options), uses_graphs_(options.cuda_graph && model_->device().is_cuda()) {}
+
+int64_t ModelRunner::pages_needed(int64_t prompt_tokens, int64_t max_tokens) const {
+  const int64_t chunk = std::min(options_.max_chunk, prompt_tokens);
+  return RollingKVCache::pages_needed(model_->config(), options_.page_size, chunk, prompt_tokens + max_tokens);
+}
+
+// Pages of the largest pool that there is memory for now.
+int64_t ModelRunner::affordable_pages() const {
+  const auto page =
+      static_cast<double>(RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype()));
+  auto available = static_cast<double>(available_memory(model_->device().str()));
+  if (cache_) available -= cache_->bytes_to_grow(num_pages());
+  const double pages = static_cast<double>(num_pages()) + available / page;
+  return static_cast<int64_t>(std::clamp<double>(pages, 0, INT32_MAX));
+}
+
+void ModelRunner::grow(int64_t least, int64_t wanted) {
+  if (least <= num_pages()) return;
+  const int64_t page_bytes = RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype());
+  const int64_t allowed = options_.kv_memory > 0 ? options_.kv_memory / page_bytes : INT32_MAX;
+  if (options_.kv_memory > 0 && least > allowed) {
+    throw OutOfMemory("the key/value cache: needs " +
+                      gib_text(static_cast<double>(least) * static_cast<double>(page_bytes)) + ", kv_memory allows " +
+                      gib_text(static_cast<double>(options_.kv_memory)));
+  }
+  graphs_.reset();  // they are bound to the addresses of the pool
+  if (cache_ && cache_->empty()) cache_.reset();
+  if (cache_) wanted = std::max(wanted, num_pages() + num_pages() / 2);  // so that copies are rare
+  const int64_t pages = std::clamp(std::min({wanted, allowed, affordable_pages()}), least, std::max(least, wanted));
+  if (cache_) {
+    cache_->grow(pages);
+  } else {
+    const int64_t padding = uses_graphs_ ? DecodeGraphs::padding_tokens(options_.max_batch) : 0;
+    cache_.emplace(model_->config(), RollingKVCache::Options{options_.page_size, pages, options_.max_chunk,
+                                                             model_->device(), model_->dtype(), padding});
+  }
+}
+
+std::vector<Sample> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
+  std::vector<RollingKVCache::Chunk> chunks;
+  std::vector<int64_t> rows;         // of the newest token of a sequence: only they need logits
+  std::vector<Sequence*> sequences;  // of these rows
+  int64_t total = 0;
+  for (const auto& [sequence, tokens] : plan) {
+    const auto begin = sequence->ids.begin() + sequence->computed;
+    chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
+    sequence->computed += tokens;
+    total += tokens;
+    if (sequence->computed < sequence->length()) continue;
+    rows.push_back(total - 1);
+    sequences.push_back(sequence);
+  }
+  const auto logits = forward(chunks, rows);
+  return rows.empty() ? std::vector<Sample>() : sample(sequences, logits);
+}
+
+// The hidden rows `rows` of the batch become logits: f32 [rows, vocab].
+torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows) {
+  const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
+  if (uses_graphs_ && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
+      std::all_of(chunks.begin(), chunks.end(), one_token)) {
+    if (!graphs_) graphs_.emplace(*model_, *cache_);
+    return graphs_->logits(chunks);
+  }
+  auto hidden = model_->hidden_states(cache_->prepare(chunks), &*cache_);
+  if (rows.empty()) return {};
+  if (static_cast<int64_t>(rows.size()) < hidden.size(0))
+    hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
+  return model_->logits(hidden);
+}
+
+// logits f32 [rows, vocab]: one row for each sequence.
+std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences, torch::Tensor logits) {
+  const auto wants_logprobs = [](const Sequence* sequence) { return sequence->params.logprobs > 0; };
+  std::vector<int64_t> ids(sequences.size(), -1);
+  if (logits.is_cpu() || std::any_of(sequences.begin(), sequences.end(), wants_logprobs)) {
+    logits = logits.to(torch::kCPU);
+  } else {
+    std::vector<Sampler*> samplers;
+    for (Sequence* sequence : sequences) samplers.push_back(&sequence->sampler);
+    ids = sample_batch(logits, samplers);
+  }
+  std::vector<Sample> samples;
+  for (size_t i = 0; i < sequences.size(); ++i)
+    samples.push_back(sample_row(*sequences[i], ids[i], logits[static_cast<int64_t>(i)]));
+  return samples;
+}
+
+// token_id -1: not picked from the logits [vocab] yet.
+Sample ModelRunner::sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const {
+  const int64_t vocab = model_->config().vocab_size;
+  Sample sample;
+  try {
+    sample.token_id = token_id >= 0 ? token_id : sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab);
+    if (sequence.params.logprobs > 0)
+      sample.logprob = token_logprob(logits.data_ptr<float>(), vocab, sample.token_id, sequence.params.logprobs);
+  } catch (const std::runtime_error& error) {  // NaN: the neighbours go on
+    sample.error = error.what();
+  }
+  return sample;
+}
+
+}  // namespace mixtral

@@ -1,0 +1,56 @@
+// Owns the model, its key/value cache and its CUDA graphs: runs the passes that the scheduler plans.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../model/rolling_kv_cache.h"
+#include "../model/transformer.h"
+#include "decode_graphs.h"
+#include "scheduler.h"
+#include "sequence.h"
+
+namespace mixtral {
+
+class ModelRunner {
+ public:
+  struct Options {
+    int64_t page_size;
+    int64_t max_chunk;  // most tokens of one sequence in one pass
+    int64_t max_batch;  // most sequences in one pass
+    int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
+    bool cuda_graph;
+  };
+
+  ModelRunner(Mixtral model, Options options);
+
+  // Most pages that a request holds at a time.
+  int64_t pages_needed(int64_t prompt_tokens, int64_t max_tokens) const;
+  // Makes the page pool larger: to `wanted` pages, or to as many as memory has room for, but no fewer than `least`.
+  // A pool without sequences is dropped first. Throws OutOfMemory.
+  void grow(int64_t least, int64_t wanted);
+  int64_t num_pages() const { return cache_ ? cache_->num_pages() : 0; }
+  int64_t pages_in_use() const { return cache_ ? cache_->pages_in_use() : 0; }
+  RollingKVCache& cache() { return cache_.value(); }
+
+  // Runs one forward pass and counts its tokens as computed. Returns a sample for each sequence all of whose tokens are
+  // computed now, in the order of the plan.
+  std::vector<Sample> run(const std::vector<Scheduler::Chunk>& plan);
+
+  MixtralImpl& model() { return *model_; }
+
+ private:
+  int64_t affordable_pages() const;
+  torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows);
+  std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
+  Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
+
+  Mixtral model_;
+  Options options_;
+  bool uses_graphs_;
+  std::optional<RollingKVCache> cache_;
+  std::optional<DecodeGraphs> graphs_;  // of the cache
+};
+
+}  // namespace mixtral

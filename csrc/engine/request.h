@@ -1,0 +1,56 @@
+// What a caller asks of the engine, and what it gets back.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "sampling.h"
+
+namespace mixtral {
+
+struct Request {
+  std::vector<int64_t> prompt_token_ids;
+  SamplingParams params;
+  // Requests of one session share keys and values: after a request they stay in the cache, and the session's next
+  // request computes only the tokens behind the common prefix. Empty: no session.
+  std::string session;
+};
+
+struct Timings {
+  double prefill_seconds = 0, decode_seconds = 0;  // forward passes with prompt tokens in them, and the others
+  int64_t prompt_tokens = 0, new_tokens = 0;       // the first new token of each prompt comes from its prefill
+  int64_t cached_tokens = 0;  // of the prompt tokens, those that the session had in the cache already
+  int64_t peak_pages = 0;     // of the key/value cache
+};
+
+struct Generation {
+  std::vector<int64_t> prompt_token_ids;
+  std::vector<int64_t> token_ids;      // without the end-of-sequence token
+  std::string text;                    // continues the prompt's, cut before a stop string; empty without a tokenizer
+  std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
+  std::string error;                   // why, when finish_reason is "error": its logits were NaN
+  std::vector<TokenLogprob> logprobs;  // one per token when asked for
+};
+
+// How a request ended. `error` is an exception that ended it, of the forward pass or of a callback; then `generation`
+// holds what was generated until then.
+struct Outcome {
+  Generation generation;
+  Timings timings;
+  std::exception_ptr error;
+};
+
+// Both are called on the engine's thread. They may submit and cancel requests, but must not wait for one.
+struct Callbacks {
+  // Called with the text that became certain, once per forward pass that computed tokens of the request. The text may
+  // be empty: while the prompt is read, while a code point or a stop string may be incomplete, or without a tokenizer.
+  // Returning false cancels the request; an exception ends it.
+  std::function<bool(const std::string& text)> on_text;
+  // Called once, after the last on_text. Must not throw.
+  std::function<void(Outcome outcome)> on_end;
+};
+
+}  // namespace mixtral

@@ -1,0 +1,21 @@
+// How fast decoding could be: each step reads weights, and memory is only so fast.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "../model/config.h"
+
+namespace mixtral {
+
+// Bytes of weights that decoding reads per token, on average, with `batch` sequences in a step. A step reads every
+// shared weight once, and the experts that at least one of its tokens is routed to: E (1 - (1 - K/E)^B) of them if
+// routing is even. Of the embedding it reads single rows, unless lm_head is the same tensor.
+double weight_bytes_per_token(const Config& config, int64_t batch, double bytes_per_weight);
+
+// Measures the bytes per second of summing a buffer of this size (up to 1 GiB), so that a model that fits a CPU cache
+// is compared with that cache. `check` is called between the runs and may throw to end them.
+double read_bandwidth(double bytes, const std::string& device, const std::function<void()>& check);
+
+}  // namespace mixtral
