@@ -1,5 +1,6 @@
 """The examples of the README run as they stand there."""
 
+import json
 import os
 import re
 import subprocess
@@ -31,11 +32,30 @@ def test_python_example_runs(index):
     assert index > 0 or len(run.stdout.split()) > 20
 
 
-def test_cpp_example_is_the_one_that_was_compiled_and_it_runs():
-    assert blocks("cpp") == [(ROOT / "tests/cpp/readme_example.cpp").read_text()]
-    run = subprocess.run([ROOT / "build/bin/readme_example"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.split()) > 10
+def run_in(folder: Path, *command: str | Path) -> str:
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_cpp_example_builds_against_the_installed_library(tmp_path):
+    """With nothing of the source tree: headers, CMake package, libraries, binary and bundled model are installed."""
+    prefix, project = tmp_path / "prefix", tmp_path / "project"
+    project.mkdir()
+    run_in(ROOT, "cmake", "--install", "build", "--prefix", prefix, "--component", "cpp")
+    (project / "main.cpp").write_text(blocks("cpp")[0])
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(example LANGUAGES CXX)\nfind_package(mixtral 0.1 REQUIRED)\n"
+        "add_executable(example main.cpp)\ntarget_link_libraries(example PRIVATE mixtral::mixtral)\n"
+    )
+    run_in(project, "cmake", "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run_in(project, "cmake", "--build", "build")
+    text = run_in(project, "build/example", prefix / "share/mixtral/models/demo")
+    assert len(text.split()) > 10
+    described = json.loads(run_in(tmp_path, prefix / "bin/mixtral", "info", "--json"))
+    assert described["total_parameters"] == 5537664
+    linked = run_in(tmp_path, "ldd", prefix / "bin/mixtral")
+    assert f"{prefix}/lib/libmixtral_ops.so" in linked.replace("bin/../", "") and "not found" not in linked
 
 
 def test_tables_are_what_the_script_writes_from_the_records():
