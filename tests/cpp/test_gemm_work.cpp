@@ -1,4 +1,4 @@
-// The pieces into which threads cut a line of work and a grouped GEMM: nothing is missed and nothing done twice.
+// The shares into which threads cut a line of work and a grouped GEMM: nothing is missed and nothing done twice.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,15 +13,15 @@
 namespace mixtral {
 namespace {
 
-TEST(SharedWork, PiecesFollowEachOtherAndGetShorterDownToTheLeast) {
+TEST(SharedWork, SharesFollowEachOtherAndGetShorterDownToTheLeast) {
   cpu::SharedWork work(1000, /*threads=*/4, /*least=*/7);
   int64_t end = 0, size = 1000 / 8;
-  for (auto piece = work.take(); piece.begin < piece.end; piece = work.take()) {
-    EXPECT_EQ(piece.begin, end);
-    EXPECT_LE(piece.end - piece.begin, size);
-    EXPECT_GE(piece.end - piece.begin, std::min<int64_t>(7, 1000 - piece.begin));
-    size = piece.end - piece.begin;
-    end = piece.end;
+  for (auto share = work.take(); share.begin < share.end; share = work.take()) {
+    EXPECT_EQ(share.begin, end);
+    EXPECT_LE(share.end - share.begin, size);
+    EXPECT_GE(share.end - share.begin, std::min<int64_t>(7, 1000 - share.begin));
+    size = share.end - share.begin;
+    end = share.end;
   }
   EXPECT_EQ(end, 1000);
   EXPECT_LE(size, 7);
@@ -35,11 +35,21 @@ TEST(SharedWork, ThreadsNeverTakeTheSame) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i)
     threads.emplace_back([&] {
-      for (auto piece = work.take(); piece.begin < piece.end; piece = work.take())
-        for (int64_t at = piece.begin; at < piece.end; ++at) ++times[at];
+      for (auto share = work.take(); share.begin < share.end; share = work.take())
+        for (int64_t at = share.begin; at < share.end; ++at) ++times[at];
     });
   for (auto& thread : threads) thread.join();
   EXPECT_EQ(times, std::vector<int>(kTotal, 1));
+}
+
+TEST(SharedWork, ItemsComeOneByOne) {
+  cpu::SharedWork work = cpu::SharedWork::of_items(3);
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto share = work.take();
+    EXPECT_EQ(share.begin, i);
+    EXPECT_EQ(share.end, i + 1);
+  }
+  EXPECT_EQ(work.take().begin, work.take().end);
 }
 
 // How often each (row, block) was in a piece of one of the threads, in how many pieces all were cut, and
