@@ -52,18 +52,18 @@ TEST(SharedWork, ItemsComeOneByOne) {
   EXPECT_EQ(work.take().begin, work.take().end);
 }
 
-// How often each (row, block) was in a piece of one of the threads, in how many pieces all were cut, and
+// How often each (row, block) was in a share of one of the threads, in how many shares all were cut, and
 // the most rows times blocks that one range had.
 struct Cover {
   std::vector<int> times;
-  int64_t pieces = 0, largest = 0;
+  int64_t shares = 0, largest = 0;
 };
 
 Cover cover(const std::vector<int64_t>& offs, int64_t blocks, int64_t threads) {
   const IndexArray ends{offs.data(), /*is_int64=*/true};
   Cover result{std::vector<int>(offs.back() * blocks)};
   GemmWork work(ends, static_cast<int64_t>(offs.size()), blocks, threads);
-  std::atomic<int64_t> pieces{0}, largest{0};
+  std::atomic<int64_t> shares{0}, largest{0};
   std::vector<std::thread> running;
   const auto share = [&] {
     int64_t last_row = -1;
@@ -77,7 +77,7 @@ Cover cover(const std::vector<int64_t>& offs, int64_t blocks, int64_t threads) {
         EXPECT_LE(end, blocks);
         next = end;
         if (begin < end) {
-          ++pieces;
+          ++shares;
           for (int64_t size = count * (end - begin), most = largest;
                size > most && !largest.compare_exchange_weak(most, size);) {
           }
@@ -89,7 +89,7 @@ Cover cover(const std::vector<int64_t>& offs, int64_t blocks, int64_t threads) {
   };
   for (int64_t i = 0; i < threads; ++i) running.emplace_back(share);
   for (auto& thread : running) thread.join();
-  result.pieces = pieces;
+  result.shares = shares;
   result.largest = largest;
   return result;
 }
@@ -109,9 +109,9 @@ TEST(GemmWork, ManyRowsCountMoreThanFew) {
 }
 
 TEST(GemmWork, ThereIsAPieceForEachThread) {
-  EXPECT_GE(cover({1, 2}, 64, 16).pieces, 16);      // a token
-  EXPECT_GE(cover({1024}, 1, 16).pieces, 16);       // a router: fewer blocks than threads
-  EXPECT_GE(cover({505, 512}, 64, 16).pieces, 16);  // nearly all rows at one expert
+  EXPECT_GE(cover({1, 2}, 64, 16).shares, 16);      // a token
+  EXPECT_GE(cover({1024}, 1, 16).shares, 16);       // a router: fewer blocks than threads
+  EXPECT_GE(cover({505, 512}, 64, 16).shares, 16);  // nearly all rows at one expert
 }
 
 }  // namespace
