@@ -1,6 +1,5 @@
 #include <climits>
 
-#include "../cuda/common.cuh"
 #include "moe_permute.h"
 #include "moe_permute_kernels.cuh"
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../cuda/kernel.cuh"  // Vector, kWarpSize, dynamic_shared_memory
 #include "../host_device.h"
 #include "../index_array.h"
 #include "moe_permute.h"

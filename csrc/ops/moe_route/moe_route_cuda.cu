@@ -1,6 +1,5 @@
 #include <cmath>
 
-#include "../cuda/common.cuh"
 #include "moe_route_kernels.cuh"
 
 namespace mixtral {

@@ -1,6 +1,5 @@
 #include <climits>
 
-#include "../cuda/common.cuh"
 #include "pack_weight.h"
 #include "pack_weight_kernels.cuh"
 

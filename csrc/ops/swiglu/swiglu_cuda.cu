@@ -1,5 +1,4 @@
 // One thread per output value; a grid row per row of the matrix.
-#include "../cuda/common.cuh"
 #include "../host_device.h"
 #include "swiglu.h"
 #include "swiglu_value.cuh"

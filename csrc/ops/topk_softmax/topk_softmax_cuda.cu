@@ -1,7 +1,6 @@
 // One warp per token.
 #include <cmath>
 
-#include "../cuda/common.cuh"
 #include "topk_softmax_kernels.cuh"
 
 namespace mixtral {

@@ -19,12 +19,11 @@
 //
 // A row's bits depend on its own query and keys alone: blocks of keys lie at absolute positions and come in rising
 // order, and one of which a row sees nothing multiplies its sums by one and adds zeros.
-//
-// Who includes this includes the building blocks first: ../cuda/{tensor_map,wgmma}.cuh, or those of the GPU emulator.
 #pragma once
 
 #include <cstdint>
 
+#include "../../cuda/kernel_hopper.cuh"
 #include "attention_prefill_loads_hopper.cuh"
 
 namespace mixtral::cuda::prefill {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../../cuda/hopper_layout.h"
+#include "../../cuda/kernel_hopper.cuh"
 #include "../sliding_window_attention.h"
 #include "attention_prefill_blocks_hopper.h"
 
