@@ -12,7 +12,7 @@ stage() {
   printf '%s ' "$text"
   "$@" <&0 >"$stage_log" 2>&1 &
   job=$!
-  trap 'kill "$job"; echo; exit 130' INT TERM # bash lets what runs in the background ignore Ctrl-C
+  trap 'kill "$job" 2>/dev/null || true; echo; exit 130' INT TERM # bash lets what runs in the background ignore Ctrl-C
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.1
     counter=$(tail -n 1 "$stage_log" | grep -o '^\[[0-9]*/[0-9]*\]' || true) # of ninja
