@@ -2,38 +2,10 @@
 #include <filesystem>
 #include <limits>
 
-#include "engine/engine.h"
-#include "tiny_model.h"
+#include "generations.h"
 
 namespace mixtral {
 namespace {
-
-using Prompts = std::vector<std::vector<int64_t>>;
-
-SamplingParams params(int64_t max_tokens, double temperature = 0.0, uint64_t seed = 1) {
-  SamplingParams out;
-  out.max_tokens = max_tokens;
-  out.temperature = temperature;
-  out.seed = seed;
-  out.logprobs = 2;
-  out.ignore_eos = true;
-  return out;
-}
-
-Prompts some_prompts() { return {random_ids(13, 101, 1), random_ids(1, 101, 2), random_ids(30, 101, 3)}; }
-
-std::vector<double> logprobs_of(const Generation& result) {
-  std::vector<double> out;
-  for (const auto& token : result.logprobs) out.push_back(token.logprob);
-  return out;
-}
-
-void expect_same(const Generation& a, const Generation& b) {
-  EXPECT_EQ(a.token_ids, b.token_ids);
-  EXPECT_EQ(logprobs_of(a), logprobs_of(b));  // bit for bit
-  EXPECT_EQ(a.finish_reason, b.finish_reason);
-  EXPECT_EQ(a.text, b.text);
-}
 
 // Every generated token's logprob equals the one that a single pass over the whole text gives.
 void expect_rescored(Mixtral& model, const Generation& result) {
@@ -149,13 +121,39 @@ TEST(Engine, CallbackSeesEveryStepAndMayCancel) {
   engine.generate(some_prompts(), {params(5)}, count);
   EXPECT_EQ(calls, (std::vector<size_t>{3 + 5, 5, 7 + 5}));  // 13, 1 and 30 prompt tokens in chunks of 4
 
-  int left = 15;  // five passes of three sequences: the second one's fifth token is the last thing seen
-  const auto results =
-      engine.generate(some_prompts(), {params(5)}, [&](size_t, const std::string&) { return --left > 0; });
+  int left = 2;  // the second callback of prompt 0 cancels it, and it alone
+  const auto results = engine.generate(some_prompts(), {params(5)},
+                                       [&](size_t index, const std::string&) { return index != 0 || --left > 0; });
   EXPECT_EQ(left, 0);
   EXPECT_EQ(results[0].finish_reason, "cancelled");
   EXPECT_EQ(results[1].finish_reason, "length");
-  EXPECT_EQ(results[2].finish_reason, "cancelled");
+  EXPECT_EQ(results[2].finish_reason, "length");
+  EXPECT_EQ(results[2].token_ids.size(), 5u);
+}
+
+TEST(Engine, ABudgetIsSharedByAllSequencesOfAPass) {
+  Engine::Options options;
+  options.token_budget = 5;
+  Engine engine(tiny_model(tiny_config()), std::nullopt, options);
+  std::vector<size_t> calls(2);
+  engine.generate({random_ids(3, 101, 1), random_ids(5, 101, 2)}, {params(4)}, [&](size_t index, const std::string&) {
+    ++calls[index];
+    return true;
+  });
+  // The first pass has room for two tokens of the second prompt, the next one for the rest.
+  EXPECT_EQ(calls, (std::vector<size_t>{4, 1 + 4}));
+}
+
+TEST(Engine, APromptLongerThanThoseBeforeItFindsPages) {
+  auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
+  const Prompts prompts = {random_ids(1, 101, 1), random_ids(200, 101, 2)};
+  Engine::Options options;
+  options.max_batch = 1;
+  const auto results = Engine(model, std::nullopt, options).generate(prompts, {params(3)});
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    EXPECT_EQ(results[i].finish_reason, "length");
+    expect_same(results[i], alone(model, prompts[i], params(3)));
+  }
 }
 
 TEST(Engine, NanLogitsFailOneRequestAlone) {

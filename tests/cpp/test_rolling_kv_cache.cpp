@@ -1,6 +1,7 @@
 #include <map>
 #include <random>
 
+#include "model/memory.h"
 #include "model/rolling_kv_cache.h"
 #include "tiny_model.h"
 
@@ -59,6 +60,16 @@ TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
     std::map<int64_t, std::pair<int64_t, int64_t>> owner;  // slot -> sequence and position last written there
     for (int step = 0; step < 120; ++step) {
       if (written.size() < 3) written[cache.add_sequence()];
+      if (pick(0, 9) == 0) cache.grow(cache.num_pages() + pick(0, 2));
+      for (auto& [sequence, slots] : written) {
+        const int64_t length = static_cast<int64_t>(slots.size()), kept = pick(0, length);
+        if (pick(0, 9) > 0) continue;
+        const bool truncated = cache.truncate(sequence, kept);
+        if (config.window == 0) EXPECT_TRUE(truncated);
+        if (kept == length) EXPECT_TRUE(truncated);
+        if (truncated) slots.resize(static_cast<size_t>(kept));
+        ASSERT_EQ(cache.length(sequence), static_cast<int64_t>(slots.size()));
+      }
       std::vector<RollingKVCache::Chunk> chunks;
       for (const auto& [sequence, slots] : written)
         if (pick(0, 2) > 0) chunks.push_back({sequence, std::vector<int64_t>(pick(1, max_chunk), 1)});
@@ -104,6 +115,61 @@ TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
     }
     EXPECT_EQ(cache.pages_in_use(), 0);
   }
+}
+
+TEST(RollingKVCache, TruncateGivesPagesBackUnlessTheWindowHasMovedOn) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/6), 4, 10, 12);
+  const int64_t a = cache.add_sequence();
+  cache.prepare({{a, std::vector<int64_t>(12, 1)}});
+  cache.prepare({{a, std::vector<int64_t>(3, 1)}});  // keys from 7 on are visible: page 0 went back
+  EXPECT_EQ(cache.pages_held(a), 3);
+  EXPECT_FALSE(cache.truncate(a, 8));  // would see keys from 3 on
+  EXPECT_EQ(cache.length(a), 15);
+  EXPECT_EQ(cache.pages_held(a), 3);
+  EXPECT_TRUE(cache.truncate(a, 11));  // keys 6 to 10: pages 1 and 2
+  EXPECT_EQ(cache.length(a), 11);
+  EXPECT_EQ(cache.pages_held(a), 2);
+  EXPECT_EQ(cache.pages_in_use(), 2);
+  EXPECT_THROW(cache.truncate(a, 12), std::runtime_error);
+  EXPECT_THROW(cache.truncate(7, 0), std::runtime_error);
+}
+
+TEST(RollingKVCache, GrowKeepsPagesAndTheirNumbers) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 2, 8);
+  const int64_t a = cache.add_sequence();
+  cache.prepare({{a, {1, 2, 3, 4, 5}}});
+  cache.keys(1).copy_(torch::randn_like(cache.keys(1)));
+  cache.values(0).copy_(torch::randn_like(cache.values(0)));
+  const auto keys = cache.keys(1).clone(), values = cache.values(0).clone();
+  cache.grow(5);
+  EXPECT_EQ(cache.num_pages(), 5);
+  EXPECT_EQ(cache.keys(1).size(0), 5);
+  EXPECT_TRUE(torch::equal(cache.keys(1).narrow(0, 0, 2), keys));
+  EXPECT_TRUE(torch::equal(cache.values(0).narrow(0, 0, 2), values));
+  EXPECT_EQ(cache.pages_in_use(), 2);
+  cache.prepare({{a, std::vector<int64_t>(8, 1)}});  // four pages in all
+  const Batch batch = cache.prepare({{a, std::vector<int64_t>(7, 1)}});
+  EXPECT_EQ(batch.page_table.max().item<int64_t>(), 4);
+  EXPECT_EQ(cache.padding_slot(), 5 * 4);
+  EXPECT_THROW(cache.grow(4), std::runtime_error);
+}
+
+TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
+  const Config config = tiny_config(4, 2, /*window=*/0);
+  const auto message = [](const auto& make) -> std::string {
+    try {
+      make();
+    } catch (const OutOfMemory& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const int64_t too_many = 1 << 30;  // pages of 6 KiB
+  EXPECT_EQ(message([&] { make_cache(config, 16, too_many, 8); }).find("the key/value cache: needs 6144.00 GiB on cpu"),
+            0u);
+  auto cache = make_cache(config, 16, 3, 8);
+  EXPECT_EQ(message([&] { cache.grow(too_many); }).find("the key/value cache: needs 6144.00 GiB on cpu"), 0u);
+  EXPECT_EQ(cache.num_pages(), 3);
 }
 
 TEST(RollingKVCache, AFailedPrepareChangesNothing) {

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <set>
 
 #include "engine/sample_batch.h"
 
@@ -65,6 +66,16 @@ TEST(SampleBatch, GreedyTakesTheFirstOfEqualLogits) {
   Sampler a(SamplingParams{}, {}), b(SamplingParams{}, {});
   EXPECT_EQ(sample_batch(torch::tensor({{1.f, 3.f, 3.f, 2.f}, {-kInf, -kInf, -5.f, -5.f}}), {&a, &b}),
             (std::vector<int64_t>{1, 2}));
+}
+
+TEST(SampleBatch, TopPKeepsNoTokenMoreWhenTheShareIsReachedExactly) {
+  auto params = make(1, 0, 0.5, 0, 1);
+  std::set<int64_t> seen;
+  for (params.seed = 0; *params.seed < 200; ++*params.seed) {
+    Sampler sampler(params, {});
+    seen.insert(sample_batch(torch::full({1, 4}, 3.f), {&sampler})[0]);
+  }
+  EXPECT_EQ(seen, (std::set<int64_t>{0, 1}));
 }
 
 TEST(SampleBatch, ARowThatCannotBeSampledIsLeftAloneWithItsSampler) {

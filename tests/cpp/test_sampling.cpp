@@ -141,6 +141,17 @@ TEST(Sampler, TopPOverManyEqualTokensGoesPastTheFirstChunk) {
   EXPECT_LE(ids.back(), 500);
 }
 
+// Equal tokens weigh exactly 1 each, so sums and shares are exact.
+TEST(Sampler, TopPKeepsNoTokenMoreWhenTheShareIsReachedExactly) {
+  SamplingParams params = sampled();
+  params.top_p = 0.5;
+  EXPECT_EQ(support(params, {3, 3, 3, 3}), (Ids{0, 1}));
+  params.top_p = 0.25;
+  EXPECT_EQ(support(params, {3, 3, 3, 3}), (Ids{0}));
+  params.top_p = 0.75;
+  EXPECT_EQ(support(params, {3, 3, 3, 3}), (Ids{0, 1, 2}));
+}
+
 TEST(Sampler, RepetitionPenaltyCoversPromptAndGeneratedIds) {
   SamplingParams params;
   params.repetition_penalty = 2;
@@ -218,45 +229,6 @@ TEST(SamplingParams, EachFieldIsCheckedAtItsBounds) {
   SamplingParams bad;
   bad.top_k = -1;
   EXPECT_THROW(Sampler(bad, {}), std::invalid_argument);
-}
-
-// All the text that comes out when `text` goes in `step` bytes at a time.
-std::string matched(const std::vector<std::string>& stop, const std::string& text, size_t step,
-                    bool* stopped = nullptr) {
-  StopMatcher matcher(stop);
-  std::string out;
-  for (size_t i = 0; i < text.size(); i += step) out += matcher.push(text.substr(i, step));
-  out += matcher.flush();
-  if (stopped) *stopped = matcher.stopped();
-  return out;
-}
-
-TEST(StopMatcher, CutsBeforeTheStopStringHoweverTheTextArrives) {
-  bool stopped = false;
-  for (size_t step = 1; step <= 12; ++step) {
-    EXPECT_EQ(matched({"END"}, "one ENEND two END", step, &stopped), "one EN");
-    EXPECT_TRUE(stopped);
-    EXPECT_EQ(matched({"END"}, "one EN", step, &stopped), "one EN");
-    EXPECT_FALSE(stopped);
-    EXPECT_EQ(matched({"abcd", "bc"}, "xabcd", step), "xa");  // "bc" is whole first
-    EXPECT_EQ(matched({"bc", "abc"}, "xabcd", step), "x");    // both end together: the longer one
-    EXPECT_EQ(matched({"aab"}, "aaab", step), "a");
-    EXPECT_EQ(matched({}, "text", step), "text");
-    EXPECT_EQ(matched({"日本"}, "x日日本語", step), "x日");
-  }
-}
-
-TEST(StopMatcher, HoldsBackOnlyWhatMayBeginAStopString) {
-  StopMatcher matcher({"\n\nUser:", "###"});
-  EXPECT_EQ(matcher.push("Hello\n"), "Hello");
-  EXPECT_EQ(matcher.push("\n"), "");
-  EXPECT_EQ(matcher.push("You"), "\n\nYou");
-  EXPECT_EQ(matcher.push("##"), "");
-  EXPECT_EQ(matcher.push("! #"), "##! ");
-  EXPECT_EQ(matcher.push("##tail"), "");
-  EXPECT_TRUE(matcher.stopped());
-  EXPECT_EQ(matcher.push("more"), "");
-  EXPECT_EQ(matcher.flush(), "");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <filesystem>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -44,6 +45,22 @@ TEST(Score, ChunksAndTheCacheDoNotChangeABit) {
       }
     }
   }
+}
+
+TEST(Score, CountsTheTokensOfTheTextAndNoBos) {
+  const Tokenizer tokenizer(std::filesystem::path(MIXTRAL_SOURCE_DIR) / "models/demo");
+  auto config = tiny_config();
+  config.vocab_size = tokenizer.vocab_size();
+  auto model = tiny_model(config);
+  const std::string text = "And it came to pass in those days.";
+  const auto ids = tokenizer.encode(text);
+  const Score result = score(*model, tokenizer, text, {});
+  EXPECT_EQ(result.tokens, static_cast<int64_t>(ids.size()));
+  EXPECT_EQ(result.bytes, static_cast<int64_t>(text.size()));
+  double expected = 0;
+  for (const double logprob : expected_logprobs(model, ids, config.max_position)) expected -= logprob;
+  EXPECT_DOUBLE_EQ(result.negative_log_likelihood, expected);
+  EXPECT_DOUBLE_EQ(result.nats_per_token(), expected / static_cast<double>(ids.size()));
 }
 
 TEST(Score, ContextIsTheModelsUnlessGiven) {

@@ -1,0 +1,311 @@
+// Requests that come and go while others run: submit, cancel, threads, errors, memory.
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <future>
+#include <map>
+#include <random>
+#include <thread>
+
+#include "generations.h"
+#include "model/memory.h"
+
+namespace mixtral {
+namespace {
+
+// The end of a submitted request.
+struct Waiter {
+  Callbacks callbacks(std::function<bool(const std::string&)> on_text = nullptr) {
+    return {std::move(on_text), [this](Outcome outcome) { ended.set_value(std::move(outcome)); }};
+  }
+  Outcome wait() {
+    auto future = ended.get_future();
+    if (future.wait_for(std::chrono::seconds(60)) != std::future_status::ready) throw std::runtime_error("no end");
+    return future.get();
+  }
+  std::promise<Outcome> ended;
+};
+
+Engine make_engine(const Mixtral& model, int64_t kv_pages = 0) {
+  Engine::Options options;
+  options.page_size = 4;
+  options.kv_memory = kv_pages * RollingKVCache::page_bytes(model->config(), 4, model->dtype());
+  return Engine(model, std::nullopt, options);
+}
+
+Request request(std::vector<int64_t> prompt, const SamplingParams& sampling) {
+  return {std::move(prompt), sampling, ""};
+}
+
+const auto kEndless = params(8000);  // a request that runs until it is cancelled
+
+TEST(EngineRequests, ASubmittedRequestGetsTheResultOfGenerate) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  std::map<int, Waiter> waiters;
+  const auto prompts = some_prompts();
+  for (int i = 0; i < 3; ++i) engine.submit(request(prompts[i], params(9, 1.0, i)), waiters[i].callbacks());
+  for (int i = 0; i < 3; ++i) {
+    const Outcome outcome = waiters[i].wait();
+    EXPECT_FALSE(outcome.error);
+    expect_same(outcome.generation, alone(model, prompts[i], params(9, 1.0, i)));
+    EXPECT_EQ(outcome.generation.prompt_token_ids, prompts[i]);
+    EXPECT_EQ(outcome.timings.prompt_tokens, static_cast<int64_t>(prompts[i].size()));
+    EXPECT_EQ(outcome.timings.new_tokens, 9);
+    EXPECT_GT(outcome.timings.prefill_seconds, 0);
+    EXPECT_GT(outcome.timings.decode_seconds, 0);
+    EXPECT_GT(outcome.timings.peak_pages, 0);
+  }
+}
+
+TEST(EngineRequests, TwoThreadsThatGenerateGetWhatEachGetsAlone) {
+  const auto model = tiny_model(tiny_config(), torch::kBFloat16);
+  Engine engine = make_engine(model);
+  const auto work = [&](uint64_t seed) {
+    for (uint64_t round = 0; round < 6; ++round) {
+      const Prompts prompts = {random_ids(5 + 17 * round % 40, 101, seed + round), random_ids(3, 101, seed)};
+      const auto results = engine.generate(prompts, {params(12, 1.0, seed)});
+      for (size_t i = 0; i < 2; ++i) expect_same(results[i], alone(model, prompts[i], params(12, 1.0, seed)));
+    }
+  };
+  std::thread other(work, 100);
+  work(200);
+  other.join();
+}
+
+TEST(EngineRequests, CancelEndsOneRequestAlone) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  Waiter endless, other;
+  std::promise<void> running;
+  std::atomic<bool> told{false};
+  const int64_t id = engine.submit(request({1, 2}, kEndless), endless.callbacks([&](const std::string&) {
+    if (!told.exchange(true)) running.set_value();
+    return true;
+  }));
+  engine.submit(request({3, 4}, params(20)), other.callbacks());
+  running.get_future().wait();
+  engine.cancel(id);
+  const Outcome outcome = endless.wait();
+  EXPECT_EQ(outcome.generation.finish_reason, "cancelled");
+  EXPECT_LT(outcome.generation.token_ids.size(), 8000u);
+  expect_same(other.wait().generation, alone(model, {3, 4}, params(20)));
+  engine.cancel(id);  // has ended: ignored
+  engine.cancel(12345);
+  expect_same(engine.generate({{3, 4}}, {params(20)})[0], alone(model, {3, 4}, params(20)));
+}
+
+TEST(EngineRequests, ABadRequestIsRefusedInTheCallersThread) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  Waiter good, bad;
+  engine.submit(request({3, 4}, params(200)), good.callbacks());
+  EXPECT_THROW(engine.submit(request({}, params(5)), bad.callbacks()), std::invalid_argument);
+  EXPECT_THROW(engine.submit(request({101}, params(5)), bad.callbacks()), std::invalid_argument);
+  EXPECT_THROW(engine.submit(request({1}, params(0)), bad.callbacks()), std::invalid_argument);
+  EXPECT_THROW(engine.generate({{1}, {101}}, {params(5)}), std::invalid_argument);
+  expect_same(good.wait().generation, alone(model, {3, 4}, params(200)));
+}
+
+struct Mine : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+TEST(EngineRequests, AnExceptionOfACallbackEndsItsRequest) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  Waiter failing, other;
+  int calls = 0;
+  engine.submit(request({1, 2}, params(9)), failing.callbacks([&](const std::string&) -> bool {
+    if (++calls == 3) throw Mine("mine");
+    return true;
+  }));
+  engine.submit(request({3, 4}, params(9)), other.callbacks());
+  const Outcome outcome = failing.wait();
+  EXPECT_THROW(std::rethrow_exception(outcome.error), Mine);
+  EXPECT_EQ(outcome.generation.token_ids.size(), 3u);
+  expect_same(other.wait().generation, alone(model, {3, 4}, params(9)));
+
+  const auto fail = [](size_t index, const std::string&) -> bool {
+    if (index == 1) throw Mine("mine");
+    return true;
+  };
+  EXPECT_THROW(engine.generate({{1}, {2}}, {kEndless}, fail), Mine);  // the other one does not run on
+  expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
+}
+
+TEST(EngineRequests, AnExceptionOfTheForwardPassReachesTheCallerAndTheEngineGoesOn) {
+  auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  const torch::NoGradGuard no_grad;
+  auto norm = model->named_parameters()["norm"];
+  const auto saved = norm.clone();
+  norm.set_data(torch::ones({7}));
+  EXPECT_THROW(engine.generate({{1, 2}}, {params(3)}), c10::Error);
+  norm.set_data(saved);
+  expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
+}
+
+TEST(EngineRequests, WhoWaitsMayGiveUp) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  int looks = 0;
+  const auto give_up = [&] {
+    if (++looks == 2) throw Mine("enough");
+  };
+  const auto caller = std::this_thread::get_id();
+  EXPECT_THROW(engine.generate({{1}, {2}}, {kEndless}, nullptr, nullptr,
+                               [&] {
+                                 EXPECT_EQ(std::this_thread::get_id(), caller);
+                                 give_up();
+                               }),
+               Mine);
+  EXPECT_EQ(looks, 2);
+  expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
+}
+
+TEST(EngineRequests, TheCallersThreadCountHoldsInTheEngine) {
+  Engine engine = make_engine(tiny_model(tiny_config()));
+  const int before = at::get_num_threads();
+  for (const int count : {1, 3, 2}) {
+    at::set_num_threads(count);
+    int seen = 0;
+    engine.generate({{1, 2}}, {params(2)}, [&](size_t, const std::string&) {
+      seen = at::get_num_threads();
+      return true;
+    });
+    EXPECT_EQ(seen, count);
+  }
+  at::set_num_threads(before);
+}
+
+TEST(EngineRequests, ADestroyedEngineCancelsWhatIsLeft) {
+  Waiter running, waiting;
+  {
+    Engine::Options options;
+    options.max_batch = 1;
+    Engine engine(tiny_model(tiny_config()), std::nullopt, options);
+    engine.submit(request({1, 2}, kEndless), running.callbacks());
+    engine.submit(request({1, 2}, kEndless), waiting.callbacks());
+  }
+  EXPECT_EQ(running.wait().generation.finish_reason, "cancelled");
+  EXPECT_EQ(waiting.wait().generation.finish_reason, "cancelled");
+}
+
+TEST(EngineRequests, AStoppedEngineTakesNoRequest) {
+  Engine engine = make_engine(tiny_model(tiny_config()));
+  engine.generate({{1}}, {params(2)});
+  engine.stop();
+  engine.stop();
+  EXPECT_THROW(engine.generate({{1}}, {params(2)}), std::runtime_error);
+}
+
+TEST(EngineRequests, CallbacksMaySubmitAndCancelButNotWait) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine = make_engine(model);
+  Waiter first, second;
+  std::atomic<bool> refused{false};
+  int calls = 0;
+  engine.submit(request({1, 2}, params(4)), first.callbacks([&](const std::string&) {
+    if (++calls > 1) return true;
+    try {
+      engine.generate({{1}}, {params(2)});
+    } catch (const std::logic_error&) {
+      refused = true;
+    }
+    engine.submit(request({3, 4}, params(4)), second.callbacks());
+    return true;
+  }));
+  expect_same(first.wait().generation, alone(model, {1, 2}, params(4)));
+  expect_same(second.wait().generation, alone(model, {3, 4}, params(4)));
+  EXPECT_TRUE(refused);
+}
+
+TEST(EngineRequests, ACallbackMayDropTheEngine) {
+  auto engine = std::make_unique<Engine>(make_engine(tiny_model(tiny_config())));
+  std::promise<std::string> reason;
+  std::promise<void> stored;
+  engine->submit(request({1, 2}, kEndless), {[&](const std::string&) {
+                                               stored.get_future().wait();
+                                               engine.reset();
+                                               return true;
+                                             },
+                                             [&](Outcome end) { reason.set_value(end.generation.finish_reason); }});
+  stored.set_value();
+  EXPECT_EQ(reason.get_future().get(), "cancelled");
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+TEST(EngineRequests, WhatDoesNotFitThePoolWaits) {
+  const auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
+  Engine engine = make_engine(model, /*kv_pages=*/12);
+  const Prompts prompts = {random_ids(13, 101, 1), random_ids(20, 101, 2), random_ids(1, 101, 3),
+                           random_ids(30, 101, 4)};
+  Timings timings;
+  const auto results = engine.generate(prompts, {params(12)}, nullptr, &timings);
+  for (size_t i = 0; i < prompts.size(); ++i) expect_same(results[i], alone(model, prompts[i], params(12)));
+  EXPECT_LE(timings.peak_pages, 12);
+}
+
+TEST(EngineRequests, WhatCanNeverFitFailsAlone) {
+  const auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
+  Engine engine = make_engine(model, /*kv_pages=*/5);
+  Waiter small, large, last;
+  engine.submit(request({1, 2}, params(12)), small.callbacks());
+  engine.submit(request({1, 2}, params(30)), large.callbacks());
+  engine.submit(request({3, 4}, params(12)), last.callbacks());
+  expect_same(small.wait().generation, alone(model, {1, 2}, params(12)));
+  try {
+    std::rethrow_exception(large.wait().error);
+    FAIL();
+  } catch (const OutOfMemory& error) {
+    EXPECT_NE(std::string(error.what()).find("kv_memory allows"), std::string::npos) << error.what();
+  }
+  expect_same(last.wait().generation, alone(model, {3, 4}, params(12)));
+  EXPECT_THROW(engine.generate({{1}}, {params(100)}), OutOfMemory);
+}
+
+TEST(EngineRequests, ACacheThatMemoryCannotHoldIsRefusedWithNumbers) {
+  Config config = tiny_config(4, 2, /*window=*/0);
+  config.max_position = int64_t{1} << 40;
+  Engine engine = make_engine(tiny_model(config));
+  try {
+    engine.generate({{1}}, {params(int64_t{1} << 32)});
+    FAIL();
+  } catch (const OutOfMemory& error) {
+    EXPECT_EQ(std::string(error.what()).find("the key/value cache: needs 1536.00 GiB on cpu, "), 0u) << error.what();
+  }
+  EXPECT_EQ(engine.generate({{1}}, {params(3)})[0].finish_reason, "length");
+}
+
+// Requests of random sizes at random times: the pool grows under running ones, some wait, some are cancelled.
+TEST(EngineRequests, RandomArrivalsGetTheirResultsAndLeaveNoPageBehind) {
+  const auto model = tiny_model(tiny_config(4, 2, /*window=*/8));
+  for (const int64_t kv_pages : {0, 8}) {
+    Engine engine = make_engine(model, kv_pages);
+    std::mt19937 random(5);
+    std::map<size_t, Waiter> waiters;
+    std::map<size_t, std::pair<std::vector<int64_t>, SamplingParams>> requests;
+    std::map<size_t, int64_t> ids;
+    for (size_t i = 0; i < 40; ++i) {
+      requests[i] = {random_ids(1 + random() % 25, 101, i), params(1 + random() % 20, 1.0, i)};
+      ids[i] = engine.submit(request(requests[i].first, requests[i].second), waiters[i].callbacks());
+      if (i % 7 == 3) engine.cancel(ids[i - 1]);
+      if (i % 5 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(random() % 5));
+    }
+    for (size_t i = 0; i < 40; ++i) {
+      const Outcome outcome = waiters[i].wait();
+      ASSERT_FALSE(outcome.error);
+      if (outcome.generation.finish_reason == "cancelled") continue;
+      expect_same(outcome.generation, alone(model, requests[i].first, requests[i].second));
+    }
+    Timings timings;
+    engine.generate({{1}}, {params(1)}, nullptr, &timings);
+    EXPECT_EQ(timings.peak_pages, 1);
+  }
+}
+
+}  // namespace
+}  // namespace mixtral
