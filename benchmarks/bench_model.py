@@ -23,10 +23,9 @@ import torch
 
 import model_cuda
 from common import Bench, Row, device_name
-from engines import missing_packages
-from model_turns import MEASURES, PEERS, Turns, run_turns
+from peers.engines import missing_packages
+from peers.turns import MEASURES, PEERS, Turns, run_turns
 from random_models import BYTES_PER_WEIGHT, MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
-from roofline import measure_matmul_rate
 
 LONGEST = 2048  # positions that the cache has to hold
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp_python"}
@@ -34,24 +33,7 @@ GGUF = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
 # Memory that an engine may need, in multiples of its weights: transformers merges the experts while it loads.
 FOOTPRINT = {"ours": 1.1, "transformers": 2.2, "llama.cpp": 1.0}
 
-# Ratios to the peer that the project sets itself, (measure, dtype, peer), and for decoding the percentage of the bound.
-RATIO_GOALS = {
-    ("prefill 512", "bfloat16", "transformers"): 1.5,
-    ("prefill 2048", "bfloat16", "transformers"): 1.5,
-    ("prefill 512", "bfloat16", "llama.cpp"): 12.0,
-    ("prefill 2048", "bfloat16", "llama.cpp"): 12.0,
-    ("prefill 512", "int8", "llama.cpp"): 10.0,
-    ("prefill 512", "int4", "llama.cpp"): 6.0,
-    ("decode", "bfloat16", "llama.cpp"): 1.0,
-    ("decode", "int8", "llama.cpp"): 1.1,
-    ("decode", "int4", "llama.cpp"): 1.25,
-}
-# A token of mini costs overhead, not memory traffic.
-MINI_RATIO_GOALS = {("decode", "bfloat16", "transformers"): 3.0} | {("decode", d, "llama.cpp"): 1.0 for d in GGUF}
-BOUND_GOALS = {"bfloat16": 90.0, "int8": 90.0, "int4": 80.0}
-BATCH_GOAL = 2.2
-
-# What holds every engine to an instruction set below that of the processor, and the goals for the ratio there.
+# What holds every engine to an instruction set below that of the processor.
 ISA_ENVIRONMENT = {
     name: {
         "MIXTRAL_CPU_ISA": ours,
@@ -66,7 +48,6 @@ ISA_ENVIRONMENT = {
         ("no_amx", "avx512" if "Intel" in device_name("cpu") else "avx512_bf16", "AVX512_CORE_BF16", "avx512"),
     )
 }
-ISA_GOALS = {"avx2": 3.0, "avx512": 1.2, "no_amx": 1.2}
 
 
 def groups_that_fit(paths: dict[str, Path], weight_bytes: float) -> list[dict[str, Path]]:
@@ -79,21 +60,19 @@ def groups_that_fit(paths: dict[str, Path], weight_bytes: float) -> list[dict[st
     return [{"ours": paths["ours"], peer: path} for peer, path in paths.items() if peer != "ours"]
 
 
-def against(case: str, metric: str, unit: str, ours: float, peer: str, theirs: float | None, goal: float | None) -> Row:
+def against(case: str, metric: str, unit: str, ours: float, peer: str, theirs: float | None) -> Row:
     """A row with a peer."""
-    return Row(case, metric, ours, unit, peer=peer, peer_value=theirs, ratio=theirs and ours / theirs, goal=goal)
+    return Row(case, metric, ours, unit, peer=peer, peer_value=theirs, ratio=theirs and ours / theirs)
 
 
 def rate_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Turns]) -> list[Row]:
     """Prefill and decode against each peer, ``groups[peer]`` being the turns it was in."""
-    goals = RATIO_GOALS | MINI_RATIO_GOALS if model == "mini" else RATIO_GOALS
     rows = []
     for measure in MEASURES:
         for peer in filter(measure.peers.__contains__, peers):
             turns = groups.get(peer) or next(iter(groups.values()))  # a peer that did not run: only ours counts
             ours, theirs = turns.rate("ours", measure.name), turns.rate(peer, measure.name)
-            goal = goals.get((measure.name, dtype, peer))
-            rows.append(against(f"{model} {dtype}", measure.name, "tokens/s", ours, peer, theirs, goal))
+            rows.append(against(f"{model} {dtype}", measure.name, "tokens/s", ours, peer, theirs))
     return rows
 
 
@@ -106,10 +85,9 @@ def bound_rows(model: str, dtype: str, turns: Turns) -> list[Row]:
         rows.append(Row(case, measure.name, turns.rate("ours", measure.name) * gflop, "GFLOP/s"))
     decode = turns.rate("ours", "decode")
     bound = 1e9 * statistics.median(turns.bandwidth) / (shape.weights_per_token * BYTES_PER_WEIGHT[dtype])
-    goal = None if model == "mini" else BOUND_GOALS[dtype]
-    rows.append(Row(case, "decode", decode, "tokens/s", bound, 100 * decode / bound, goal=goal))
+    rows.append(Row(case, "decode", decode, "tokens/s", bound, 100 * decode / bound))
     batch = turns.rate("ours", "decode batch 8")
-    rows.append(against(case, "decode batch 8", "tokens/s", batch, "ours, batch 1", decode, BATCH_GOAL))
+    rows.append(against(case, "decode batch 8", "tokens/s", batch, "ours, batch 1", decode))
     return rows
 
 
@@ -120,12 +98,10 @@ def binary_peak_memory(folder: Path, dtype: str, threads: int) -> int:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["peak_memory_bytes"]
 
 
-def memory_goal_row(model: str, dtype: str, peak_memory: int) -> Row:
-    """The binary has a goal; a Python process holds an imported torch as well."""
-    weights = SHAPES[model].weight_bytes(dtype)
-    allowed = 1.05 * weights + SHAPES[model].cache_bytes(LONGEST) + 300 * 2**20
-    metric = "weights / peak memory of the binary"
-    return Row(f"{model} {dtype}", metric, weights / peak_memory, "x", goal=weights / allowed)
+def binary_memory_row(model: str, dtype: str, peak_memory: int) -> Row:
+    """The binary by itself; a Python process holds an imported torch as well."""
+    share = SHAPES[model].weight_bytes(dtype) / peak_memory
+    return Row(f"{model} {dtype}", "weights / peak memory of the binary", share, "x")
 
 
 def resource_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Turns]) -> list[Row]:
@@ -140,26 +116,7 @@ def resource_rows(model: str, dtype: str, peers: list[str], groups: dict[str, Tu
         for peer in peers:
             costs = cost(groups.get(peer) or next(iter(groups.values())))
             theirs = work / costs[peer] if peer in costs else None
-            rows.append(against(case, metric, unit, work / costs["ours"], peer, theirs, None))
-    return rows
-
-
-def profile_rows(model: str, dtype: str, turns: Turns, arithmetic: float) -> list[Row]:
-    """Where the time goes: the share of each op, and what moe_mlp, the largest, makes of memory and of ``arithmetic``,
-    the GFLOP/s of the processor."""
-    shape, case = SHAPES[model], f"{model} {dtype}"
-    rows = [
-        Row(case, f"{measure}, share of {op}", 100 * share, "%")
-        for measure, shares in turns.profiles.items()
-        for op, share in sorted(shares.items(), key=lambda item: -item[1])
-    ]
-    experts = shape.layers * shape.top_k * shape.expert_weights  # weights that meet a token
-    for measure, work, unit, bound in (
-        ("decode", BYTES_PER_WEIGHT[dtype], "GB/s", statistics.median(turns.bandwidth)),
-        ("prefill 512", 2, "GFLOP/s", arithmetic),
-    ):
-        rate = turns.rate("ours", measure) * experts * work / 1e9 / turns.profiles[measure]["moe_mlp"]
-        rows.append(Row(case, f"{measure}, moe_mlp", rate, unit, bound, 100 * rate / bound))
+            rows.append(against(case, metric, unit, work / costs["ours"], peer, theirs))
     return rows
 
 
@@ -168,7 +125,6 @@ def merged(groups: list[Turns]) -> Turns:
     everything = Turns()
     for turns in groups:
         everything.bandwidth += turns.bandwidth
-        everything.profiles = turns.profiles
         for key, implementations in turns.rates.items():
             for experts, rates in implementations.items():
                 everything.rates[key][experts] += rates
@@ -183,7 +139,7 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
     if "transformers" in available and "transformers" in peers:
         paths["transformers"] = folder
     if "llama.cpp" in available and "llama.cpp" in peers:
-        from gguf_models import write_gguf
+        from peers.gguf_models import write_gguf
 
         paths["llama.cpp"] = write_gguf(shape, folder, GGUF[dtype])
     groups: dict[str, Turns] = {}
@@ -195,9 +151,8 @@ def run_case(model: str, dtype: str, peers: list[str], available: set[str], argu
     return (
         rate_rows(model, dtype, peers, groups)
         + bound_rows(model, dtype, everything)
-        + profile_rows(model, dtype, everything, measure_matmul_rate("cpu", torch.bfloat16))
         + resource_rows(model, dtype, peers, groups)
-        + [memory_goal_row(model, dtype, binary_peak_memory(folder, dtype, arguments.threads))]
+        + [binary_memory_row(model, dtype, binary_peak_memory(folder, dtype, arguments.threads))]
     )
 
 
@@ -216,15 +171,14 @@ def run_isa(model: str, isa: str, arguments: argparse.Namespace) -> list[Row]:
         ISA_ENVIRONMENT[isa],
     )
     rates = turns.rate("ours", measure.name), "transformers", turns.rate("transformers", measure.name)
-    return [against(f"{model} bfloat16 {isa}", measure.name, "tokens/s", *rates, ISA_GOALS[isa])]
+    return [against(f"{model} bfloat16 {isa}", measure.name, "tokens/s", *rates)]
 
 
 def show(row: Row) -> None:
     """One line of the table."""
     bound = f"{row.percent_of_bound:5.1f} % of bound" if row.percent_of_bound else ""
     peer = f"x {row.ratio:.2f} {row.peer} ({row.peer_value:.2f})" if row.ratio else row.peer or ""
-    goal = f"goal {row.goal:.2f}" if row.goal else ""
-    print(f"{row.case:24s} {row.metric:48s} {row.value:9.2f} {row.unit:9s} {bound:18s} {peer:36s} {goal}")
+    print(f"{row.case:24s} {row.metric:48s} {row.value:9.2f} {row.unit:9s} {bound:18s} {peer}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -236,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", type=names, default=list(GGUF), help=f"of {','.join(GGUF)}")
     parser.add_argument("--peers", type=names, default=PEERS, help=f"of {','.join(PEERS)}")
     parser.add_argument(
-        "--isa", type=names, default=[], help=f"instead: prefill with no more than {','.join(ISA_GOALS)}"
+        "--isa", type=names, default=[], help=f"instead: prefill with no more than {','.join(ISA_ENVIRONMENT)}"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: Mixtral 8x7B instead")
     parser.add_argument("--layers", type=int, default=MIXTRAL_8X7B.layers, help="of Mixtral 8x7B, at most")
@@ -246,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mixtral-bench-models")
     parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-model.json")
     arguments = parser.parse_args()
-    for option, known in (("models", SHAPES), ("dtypes", GGUF), ("peers", PEERS), ("isa", ISA_GOALS)):
+    for option, known in (("models", SHAPES), ("dtypes", GGUF), ("peers", PEERS), ("isa", ISA_ENVIRONMENT)):
         if unknown := set(getattr(arguments, option)) - set(known):
             parser.error(f"--{option}: expected names among {', '.join(known)}, got {', '.join(sorted(unknown))}")
     if arguments.isa and arguments.device == "cuda":

@@ -1,6 +1,6 @@
 """Timing, bounds and records: every ``bench_<op>.py`` prints one table and can write one record.
 
-A record is ``benchmarks/records/<date>-<device>-<name>.json``; see docs/numerics.md for the fields.
+A record is ``benchmarks/records/<date>-<device>-<name>.json``; benchmarks/records/README.md says what is in it.
 """
 
 import argparse
@@ -25,11 +25,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @dataclass
 class Row:
-    """One measurement; higher is better in ``value`` and ``ratio``; what does not apply is None.
-
-    The goal is one for the ratio where there is a peer, else for the percentage of the bound where there is a bound,
-    else for the value.
-    """
+    """One measurement; higher is better in ``value`` and ``ratio``; what does not apply is None."""
 
     case: str
     metric: str
@@ -40,7 +36,6 @@ class Row:
     peer: str | None = None
     peer_value: float | None = None
     ratio: float | None = None
-    goal: float | None = None
 
 
 @dataclass
@@ -63,8 +58,6 @@ class Bench:
         gigabytes: float = 0.0,
         gflop: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        goal: float | None = None,
-        bound_goal: float | None = None,
         budget: float = 1.0,
     ) -> dict[str, Sample]:
         """Let ``ours`` and the peers take turns for ``budget`` seconds; the fastest peer counts.
@@ -72,8 +65,6 @@ class Bench:
         Args:
             gigabytes, gflop: the least traffic and the useful arithmetic, as far as they matter.
             dtype: of that arithmetic.
-            goal: for the ratio to the peer.
-            bound_goal: for the percentage of the bound, which gets a row of its own.
 
         Returns:
             The samples, by the names in ``peers`` and "ours".
@@ -84,13 +75,10 @@ class Bench:
         bound = bound_of(gigabytes, gflop, rates_of(self.device, dtype), self.device)
         value = bound.work / mine.seconds
         ours_cells = (case, f"median of {bound.unit}", value, bound.unit, bound.rate, 100 * value / bound.rate)
-        self.rows.append(Row(*ours_cells, peer, bound.work / samples[peer].seconds, ratio, goal))
-        if bound_goal is not None:
-            self.rows.append(Row(*ours_cells, goal=bound_goal))
+        self.rows.append(Row(*ours_cells, peer, bound.work / samples[peer].seconds, ratio))
         print(
             f"{case:58s} {1e6 * mine.seconds:10.1f} us (cv {100 * mine.variation:4.1f} %) {value:8.2f} {bound.unit:8s} "
-            f"{100 * value / bound.rate:5.1f} % of bound{_goal(bound_goal, ' %'):14s} x {ratio:5.2f} {peer}"
-            f"{_goal(goal, ' x')}",
+            f"{100 * value / bound.rate:5.1f} % of bound  x {ratio:5.2f} {peer}",
             flush=True,
         )
         return samples
@@ -118,13 +106,19 @@ class Bench:
             "date": date,
             "commit": os.environ.get("MIXTRAL_COMMIT", head.strip()),  # set where the tree is a copy without git
             "versions": self.versions,
-            "rows": [asdict(row) for row in self.rows],
         }
+        rows = [asdict(row) | {"goal": None} for row in self.rows]  # a field of the format that nothing uses
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{date}-{slug}-{self.name}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(record_text(record, rows))
         print(f"wrote {path}")
+
+
+def record_text(record: dict, rows: list[dict]) -> str:
+    """JSON with one row a line."""
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    return head + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
 
 
 def device_name(device: str) -> str:
@@ -133,10 +127,6 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name()
     match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return match.group(1) if match else platform.processor()
-
-
-def _goal(goal: float | None, unit: str) -> str:
-    return "" if goal is None else f" (goal {goal:g}{unit})"
 
 
 def main(name: str, run: Callable[[Bench], None], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:

@@ -13,13 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixtral
 from common import Bench, Row
-from engines import prompts_of
+from peers.engines import prompts_of
 from random_models import BYTES_PER_WEIGHT, MIXTRAL_8X7B, NORM_EPS, ROPE_THETA, Shape
 from roofline import Rates, rates_of
 
 ARITHMETIC = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int4": torch.bfloat16}
 BATCHES = (1, 8, 32, 64)
-GOALS = {1: 82.0, 8: 80.0}  # percentages of the bound, by batch
 PROMPT, STEPS = 128, 64
 PREFILL = 2048
 ROUTERS = ("mixtral::topk_softmax", "mixtral::moe_route")  # ops that return (weights, ids)
@@ -80,10 +79,10 @@ class Run:
     def dtype(self) -> str:
         return self.model.weight_type
 
-    def rows(self, metric: str, value: float, bound: float, scale: float, goal: float | None = None) -> list[Row]:
+    def rows(self, metric: str, value: float, bound: float, scale: float) -> list[Row]:
         """Tokens/s as measured; with fewer layers also ``scale`` times as much, what that comes to with all of them."""
         layers, percent = f"{self.shape.layers} of {self.full.layers} layers", 100 * value / bound
-        rows = [Row(f"8x7B {self.dtype}, {layers}", metric, value, "tokens/s", bound, percent, goal=goal)]
+        rows = [Row(f"8x7B {self.dtype}, {layers}", metric, value, "tokens/s", bound, percent)]
         if self.shape.layers < self.full.layers:
             scaled = f"8x7B {self.dtype}, scaled from {self.shape.layers} to {self.full.layers} layers"
             rows.append(Row(scaled, metric, value * scale, "tokens/s", bound * scale, percent))
@@ -105,7 +104,7 @@ def decode_rows(run: Run, batch: int) -> list[Row]:
     bound = batch * 1e9 * run.rates.bandwidth / traffic
     all_experts = round(experts * run.full.layers / run.shape.layers)
     scale = traffic / step_bytes(run.full, run.dtype, batch, all_experts)
-    return run.rows(f"decode batch {batch}", value, bound, scale, GOALS.get(batch))
+    return run.rows(f"decode batch {batch}", value, bound, scale)
 
 
 def prefill_rows(run: Run) -> list[Row]:

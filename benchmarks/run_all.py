@@ -21,7 +21,7 @@ MODEL = {
 
 
 def commands(device: str) -> list[list[str]]:
-    """One for each benchmark, file and options; those with goals first."""
+    """One for each benchmark, file and options; the expert layer and the model first."""
     first = [["bench_moe_mlp.py"], ["bench_model.py", *MODEL[device]]]
     done = {command[0] for command in first} | (CPU_ONLY if device == "cuda" else set())
     files = sorted(path.name for path in FOLDER.glob("bench_*.py") if path.name not in done)

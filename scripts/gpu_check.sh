@@ -44,7 +44,7 @@ run_tests() {
     MIXTRAL_CUDA_KERNELS=$kernels \
       "$python" -m pytest tests/model/test_devices.py -k cuda -q --junitxml="$logs/$kernels-model.xml" || status=1
   done
-  "$python" scripts/gpu_record.py cuda-correctness "$out" "$logs"/*.xml || status=1
+  "$python" scripts/record_tests.py cuda-correctness cuda "$out" "$logs"/*.xml || status=1
 }
 
 run_sanitizers() {
@@ -58,7 +58,7 @@ run_sanitizers() {
       grep -h "ERROR SUMMARY" "$logs/$kernels-$tool.log"
     done
   done
-  "$python" scripts/gpu_record.py cuda-sanitizers "$out" "$logs"/*.xml || status=1
+  "$python" scripts/record_tests.py cuda-sanitizers cuda "$out" "$logs"/*.xml || status=1
 }
 
 run_benchmarks() {

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up everything and runs all tests; arguments go to pytest.
+# Sets up everything, checks the form of the code and runs all tests; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh test
+scripts/lint.sh
 build/bin/mixtral_tests --gtest_brief=1
 build/bin/mixtral_gpu_emulator_tests --gtest_brief=1
 exec .venv/bin/python -m pytest "$@"

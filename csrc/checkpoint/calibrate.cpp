@@ -36,9 +36,9 @@ torch::Tensor inverse_factor(const torch::Tensor& gram) {
 
 // One row's group of columns, rounded at one scale.
 struct RoundedGroup {
-  float values[kScaleGroup];  // first what is to be rounded, then what it is rounded to
+  float values[kScaleGroup];  // the weights; after round(), their rounded values
   float errors[kScaleGroup];  // each divided by its column's diagonal element of U
-  double loss = 0;            // sum of their squares: what the roundings add to the squared error of the results
+  double loss = 0;            // sum of their squares: the roundings' share of the squared error of the results
 
   // An error in column i changes later column j by U[i,j] / U[i,i] of it. factor: U from the group's first element on.
   void round(float scale, const float* factor, int64_t depth) {
@@ -143,8 +143,8 @@ class Calibrator : public ForwardObserver {
   uint64_t done_ = 0, total_ = 0;
 };
 
-// What a pass over `tokens` tokens holds at most besides the model: activations in bf16, a layer's weights in f32, and
-// a Gram matrix with what becomes of it in f64.
+// The most memory that a pass over `tokens` tokens needs beside the model: activations in bf16, a layer's weights in
+// f32, and a Gram matrix with its factor in f64.
 double working_bytes(const Config& config, int64_t tokens) {
   const auto hidden = static_cast<double>(config.hidden_size), inner = static_cast<double>(config.intermediate_size);
   const auto experts = static_cast<double>(std::max<int64_t>(config.num_experts, 1));

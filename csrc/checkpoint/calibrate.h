@@ -1,7 +1,7 @@
 // Better roundings for int4 than the nearest ones: those that change the results of a text least (Frantar et al.,
 // "GPTQ", 2022).
 //
-// A matrix W [N,K] is used in x W^T. For the inputs x that it meets in a text, with the Gram matrix G = sum of x^T x,
+// A matrix W [N,K] is used in x W^T. For the inputs x that a text gives it, with the Gram matrix G = sum of x^T x,
 // the squared error of the results is the trace of (W - Q) G (W - Q)^T. One column of Q after the other is rounded, and
 // the columns still to come make up for its error as well as they can. Each matrix sees the inputs that the matrices
 // before it give after their own rounding; an expert, those of the tokens routed to it.

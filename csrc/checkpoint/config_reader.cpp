@@ -167,7 +167,7 @@ std::string read_quantization(const Fields& fields) {
   return dtype;
 }
 
-// What both kinds of file spell alike: the router's variants and the special tokens.
+// The keys that both kinds of file share: the router's variants and the special tokens.
 void read_common(const Fields& fields, Config& config) {
   config.renormalize = fields.boolean("norm_topk_prob", true);
   if (fields.find("router_dtype")) {

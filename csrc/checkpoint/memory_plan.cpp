@@ -12,8 +12,8 @@ namespace {
 
 constexpr double kPackingBytes = 16 << 20;  // rows as read (weights.cpp), as converted, and as packed
 
-// The values of one token that are alive at a time: the residual and its norm; then q, k, v and what attention makes of
-// them, or the rows of its experts with gate, up, their product and the output.
+// The values of one token that are alive at a time: the residual and its norm; then q, k, v and the result of
+// attention, or the rows of its experts with gate, up, their product and the output.
 int64_t values_per_token(const Config& config) {
   const int64_t copies = config.is_moe() ? config.top_k : 1;
   const int64_t attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim;

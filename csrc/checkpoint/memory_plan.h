@@ -15,7 +15,7 @@ namespace mixtral {
 struct MemoryPlan {
   double weights = 0;
   double loading = 0;      // more, while weights are packed
-  double unpacking = 0;    // on CUDA: a quantised matrix as bf16, where no kernel reads it as it is
+  double unpacking = 0;    // on CUDA: a quantised matrix as bf16, for kernels that cannot read it packed
   double activations = 0;  // of one forward pass
   int64_t ctx_size = 0, cached_tokens = 0;
   double cache = 0;  // of one sequence as long as the context

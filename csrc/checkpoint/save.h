@@ -1,4 +1,4 @@
-// Writing a quantised model: a folder that from_pretrained reads as it is, at the speed of the disk.
+// Writing a quantised model into a folder that from_pretrained reads without converting, at the speed of the disk.
 //
 // config.json is in Hugging Face's spelling, with {"quantization_config": {"quant_method": "mixtral", "dtype":
 // "int4"}}. model.safetensors holds every parameter under its own name (model/parameters.h), matrices as packed blocks:

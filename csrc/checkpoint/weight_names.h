@@ -12,7 +12,7 @@
 namespace mixtral {
 
 enum class WeightNames {
-  kHuggingFace,        // one tensor per expert: transformers v4, and what v5 still saves
+  kHuggingFace,        // one tensor per expert: transformers v4, and v5 by default
   kHuggingFaceMerged,  // all experts in one tensor: transformers v5 with save_original_format=False
   kConsolidated,       // Mistral's own
   kParameters,         // the model's parameters as they are: a quantised checkpoint (save.h)

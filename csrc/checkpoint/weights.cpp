@@ -101,7 +101,8 @@ torch::ScalarType scalar_type(const SafetensorsFile& file, const WeightSlice& sl
 }
 
 // A tensor inside a layer that the model does not have (a bias, an expert or a layer too many) would be left out of the
-// computation in silence. Rotary tables of old checkpoints are computed here, and heads of other tasks are not ours.
+// computation in silence. Rotary tables of old checkpoints are ignored, for the ops compute them; so are tensors
+// outside the layers, such as heads of other tasks.
 void check_unexpected(const SafetensorsFile& file, const std::set<std::string>& expected) {
   const std::string rotary_table = "rotary_emb.inv_freq";
   for (const auto& [tensor, entry] : file.entries()) {

@@ -1,4 +1,4 @@
-// A regular file opened for reading: what every loader starts from.
+// A regular file, opened for reading. Every loader reads through it.
 #pragma once
 
 #include <cstdint>

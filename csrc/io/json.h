@@ -10,7 +10,7 @@ namespace mixtral {
 // deep, with at most 2^20 values.
 nlohmann::json parse_json(const std::string& text, const std::string& source);
 
-// The value as JSON text on one line, cut to 64 bytes: how messages show what a file says.
+// The value as JSON text on one line, cut to 64 bytes, for messages.
 std::string shown(const nlohmann::json& value);
 
 }  // namespace mixtral

@@ -20,7 +20,7 @@ inline Utf8Prefix utf8_prefix(std::string_view text) {
   if (lead < 0xC2 || lead > 0xF4) return {Utf8Prefix::kInvalid, 1};
   const size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
   for (size_t i = 1; i < std::min(length, text.size()); ++i) {
-    // The second byte alone tells overlong forms (E0, F0), surrogates (ED) and values past U+10FFFF (F4).
+    // The second byte shows overlong forms (E0, F0), surrogates (ED) and values past U+10FFFF (F4).
     const bool second = i == 1;
     const unsigned char low = second && lead == 0xE0 ? 0xA0 : second && lead == 0xF0 ? 0x90 : 0x80;
     const unsigned char high = second && lead == 0xED ? 0x9F : second && lead == 0xF4 ? 0x8F : 0xBF;

@@ -1,4 +1,4 @@
-// What one forward pass computes: chunks of several sequences, packed one after the other.
+// The input of one forward pass: chunks of several sequences, packed one after the other.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Batch {
   torch::Tensor slot_mapping;           // [T]: page * P + row
   torch::Tensor page_table;             // [B,R]
   torch::Tensor kv_lens;                // [B]: keys of each sequence, this batch's included
-  ForwardObserver* observer = nullptr;  // told of the products of the pass (observer.h); none: nullptr
+  ForwardObserver* observer = nullptr;  // sees the products of the pass (observer.h); may be null
 };
 
 // The same on the host, filled sequence by sequence.

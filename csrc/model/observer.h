@@ -1,16 +1,16 @@
-// Watches a forward pass from inside: for calibration, and for whoever asks where tokens are routed.
+// Watches a forward pass from inside, for calibration and for traces of the routing.
 #pragma once
 
 #include "libtorch.h"
 
 namespace mixtral {
 
-// Batch::observer is told of each product just before it is computed, in the order of the layers. It may still change
-// the weights. Functions that a subclass leaves out do nothing.
+// The model calls Batch::observer before each product, in the order of the layers. The observer may change the weights.
+// A function that a subclass does not override does nothing.
 class ForwardObserver {
  public:
   virtual ~ForwardObserver() = default;
-  // x [T,Kdim] meets weight [N,Kdim], [1,N,Kdim] or packed.
+  // x [T,Kdim] will be multiplied by weight [N,Kdim], [1,N,Kdim] or packed.
   virtual void before_linear(const torch::Tensor& /*x*/, const torch::Tensor& /*weight*/) {}
   // Arguments as of ops::moe_mlp.
   virtual void before_experts(const torch::Tensor& /*x*/, const torch::Tensor& /*topk_weights*/,

@@ -33,7 +33,7 @@ torch::Tensor empty_parameter(const Parameter& parameter, torch::ScalarType dtyp
   const auto& shape = parameter.shape;
   const auto options = torch::dtype(parameter.is_f32 ? torch::kFloat32 : dtype).device(device);
   if (parameter.packing(packing) == Packing::kNone) return torch::empty(shape, options);
-  // The op tells the shape of one expert's blocks, and their dtype, when it packs no expert at all.
+  // Packing zero experts costs nothing and shows the shape and dtype of one expert's blocks.
   const size_t rank = shape.size();
   const auto none = torch::empty({0, shape[rank - 2], shape[rank - 1]}, options.device(torch::kCPU));
   const auto packed = ops::pack_weight(none, quantize_argument(packing));

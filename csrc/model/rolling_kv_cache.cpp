@@ -120,7 +120,7 @@ RollingKVCache::PageRange RollingKVCache::visible_pages(int64_t length, int64_t 
 void RollingKVCache::check(const std::vector<Chunk>& chunks) const {
   require(!chunks.empty(), "chunks must not be empty");
   std::set<int64_t> seen;
-  int64_t needed = 0;  // minus what goes back
+  int64_t needed = 0;  // pages taken less pages given back
   for (const Chunk& chunk : chunks) {
     const auto found = sequences_.find(chunk.sequence);
     require(found != sequences_.end(), "sequence must be one that was added, got " + std::to_string(chunk.sequence));

@@ -1,14 +1,10 @@
-// A read-only index array of int32 or int64 values: kernels take either without a conversion copy, and no value is
-// narrowed before it was checked.
+// A read-only array of int32 or int64 indices. Kernels read either type, so no copy is converted, and a check sees the
+// full 64 bits of a value.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MIXTRAL_HOST_DEVICE __host__ __device__
-#else
-#define MIXTRAL_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace mixtral {
 

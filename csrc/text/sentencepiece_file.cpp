@@ -90,7 +90,7 @@ class WireReader {
   const std::string& file_;
 };
 
-// The library takes a known field of the wrong wire type for an unknown one; what it means is anyone's guess.
+// The library treats a known field of the wrong wire type as an unknown one. Its meaning would be a guess.
 void expect_wire_type(const WireReader& reader, const Field& field, uint32_t wire_type, const char* name) {
   if (field.wire_type == wire_type) return;
   reader.fail(std::string(name) + " must have wire type " + std::to_string(wire_type) + ", got " +
@@ -230,7 +230,7 @@ SentencePieceFile parse_sentencepiece_file(std::string_view bytes, const std::st
   Specs specs, denormalizer;
   WireReader reader(bytes, file);
   for (Field field; reader.next(field);) {
-    if (field.number > 5) continue;  // the library skips what it does not know
+    if (field.number > 5) continue;  // unknown to the library, which skips it
     expect_wire_type(reader, field, 2, "a field of ModelProto");
     if (field.number == 1) {
       if (model.pieces.size() == kMaxPieces) throw LoadError(file, "", "must have at most 2^20 pieces");

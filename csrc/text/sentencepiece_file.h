@@ -1,8 +1,8 @@
 // Reads a SentencePiece model file and refuses everything a Mistral tokenizer does not need.
 //
 // The file is untrusted and the sentencepiece library is known to fail on hostile ones, above all in the code that
-// compiles a normalisation trie. So the file is read here first, and the library only sees what passed: BPE, identity
-// normalisation, byte fallback, a sound vocabulary.
+// compiles a normalisation trie. So the file is read here first, and the library only sees a file that passed: BPE,
+// identity normalisation, byte fallback, a sound vocabulary.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct SentencePiece {
 
 struct SentencePieceFile {
   std::vector<SentencePiece> pieces;  // index = token id
-  std::string unknown_surface;        // what the unknown token decodes to
+  std::string unknown_surface;        // the text of the unknown token
 };
 
 // `file` names the model in errors. Throws LoadError.

@@ -126,7 +126,7 @@ struct Tokenizer::Impl {
     return found->second;
   }
 
-  // Versions share their control ids and name those they do not use "[control_8]": the names tell them apart.
+  // All versions have the same control ids, and name the unused ones "[control_8]". So the names identify the version.
   TokenizerVersion version_of_content() const {
     if (control_ids.count("[SYSTEM_PROMPT]")) return TokenizerVersion::kV7;
     if (control_ids.count("[IMG]")) return TokenizerVersion::kV3;
@@ -146,7 +146,7 @@ struct Tokenizer::Impl {
   void load_processor(const std::string& bytes, const fs::path& path) {
     const auto status = processor.LoadFromSerializedProto(bytes);
     if (!status.ok()) throw LoadError(path.string(), "", "refused by sentencepiece");
-    // Ids are used as indices: what the library read must be what was checked.
+    // Ids are used as indices, so the library must have read the same vocabulary that was checked above.
     if (processor.GetPieceSize() != static_cast<int>(pieces.size())) {
       throw LoadError(path.string(), "", "sentencepiece reads another vocabulary");
     }
@@ -159,8 +159,8 @@ struct Tokenizer::Impl {
     return ids;
   }
 
-  // The library turns each invalid byte into U+FFFD but tells where every piece came from: those pieces are put back to
-  // the bytes that the text has there.
+  // The library turns each invalid byte into U+FFFD and gives the place of every piece in the text. So those pieces go
+  // back to the bytes that the text has there.
   std::vector<int> encode_invalid(std::string_view text) const {
     std::vector<bool> invalid(text.size() + 1, false);
     for (size_t i = 0; i < text.size();) {

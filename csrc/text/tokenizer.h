@@ -28,7 +28,7 @@ class Tokenizer {
   static bool available();
 
   // `path`: a tokenizer.model file, or a folder that holds one (tokenizer.model.v3 goes before tokenizer.model).
-  // Without `version` the file name tells it ("....model.v3"), else the control tokens in the file.
+  // Without `version` it is read from the file name ("tokenizer.model.v3"), else from the control tokens in the file.
   // Throws LoadError when the file is not a valid BPE SentencePiece model.
   explicit Tokenizer(const std::filesystem::path& path, std::optional<TokenizerVersion> version = std::nullopt);
 
@@ -63,7 +63,7 @@ class StreamingDecoder {
   explicit StreamingDecoder(Tokenizer tokenizer, bool continues_text = false)
       : tokenizer_(std::move(tokenizer)), at_start_(!continues_text) {}
   std::string push(int64_t id);  // text completed by this token; may be empty
-  std::string flush();           // what is left: U+FFFD for each byte of a cut code point
+  std::string flush();           // the rest: U+FFFD for each byte of a cut code point
 
  private:
   std::string take_pending(bool wait_for_more);

@@ -4,15 +4,12 @@
     model = mixtral.Mixtral.from_pretrained(folder)
     model.generate(["Once"], max_tokens=64)[0].text
 
-``mixtral.ops`` works without the model library; each name below is loaded when it is first used.
+Each name below is loaded when it is first used. ``mixtral.ops``, ``mixtral.reference`` and ``mixtral.integrations``
+work without the model library and with torch 2.11 or later; the rest needs torch 2.11.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
-
-from ._torch_version import check_torch_version
-
-check_torch_version()
 
 if TYPE_CHECKING:
     from . import integrations as integrations

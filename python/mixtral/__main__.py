@@ -4,22 +4,35 @@ import os
 import sys
 from pathlib import Path
 
+from ._torch_version import check_model
+
 PACKAGE = Path(__file__).resolve().parent
 # In an installed package; in a source tree.
 BINARIES = (PACKAGE / "bin" / "mixtral", PACKAGE.parent.parent / "build" / "bin" / "mixtral")
 
 
 def main() -> None:
-    """Replace this process by the binary, with the same arguments. Exits with 5 when the binary is not there."""
+    """Replace this process by the binary, with the same arguments. Exits with 5 when it is not there or cannot run."""
     for binary in BINARIES:
         if os.access(binary, os.X_OK):
+            if binary.is_relative_to(PACKAGE):  # it uses the installed torch; in a source tree, that of the build
+                exit_unless_torch_fits()
             os.execv(binary, [str(binary), *sys.argv[1:]])
     looked = " or ".join(str(binary) for binary in BINARIES)
     print(
-        f"mixtral: the binary is not built: expected {looked}; run `pip install --no-build-isolation .`",
+        f"mixtral: the binary is not built: expected {looked}; run `scripts/setup.sh` or `pip install .`",
         file=sys.stderr,
     )
     sys.exit(5)
+
+
+def exit_unless_torch_fits() -> None:
+    """One line and exit status 5 instead of a message of the dynamic linker."""
+    try:
+        check_model()
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        sys.exit(5)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._torch_version import check_model
+
+check_model()
+
 try:
     from . import _C
 except ImportError as error:
     raise ImportError(
         f"mixtral: the model library cannot be loaded ({error}); build it with "
-        "`pip install --no-build-isolation -e .` (mixtral.ops works without it)"
+        "`scripts/setup.sh` or `pip install .` (mixtral.ops works without it)"
     ) from error
 
 Config = _C.Config

@@ -1,14 +1,18 @@
 """The examples of the README run as they stand there."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
+from html import escape
 from pathlib import Path
 
 import pytest
 
-from readme_table import newest_records, table, with_tables
+import terminal_svg
+from benchmark_tables import newest_records, page, readme_table, table, with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,37 +32,78 @@ def test_python_example_runs(index):
     assert index > 0 or len(run.stdout.split()) > 20
 
 
-def test_cpp_example_is_the_one_that_was_compiled_and_it_runs():
-    assert blocks("cpp") == [(ROOT / "tests/cpp/readme_example.cpp").read_text()]
-    run = subprocess.run([ROOT / "build/bin/readme_example"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.split()) > 10
+def run_in(folder: Path, *command: str | Path) -> str:
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_cpp_example_builds_against_the_installed_library(tmp_path):
+    """With nothing of the source tree: headers, CMake package, libraries, binary and bundled model are installed."""
+    prefix, project = tmp_path / "prefix", tmp_path / "project"
+    project.mkdir()
+    run_in(ROOT, "cmake", "--install", "build", "--prefix", prefix, "--component", "cpp")
+    (project / "main.cpp").write_text(blocks("cpp")[0])
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(example LANGUAGES CXX)\nfind_package(mixtral 0.1 REQUIRED)\n"
+        "add_executable(example main.cpp)\ntarget_link_libraries(example PRIVATE mixtral::mixtral)\n"
+    )
+    run_in(project, "cmake", "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run_in(project, "cmake", "--build", "build")
+    text = run_in(project, "build/example", prefix / "share/mixtral/models/demo")
+    assert len(text.split()) > 10
+    described = json.loads(run_in(tmp_path, prefix / "bin/mixtral", "info", "--json"))
+    assert described["total_parameters"] == 5537664
+    linked = run_in(tmp_path, "ldd", prefix / "bin/mixtral")
+    assert f"{prefix}/lib/libmixtral_ops.so" in linked.replace("bin/../", "") and "not found" not in linked
 
 
 def test_tables_are_what_the_script_writes_from_the_records():
     records = newest_records(ROOT / "benchmarks/records")
     assert records
-    assert README == with_tables(README, records)
+    assert README == with_table(README, records)
+    assert (ROOT / "docs/benchmarks.md").read_text() == page(records)
+    assert len(readme_table(records).splitlines()) <= 6
 
 
-def test_a_table_puts_all_peers_of_a_measurement_with_a_goal_on_one_line():
-    row = dict(case="mid bfloat16", metric="decode", value=10.0, unit="tokens/s", percent_of_bound=None, goal=None)
-    rows = [
-        row | dict(peer="a", peer_value=5.0, ratio=2.0, goal=1.5),
-        row | dict(peer="b", peer_value=None, ratio=None),
-        row | dict(peer="c", peer_value=20.0, ratio=0.5),
-        row | dict(peer=None, peer_value=None, ratio=None, percent_of_bound=91.2, goal=90.0),
-        row | dict(metric="prefill", value=1234.5, peer="c", peer_value=0.1234, ratio=10004.0, goal=2.0),
-        row | dict(metric="memory", value=0.5, unit="x", peer=None, peer_value=None, ratio=None, goal=0.75),
-        row | dict(metric="load", unit="GB/s", peer="d", peer_value=5.0, ratio=2.0),
-    ]
-    record = dict(name="model", device="CPU", date="2026-01-01", commit="0" * 40, versions={"torch": "2"}, rows=rows)
-    assert table(record).splitlines()[2:] == [
-        "| case | measured | ours | of bound | a (ours ×) | c (ours ×) |",
+ROW = dict(case="mid bfloat16", metric="decode", value=10.0, unit="tokens/s", percent_of_bound=None)
+ROWS = [
+    ROW | dict(peer="a", peer_value=5.0, ratio=2.0),
+    ROW | dict(peer="b", peer_value=None, ratio=None),
+    ROW | dict(peer="c", peer_value=20.0, ratio=0.5),
+    ROW | dict(peer=None, peer_value=None, ratio=None, percent_of_bound=91.2),
+    ROW | dict(metric="prefill 512", value=1234.5, peer="c", peer_value=0.1234, ratio=10004.0),
+]
+RECORD = dict(
+    name="model", device="Some(R) CPU", date="2026-01-01", commit="0" * 40, versions={"torch": "2"}, rows=ROWS
+)
+
+
+def test_a_table_puts_all_peers_of_a_measurement_on_one_line():
+    assert table(RECORD).splitlines() == [
+        "| case | measured | ours | of bound | a | c |",
         "|---|---|---|---|---|---|",
-        "| mid bfloat16 | decode | 10 tokens/s | 91 %, goal 90 | 5 (×2.00, goal 1.5) | 20 (×0.50) |",
-        "| mid bfloat16 | prefill | 1,234 tokens/s |  |  | 0.123 (×10004.00, goal 2) |",
-        "| mid bfloat16 | memory | 0.5 x, goal 0.75 |  |  |  |",
+        "| mid bfloat16 | decode | 10 tokens/s | 91 % | 5 (×2.00) | 20 (×0.50) |",
+        "| mid bfloat16 | prefill 512 | 1,234 tokens/s |  |  | 0.123 (×10004.00) |",
     ]
-    without_goals = record | dict(rows=rows[-1:])
-    assert with_tables(README, [record, without_goals]) == with_tables(README, [record])
+
+
+def test_readme_compares_with_the_best_peer_though_it_be_faster():
+    line = readme_table([RECORD]).splitlines()[-1]
+    assert line == "| Some CPU, AMX, bf16 | 1,234, 10004.00 × c | 10, 0.50 × c |  |"
+
+
+def test_the_picture_shows_what_the_binary_prints():
+    """Without what it generates: another processor may round to another text."""
+    picture = terminal_svg.PICTURE.read_text()
+    ElementTree.fromstring(picture)
+    for arguments, most in terminal_svg.COMMANDS:
+        assert escape(terminal_svg.shell_line(arguments)) in picture
+        if arguments[0] != "generate":
+            assert all(f">{escape(line)}</text>" in picture for line in terminal_svg.output_of(arguments)[:most])
+
+
+def test_links_lead_to_files():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

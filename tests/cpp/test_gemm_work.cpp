@@ -1,4 +1,4 @@
-// The pieces into which threads cut a line of work and a grouped GEMM: nothing is missed and nothing done twice.
+// The shares into which threads cut a line of work and a grouped GEMM: nothing is missed and nothing done twice.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,15 +13,15 @@
 namespace mixtral {
 namespace {
 
-TEST(SharedWork, PiecesFollowEachOtherAndGetShorterDownToTheLeast) {
+TEST(SharedWork, SharesFollowEachOtherAndGetShorterDownToTheLeast) {
   cpu::SharedWork work(1000, /*threads=*/4, /*least=*/7);
   int64_t end = 0, size = 1000 / 8;
-  for (auto piece = work.take(); piece.begin < piece.end; piece = work.take()) {
-    EXPECT_EQ(piece.begin, end);
-    EXPECT_LE(piece.end - piece.begin, size);
-    EXPECT_GE(piece.end - piece.begin, std::min<int64_t>(7, 1000 - piece.begin));
-    size = piece.end - piece.begin;
-    end = piece.end;
+  for (auto share = work.take(); share.begin < share.end; share = work.take()) {
+    EXPECT_EQ(share.begin, end);
+    EXPECT_LE(share.end - share.begin, size);
+    EXPECT_GE(share.end - share.begin, std::min<int64_t>(7, 1000 - share.begin));
+    size = share.end - share.begin;
+    end = share.end;
   }
   EXPECT_EQ(end, 1000);
   EXPECT_LE(size, 7);
@@ -35,25 +35,35 @@ TEST(SharedWork, ThreadsNeverTakeTheSame) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i)
     threads.emplace_back([&] {
-      for (auto piece = work.take(); piece.begin < piece.end; piece = work.take())
-        for (int64_t at = piece.begin; at < piece.end; ++at) ++times[at];
+      for (auto share = work.take(); share.begin < share.end; share = work.take())
+        for (int64_t at = share.begin; at < share.end; ++at) ++times[at];
     });
   for (auto& thread : threads) thread.join();
   EXPECT_EQ(times, std::vector<int>(kTotal, 1));
 }
 
-// How often each (row, block) was in a piece of one of the threads, in how many pieces all were cut, and
+TEST(SharedWork, ItemsComeOneByOne) {
+  cpu::SharedWork work = cpu::SharedWork::of_items(3);
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto share = work.take();
+    EXPECT_EQ(share.begin, i);
+    EXPECT_EQ(share.end, i + 1);
+  }
+  EXPECT_EQ(work.take().begin, work.take().end);
+}
+
+// How often each (row, block) was in a share of one of the threads, in how many shares all were cut, and
 // the most rows times blocks that one range had.
 struct Cover {
   std::vector<int> times;
-  int64_t pieces = 0, largest = 0;
+  int64_t shares = 0, largest = 0;
 };
 
 Cover cover(const std::vector<int64_t>& offs, int64_t blocks, int64_t threads) {
   const IndexArray ends{offs.data(), /*is_int64=*/true};
   Cover result{std::vector<int>(offs.back() * blocks)};
   GemmWork work(ends, static_cast<int64_t>(offs.size()), blocks, threads);
-  std::atomic<int64_t> pieces{0}, largest{0};
+  std::atomic<int64_t> shares{0}, largest{0};
   std::vector<std::thread> running;
   const auto share = [&] {
     int64_t last_row = -1;
@@ -67,7 +77,7 @@ Cover cover(const std::vector<int64_t>& offs, int64_t blocks, int64_t threads) {
         EXPECT_LE(end, blocks);
         next = end;
         if (begin < end) {
-          ++pieces;
+          ++shares;
           for (int64_t size = count * (end - begin), most = largest;
                size > most && !largest.compare_exchange_weak(most, size);) {
           }
@@ -79,7 +89,7 @@ Cover cover(const std::vector<int64_t>& offs, int64_t blocks, int64_t threads) {
   };
   for (int64_t i = 0; i < threads; ++i) running.emplace_back(share);
   for (auto& thread : running) thread.join();
-  result.pieces = pieces;
+  result.shares = shares;
   result.largest = largest;
   return result;
 }
@@ -99,9 +109,9 @@ TEST(GemmWork, ManyRowsCountMoreThanFew) {
 }
 
 TEST(GemmWork, ThereIsAPieceForEachThread) {
-  EXPECT_GE(cover({1, 2}, 64, 16).pieces, 16);      // a token
-  EXPECT_GE(cover({1024}, 1, 16).pieces, 16);       // a router: fewer blocks than threads
-  EXPECT_GE(cover({505, 512}, 64, 16).pieces, 16);  // nearly all rows at one expert
+  EXPECT_GE(cover({1, 2}, 64, 16).shares, 16);      // a token
+  EXPECT_GE(cover({1024}, 1, 16).shares, 16);       // a router: fewer blocks than threads
+  EXPECT_GE(cover({505, 512}, 64, 16).shares, 16);  // nearly all rows at one expert
 }
 
 }  // namespace

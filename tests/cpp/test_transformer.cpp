@@ -1,5 +1,7 @@
 // The model against an independent float64 forward pass in plain torch, and against itself: whatever the chunking,
 // batch, cache or thread count, a token's bits are the same.
+#include <ATen/Parallel.h>
+
 #include <set>
 
 #include "model/ops.h"

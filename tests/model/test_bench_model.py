@@ -1,6 +1,5 @@
 """The whole-model benchmark: its checkpoints are what they claim to be, its workers obey, its rows say what was run."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,19 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import mixtral
 import model_cuda
-from bench_model import (
-    ISA_ENVIRONMENT,
-    binary_peak_memory,
-    bound_rows,
-    groups_that_fit,
-    memory_goal_row,
-    profile_rows,
-    rate_rows,
-    resource_rows,
-)
+from bench_model import ISA_ENVIRONMENT, binary_peak_memory, bound_rows, groups_that_fit, rate_rows, resource_rows
 from common import Bench
-from engines import VOCAB, Worker, missing_packages
-from model_turns import MEASURES, PROFILES, Measure, Turns, run_turns
+from peers.engines import VOCAB, Worker, missing_packages
+from peers.turns import MEASURES, Turns
 from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
 from roofline import Rates
 
@@ -51,10 +41,7 @@ def test_checkpoint_is_one_model_to_us_and_to_transformers(folder):
     ours = mixtral.Mixtral.from_pretrained(folder, dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        expected = theirs(ids).logits
-    torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
-    assert ours.config.window == 0 and theirs.config.sliding_window is None
-    assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"] == 1e6
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_checkpoint_has_the_weights_that_the_shape_counts(folder):
@@ -66,7 +53,6 @@ def test_checkpoint_has_the_weights_that_the_shape_counts(folder):
     idle_experts = [f"experts.{e}." for e in range(TINY.top_k, TINY.experts)]
     read = [n for name, n in sizes.items() if "norm" not in name and not any(e in name for e in idle_experts)]
     assert sum(read) - sizes["model.embed_tokens.weight"] == TINY.weights_per_token
-    assert round(SHAPES["mid"].weights / 1e9, 2) == 3.03
 
 
 def test_checkpoint_is_kept_when_complete_and_never_mixed_with_another(folder):
@@ -77,47 +63,23 @@ def test_checkpoint_is_kept_when_complete_and_never_mixed_with_another(folder):
         write_checkpoint(SHAPES["mini"], folder)
 
 
-def test_same_seed_same_checkpoint(folder, tmp_path):
-    again = write_checkpoint(TINY, tmp_path / "again")
-    for file in folder.iterdir():
-        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
-
-
 @pytest.mark.parametrize("engine", ["ours", "transformers"])
 def test_worker_loads_obeys_and_says_why_it_died(engine, folder):
     worker = Worker(engine, folder, "bfloat16", threads=1)
     assert worker.load_seconds > 0
     assert worker.ask("prefill", tokens=20) > 0
     assert worker.ask("decode", batch=2, prompt=8, steps=3) > 0
-    assert 50e6 < worker.ask("peak_memory") < 4e9
+    of_python = worker.ask("peak_memory")
+    assert 50e6 < of_python < 4e9
     with pytest.raises(RuntimeError, match=rf"(?s){engine}: the worker died.*no_such_command"):
         worker.ask("no_such_command")
     worker.close()
-
-
-def test_profile_shares_the_time_among_the_ops_that_ran(folder):
-    worker = Worker("ours", folder, "bfloat16", threads=1)
-    shares = worker.ask("profile", prompt=20, tokens=4)
-    worker.close()
-    assert {"moe_route", "moe_mlp", "grouped_gemm", "rolling_kv_cache_attention", "other"} < set(shares)
-    assert all(0 < share < 1 for share in shares.values()) and sum(shares.values()) == pytest.approx(1)
-
-
-def test_profile_rows_rate_the_experts_by_their_share_of_the_time():
-    turns = turns_of({"ours": 5.0})
-    turns.profiles = {name: {"other": 0.2, "moe_mlp": 0.8} for name in PROFILES}
-    rows = {row.metric: row for row in profile_rows("mid", "int8", turns, 1000.0)}
-    assert list(rows)[:2] == ["prefill 512, share of moe_mlp", "prefill 512, share of other"]
-    assert rows["decode, share of moe_mlp"].value == 80
-    shape = SHAPES["mid"]
-    weights = shape.layers * shape.top_k * shape.expert_weights
-    assert rows["decode, moe_mlp"].value == pytest.approx(5 / 0.8 * weights / 1e9)  # a byte each
-    assert rows["decode, moe_mlp"].percent_of_bound == pytest.approx(10 * rows["decode, moe_mlp"].value)
-    assert rows["prefill 512, moe_mlp"].value == pytest.approx(5 / 0.8 * 2 * weights / 1e9)
+    if engine == "ours":
+        assert 2 * TINY.weights < binary_peak_memory(folder, "bfloat16", threads=1) < of_python
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("engines.PACKAGES", {"llama.cpp": ["torch", "no_such_package"]})
+    monkeypatch.setattr("peers.engines.PACKAGES", {"llama.cpp": ["torch", "no_such_package"]})
     assert missing_packages("llama.cpp") == ["no_such_package"]
 
 
@@ -127,8 +89,8 @@ def test_rows_compare_with_the_group_that_the_peer_was_in():
     rows = {(row.metric, row.peer): row for row in rate_rows("mid", "bfloat16", ["transformers", "llama.cpp"], groups)}
     assert len(rows) == sum(len(measure.peers) for measure in MEASURES)
     decode = rows["decode", "llama.cpp"]
-    assert (decode.value, decode.peer_value, decode.ratio, decode.goal) == (6.0, 12.0, 0.5, 1.0)
-    assert (rows["prefill 512", "transformers"].ratio, rows["prefill 512", "transformers"].goal) == (2.5, 1.5)
+    assert (decode.value, decode.peer_value, decode.ratio) == (6.0, 12.0, 0.5)
+    assert rows["prefill 512", "transformers"].ratio == 2.5
 
 
 def test_better_experts_implementation_of_a_peer_counts():
@@ -141,18 +103,6 @@ def test_rows_of_a_peer_that_did_not_run_stay_empty():
     groups = {"ours": turns_of({"ours": 10.0})}
     for row in rate_rows("mid", "int8", ["llama.cpp"], groups) + resource_rows("mid", "int8", ["llama.cpp"], groups):
         assert row.value > 0 and row.peer == "llama.cpp" and row.peer_value is None and row.ratio is None
-    json.dumps([vars(row) for row in rate_rows("mid", "int8", ["llama.cpp"], groups)])
-
-
-def test_memory_goal_is_that_of_the_binary(folder):
-    worker = Worker("ours", folder, "bfloat16", threads=1)
-    worker.ask("prefill", tokens=20)
-    of_python = worker.ask("peak_memory")
-    worker.close()
-    assert 2 * TINY.weights < binary_peak_memory(folder, "bfloat16", threads=1) < of_python
-    row, mid = memory_goal_row("mid", "int8", 3 * 10**9), SHAPES["mid"]
-    in_bf16 = mid.vocab * mid.hidden + mid.layers * mid.experts * mid.hidden  # the embedding and the routers
-    assert row.value == pytest.approx((mid.weights + in_bf16) / 3e9) and 0.85 < row.goal < 0.87
 
 
 def test_decode_bound_is_reading_the_weights_of_a_token():
@@ -167,24 +117,14 @@ def test_engines_share_memory_only_when_they_fit(tmp_path):
     assert [list(group) for group in groups_that_fit(paths, 1e15)] == [["ours", "transformers"], ["ours", "llama.cpp"]]
 
 
-def test_environment_holds_torch_to_the_instruction_set():
+def test_environment_holds_torch_and_ours_to_the_instruction_set(folder):
     script = "import torch; print(torch.backends.cpu.get_cpu_capability()); torch.ones(8, 8).to_mkldnn()"
     environment = os.environ | ISA_ENVIRONMENT["avx2"] | {"ONEDNN_VERBOSE": "1"}
     command = [sys.executable, "-u", "-c", script]  # -u: what Python and oneDNN print comes in this order
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("AVX2\n")
-    assert "isa:Intel AVX2" in run.stdout
-
-
-def test_environment_reaches_the_workers(folder):
+    assert run.stdout.startswith("AVX2\n") and "isa:Intel AVX2" in run.stdout
     with pytest.raises(RuntimeError, match="MIXTRAL_CPU_ISA: must be baseline"):
         Worker("ours", folder, "bfloat16", 1, {"MIXTRAL_CPU_ISA": "pentium"}).ask("prefill", tokens=4)
-
-
-def test_turns_end_when_the_seconds_are_used_up_but_not_before_one_round(folder):
-    measure = Measure("prefill 8", "prefill", {"tokens": 8}, 8)
-    turns = run_turns({"ours": folder}, "bfloat16", 1, rounds=5, seconds=0.0, measures=[measure])
-    assert [len(rates) for rates in turns.rates["ours", "prefill 8"].values()] == [1]
 
 
 def test_a_decode_step_of_one_sequence_reads_the_weights_of_a_token():
@@ -199,30 +139,20 @@ def test_all_layers_fit_an_h200_and_in_bf16_most_an_h100():
     assert fit(MIXTRAL_8X7B, 149 * 10**9, "bfloat16") == 32
     assert 24 <= fit(MIXTRAL_8X7B, 84 * 10**9, "bfloat16") < 28
     assert fit(MIXTRAL_8X7B, 84 * 10**9, "fp8") == fit(MIXTRAL_8X7B, 84 * 10**9, "int4") == 32
-    assert fit(MIXTRAL_8X7B, 6 * 10**9, "bfloat16") < 1
 
 
-def test_experts_of_a_step_are_those_that_the_router_chose():
-    model = model_cuda.random_model(TINY, "bfloat16", "cpu")
-    assert model_cuda.experts_read(model, 1) == TINY.layers * TINY.top_k
-    assert TINY.layers * TINY.top_k < model_cuda.experts_read(model, 64) <= TINY.layers * TINY.experts
-
-
-@pytest.mark.parametrize("dtype", model_cuda.ARITHMETIC)
-def test_rows_of_some_layers_are_scaled_to_all_and_say_so(dtype, monkeypatch):
+def test_rows_of_some_layers_are_scaled_to_all_and_say_so(monkeypatch):
     monkeypatch.setattr("model_cuda.PREFILL", 32)
     monkeypatch.setattr("model_cuda.PROMPT", 4)
     monkeypatch.setattr("model_cuda.STEPS", 2)
     monkeypatch.setattr("model_cuda.rates_of", lambda device, dtype: Rates(10.0, 100.0))
     bench, shape = Bench("model", "cpu"), replace(TINY, intermediate=64)
     full = replace(shape, layers=4)
-    model_cuda.run_model(bench, shape, full, dtype, rounds=1)
+    model_cuda.run_model(bench, shape, full, "int4", rounds=1)
     measured, scaled = bench.rows[0::2], bench.rows[1::2]
-    assert [row.goal for row in measured] == [None, 82.0, 80.0, None, None]
-    assert all(row.case == f"8x7B {dtype}, 2 of 4 layers" for row in measured)
-    assert all(row.case == f"8x7B {dtype}, scaled from 2 to 4 layers" and row.goal is None for row in scaled)
+    assert all(row.case == "8x7B int4, 2 of 4 layers" for row in measured)
+    assert all(row.case == "8x7B int4, scaled from 2 to 4 layers" for row in scaled)
     for some, all_layers in zip(measured, scaled, strict=True):
         assert all_layers.percent_of_bound == pytest.approx(100 * all_layers.value / all_layers.bound)
         assert 0.5 < all_layers.value / some.value < 1  # embedding and lm_head are read once in both
-    prefill = scaled[0]
-    assert prefill.bound == pytest.approx(100e9 * 32 / full.prefill_flop(32))
+    assert scaled[0].bound == pytest.approx(100e9 * 32 / full.prefill_flop(32))

@@ -1,4 +1,4 @@
-"""An op exists if and only if its folder, schema, wrapper, reference, test and benchmark exist."""
+"""An op exists if and only if its folder, schema, wrapper, reference, test and benchmark exist; where files belong."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,9 @@ import mixtral.ops as ops
 from mixtral import reference
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMAS = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops/registration.cpp").read_text())
-# Inverse pairs, and an op that only adds a step before another, share a folder.
+SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops/registration.cpp").read_text())
+OPS = [schema for schema in SCHEMAS if "_backward" not in schema]
+# Inverse pairs share a folder, and an op that only does something more before another one is in the folder of that.
 FOLDER = {
     "add_rms_norm": "rms_norm",
     "moe_unpermute": "moe_permute",
@@ -23,9 +24,19 @@ FOLDER = {
 KERNELS = {"moe_mlp": ()}
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
-def test_every_schema_has_all_its_parts(op):
-    folder = FOLDER.get(op, op)
+def folder_of(name: str) -> str:
+    """Of an op, or of a schema or file ``<op>_backward*``, which belongs to the op."""
+    op = name.partition("_backward")[0]
+    return FOLDER.get(op, op)
+
+
+def files(pattern: str) -> list[Path]:
+    return sorted((ROOT / "csrc/ops").rglob(pattern))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_all_its_parts(op):
+    folder = folder_of(op)
     kernels = KERNELS.get(folder, ("_cpu.cpp", "_cuda.cu"))
     parts = [f"csrc/ops/{folder}/{folder}{suffix}" for suffix in (".h", ".cpp", *kernels)]
     parts += [f"python/mixtral/ops/{folder}.py", f"tests/ops/test_{folder}.py", f"benchmarks/bench_{folder}.py"]
@@ -36,7 +47,23 @@ def test_every_schema_has_all_its_parts(op):
 
 
 def test_nothing_exists_without_a_schema():
-    folders = {FOLDER.get(op, op) for op in SCHEMAS}
+    folders = {folder_of(schema) for schema in SCHEMAS}
     assert {path.name for path in (ROOT / "csrc/ops").iterdir() if path.is_dir()} == folders | {"cpu", "cuda"}
-    assert set(ops.__all__) == set(SCHEMAS)
-    assert len(SCHEMAS) == 16
+    assert set(ops.__all__) == set(OPS)
+    assert len(OPS) == 16
+
+
+def test_backward_belongs_to_its_op():
+    assert folder_of("rms_norm_backward") == "rms_norm"
+    assert folder_of("moe_unpermute_backward_weights") == "moe_permute"
+    assert {schema.partition("_backward")[0] for schema in SCHEMAS} == set(OPS)
+    for path in files("*_backward*"):
+        assert path.relative_to(ROOT / "csrc/ops").parts[0] == folder_of(path.name), path
+
+
+def test_what_needs_hopper_is_in_a_folder_of_its_own():
+    """Only these files may use what kernel_hopper.cuh brings: TMA, wgmma and the like do not compile for other GPUs."""
+    own = [path for path in files("*.*") if path.parent.name == "hopper"]
+    assert own and all("_hopper" in path.name for path in own)
+    shared = [path for path in files("*.*") if path.parent.name != "hopper" and path.parent.name != "cuda"]
+    assert not [path for path in shared if "hopper" in path.name or "kernel_hopper.cuh" in path.read_text()]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import assert_within_twice_baseline, opcheck
+from conftest import assert_within_bound, opcheck
+from error_bounds import rope_bound
 from mixtral import reference
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -59,10 +60,11 @@ def test_rope_write_matches_reference(device, dtype):
     arguments = rope_write_arguments(device, dtype)
     oracle = {n: x.double() if n not in ("positions", "theta", "slot_mapping") else x for n, x in arguments.items()}
     plain, slots = with_own_caches(arguments), arguments["slot_mapping"]
-    want, baseline = reference.rolling_kv_cache_rope_write(**oracle), reference.rolling_kv_cache_rope_write(**plain)
-    assert_within_twice_baseline(ops.rolling_kv_cache_rope_write(**arguments), want, baseline)
-    keys, wanted_keys, baseline_keys = (x["k_cache"].flatten(0, 1)[slots] for x in (arguments, oracle, plain))
-    assert_within_twice_baseline(keys, wanted_keys, baseline_keys)
+    want, plain_q = reference.rolling_kv_cache_rope_write(**oracle), reference.rolling_kv_cache_rope_write(**plain)
+    q_bound, k_bound = rope_bound(*(arguments[name] for name in ("q", "k", "positions", "theta")))
+    assert_within_bound(ops.rolling_kv_cache_rope_write(**arguments), want, q_bound, lambda: plain_q)
+    keys, wanted_keys, plain_keys = (x["k_cache"].flatten(0, 1)[slots] for x in (arguments, oracle, plain))
+    assert_within_bound(keys, wanted_keys, k_bound, lambda: plain_keys)
     assert torch.equal(arguments["v_cache"].nan_to_num(77.0), plain["v_cache"].nan_to_num(77.0))
 
 

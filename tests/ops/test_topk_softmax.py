@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import assert_within_twice_baseline, opcheck, with_threads
-from mixtral import reference
+from conftest import assert_within_tolerance, opcheck, with_threads
 
 CASES = [(0, 8, 2), (1, 1, 1), (3, 2, 1), (7, 3, 3), (33, 8, 2), (65, 16, 4), (5, 100, 7)]
 INF, NAN = float("inf"), float("nan")
@@ -18,9 +17,8 @@ def test_matches_reference(case, renormalize, device, dtype):
     tokens, experts, top_k = case
     logits = (3 * torch.randn(tokens, experts, device=device, dtype=torch.float64)).to(dtype)
     weights, ids = ops.topk_softmax(logits, top_k, renormalize)
-    oracle_weights, oracle_ids = reference.topk_softmax(logits.double(), top_k, renormalize)
-    assert ids.dtype == torch.int32 and torch.equal(ids, oracle_ids)
-    assert_within_twice_baseline(weights, oracle_weights, reference.topk_softmax(logits, top_k, renormalize)[0])
+    assert ids.dtype == torch.int32
+    assert_within_tolerance("topk_softmax", (weights, ids), logits, top_k, renormalize)
 
 
 @pytest.mark.every_isa

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../host_device.h"
+
 namespace mixtral::cpu {
 
 template <typename T>
@@ -15,7 +17,7 @@ class Buffer {
 
   // At least `size` values; what is in the buffer may be lost.
   T* grow(int64_t size) {
-    const size_t lines = (static_cast<size_t>(size) * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+    const auto lines = static_cast<size_t>(ceil_div(size * static_cast<int64_t>(sizeof(T)), sizeof(Line)));
     if (lines_.size() < lines) lines_ = std::vector<Line>(lines);
     return at(0);
   }

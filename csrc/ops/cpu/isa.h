@@ -2,7 +2,8 @@
 // the environment variable MIXTRAL_CPU_ISA (baseline, avx2, avx512, avx512_bf16 or amx).
 //
 // One binary holds the kernels of all of them. A function with a target attribute may use its instructions whatever the
-// compiler's flags; what it calls must be inlined into it (MIXTRAL_INLINE), or it is compiled for the baseline only.
+// compiler's flags are. The functions that it calls must be inlined into it (MIXTRAL_INLINE); otherwise they are
+// compiled for the baseline.
 #pragma once
 
 #define MIXTRAL_INLINE inline __attribute__((always_inline))
@@ -24,23 +25,24 @@ CpuIsa cpu_isa();
 
 #if defined(__x86_64__)
 template <typename F>
-MIXTRAL_TARGET_AVX512 __attribute__((flatten, noinline)) void run_avx512(const F& body) {
+MIXTRAL_TARGET_AVX512 __attribute__((flatten, noinline)) void call_with_avx512(const F& body) {
   body();
 }
 
 template <typename F>
-MIXTRAL_TARGET_AVX2 __attribute__((flatten, noinline)) void run_avx2(const F& body) {
+MIXTRAL_TARGET_AVX2 __attribute__((flatten, noinline)) void call_with_avx2(const F& body) {
   body();
 }
 #endif
 
-// Runs body(), a lambda over plain loops, in its copy for the instruction set in use.
+// Calls body(), a lambda over plain loops. It is compiled once for each instruction set; the copy for the one in use
+// runs.
 template <typename F>
 void for_cpu_isa(const F& body) {
 #if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
-  if (isa >= CpuIsa::kAvx512) return run_avx512(body);
-  if (isa == CpuIsa::kAvx2) return run_avx2(body);
+  if (isa >= CpuIsa::kAvx512) return call_with_avx512(body);
+  if (isa == CpuIsa::kAvx2) return call_with_avx2(body);
 #endif
   body();
 }

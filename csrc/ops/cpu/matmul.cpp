@@ -24,9 +24,9 @@ MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* 
   using Vector = typename VectorOf<kBytes>::Type;
   constexpr int kLanes = kBytes / static_cast<int>(sizeof(float));
   for (int64_t column = 0; column < kPanelColumns; column += kVectors * kLanes) {
-    for (int64_t begin = 0; begin < depth; begin += kSumDepth) {
+    for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
       Vector sum[kRows][kVectors] = {};
-      const int64_t end = std::min(depth, begin + kSumDepth);
+      const int64_t end = std::min(depth, begin + kChainDepth);
       for (int64_t k = begin; k < end; ++k) {
         if constexpr (kAhead) prefetch_ahead<kVectors * kBytes>(panel + k * kPanelColumns + column);
         const Vector* b = reinterpret_cast<const Vector*>(panel + k * kPanelColumns + column);
@@ -77,11 +77,11 @@ MIXTRAL_TARGET_AVX512 void multiply_f32_avx512(const float* a, int64_t lda, int6
 template <bool kAhead, int kRows>
 MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void multiply_rows_bf16(const BFloat16* a, int64_t lda, const BFloat16* panel,
                                                                   int64_t depth, float* c, int64_t ldc) {
-  for (int64_t begin = 0; begin < depth; begin += kSumDepth) {
+  for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
     __m512 sum[kRows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    const int64_t end = std::min(depth, begin + kSumDepth);
+    const int64_t end = std::min(depth, begin + kChainDepth);
     for (int64_t k = begin; k < end; k += kStepDepth) {
       const BFloat16* b = panel + k * kPanelColumns;
       if constexpr (kAhead) prefetch_ahead<kStepElements * sizeof(BFloat16)>(b);
@@ -185,8 +185,8 @@ MIXTRAL_TARGET_AMX MIXTRAL_INLINE void multiply_tile_rows(const BFloat16* tiles,
                                                           int64_t depth, float* c, const BFloat16* next) {
   constexpr int64_t kRowBytes = kPanelColumns * sizeof(float), kLineElements = 64 / sizeof(BFloat16);
   const int64_t lower = kTileRows * depth;  // from one group of sixteen rows to the next
-  const int64_t blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
-  const int64_t share = (kStepElements + blocks - 1) / blocks;  // each block fetches its share of each step of `next`
+  const int64_t blocks = ceil_div(rows, 2 * kTileRows);
+  const int64_t share = ceil_div(kStepElements, blocks);  // each block fetches its share of each step of `next`
   for (int64_t i = 0; i < blocks; ++i, tiles += 2 * lower, c += 2 * kTileRows * kPanelColumns) {
     float* c_lower = c + kTileRows * kPanelColumns;
     _tile_loadd(0, c, kRowBytes);

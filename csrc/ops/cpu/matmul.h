@@ -1,22 +1,19 @@
 // The inner product of every CPU kernel: rows times one panel of 32 columns, summed in f32.
 //
-// A panel is [depth/32][1024] values: per step of 32 depths either f32 [32][32 columns], or bf16 in pair order
-// [2 halves][16 pairs][16 columns][2] (amx.h). The sum of an element runs over the depth in one order, which neither
-// the number of rows nor the place where a caller cuts the depth changes, as long as cuts are multiples of kSumDepth:
-// what a row's result is does not depend on the rows beside it.
+// Panels are laid out as product_order.h says, in f32 or bf16. An element's sum runs over the depth in one order. The
+// number of rows does not change it, nor does a caller that splits the depth at multiples of kChainDepth. So the result
+// of a row does not depend on the rows beside it.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <cstdint>
 
+#include "../product_order.h"
+
 namespace mixtral::cpu {
 
 using torch::headeronly::BFloat16;
-
-inline constexpr int64_t kPanelColumns = 32, kStepDepth = 32, kStepElements = kPanelColumns * kStepDepth;
-// Shorter sums that are added up have smaller errors than one long chain.
-inline constexpr int64_t kSumDepth = 256;
 
 // c [rows, 32] += a [rows, depth] * panel; lda and ldc are the row strides. For bf16, depth is a multiple of 32.
 template <typename Operand>

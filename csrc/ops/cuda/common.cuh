@@ -1,7 +1,5 @@
-// Helpers shared by the CUDA kernels: number conversion and reductions within a warp or a block.
-//
-// Headers of kernels (*_kernels.cuh, *_hopper.cuh) do not include this: who includes them chooses, these helpers for
-// the GPU or tests/cpp/gpu_emulator/ for the CPU, where the very same kernels run under GoogleTest.
+// Helpers shared by the CUDA kernels: number conversion and reductions within a warp or a block. Kernels in headers
+// include them through kernel.cuh.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 // The building blocks of the Hopper kernels, one PTX instruction each: mbarriers, TMA, named barriers, registers of a
 // warpgroup, programmatic dependent launch. wgmma.cuh has the matrix products.
 //
-// tests/cpp/gpu_emulator/ has the same names for the CPU.
+// Kernels include them through kernel_hopper.cuh.
 //
 // Source: PTX ISA 8.x, the instruction named in each comment.
 #pragma once

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../index_array.h"
+#include "../host_device.h"
 
 namespace mixtral::cuda {
 

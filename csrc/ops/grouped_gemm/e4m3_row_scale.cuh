@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../cuda/kernel.cuh"  // kWarpSize
 #include "../pack_weight/e4m3.h"
 
 namespace mixtral::cuda {

@@ -1,5 +1,5 @@
-// How the CPU cuts a grouped GEMM: the rows of each expert into chunks, and the 32-column blocks of the chunks, one
-// after the other, into pieces that threads take.
+// How the CPU divides a grouped GEMM. The rows of each expert are cut into chunks. The 32-column blocks of all chunks,
+// one chunk after the other, are the line of work that threads share.
 #pragma once
 
 #include "../cpu/shared_work.h"
@@ -10,10 +10,10 @@ namespace mixtral {
 
 class GemmWork {
  public:
-  static constexpr int64_t kFewRows = 32;  // multiply as fast as the weights are read
+  static constexpr int64_t kFewRows = 32;  // up to so many, a product takes as long as reading the weights
 
-  // offs [experts], as in GroupedGemm; `blocks` of 32 columns of out. Rows are cut finer where there are fewer blocks
-  // than threads.
+  // offs [experts], as in GroupedGemm; `blocks` of 32 columns of out. With fewer blocks than threads, chunks have fewer
+  // rows.
   GemmWork(IndexArray offs, int64_t experts, int64_t blocks, int64_t threads)
       : offs_(offs),
         experts_(experts),
@@ -21,22 +21,22 @@ class GemmWork {
         chunk_rows_(chunk_rows(offs[experts - 1], blocks, threads)),
         shared_(total(), threads, cost(chunk_rows_)) {}
 
-  // Every thread calls this once. For each chunk of which it takes blocks, begin_chunk(expert, row, count) returns what
-  // it then calls with ranges [block_begin, block_end) of blocks, in rising order.
+  // Every thread calls this once. For each chunk of which the thread gets blocks, begin_chunk(expert, row, count)
+  // returns a function. That is called with ranges [block_begin, block_end) of blocks, in rising order.
   template <typename BeginChunk>
   void take(const BeginChunk& begin_chunk) {
-    auto piece = shared_.take();
+    auto share = shared_.take();
     int64_t begin = 0;  // of the chunk, on the line of all work
     for_each_chunk([&](int64_t expert, int64_t row, int64_t count) {
       const int64_t end = begin + blocks_ * cost(count);
-      if (piece.begin < std::min(piece.end, end)) {
+      if (share.begin < std::min(share.end, end)) {
         auto multiply = begin_chunk(expert, row, count);
-        while (piece.begin < std::min(piece.end, end)) {
-          const int64_t stop = std::min(piece.end, end);
-          // A block belongs to the piece in which it begins.
-          multiply(ceil_div(piece.begin - begin, cost(count)), ceil_div(stop - begin, cost(count)));
-          piece.begin = stop;
-          if (stop == piece.end) piece = shared_.take();
+        while (share.begin < std::min(share.end, end)) {
+          const int64_t stop = std::min(share.end, end);
+          // A block belongs to the share in which it begins.
+          multiply(ceil_div(share.begin - begin, cost(count)), ceil_div(stop - begin, cost(count)));
+          share.begin = stop;
+          if (stop == share.end) share = shared_.take();
         }
       }
       begin = end;
@@ -49,7 +49,7 @@ class GemmWork {
     return std::min(rows, std::clamp(ceil_div(rows, std::max<int64_t>(1, threads / blocks)), kLeast, kMost));
   }
 
-  // Of a block of a chunk, in rows.
+  // Of one block of a chunk of `count` rows, in units of rows.
   static int64_t cost(int64_t count) { return std::max(count, kFewRows); }
 
   // Calls visit(expert, row, count) for chunks of the rows of each expert.

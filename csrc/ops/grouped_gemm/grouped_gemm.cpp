@@ -1,15 +1,16 @@
 #include "grouped_gemm.h"
 
+#include <optional>
 #include <type_traits>
 
 #include "../cuda/kernel_choice.h"
 #include "../dispatch.h"
-#include "../pack_weight/weight_view.h"
-#include "../steps.h"
+#include "../internal_ops.h"
 #include "../swiglu/swiglu.h"
 #include "gemm_work.h"
-#include "hopper/grouped_gemm_stream_hopper.h"
-#include "hopper/grouped_gemm_tile_hopper.h"
+#ifdef MIXTRAL_WITH_HOPPER
+#include "hopper/grouped_gemm_hopper.h"
+#endif
 
 namespace mixtral {
 namespace {
@@ -25,7 +26,7 @@ void check_offsets(const char* op, IndexArray offs, int64_t experts, int64_t row
   MIXTRAL_CHECK(begin == rows, op, ": offs must end at the ", rows, " rows of a, got ", begin);
 }
 
-// a [M, Kdim], contiguous, as it meets weights of fp8.
+// a [M, Kdim], contiguous, rounded for a product with weights of fp8.
 Tensor round_to_e4m3(const Tensor& a) {
   const Tensor rounded = new_tensor(a, {a.size(0), a.size(1)});
   parallel_rows(a.size(0), a.size(1), [&](int64_t begin, int64_t end) {
@@ -34,116 +35,90 @@ Tensor round_to_e4m3(const Tensor& a) {
   return rounded;
 }
 
+template <typename T>
+bool launch_if_hopper(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu, cudaStream_t stream) {
+  [[maybe_unused]] const bool hopper = use_hopper_kernels(a);  // throws if they are asked for and the build has none
 #ifdef MIXTRAL_WITH_HOPPER
-// A product that the kernels which stream weights take. For fp8, a goes through a workspace of e4m3 numbers.
-void launch_stream_on_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm,
-                             const RoutedRows& routed, bool swiglu, cudaStream_t stream) {
-  if (gemm.b.format != WeightFormat::kFp8)
-    return check_launch(op, launch_grouped_gemm_stream_hopper(gemm, routed, swiglu, stream));
-  const Tensor values = new_tensor(a, {gemm.rows, gemm.b.depth}, ScalarType::Byte);
-  const Tensor scales = new_tensor(a, {gemm.rows}, ScalarType::Float);
-  const E4m3Rows rows{mutable_ptr<uint8_t>(values), mutable_ptr<float>(scales)};
-  check_launch(op, launch_quantize_rows_hopper(gemm.a, rows, gemm.rows, gemm.b.depth, stream));
-  check_launch(op, launch_grouped_gemm_stream_e4m3_hopper(gemm, rows, routed, swiglu, stream));
-}
+  if constexpr (std::is_same_v<T, BFloat16>) return hopper && launch_grouped_gemm_hopper(op, a, gemm, swiglu, stream);
 #endif
-
-template <typename T>
-void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu);
-
-// Plain weights in place of packed ones; and for fp8, rows of a that are what they are rounded to.
-template <typename T>
-void launch_unpacked_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu,
-                             cudaStream_t stream) {
-  const Tensor weight = new_tensor(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
-  check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(weight), stream));
-  GroupedGemm<T> unpacked = gemm;
-  unpacked.b.format = WeightFormat::kPlain;
-  unpacked.b.data = weight.const_data_ptr();
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (gemm.b.format == WeightFormat::kFp8) {
-      const Tensor rounded = new_tensor(a, {gemm.rows, gemm.b.depth});
-      check_launch(op, launch_round_to_e4m3_cuda(gemm.a, gemm.b.depth, mutable_ptr<T>(rounded), gemm.rows, stream));
-      unpacked.a = const_ptr<T>(rounded);
-      return launch_on_cuda(op, a, unpacked, swiglu);
-    }
-  }
-  launch_on_cuda(op, a, unpacked, swiglu);
+  return false;
 }
 
-// The kernels for Hopper where they were asked for and take the product: those which stream weights, few rows of plain
-// and int4 weights and any of fp8; the others get packed weights unpacked. The simple ones have no swiglu of their own.
+// Plain weights and the simple kernels, which have no swiglu of their own.
 template <typename T>
-void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
-  const CudaScope scope(a);
-  [[maybe_unused]] const bool hopper = use_hopper_kernels(a);  // throws where the build has none
-#ifdef MIXTRAL_WITH_HOPPER
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (hopper && takes_grouped_gemm_stream_hopper(gemm, swiglu))
-      return launch_stream_on_hopper(op, a, gemm, {}, swiglu, scope.stream());
-    if (hopper && takes_grouped_gemm_tile_hopper(gemm, swiglu))
-      return check_launch(op, launch_grouped_gemm_tile_hopper(gemm, swiglu, scope.stream()));
-  }
-#endif
-  if (gemm.b.format != WeightFormat::kPlain) return launch_unpacked_on_cuda(op, a, gemm, swiglu, scope.stream());
-  if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, scope.stream()));
+void launch_simple_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu,
+                           cudaStream_t stream) {
+  if (!swiglu) return check_launch(op, launch_grouped_gemm_cuda(gemm, stream));
   const Tensor gate_up = new_tensor(a, {gemm.rows, gemm.b.columns});
   GroupedGemm<T> product = gemm;
   product.out = mutable_ptr<T>(gate_up);
-  check_launch(op, launch_grouped_gemm_cuda(product, scope.stream()));
-  check_launch(op, launch_swiglu_cuda(const_ptr<T>(gate_up), gemm.out, gemm.rows, gemm.b.columns / 2, scope.stream()));
+  check_launch(op, launch_grouped_gemm_cuda(product, stream));
+  check_launch(op, launch_swiglu_cuda(const_ptr<T>(gate_up), gemm.out, gemm.rows, gemm.b.columns / 2, stream));
+}
+
+// Kernels for Hopper may read packed weights. For all others the weights are unpacked first, and with fp8 the rows of a
+// are rounded as these weights need it.
+template <typename T>
+void launch_on_cuda(const char* op, const Tensor& a, const GroupedGemm<T>& gemm, bool swiglu) {
+  const CudaScope scope(a);
+  const cudaStream_t stream = scope.stream();
+  if (launch_if_hopper(op, a, gemm, swiglu, stream)) return;
+  if (gemm.b.format == WeightFormat::kPlain) return launch_simple_on_cuda(op, a, gemm, swiglu, stream);
+
+  const Tensor weight = new_tensor(a, {gemm.b.experts, gemm.b.columns, gemm.b.depth});
+  check_launch(op, launch_unpack_weight_cuda(gemm.b, mutable_ptr<T>(weight), stream));
+  GroupedGemm<T> plain = gemm;
+  plain.b.format = WeightFormat::kPlain;
+  plain.b.data = weight.const_data_ptr();
+  std::optional<Tensor> rounded;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (gemm.b.format == WeightFormat::kFp8) {
+      rounded = new_tensor(a, {gemm.rows, gemm.b.depth});
+      check_launch(op, launch_round_to_e4m3_cuda(gemm.a, gemm.b.depth, mutable_ptr<T>(*rounded), gemm.rows, stream));
+      plain.a = const_ptr<T>(*rounded);
+    }
+  }
+  if (!launch_if_hopper(op, a, plain, swiglu, stream)) launch_simple_on_cuda(op, a, plain, swiglu, stream);
+}
+
+template <typename T>
+void launch_on_cpu(const GroupedGemm<T>& gemm, bool swiglu) {
+  const int64_t columns = swiglu ? gemm.b.columns / 2 : gemm.b.columns;
+  if (gemm.rows * columns == 0) return;
+  const int64_t blocks = ceil_div(columns, kPanelColumns), threads = torch::stable::get_num_threads();
+  GemmWork work(gemm.offs, gemm.b.experts, blocks, threads);
+  parallel_rows(threads, gemm.rows * blocks * kPanelColumns * gemm.b.depth / 8 / threads, [&](int64_t, int64_t) {
+    swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, work) : launch_grouped_gemm_cpu(gemm, work);
+  });
 }
 
 // With `swiglu`, out is swiglu of the product.
-void run(const char* op, const Tensor& a, const char* b_name, const Tensor& b, const Tensor& offs, const Tensor& out,
-         bool swiglu) {
-  const Tensor b_contiguous = as_contiguous(b), offs_contiguous = as_contiguous(offs);
-  const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
+void multiply(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out, bool swiglu) {
+  const Tensor offs_contiguous = as_contiguous(offs);
   Tensor a_contiguous = as_contiguous(a);
-  if (weight.format == WeightFormat::kFp8 && !a.is_cuda()) a_contiguous = round_to_e4m3(a_contiguous);
-  const int64_t rows = a.size(0), columns = swiglu ? weight.columns / 2 : weight.columns;
+  if (b.view.format == WeightFormat::kFp8 && !a.is_cuda()) a_contiguous = round_to_e4m3(a_contiguous);
   const IndexArray ends = index_array(offs_contiguous);
-  if (!a.is_cuda()) check_offsets(op, ends, weight.experts, rows);
+  if (!a.is_cuda()) check_offsets(op, ends, b.view.experts, a.size(0));
   dispatch_float(op, a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), weight, ends, mutable_ptr<T>(out), rows};
+    const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), b.view, ends, mutable_ptr<T>(out), a.size(0)};
     if constexpr (kWithCuda) {
       if (a.is_cuda()) return launch_on_cuda(op, a, gemm, swiglu);
     }
-    if (out.numel() == 0) return;
-    const int64_t blocks = ceil_div(columns, kBlockRows), threads = torch::stable::get_num_threads();
-    GemmWork work(ends, weight.experts, blocks, threads);
-    parallel_rows(threads, rows * blocks * kBlockRows * weight.depth / 8 / threads, [&](int64_t, int64_t) {
-      swiglu ? launch_grouped_gemm_swiglu_cpu(gemm, work) : launch_grouped_gemm_cpu(gemm, work);
-    });
+    launch_on_cpu(gemm, swiglu);
   });
 }
 
 }  // namespace
 
-void grouped_gemm_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
-                       const Tensor& out) {
-  run(op, a, b_name, b, offs, out, false);
+void internal::grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out) {
+  multiply(op, a, b, offs, out, false);
 }
 
-void grouped_gemm_swiglu_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& offs,
-                              const Tensor& out) {
-  run(op, a, b_name, b, offs, out, true);
+void internal::grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs,
+                                   const Tensor& out) {
+  multiply(op, a, b, offs, out, true);
 }
-
-#ifdef MIXTRAL_WITH_HOPPER
-Tensor grouped_gemm_routed_step(const char* op, const char* b_name, const Tensor& a, const Tensor& b, const Tensor& ids,
-                                bool ids_ready, bool swiglu) {
-  const Tensor a_contiguous = as_contiguous(a), b_contiguous = as_contiguous(b);
-  const WeightView weight = view_weight(op, b_name, b_contiguous, a.scalar_type(), "[E, N, Kdim]");
-  const int64_t rows = a.size(0), copies = ids.numel(), columns = swiglu ? weight.columns / 2 : weight.columns;
-  const Tensor out = new_tensor(a, {copies, columns});
-  const GroupedGemm<BFloat16> gemm{const_ptr<BFloat16>(a_contiguous), weight, {}, mutable_ptr<BFloat16>(out), rows};
-  const CudaScope scope(a);
-  launch_stream_on_hopper(op, a, gemm, {index_array(ids), copies / rows, ids_ready}, swiglu, scope.stream());
-  return out;
-}
-#endif
 
 namespace {
 
@@ -152,15 +127,18 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {
   constexpr const char* op = "grouped_gemm";
   check_rank(op, "a", a, 2, "[M, Kdim]");
   check_float(op, "a", a);
-  const WeightView weight = view_weight(op, "b", b, a.scalar_type(), "[E, N, Kdim]");
-  check_weight_shape(op, "b", b, weight, weight.columns, a.size(1));
+
+  const Weight weight = as_weight(op, "b", b, a.scalar_type(), "[E, N, Kdim]");
+  check_weight_shape(op, "b", weight, weight.view.columns, a.size(1));
   check_same_device(op, "b", b, a);
+
   check_rank(op, "offs", offs, 1, "[E]");
   check_size(op, "offs", offs, 0, b.size(0));
   check_index(op, "offs", offs);
   check_same_device(op, "offs", offs, a);
-  const Tensor out = new_tensor(a, {a.size(0), weight.columns});
-  grouped_gemm_step(op, "b", a, b, offs, out);
+
+  const Tensor out = new_tensor(a, {a.size(0), weight.view.columns});
+  internal::grouped_gemm(op, a, weight, offs, out);
   return out;
 }
 

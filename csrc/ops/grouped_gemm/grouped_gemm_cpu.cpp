@@ -1,9 +1,9 @@
-// For each expert, a chunk of its rows meets a few 32-column panels of its weights at a time. Panels are walked along
-// the depth in pieces that stay in the cache while all the rows pass over them; sums are kept in f32 between pieces.
-// Each weight is read from memory once per chunk, and each piece of rows serves several panels. A few rows, as in
-// decoding, meet quantised weights without a panel (multiply_row.h).
+// A chunk of rows of one expert is multiplied with a few 32-column panels of its weights at a time. The depth is cut
+// into slices: the panels of a slice stay in the cache while all rows of the chunk are multiplied with them, and f32
+// sums are kept from slice to slice. Each weight is read from memory once per chunk. A few rows, as in decoding, are
+// multiplied with quantised weights directly, without a panel (multiply_row.h).
 //
-// What is multiplied is bf16 where the instruction set has products of bf16 (and the weights are), f32 otherwise.
+// Operands are bf16 if the weights are and the instruction set has products of bf16, f32 otherwise.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -22,11 +22,9 @@ using namespace cpu;
 
 namespace {
 
-constexpr int64_t kFewRows = GemmWork::kFewRows;  // rows and weights are used where they lie
-constexpr int64_t kPieceDepth = 512;              // half of it, a multiple of kSumDepth, where panels are made
+constexpr int64_t kFewRows = GemmWork::kFewRows;  // up to so many, rows and packed weights are not copied
+constexpr int64_t kSliceDepth = 512;              // half of it, a multiple of kChainDepth, if panels are made
 constexpr int64_t kMaxPanels = 8;
-
-int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
 // Memory that each thread keeps from call to call.
 template <typename Operand>
@@ -41,7 +39,8 @@ Scratch<Operand>& thread_scratch() {
   return scratch;
 }
 
-// rows [count, depth] of stride `stride` -> out [count, padded depth], zero behind each row.
+// rows [count, depth] of stride `stride` -> out [count, padded depth], with zeros after each row: the micro-kernels
+// multiply whole steps, and this memory still holds an earlier call's numbers.
 template <typename T, typename Operand>
 void copy_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, Operand* out) {
   const int64_t padded = round_up(depth, kStepDepth);
@@ -93,18 +92,18 @@ class Multiplication {
     const bool few = count <= kFewRows;
     rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
     panels_in_place_ = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
-    piece_ = rows_in_place_ && panels_in_place_ ? depth : panels_in_place_ ? kPieceDepth : kPieceDepth / 2;
+    slice_ = rows_in_place_ && panels_in_place_ ? depth : panels_in_place_ ? kSliceDepth : kSliceDepth / 2;
     kernel_ = micro_kernel<Operand>(few && panels_in_place_);
     if constexpr (std::is_same_v<Operand, BFloat16>) tile_kernel_ = few ? nullptr : tile_kernel();
     if (tile_kernel_) sum_rows_ = round_up(count, kFewRows);
-    if (!rows_in_place_) copy_pieces();
+    if (!rows_in_place_) copy_slices();
   }
 
-  // Rows of the sums of one panel; the last ones may be none of ours.
+  // Rows of the sums of one panel, including padding rows at the end.
   int64_t sum_rows() const { return sum_rows_; }
 
-  // Sums [panels, sum_rows, 32] with the panels at `columns`.
-  const float* run(const int64_t* columns, int64_t panels) const {
+  // Sums [panels, sum_rows, 32] of the products with the panels at `columns`.
+  const float* multiply(const int64_t* columns, int64_t panels) const {
     float* sums = thread_scratch<Operand>().sums.grow(panels * sum_rows_ * kPanelColumns);
     row_kernel_ || few_rows_kernel_ ? sum_few_rows(columns, panels, sums) : sum_rows(columns, panels, sums);
     if (gemm_.b.format == WeightFormat::kInt8)
@@ -113,7 +112,7 @@ class Multiplication {
   }
 
  private:
-  // By the kernels that take blocks of quantised weights.
+  // By the kernels that read blocks of quantised weights.
   void sum_few_rows(const int64_t* columns, int64_t panels, float* sums) const {
     const float* row = thread_scratch<float>().rows.at(0);
     for (int64_t i = 0; i < panels; ++i, sums += count_ * kPanelColumns) {
@@ -128,13 +127,13 @@ class Multiplication {
 
   void sum_rows(const int64_t* columns, int64_t panels, float* sums) const {
     std::fill_n(sums, panels * sum_rows_ * kPanelColumns, 0.0f);
-    for (int64_t k = 0; k < gemm_.b.depth; k += piece_) {
-      const int64_t size = std::min(piece_, gemm_.b.depth - k);
+    for (int64_t k = 0; k < gemm_.b.depth; k += slice_) {
+      const int64_t size = std::min(slice_, gemm_.b.depth - k);
       const Operand* rows = rows_at(k);
       for (int64_t i = 0; i < panels; ++i) {
         const bool last = i + 1 == panels;
-        const Operand* next = panel(columns[last ? 0 : i + 1], last ? k + piece_ : k);
-        multiply(rows, columns[i], k, size, next, sums + i * sum_rows_ * kPanelColumns);
+        const Operand* next = panel(columns[last ? 0 : i + 1], last ? k + slice_ : k);
+        multiply_slice(rows, columns[i], k, size, next, sums + i * sum_rows_ * kPanelColumns);
       }
     }
   }
@@ -149,19 +148,19 @@ class Multiplication {
     });
   }
 
-  // The one row as f32, as row_kernel_ takes it.
+  // The one row as f32, for row_kernel_.
   void widen_row() const {
     const int64_t depth = gemm_.b.depth;
     float* copy = thread_scratch<float>().rows.grow(depth);
     for_cpu_isa([&] { copy_rows(a_, depth, 1, depth, copy); });
   }
 
-  // All rows, piece by piece of the depth, into this thread's buffer.
-  void copy_pieces() const {
+  // All rows, slice by slice, into this thread's buffer.
+  void copy_slices() const {
     const int64_t depth = gemm_.b.depth;
     Operand* copy = thread_scratch<Operand>().rows.grow(sum_rows_ * round_up(depth, kStepDepth));
-    for (int64_t k = 0; k < depth; k += piece_, copy += sum_rows_ * piece_) {
-      const int64_t size = std::min(piece_, depth - k);
+    for (int64_t k = 0; k < depth; k += slice_, copy += sum_rows_ * slice_) {
+      const int64_t size = std::min(slice_, depth - k);
       if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Operand, BFloat16>) {
         if (tile_kernel_) {
           copy_tiles(a_ + k, depth, count_, size, copy);
@@ -177,13 +176,14 @@ class Multiplication {
     return thread_scratch<Operand>().rows.at(sum_rows_ * k);
   }
 
-  // Where a panel lies that is used in place; null otherwise, and behind the depth.
+  // The address of a panel that is used in place; null if panels are made, and after the last depth.
   const Operand* panel(int64_t column, int64_t k) const {
     if (!panels_in_place_ || k >= gemm_.b.depth) return nullptr;
     return load_panel<T, Operand>(gemm_.b, expert_, column, k, 0, nullptr);
   }
 
-  void multiply(const Operand* rows, int64_t column, int64_t k, int64_t size, const Operand* next, float* sums) const {
+  void multiply_slice(const Operand* rows, int64_t column, int64_t k, int64_t size, const Operand* next,
+                      float* sums) const {
     const int64_t padded = round_up(size, kStepDepth);
     Operand* buffer = panels_in_place_ ? nullptr : thread_scratch<Operand>().panel.grow(padded * kPanelColumns);
     const Operand* panel = load_panel<T>(gemm_.b, expert_, column, k, size, buffer);
@@ -196,7 +196,7 @@ class Multiplication {
   const GroupedGemm<T>& gemm_;
   const int64_t expert_, count_;
   const T* a_;
-  int64_t sum_rows_, piece_;
+  int64_t sum_rows_, slice_;
   RowKernel row_kernel_ = nullptr;
   FewRowsKernel few_rows_kernel_ = nullptr;
   MicroKernel<Operand> kernel_ = nullptr;
@@ -222,16 +222,16 @@ MIXTRAL_INLINE void store_swiglu(const float* gate, const float* up, int64_t cou
 
 // Blocks [block_begin, block_end) of `count` rows of out from `row` on.
 template <bool kSwiglu, typename T, typename Operand>
-void run_blocks(const GroupedGemm<T>& gemm, const Multiplication<T, Operand>& multiplication, int64_t row,
-                int64_t count, int64_t block_begin, int64_t block_end) {
-  constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;
-  const int64_t width = gemm.b.columns / kParts;  // of out
+void multiply_blocks(const GroupedGemm<T>& gemm, const Multiplication<T, Operand>& multiplication, int64_t row,
+                     int64_t count, int64_t block_begin, int64_t block_end) {
+  constexpr int64_t kParts = kSwiglu ? 2 : 1, kBlocks = kMaxPanels / kParts;  // gate and up
+  const int64_t width = gemm.b.columns / kParts;                              // of out
   for (int64_t first = block_begin; first < block_end; first += kBlocks) {
     const int64_t blocks = std::min(kBlocks, block_end - first);
     int64_t columns[kMaxPanels];
     for (int64_t i = 0; i < blocks * kParts; ++i)
       columns[i] = (first + i / kParts) * kPanelColumns + i % kParts * width;
-    const float* sums = multiplication.run(columns, blocks * kParts);
+    const float* sums = multiplication.multiply(columns, blocks * kParts);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t column = (first + i) * kPanelColumns, size = multiplication.sum_rows() * kPanelColumns;
       T* out = gemm.out + row * width + column;
@@ -246,34 +246,35 @@ void run_blocks(const GroupedGemm<T>& gemm, const Multiplication<T, Operand>& mu
   }
 }
 
+// The share of this thread.
 template <bool kSwiglu, typename T, typename Operand>
-void run_with(const GroupedGemm<T>& gemm, GemmWork& work) {
+void multiply_share(const GroupedGemm<T>& gemm, GemmWork& work) {
   work.take([&](int64_t expert, int64_t row, int64_t count) {
     const Multiplication<T, Operand> multiplication(gemm, expert, row, count);
     return [=, &gemm](int64_t block_begin, int64_t block_end) {
-      run_blocks<kSwiglu>(gemm, multiplication, row, count, block_begin, block_end);
+      multiply_blocks<kSwiglu>(gemm, multiplication, row, count, block_begin, block_end);
     };
   });
   release_tiles();
 }
 
 template <bool kSwiglu, typename T>
-void run(const GroupedGemm<T>& gemm, GemmWork& work) {
+void multiply_in_best_operands(const GroupedGemm<T>& gemm, GemmWork& work) {
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (bf16_kernel()) return run_with<kSwiglu, T, BFloat16>(gemm, work);
-  run_with<kSwiglu, T, float>(gemm, work);
+    if (bf16_kernel()) return multiply_share<kSwiglu, T, BFloat16>(gemm, work);
+  multiply_share<kSwiglu, T, float>(gemm, work);
 }
 
 }  // namespace
 
 template <typename T>
 void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, GemmWork& work) {
-  run<false>(gemm, work);
+  multiply_in_best_operands<false>(gemm, work);
 }
 
 template <typename T>
 void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, GemmWork& work) {
-  run<true>(gemm, work);
+  multiply_in_best_operands<true>(gemm, work);
 }
 
 template void launch_grouped_gemm_cpu(const GroupedGemm<float>&, GemmWork&);

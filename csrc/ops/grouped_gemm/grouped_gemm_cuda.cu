@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGe
 // ---- f32
 
 constexpr int kFmaThreads = 256, kFmaTile = 64, kFmaDepth = 16, kFmaPitch = kFmaTile + 4, kPerThread = 4;
-constexpr int64_t kFmaChain = 256;
 
 // Columns [k, k + kFmaDepth) of 64 rows -> panel [kFmaDepth, kFmaPitch], transposed.
 __device__ __forceinline__ void load_transposed(const Operand<float>& source, int64_t k, float* panel) {
@@ -204,8 +203,8 @@ __global__ void __launch_bounds__(kFmaThreads) grouped_gemm_fma_kernel(GroupedGe
                                    gemm.b.columns - column, gemm.b.depth);
   const int thread_row = threadIdx.x / 16 * kPerThread, thread_column = threadIdx.x % 16 * kPerThread;
   float sums[kPerThread][kPerThread] = {};
-  for (int64_t begin = 0; begin < gemm.b.depth; begin += kFmaChain) {
-    const int64_t end = min(begin + kFmaChain, gemm.b.depth);
+  for (int64_t begin = 0; begin < gemm.b.depth; begin += kChainDepth) {
+    const int64_t end = min(begin + kChainDepth, gemm.b.depth);
     float chain[kPerThread][kPerThread] = {};
     for (int64_t k = begin; k < end; k += kFmaDepth) {
       __syncthreads();  // the previous panels have been read

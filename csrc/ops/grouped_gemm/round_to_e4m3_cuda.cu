@@ -1,9 +1,8 @@
 #include <climits>
 
-#include "../cuda/common.cuh"
+#include "../host_device.h"
 #include "grouped_gemm.h"
 #include "round_to_e4m3_kernels.cuh"
-#include "tiles.h"
 
 namespace mixtral {
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../cuda/kernel.cuh"  // to_float, from_float
+#include "../pack_weight/e4m3.h"
 #include "e4m3_row_scale.cuh"
 
 namespace mixtral::cuda {

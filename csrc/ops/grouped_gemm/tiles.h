@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../host_device.h"
 #include "../index_array.h"
 
 namespace mixtral {
@@ -18,8 +19,6 @@ struct GemmTile {
   int64_t row_end;
   int64_t column_block;
 };
-
-MIXTRAL_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The end of a group that starts at `begin`. On CUDA nobody has checked offs: any values give groups within [0, rows].
 MIXTRAL_HOST_DEVICE inline int64_t group_end(IndexArray offs, int64_t expert, int64_t begin, int64_t rows) {

@@ -1,22 +1,22 @@
 // moe_mlp: out[t] = sum_k topk_weights[t, k] * down_proj[e] * swiglu(gate_up_proj[e] * x[t]),  e = topk_ids[t, k]
 //
-// It has no kernels of its own: it chains the steps of the ops moe_permute, grouped_gemm with swiglu, grouped_gemm and
-// moe_unpermute, each of which rounds its result to the dtype of x.
+// It has no kernels of its own. It chains moe_permute, grouped_gemm with swiglu, grouped_gemm and moe_unpermute, each
+// of which rounds its result to the dtype of x.
 //
-// Few tokens on Hopper are not permuted: the products take x and then the T K rows between them as they are, find the
-// rows of an expert by topk_ids and write each to its own place. The bits are the same.
+// On Hopper, few tokens are not permuted: both products find the rows of an expert by topk_ids and write each row to
+// its own place. The bits are the same.
 #pragma once
 
-#include "../steps.h"
+#include "../pack_weight/weight_view.h"
 
 namespace mixtral {
 
-// Whether moe_mlp_hopper takes the layer, by dtype, shapes, formats and layout: T K up to 64, and up to 32 rows (T,
-// then T K) where they meet int4 weights. Arguments were checked.
-bool takes_moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_ids, const Tensor& gate_up_proj,
-                          const Tensor& down_proj);
+// In builds with kernels for Hopper. Whether moe_mlp_hopper can compute the layer, by dtype, shapes, formats and
+// layout: T K up to 64, and with int4 weights up to 32 rows (T for the first product, T K for the second). Arguments
+// were checked.
+bool takes_moe_mlp_hopper(const Tensor& x, const Tensor& topk_ids, const Weight& gate_up, const Weight& down);
 
 Tensor moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
-                      const Tensor& gate_up_proj, const Tensor& down_proj);
+                      const Weight& gate_up, const Weight& down);
 
 }  // namespace mixtral

@@ -4,12 +4,12 @@
 #include <tuple>
 
 #include "../dispatch.h"
-#include "../steps.h"
+#include "../internal_ops.h"
 
 namespace mixtral {
 
-PermutationIndex moe_permute_step(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts,
-                                  const Tensor& out) {
+internal::PermutationIndex internal::moe_permute(const char* op, const Tensor& x, const Tensor& topk_ids,
+                                                 int64_t num_experts, const Tensor& out) {
   const int64_t tokens = topk_ids.size(0), top_k = topk_ids.size(1), copies = tokens * top_k, hidden = x.size(1);
   MIXTRAL_CHECK(copies <= std::numeric_limits<int32_t>::max(), op,
                 ": topk_ids must have at most 2^31 - 1 entries, got ", copies);
@@ -41,7 +41,7 @@ PermutationIndex moe_permute_step(const char* op, const Tensor& x, const Tensor&
 
 namespace {
 
-// The sums of both steps; rows.index is contiguous, y [M, H], topk_weights [T, K].
+// y [M, H], topk_weights [T, K], and where the copies of each token are in y -> [T, H]. rows.index is contiguous.
 Tensor combine(const char* op, const Tensor& y, const Tensor& topk_weights, const CopyRows& rows) {
   const int64_t tokens = topk_weights.size(0), top_k = topk_weights.size(1), hidden = y.size(1);
   const Tensor y_contiguous = as_contiguous(y), weights = as_contiguous(topk_weights);
@@ -68,7 +68,7 @@ Tensor combine(const char* op, const Tensor& y, const Tensor& topk_weights, cons
 
 }  // namespace
 
-Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {
+Tensor internal::moe_unpermute(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {
   const int64_t copies = row_map.numel(), top_k = row_map.size(1), rows = y.size(0);
   const Tensor map = as_contiguous(row_map);
   const IndexArray map_array = index_array(map);
@@ -80,8 +80,8 @@ Tensor moe_unpermute_step(const char* op, const Tensor& y, const Tensor& topk_we
   return combine(op, y, topk_weights, {map_array, rows, /*in_place=*/false});
 }
 
-Tensor moe_combine_step(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& ids,
-                        int64_t num_experts) {
+Tensor internal::moe_combine(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& ids,
+                             int64_t num_experts) {
   const Tensor ids_contiguous = as_contiguous(ids);
   return combine(op, y, topk_weights, {index_array(ids_contiguous), num_experts, /*in_place=*/true});
 }
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& x, const Tensor& to
   check_same_device(op, "topk_ids", topk_ids, x);
   MIXTRAL_CHECK(num_experts >= 1, op, ": num_experts must be >= 1, got ", num_experts);
   const Tensor permuted = new_tensor(x, {topk_ids.numel(), x.size(1)});
-  const PermutationIndex index = moe_permute_step(op, x, topk_ids, num_experts, permuted);
+  const internal::PermutationIndex index = internal::moe_permute(op, x, topk_ids, num_experts, permuted);
   return {permuted, index.offs, index.row_map};
 }
 
@@ -115,7 +115,7 @@ Tensor moe_unpermute(const Tensor& y, const Tensor& topk_weights, const Tensor& 
   check_size(op, "topk_weights", topk_weights, 0, row_map.size(0));
   check_size(op, "topk_weights", topk_weights, 1, row_map.size(1));
   check_same_device(op, "topk_weights", topk_weights, y);
-  return moe_unpermute_step(op, y, topk_weights, row_map);
+  return internal::moe_unpermute(op, y, topk_weights, row_map);
 }
 
 }  // namespace

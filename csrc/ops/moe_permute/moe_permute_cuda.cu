@@ -1,6 +1,5 @@
 #include <climits>
 
-#include "../cuda/common.cuh"
 #include "moe_permute.h"
 #include "moe_permute_kernels.cuh"
 
@@ -12,7 +11,7 @@ using namespace cuda;
 template <typename Word>
 void launch_chunks(const char* x, IndexArray ids, char* permuted, int32_t* offs, int32_t* row_map, int64_t copies,
                    int64_t top_k, int64_t experts, int64_t row_bytes, cudaStream_t stream) {
-  const int64_t chunk = permute_chunk(copies), blocks = (copies + chunk - 1) / chunk;
+  const int64_t chunk = permute_chunk(copies), blocks = ceil_div(copies, chunk);
   moe_permute_chunk_kernel<<<static_cast<unsigned>(blocks), kPermuteThreads, permute_shared_bytes(experts), stream>>>(
       reinterpret_cast<const Word*>(x), ids, reinterpret_cast<Word*>(permuted), offs, row_map, copies, top_k, experts,
       chunk, row_bytes / static_cast<int64_t>(sizeof(Word)));

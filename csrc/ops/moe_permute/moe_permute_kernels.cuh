@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../cuda/kernel.cuh"  // Vector, kWarpSize, dynamic_shared_memory
+#include "../host_device.h"
 #include "../index_array.h"
 #include "moe_permute.h"
 
@@ -18,7 +20,7 @@ inline constexpr int kPermuteThreads = 256, kMaxChunk = 32;
 // Copies per block: so few that a small batch spreads over a whole GPU, and never more than one per lane.
 MIXTRAL_HOST_DEVICE constexpr int64_t permute_chunk(int64_t copies) {
   constexpr int64_t kBlocks = 264;
-  const int64_t chunk = (copies + kBlocks - 1) / kBlocks;
+  const int64_t chunk = ceil_div(copies, kBlocks);
   return chunk < 1 ? 1 : chunk < kMaxChunk ? chunk : kMaxChunk;
 }
 

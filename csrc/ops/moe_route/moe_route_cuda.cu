@@ -1,6 +1,5 @@
 #include <cmath>
 
-#include "../cuda/common.cuh"
 #include "moe_route_kernels.cuh"
 
 namespace mixtral {
@@ -22,7 +21,7 @@ int launch_moe_route_cuda(const T* x, const R* router, float* weights, int32_t* 
                       : wide ? moe_route_kernel<T, R, 1, 4>
                              : moe_route_kernel<T, R, 1, 1>;
   const int block_tokens = many ? 4 : 1;
-  kernel<<<static_cast<unsigned>((tokens + block_tokens - 1) / block_tokens), kRouteThreads,
+  kernel<<<static_cast<unsigned>(ceil_div(tokens, block_tokens)), kRouteThreads,
            route_shared_bytes(block_tokens, experts), stream>>>(
       x, router, weights, ids, tokens, hidden, static_cast<int>(experts), static_cast<int>(top_k), renormalize);
   return cudaGetLastError();

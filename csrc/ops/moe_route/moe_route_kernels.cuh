@@ -6,7 +6,9 @@
 // same threads and added in the same order.
 #pragma once
 
-#include "../topk_softmax/topk_softmax_kernels.cuh"
+#include "../cuda/kernel.cuh"  // Vector, warp_sum, dynamic_shared_memory
+#include "../host_device.h"
+#include "../topk_softmax/topk_softmax_kernels.cuh"  // warp_topk_softmax
 #include "moe_route.h"
 
 namespace mixtral::cuda {

@@ -18,7 +18,7 @@ inline constexpr int64_t kHalfPairs = 16;
 
 // The values are q * 2^16.
 struct Int8Block {
-  static constexpr int64_t kStepBytes = cpu::kStepElements, kHalfBytes = kStepBytes / 2;
+  static constexpr int64_t kStepBytes = kStepElements, kHalfBytes = kStepBytes / 2;
   struct Half {
     const char* pairs;
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../index_array.h"
+#include "../host_device.h"
 
 namespace mixtral {
 

@@ -21,15 +21,16 @@ WeightFormat parse_format(const char* op, const std::optional<std::string>& quan
 
 Tensor empty_packed(const Tensor& weight, WeightFormat format) {
   const int64_t experts = weight.size(0), blocks = weight.size(1) / kBlockRows, depth = weight.size(2);
+  const int64_t last = packed_last_size(format, depth);
   switch (format) {
     case WeightFormat::kInt8:
     case WeightFormat::kFp8:
-      return new_tensor(weight, {experts, blocks, packed_block_bytes(format, depth, 1)},
+      return new_tensor(weight, {experts, blocks, last},
                         format == WeightFormat::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn);
     case WeightFormat::kInt4:
-      return new_tensor(weight, {experts, blocks, depth / 32, kInt4StepBytes}, ScalarType::Byte);
+      return new_tensor(weight, {experts, blocks, depth / kStepDepth, last}, ScalarType::Byte);
     default:
-      return new_tensor(weight, {experts, blocks, depth / 32, 1024});
+      return new_tensor(weight, {experts, blocks, depth / kStepDepth, last});
   }
 }
 
@@ -41,7 +42,7 @@ void check_scales(const char* op, const Tensor& scales, const Tensor& weight,
   check_dtype(op, "scales", scales, ScalarType::Byte);
   check_size(op, "scales", scales, 0, weight.size(0));
   check_size(op, "scales", scales, 1, weight.size(1));
-  check_size(op, "scales", scales, 2, weight.size(2) / 32);
+  check_size(op, "scales", scales, 2, weight.size(2) / kScaleGroup);
   check_same_device(op, "scales", scales, weight);
 }
 
@@ -52,7 +53,7 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
   check_rank(op, "weight", weight, 3, "[E, N, Kdim]");
   check_float(op, "weight", weight);
   MIXTRAL_CHECK(!weight.is_cuda(), op, ": weight must be on the cpu (pack there and move the result), got cuda");
-  MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % 32 == 0, op,
+  MIXTRAL_CHECK(weight.size(1) % kBlockRows == 0 && weight.size(2) % kStepDepth == 0, op,
                 ": weight must have N and Kdim that are multiples of 32, got shape ", shape_string(weight));
   if (scales) check_scales(op, *scales, weight, quantize);
   const Tensor rows = as_contiguous(weight);
@@ -76,11 +77,11 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
 // packed -> weight [E, N, Kdim]; BFloat16 when quantised
 Tensor unpack_weight(const Tensor& packed) {
   constexpr const char* op = "unpack_weight";
-  const Tensor contiguous = as_contiguous(packed);
   const bool quantized = is_quantized(weight_format(packed));
   if (!quantized) check_float(op, "packed", packed);
   const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
-  const WeightView view = view_weight(op, "packed", contiguous, type, "[E, N/32, Kdim/32, 1024]");
+  const Weight weight = as_weight(op, "packed", packed, type, "[E, N/32, Kdim/32, 1024]");
+  const WeightView& view = weight.view;
   MIXTRAL_CHECK(view.format != WeightFormat::kPlain, op, ": packed must be a packed weight, got shape ",
                 shape_string(packed));
   const Tensor out = new_tensor(packed, {view.experts, view.columns, view.depth}, type);

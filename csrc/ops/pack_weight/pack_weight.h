@@ -1,8 +1,9 @@
-// pack_weight: the rows of weights [E, N, Kdim], which are the columns of a product, in the order in which the CPU
-// kernels read them, optionally quantised; unpack_weight: back to rows. CUDA kernels take the same bytes.
+// pack_weight:   weights [E, N, Kdim] in the order in which the CPU kernels read them, optionally quantised. Their rows
+//                are the columns of a product. CUDA kernels read the same bytes.
+// unpack_weight: back to [E, N, Kdim].
 //
-// A block holds 32 rows. Along the depth it is cut into steps of 32, in the order of cpu/matmul.h. N and Kdim are
-// multiples of 32, so that the shape of a packed weight tells them.
+// A block holds 32 rows; it is one panel of product_order.h, a sequence of steps of 32 depths. N and Kdim are multiples
+// of 32, and the shape of a packed weight tells them.
 //
 //   quantize  packed                          one block
 //   none      float [E, N/32, Kdim/32, 1024]  steps; bf16 in pair order
@@ -10,15 +11,16 @@
 //   fp8       Float8_e4m3fn, likewise         rows of Kdim e4m3 values; then a f32 scale for each row
 //   int4      Byte  [E, N/32, Kdim/32, 544]   steps: a byte of scale for each row, then 2 halves of 256 bytes
 //
-// int8: a weight is scale * q, q in [-127, 127], one scale a row, which is never zero or subnormal. The CPU kernels
-// multiply by q, which bf16 holds exactly, and each finished sum by its scale; unpacked, a weight is rounded to bf16.
+// int8: a weight is scale * q with q in [-127, 127]. Each row has one scale, never zero or subnormal. The CPU kernels
+// multiply by q, which is exact in bf16, and at the end multiply each sum by its scale. unpack_weight rounds scale * q
+// to bf16.
 //
-// fp8: a weight is scale * e4m3, exact in bf16, one scale a row, a power of two (e4m3.h). Rows that meet such a weight
-// in a product are first rounded in the same way.
+// fp8: a weight is scale * e4m3, exact in bf16. Each row has one scale, a power of two (e4m3.h). In a product, the rows
+// of the left operand are rounded in the same way.
 //
-// int4: a weight is a bf16 value, one of sixteen levels without a zero, s * (q + 1/2), q in [-8, 7], one scale s for
-// each 32 depths of a row. s is a power of the square root of two: a level at any scale is then one of 32 bf16 values
-// with another exponent, which a table look-up finds. Scale byte e means
+// int4: a weight is s * (q + 1/2), rounded to bf16, with q in [-8, 7]: sixteen levels, none of them zero. 32 depths of
+// a row share a scale s, a power of the square root of two. All levels at all scales are then 32 bf16 values times a
+// power of two, and one table look-up finds them. Scale byte e means
 //   value = bf16((q + 1/2) * (e odd ? sqrt(2) : 1)) * 2^(e div 2 - 64).
 // Half h of an int4 step holds rows 16 h to 16 h + 15 as four groups of 32 16-bit words: nibble i of word w in group g
 // is q + 8 of pair 4 g + i, row 16 h + w div 2, at the pair's depth w mod 2.
@@ -30,7 +32,8 @@
 #include <cstdint>
 
 #include "../cuda/stream.h"
-#include "../index_array.h"
+#include "../host_device.h"
+#include "../product_order.h"
 
 namespace mixtral {
 
@@ -39,11 +42,31 @@ using torch::headeronly::Half;
 
 enum class WeightFormat { kPlain, kPacked, kInt8, kFp8, kInt4 };
 
-inline constexpr int64_t kBlockRows = 32, kInt4StepBytes = 544;
-inline constexpr float kInt8Unit = 65536;  // what panels of int8 weights are multiples of: the cheapest to make from q
+inline constexpr int64_t kBlockRows = kPanelColumns;
+inline constexpr int64_t kScaleGroup = kStepDepth;                                           // depths of an int4 scale
+inline constexpr int64_t kInt4StepBytes = kBlockRows + kStepElements / 2;                    // scales, nibbles
+inline constexpr int64_t kRowScaleBytes = kBlockRows * static_cast<int64_t>(sizeof(float));  // of an int8 or fp8 block
+inline constexpr float kInt8Unit = 65536;  // int8 panels hold q * 2^16: the bf16 values that are cheapest to make of q
 
-inline bool is_quantized(WeightFormat format) {
+MIXTRAL_HOST_DEVICE constexpr bool is_quantized(WeightFormat format) {
   return format != WeightFormat::kPlain && format != WeightFormat::kPacked;
+}
+
+// Whether a block ends with an f32 scale for each of its rows.
+MIXTRAL_HOST_DEVICE constexpr bool has_row_scales(WeightFormat format) {
+  return format == WeightFormat::kInt8 || format == WeightFormat::kFp8;
+}
+
+// The last dimension of a packed weight of `depth` depths.
+MIXTRAL_HOST_DEVICE constexpr int64_t packed_last_size(WeightFormat format, int64_t depth) {
+  if (has_row_scales(format)) return kBlockRows * depth + kRowScaleBytes;
+  return format == WeightFormat::kInt4 ? kInt4StepBytes : kStepElements;
+}
+
+// Bytes of one packed block, for values of `element_size` bytes.
+MIXTRAL_HOST_DEVICE constexpr int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t element_size) {
+  if (has_row_scales(format)) return packed_last_size(format, depth);
+  return format == WeightFormat::kInt4 ? depth / kStepDepth * kInt4StepBytes : kBlockRows * depth * element_size;
 }
 
 // Weights of a grouped product in any format; `data` is contiguous.
@@ -53,27 +76,14 @@ struct WeightView {
   int64_t experts, columns, depth;  // E, N, Kdim
 };
 
-// Bytes of one packed block, for values of `element_size` bytes.
-MIXTRAL_HOST_DEVICE inline int64_t packed_block_bytes(WeightFormat format, int64_t depth, int64_t element_size) {
-  switch (format) {
-    case WeightFormat::kInt8:
-    case WeightFormat::kFp8:
-      return kBlockRows * (depth + static_cast<int64_t>(sizeof(float)));
-    case WeightFormat::kInt4:
-      return depth / 32 * kInt4StepBytes;
-    default:
-      return kBlockRows * depth * element_size;
-  }
-}
-
 // The packed block of columns [column, column + 32) of bf16 or quantised weights; column is a multiple of 32.
 inline const char* packed_block(const WeightView& weight, int64_t expert, int64_t column) {
   return static_cast<const char*>(weight.data) + (expert * weight.columns + column) / kBlockRows *
                                                      packed_block_bytes(weight.format, weight.depth, sizeof(BFloat16));
 }
 
-// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. scales [E*N, Kdim/32] of int4; null: those of
-// least squared error. False where quantising meets 2^66, inf or NaN.
+// Blocks [begin, end) of all experts' blocks: weight [E*N, Kdim] -> out. scales [E*N, Kdim/32] of int4, or null for the
+// scales of least squared error. Returns false if a value to be quantised is 2^66 or more, inf or NaN.
 template <typename T>
 bool launch_pack_weight_cpu(const T* weight, const uint8_t* scales, WeightFormat format, int64_t depth, char* out,
                             int64_t begin, int64_t end);
@@ -87,10 +97,10 @@ void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t d
 template <typename T>
 int launch_unpack_weight_cuda(const WeightView& weight, T* out, cudaStream_t stream);
 
-// The panel (cpu/matmul.h) of columns [column, column + 32) of `expert` at depths [k, k + depth), zero where there are
-// none; column and k are multiples of 32. It is the weight itself where its format allows, or is made in `scratch`,
-// which holds 32 * depth values (depth rounded up to 32). Weights are of type T; BFloat16 when quantised. int8: the
-// values are q * kInt8Unit; sums are to be multiplied by the block's scales / kInt8Unit.
+// The panel of columns [column, column + 32) of `expert` at depths [k, k + depth), with zeros for columns and depths
+// that the weight lacks; column and k are multiples of 32. Returns the weight itself if its format is that of a panel,
+// else fills `scratch`, 32 * (depth rounded up to 32) values. Weights are of type T; BFloat16 when quantised. Panels of
+// int8 hold q * kInt8Unit: multiply sums by the block's scales / kInt8Unit.
 template <typename T, typename Operand>
 const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                           Operand* scratch);

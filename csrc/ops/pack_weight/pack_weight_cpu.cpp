@@ -153,7 +153,7 @@ MIXTRAL_INLINE void quantize_int4(const T* rows, const uint8_t* scales, int64_t 
       for (int64_t j = 0; j < kLanes; ++j)
         for (int64_t d = 0; d < kStepDepth; ++d) values[d][j] = to_float(rows[(first + j) * depth + k + d]);
       if (scales) {
-        for (int64_t j = 0; j < kLanes; ++j) chosen[j] = scales[((first + j) * depth + k) / kStepDepth];
+        for (int64_t j = 0; j < kLanes; ++j) chosen[j] = scales[((first + j) * depth + k) / kScaleGroup];
       } else {
         best_scales(values, chosen);
       }
@@ -190,7 +190,7 @@ bool launch_pack_weight_cpu(const T* weight, const uint8_t* scales, WeightFormat
       }
       continue;
     }
-    const uint8_t* block_scales = scales ? scales + i * depth : nullptr;
+    const uint8_t* block_scales = scales ? scales + i * block_values / kScaleGroup : nullptr;
     bool finite = false;
     for_cpu_isa([&] { finite = quantize(rows, block_scales, format, depth, block); });
     if (!finite) return false;

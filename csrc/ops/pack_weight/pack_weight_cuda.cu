@@ -1,6 +1,5 @@
 #include <climits>
 
-#include "../cuda/common.cuh"
 #include "pack_weight.h"
 #include "pack_weight_kernels.cuh"
 
@@ -12,7 +11,7 @@ using namespace cuda;
 template <typename T, WeightFormat kFormat>
 int unpack(const WeightView& weight, T* out, cudaStream_t stream) {
   const int64_t values = weight.experts * weight.columns * weight.depth;
-  const int64_t grid = (values / kUnpackValues + kUnpackThreads - 1) / kUnpackThreads;
+  const int64_t grid = ceil_div(values, kUnpackValues * kUnpackThreads);
   if (grid == 0) return cudaSuccess;
   if (grid > INT_MAX) return cudaErrorInvalidConfiguration;
   unpack_weight_kernel<T, kFormat><<<static_cast<unsigned>(grid), kUnpackThreads, 0, stream>>>(

@@ -5,6 +5,7 @@
 // Bound by memory: int4 reads 0.53 and writes 2 bytes a weight.
 #pragma once
 
+#include "../cuda/kernel.cuh"  // Vector
 #include "packed_value.h"
 
 namespace mixtral::cuda {

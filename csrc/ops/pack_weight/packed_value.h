@@ -4,17 +4,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../index_array.h"
+#include "../host_device.h"
 #include "e4m3.h"
 #include "pack_weight.h"
 
 namespace mixtral {
-
-// Where the value of row j at depth d lies in a step of values: in pair order, or depth by depth.
-MIXTRAL_HOST_DEVICE constexpr int64_t pair_index(int64_t j, int64_t d) {
-  return (j / 16 * 16 + d / 2) * 32 + j % 16 * 2 + d % 2;
-}
-MIXTRAL_HOST_DEVICE constexpr int64_t plain_index(int64_t j, int64_t d) { return d * kBlockRows + j; }
 
 // Where row j of an int4 step has its group `group` of four pairs: a 32-bit word, in which nibble i of the lower and of
 // the upper 16 bits is the even and the odd depth of pair i.
@@ -37,7 +31,7 @@ MIXTRAL_HOST_DEVICE inline T read_value(const char* from) {
 }
 
 MIXTRAL_HOST_DEVICE inline BFloat16 int8_value(const char* block, int64_t depth, int64_t j, int64_t d) {
-  const auto q = static_cast<int8_t>(block[d / 32 * 1024 + pair_index(j, d % 32)]);
+  const auto q = static_cast<int8_t>(block[d / kStepDepth * kStepElements + pair_index(j, d % kStepDepth)]);
   return BFloat16(static_cast<float>(q) * read_value<float>(block + kBlockRows * depth + j * 4));
 }
 
@@ -47,8 +41,8 @@ MIXTRAL_HOST_DEVICE inline BFloat16 fp8_value(const char* block, int64_t depth, 
 }
 
 MIXTRAL_HOST_DEVICE inline BFloat16 int4_value(const char* block, int64_t j, int64_t d) {
-  const char* step = block + d / 32 * kInt4StepBytes;
-  const uint32_t word = read_value<uint32_t>(step + int4_word_offset(j, d % 32 / 8));
+  const char* step = block + d / kStepDepth * kInt4StepBytes;
+  const uint32_t word = read_value<uint32_t>(step + int4_word_offset(j, d % kStepDepth / 8));
   const uint32_t n = word >> (d % 8 / 2 * 4 + d % 2 * 16) & 15;
   const uint32_t scale = int4_scale_bits(static_cast<uint8_t>(step[j]));
   return BFloat16((static_cast<float>(n) - 7.5f) *
@@ -63,8 +57,8 @@ MIXTRAL_HOST_DEVICE T packed_value(const char* block, WeightFormat format, int64
     if (format == WeightFormat::kFp8) return fp8_value(block, depth, j, d);
     if (format == WeightFormat::kInt4) return int4_value(block, j, d);
   }
-  const int64_t index = std::is_same_v<T, BFloat16> ? pair_index(j, d % 32) : plain_index(j, d % 32);
-  return read_value<T>(block + (d / 32 * 1024 + index) * static_cast<int64_t>(sizeof(T)));
+  const int64_t index = std::is_same_v<T, BFloat16> ? pair_index(j, d % kStepDepth) : plain_index(j, d % kStepDepth);
+  return read_value<T>(block + (d / kStepDepth * kStepElements + index) * static_cast<int64_t>(sizeof(T)));
 }
 
 }  // namespace mixtral

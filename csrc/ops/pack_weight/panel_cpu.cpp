@@ -73,7 +73,7 @@ MIXTRAL_INLINE void widen_pairs(const BFloat16* pairs, float* out) {
 
 const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                            BFloat16* scratch) {
-  const int64_t steps = (depth + kStepDepth - 1) / kStepDepth;
+  const int64_t steps = ceil_div(depth, kStepDepth);
   if (weight.format == WeightFormat::kPlain) {
     for (int64_t s = 0; s < steps; ++s)
       transpose_step(weight, expert, column, k + s * kStepDepth, scratch + s * kStepElements);
@@ -95,7 +95,7 @@ const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t col
 template <typename T>
 const float* load_floats(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                          float* scratch) {
-  const int64_t steps = (depth + kStepDepth - 1) / kStepDepth;
+  const int64_t steps = ceil_div(depth, kStepDepth);
   const T* packed =
       static_cast<const T*>(weight.data) + (expert * weight.columns + column) * weight.depth + k * kPanelColumns;
   if constexpr (std::is_same_v<T, float>) {

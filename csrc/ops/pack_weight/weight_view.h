@@ -1,4 +1,4 @@
-// A weight argument of an op, plain [E, N, Kdim] or packed: the shape and dtype tell which.
+// A weight argument of an op, plain [E, N, Kdim] or packed: its dtype and rank tell which.
 #pragma once
 
 #include "../checks.h"
@@ -6,16 +6,19 @@
 
 namespace mixtral {
 
-// The format that dtype and rank mean.
+struct Weight {
+  Tensor tensor;  // contiguous; owns the data of `view`
+  WeightView view;
+};
+
 WeightFormat weight_format(const Tensor& weight);
 
-// `weight` must outlive the view; its data is used only if it is contiguous. Throws when it is neither plain nor in one
-// of the packed formats, or does not go with inputs of type `input`: the same dtype, or BFloat16 when quantised.
-// `symbols` names the dimensions of a plain one, e.g. "[E, N, Kdim]".
-WeightView view_weight(const char* op, const char* name, const Tensor& weight, ScalarType input, const char* symbols);
+// Throws if `weight` is neither plain nor in a packed format, or does not fit inputs of type `input`: a weight has the
+// same dtype, or is quantised and the inputs are BFloat16. `symbols` names the dimensions of a plain one, e.g.
+// "[E, N, Kdim]".
+Weight as_weight(const char* op, const char* name, const Tensor& weight, ScalarType input, const char* symbols);
 
-// Throws unless `weight` stands for [E, columns, depth].
-void check_weight_shape(const char* op, const char* name, const Tensor& weight, const WeightView& view, int64_t columns,
-                        int64_t depth);
+// Throws unless the weight, unpacked, is [E, columns, depth].
+void check_weight_shape(const char* op, const char* name, const Weight& weight, int64_t columns, int64_t depth);
 
 }  // namespace mixtral

@@ -18,8 +18,8 @@ void check_arguments(const char* op, const Tensor& x, const Tensor& weight, doub
 }
 
 // `residual` and `sum` are both given (add_rms_norm) or both null (rms_norm).
-void run(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, const Tensor& out,
-         const Tensor* sum) {
+void launch(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
+            const Tensor& out, const Tensor* sum) {
   const int64_t rows = x.size(0), hidden = x.size(1);
   const Tensor x_contiguous = as_contiguous(x);
   const Tensor weight_contiguous = as_contiguous(weight);
@@ -49,7 +49,7 @@ void run(const char* op, const Tensor& x, const Tensor* residual, const Tensor& 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check_arguments("rms_norm", x, weight, eps);
   Tensor out = new_tensor(x, x.sizes());
-  run("rms_norm", x, nullptr, weight, eps, out, nullptr);
+  launch("rms_norm", x, nullptr, weight, eps, out, nullptr);
   return out;
 }
 
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   check_same_device("add_rms_norm", "residual", residual, x);
   Tensor out = new_tensor(x, x.sizes());
   Tensor sum = new_tensor(x, x.sizes());
-  run("add_rms_norm", x, &residual, weight, eps, out, &sum);
+  launch("add_rms_norm", x, &residual, weight, eps, out, &sum);
   return {out, sum};
 }
 

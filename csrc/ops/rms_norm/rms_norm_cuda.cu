@@ -1,4 +1,3 @@
-#include "../cuda/common.cuh"
 #include "rms_norm.h"
 #include "rms_norm_kernels.cuh"
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../cuda/kernel.cuh"  // Vector, to_float, from_float, block_sum
+
 namespace mixtral::cuda {
 
 inline constexpr int kNormThreads = 256;

@@ -43,8 +43,8 @@ struct KeyLayout {
     return page < 0 || page >= pages ? -1 : page * page_size + position % page_size;
   }
 
-  // How many keys from `position` on lie in successive rows at least.
-  constexpr int64_t run(int64_t position) const {
+  // At least so many keys from `position` on lie in successive rows.
+  constexpr int64_t successive_keys(int64_t position) const {
     return page_table ? page_size - position % page_size : std::numeric_limits<int64_t>::max();
   }
 };

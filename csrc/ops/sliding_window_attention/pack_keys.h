@@ -12,10 +12,6 @@
 
 namespace mixtral {
 
-using cpu::kPanelColumns;
-using cpu::kStepDepth;
-using cpu::kStepElements;
-
 inline constexpr int64_t kKeyBlock = 64;  // blocks start at multiples of it, in absolute positions
 
 // The rows of a block, each of `width` operands.

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../cpu/shared_work.h"
 #include "../dispatch.h"
 #include "attend.h"
 
@@ -97,9 +98,8 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
         return;
       }
     }
-    std::atomic<int64_t> next_item{0};
-    parallel_rows(problem.num_items(), head_dim * 512,
-                  [&](int64_t, int64_t) { launch_attention_cpu(problem, next_item); });
+    cpu::SharedWork items = cpu::SharedWork::of_items(problem.num_items());
+    parallel_rows(problem.num_items(), head_dim * 512, [&](int64_t, int64_t) { launch_attention_cpu(problem, items); });
   });
   return out;
 }

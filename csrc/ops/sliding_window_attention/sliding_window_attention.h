@@ -7,13 +7,16 @@
 // with the keys in pages: it calls attend() too.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #include "../cuda/stream.h"
 #include "attention_index.h"
 
 namespace mixtral {
+
+namespace cpu {
+class SharedWork;  // ../cpu/shared_work.h
+}
 
 template <typename T>
 struct AttentionProblem {
@@ -45,10 +48,9 @@ struct AttentionProblem {
   constexpr int64_t num_items() const { return num_query_tiles(tokens, sequences, tile_tokens()) * num_kv_heads; }
 };
 
-// Work items are taken from next_item until it reaches problem.num_items(): threads that call this with the same
-// counter share the work evenly, and no result depends on which of them takes an item.
+// The share of one of the threads that call this with the same `items`, SharedWork::of_items(problem.num_items()).
 template <typename T>
-void launch_attention_cpu(const AttentionProblem<T>& problem, std::atomic<int64_t>& next_item);
+void launch_attention_cpu(const AttentionProblem<T>& problem, cpu::SharedWork& items);
 
 // head_dim is at most kMaxHeadDimCuda.
 inline constexpr int64_t kMaxHeadDimCuda = 256;

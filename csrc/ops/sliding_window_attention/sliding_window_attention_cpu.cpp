@@ -11,6 +11,7 @@
 
 #include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
+#include "../cpu/shared_work.h"
 #include "online_softmax.h"
 #include "pack_keys.h"
 #include "sliding_window_attention.h"
@@ -36,7 +37,7 @@ class TileWorker {
       : p_(problem),
         multiply_(kernel),
         group_(p_.num_heads / p_.num_kv_heads),
-        width_((p_.head_dim + kPanelColumns - 1) / kPanelColumns * kPanelColumns),
+        width_(round_up(p_.head_dim, kPanelColumns)),
         rows_(group_ * std::min(p_.tile_tokens(), p_.tokens)),
         q_(scratch.q.grow(rows_ * width_)),
         weights_(scratch.weights.grow(rows_ * kKeyBlock)),
@@ -106,7 +107,8 @@ class TileWorker {
     std::fill_n(v_rows_, kKeyBlock, zeros_);
     for (int64_t j = keys.begin; j < keys.end;) {
       int64_t row = p_.keys.row(tile_.sequence, block + j);
-      for (const int64_t run_end = j + std::min(keys.end - j, p_.keys.run(block + j)); j < run_end; ++j, ++row) {
+      for (const int64_t run_end = j + std::min(keys.end - j, p_.keys.successive_keys(block + j)); j < run_end;
+           ++j, ++row) {
         const int64_t offset = (row * p_.num_kv_heads + kv_head_) * p_.head_dim;
         k_rows_[j] = operand_row(p_.k + offset, p_.head_dim, width_, copies_ + j * width_);
         v_rows_[j] = operand_row(p_.v + offset, p_.head_dim, width_, copies_ + (kKeyBlock + j) * width_);
@@ -117,7 +119,7 @@ class TileWorker {
   // Rows of tokens [begin, end) meet the gathered `keys` of the block. Halves of it that no row sees are left out.
   MIXTRAL_INLINE void attend_rows(int64_t block, int64_t begin, int64_t end, const KeyRange& keys) {
     const int64_t panel_begin = keys.begin / kPanelColumns;
-    const int64_t panel_end = (keys.end + kPanelColumns - 1) / kPanelColumns;
+    const int64_t panel_end = ceil_div(keys.end, kPanelColumns);
     const int64_t row = begin * group_, rows = (end - begin) * group_;
     pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_);
     std::fill_n(scores_ + row * kKeyBlock, rows * kKeyBlock, 0.0f);
@@ -158,12 +160,13 @@ class TileWorker {
 };
 
 template <typename T, typename Operand>
-void attend_items(const AttentionProblem<T>& p, MicroKernel<Operand> kernel, std::atomic<int64_t>& next_item) {
-  const int64_t tiles = num_query_tiles(p.tokens, p.sequences, p.tile_tokens()), items = p.num_items();
+void attend_items(const AttentionProblem<T>& p, MicroKernel<Operand> kernel, SharedWork& items) {
+  const int64_t tiles = num_query_tiles(p.tokens, p.sequences, p.tile_tokens());
   static thread_local Scratch<Operand> scratch;
   for_cpu_isa([&] {
     TileWorker<T, Operand> worker(p, kernel, scratch);
-    for (int64_t item = next_item++; item < items; item = next_item++) {
+    for (auto share = items.take(); share.begin < share.end; share = items.take()) {
+      const int64_t item = share.begin;
       // Head after head, so that its keys stay in the cache; the last tiles of a sequence, which see most, first.
       const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, p.tile_tokens(), tiles - 1 - item % tiles);
       if (tile.begin < tile.end) worker.attend_tile(tile, item / tiles);
@@ -175,14 +178,14 @@ void attend_items(const AttentionProblem<T>& p, MicroKernel<Operand> kernel, std
 }  // namespace
 
 template <typename T>
-void launch_attention_cpu(const AttentionProblem<T>& p, std::atomic<int64_t>& next_item) {
+void launch_attention_cpu(const AttentionProblem<T>& p, SharedWork& items) {
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (bf16_kernel() != nullptr) return attend_items<T, BFloat16>(p, bf16_kernel(), next_item);
-  attend_items<T, float>(p, f32_kernel(), next_item);
+    if (bf16_kernel() != nullptr) return attend_items<T, BFloat16>(p, bf16_kernel(), items);
+  attend_items<T, float>(p, f32_kernel(), items);
 }
 
-template void launch_attention_cpu(const AttentionProblem<float>&, std::atomic<int64_t>&);
-template void launch_attention_cpu(const AttentionProblem<BFloat16>&, std::atomic<int64_t>&);
-template void launch_attention_cpu(const AttentionProblem<Half>&, std::atomic<int64_t>&);
+template void launch_attention_cpu(const AttentionProblem<float>&, SharedWork&);
+template void launch_attention_cpu(const AttentionProblem<BFloat16>&, SharedWork&);
+template void launch_attention_cpu(const AttentionProblem<Half>&, SharedWork&);
 
 }  // namespace mixtral

@@ -1,11 +1,17 @@
 #include "swiglu.h"
 
 #include "../dispatch.h"
-#include "../steps.h"
 
 namespace mixtral {
+namespace {
 
-Tensor swiglu_step(const char* op, const Tensor& gate_up) {
+// gate_up [M, 2I] -> [M, I]
+Tensor swiglu(const Tensor& gate_up) {
+  constexpr const char* op = "swiglu";
+  check_rank(op, "gate_up", gate_up, 2, "[M, 2I]");
+  check_float(op, "gate_up", gate_up);
+  MIXTRAL_CHECK(gate_up.size(1) % 2 == 0, op, ": gate_up must have an even size in dimension 1, got shape ",
+                shape_string(gate_up));
   const int64_t rows = gate_up.size(0), intermediate = gate_up.size(1) / 2;
   const Tensor gate_up_contiguous = as_contiguous(gate_up);
   const Tensor out = new_tensor(gate_up, {rows, intermediate});
@@ -25,16 +31,6 @@ Tensor swiglu_step(const char* op, const Tensor& gate_up) {
     });
   });
   return out;
-}
-
-namespace {
-
-Tensor swiglu(const Tensor& gate_up) {
-  check_rank("swiglu", "gate_up", gate_up, 2, "[M, 2I]");
-  check_float("swiglu", "gate_up", gate_up);
-  MIXTRAL_CHECK(gate_up.size(1) % 2 == 0, "swiglu: gate_up must have an even size in dimension 1, got shape ",
-                shape_string(gate_up));
-  return swiglu_step("swiglu", gate_up);
 }
 
 }  // namespace

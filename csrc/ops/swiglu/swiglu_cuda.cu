@@ -1,5 +1,5 @@
 // One thread per output value; a grid row per row of the matrix.
-#include "../cuda/common.cuh"
+#include "../host_device.h"
 #include "swiglu.h"
 #include "swiglu_value.cuh"
 
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 int launch_swiglu_cuda(const T* gate_up, T* out, int64_t rows, int64_t intermediate, cudaStream_t stream) {
   if (rows == 0 || intermediate == 0) return cudaSuccess;
-  const int64_t blocks = (intermediate + kThreads - 1) / kThreads;
+  const int64_t blocks = ceil_div(intermediate, kThreads);
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(blocks < kMaxGridY ? blocks : kMaxGridY));
   swiglu_elementwise_kernel<<<grid, kThreads, 0, stream>>>(gate_up, out, intermediate);
   return cudaGetLastError();

@@ -1,6 +1,7 @@
-// The value that the CUDA kernels with a swiglu in them share: the same bits alone and behind a product. Include
-// cuda/common.cuh (or what stands for it) first.
+// One value of swiglu, for all CUDA kernels that compute it: the op and products with swiglu give the same bits.
 #pragma once
+
+#include "../cuda/kernel.cuh"  // to_float, from_float
 
 namespace mixtral::cuda {
 

@@ -4,13 +4,19 @@
 #include <tuple>
 
 #include "../dispatch.h"
-#include "../steps.h"
 
 namespace mixtral {
+namespace {
 
-std::tuple<Tensor, Tensor> topk_softmax_step(const char* op, const Tensor& router_logits, int64_t top_k,
-                                             bool renormalize) {
+// router_logits [T, E] -> weights [T, K], ids [T, K]
+std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize) {
+  constexpr const char* op = "topk_softmax";
+  check_rank(op, "router_logits", router_logits, 2, "[T, E]");
+  check_float(op, "router_logits", router_logits);
   const int64_t tokens = router_logits.size(0), experts = router_logits.size(1);
+  MIXTRAL_CHECK(top_k >= 1 && top_k <= experts, op, ": top_k must be in [1, ", experts, "], got ", top_k);
+  MIXTRAL_CHECK(experts <= std::numeric_limits<int32_t>::max(), op, ": router_logits must have at most 2^31 - 1 ",
+                "experts, got ", experts);
   const Tensor logits = as_contiguous(router_logits);
   const Tensor weights = new_tensor(logits, {tokens, top_k}, ScalarType::Float);
   const Tensor ids = new_tensor(logits, {tokens, top_k}, ScalarType::Int);
@@ -32,20 +38,6 @@ std::tuple<Tensor, Tensor> topk_softmax_step(const char* op, const Tensor& route
     });
   });
   return {weights, ids};
-}
-
-namespace {
-
-// router_logits [T, E] -> weights [T, K], ids [T, K]
-std::tuple<Tensor, Tensor> topk_softmax(const Tensor& router_logits, int64_t top_k, bool renormalize) {
-  constexpr const char* op = "topk_softmax";
-  check_rank(op, "router_logits", router_logits, 2, "[T, E]");
-  check_float(op, "router_logits", router_logits);
-  const int64_t experts = router_logits.size(1);
-  MIXTRAL_CHECK(top_k >= 1 && top_k <= experts, op, ": top_k must be in [1, ", experts, "], got ", top_k);
-  MIXTRAL_CHECK(experts <= std::numeric_limits<int32_t>::max(), op, ": router_logits must have at most 2^31 - 1 ",
-                "experts, got ", experts);
-  return topk_softmax_step(op, router_logits, top_k, renormalize);
 }
 
 }  // namespace

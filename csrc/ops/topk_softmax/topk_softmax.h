@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "../cuda/stream.h"
-#include "../index_array.h"
+#include "../host_device.h"
 
 namespace mixtral {
 

@@ -1,7 +1,6 @@
 // One warp per token.
 #include <cmath>
 
-#include "../cuda/common.cuh"
 #include "topk_softmax_kernels.cuh"
 
 namespace mixtral {
@@ -27,9 +26,8 @@ int launch_topk_softmax_cuda(const T* logits, float* weights, int32_t* ids, int6
                              int64_t top_k, bool renormalize, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   constexpr int64_t kTokensPerBlock = kThreads / kWarpSize;
-  topk_softmax_warp_kernel<<<static_cast<unsigned>((tokens + kTokensPerBlock - 1) / kTokensPerBlock), kThreads, 0,
-                             stream>>>(logits, weights, ids, tokens, static_cast<int>(experts), static_cast<int>(top_k),
-                                       renormalize);
+  topk_softmax_warp_kernel<<<static_cast<unsigned>(ceil_div(tokens, kTokensPerBlock)), kThreads, 0, stream>>>(
+      logits, weights, ids, tokens, static_cast<int>(experts), static_cast<int>(top_k), renormalize);
   return cudaGetLastError();
 }
 

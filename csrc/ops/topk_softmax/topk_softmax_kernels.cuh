@@ -2,6 +2,7 @@
 // at a time.
 #pragma once
 
+#include "../cuda/kernel.cuh"  // kWarpSize, to_float, warp_sum
 #include "topk_softmax.h"
 
 namespace mixtral::cuda {

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 
+from .._torch_version import check_ops
+
 LIBRARY = Path(__file__).resolve().parent.parent / "libmixtral_ops.so"
 
 
 def load_library() -> None:
-    """Load the op library from the package folder. Raises ImportError when it has not been built."""
+    """Load the op library from the package folder. Raises ImportError when it is not built or torch is too old."""
+    check_ops()
     if not LIBRARY.exists():
         raise ImportError(f"{LIBRARY} is missing: build it with `cmake --build build` or `pip install .`")
     torch.ops.load_library(LIBRARY)

@@ -1,6 +1,6 @@
 // The building blocks of csrc/ops/cuda/{hopper,tensor_map}.cuh for the emulated GPU, from the text of the PTX ISA
-// alone: nothing here asks the kernels how they think that memory is laid out. wgmma.h has the matrix products. Include
-// it before a kernel header.
+// alone: nothing here asks the kernels how they think that memory is laid out. wgmma.h has the matrix products. Kernels
+// include both through csrc/ops/cuda/kernel.cuh and kernel_hopper.cuh.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -1,6 +1,4 @@
 // Launchers of the grouped GEMM of few rows: tensor maps and grid, from shapes alone.
-#include "../../cuda/tensor_map.cuh"
-#include "../../cuda/wgmma.cuh"
 #include "grouped_gemm_stream_hopper.cuh"
 #include "quantize_rows_hopper.cuh"
 

@@ -37,6 +37,7 @@
 #include <cstdint>
 
 #include "../../cuda/hopper_layout.h"
+#include "../../cuda/kernel_hopper.cuh"
 #include "../../swiglu/swiglu_value.cuh"
 #include "grouped_gemm_stream_hopper.h"
 #include "grouped_gemm_stream_routing_hopper.cuh"

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "../../cuda/kernel_hopper.cuh"
 #include "grouped_gemm_stream_hopper.h"
 
 namespace mixtral::cuda {

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "../../cuda/hopper_layout.h"
+#include "../../cuda/kernel_hopper.cuh"
 #include "../../pack_weight/packed_value.h"
 #include "grouped_gemm_stream_hopper.h"
 

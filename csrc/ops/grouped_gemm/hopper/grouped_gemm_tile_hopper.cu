@@ -1,8 +1,6 @@
 // Launchers of the grouped products for Hopper.
 #include <algorithm>
 
-#include "../../cuda/tensor_map.cuh"
-#include "../../cuda/wgmma.cuh"
 #include "grouped_gemm_tile_hopper.cuh"
 #include "grouped_gemm_tile_hopper.h"
 

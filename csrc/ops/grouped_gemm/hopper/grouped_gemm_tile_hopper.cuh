@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "../../cuda/hopper_layout.h"
+#include "../../cuda/kernel_hopper.cuh"
 #include "../../swiglu/swiglu_value.cuh"
 #include "../grouped_gemm.h"
 #include "../tiles.h"

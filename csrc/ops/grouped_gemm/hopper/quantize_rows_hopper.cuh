@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../../cuda/kernel_hopper.cuh"  // pack_e4m3, dependent launch
 #include "../e4m3_row_scale.cuh"
 #include "grouped_gemm_stream_hopper.h"
 

@@ -1,4 +1,3 @@
-#include "../../cuda/hopper.cuh"
 #include "attention_decode_hopper.cuh"
 
 namespace mixtral {

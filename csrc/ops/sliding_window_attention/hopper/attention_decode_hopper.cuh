@@ -26,10 +26,9 @@
 // Issue: some 750 instructions a warp and stage of 64 keys (SASS of the main loop, 16 rows, D = 128): 240 copy, 110
 // look up a row (three divisions), 40 feed the tensor cores, the rest is softmax and addresses. That is 47 a key, a
 // third of the 2200 cycles in which a multiprocessor's share of the bandwidth brings a stage.
-//
-// Who includes this includes the building blocks first: ../cuda/hopper.cuh, or those of the GPU emulator in tests/cpp.
 #pragma once
 
+#include "../../cuda/kernel_hopper.cuh"  // cp.async
 #include "attention_decode_rows_hopper.cuh"
 
 namespace mixtral::cuda {

@@ -36,11 +36,11 @@ constexpr int64_t decode_keys_bound(const DecodeProblem& p) {
 // that of H100 and H200, so that all of them give the same bits.
 constexpr DecodePlan decode_plan(const DecodeProblem& p) {
   constexpr int64_t kBlocksAtOnce = 2 * 132, kLeastKeys = 256, kMaxSplits = 32;
-  const int64_t group = p.num_heads / p.num_kv_heads, tokens = (p.tokens + p.sequences - 1) / p.sequences;
+  const int64_t group = p.num_heads / p.num_kv_heads, tokens = ceil_div(p.tokens, p.sequences);
   int rows = kDecodeTileRows;
   while (rows < tokens * group && rows < kMaxDecodeRows) rows *= 2;
   int64_t splits = kBlocksAtOnce / (p.sequences * p.num_kv_heads);
-  const int64_t most = (decode_keys_bound(p) - 1) / kLeastKeys + 1;
+  const int64_t most = (decode_keys_bound(p) - 1) / kLeastKeys + 1;  // the sum of ceil_div could overflow
   splits = splits < most ? splits : most;
   splits = splits < 1 ? 1 : splits < kMaxSplits ? splits : kMaxSplits;
   return {rows, static_cast<int>(splits), rows / group, num_query_tiles(p.tokens, p.sequences, rows / group)};
@@ -50,7 +50,7 @@ constexpr DecodePlan decode_plan(const DecodeProblem& p) {
 // more of them than a tile has is right too; its keys are read once per tile.
 constexpr bool decode_shapes_fit(const DecodeProblem& p) {
   if (p.tokens == 0 || p.num_heads == 0 || (p.head_dim != 64 && p.head_dim != 128)) return false;
-  const int64_t group = p.num_heads / p.num_kv_heads, tokens = (p.tokens + p.sequences - 1) / p.sequences;
+  const int64_t group = p.num_heads / p.num_kv_heads, tokens = ceil_div(p.tokens, p.sequences);
   return tokens * group <= kMaxDecodeRows;
 }
 
@@ -70,7 +70,7 @@ struct DecodeWorkspace {
 };
 
 constexpr int64_t decode_arrival_bytes(const DecodeProblem& p, const DecodePlan& plan) {
-  return (plan.tiles * p.num_kv_heads * static_cast<int64_t>(sizeof(int)) + 15) / 16 * 16;
+  return round_up(plan.tiles * p.num_kv_heads * static_cast<int64_t>(sizeof(int)), 16);
 }
 
 // 0: none is needed.
@@ -93,7 +93,7 @@ struct KeyBlocks {
 };
 constexpr KeyBlocks split_blocks(const KeyRange& range, int split, int splits) {
   if (range.begin >= range.end) return {0, 0};
-  const int64_t first = range.begin / kDecodeKeys, blocks = (range.end - 1) / kDecodeKeys + 1 - first;
+  const int64_t first = range.begin / kDecodeKeys, blocks = ceil_div(range.end, kDecodeKeys) - first;
   return {first + blocks * split / splits, first + blocks * (split + 1) / splits};
 }
 

@@ -1,6 +1,7 @@
 // The 16 query rows of a warp of attention_decode_hopper.cuh, and what becomes of them when keys pass by.
 #pragma once
 
+#include "../../cuda/kernel_hopper.cuh"  // ldmatrix, mma
 #include "attention_decode_hopper.h"
 
 namespace mixtral::cuda {

@@ -1,6 +1,4 @@
 // Launcher of attention_prefill_hopper.cuh: tensor maps and the grid.
-#include "../../cuda/tensor_map.cuh"
-#include "../../cuda/wgmma.cuh"
 #include "attention_prefill_hopper.cuh"
 #include "attention_prefill_hopper.h"
 

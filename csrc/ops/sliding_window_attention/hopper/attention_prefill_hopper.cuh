@@ -1,8 +1,8 @@
 // Attention of many queries on Hopper, bf16, head dim 128, keys packed or in pages. After Shah et al.,
 // "FlashAttention-3" (2024).
 //
-// A block computes one tile: 128 rows (tokens x query heads of one key/value head, attention_blocks.h) against blocks
-// of 128 keys, which pass through a ring of two stages. Its warps:
+// A block computes one tile: 128 rows (tokens x query heads of one key/value head, attention_prefill_blocks_hopper.h)
+// against blocks of 128 keys, which pass through a ring of two stages. Its warps:
 //   0-3, 4-7   two warpgroups, 64 rows each: S = Q K^T (wgmma from shared memory), online softmax in registers, and
 //              O += P V with P from registers: the accumulator of S, rounded, is the fragment of P.
 //   8, 9-11    load, and clean values that not all rows see (attention_prefill_loads_hopper.cuh).
@@ -19,12 +19,11 @@
 //
 // A row's bits depend on its own query and keys alone: blocks of keys lie at absolute positions and come in rising
 // order, and one of which a row sees nothing multiplies its sums by one and adds zeros.
-//
-// Who includes this includes the building blocks first: ../cuda/{tensor_map,wgmma}.cuh, or those of the GPU emulator.
 #pragma once
 
 #include <cstdint>
 
+#include "../../cuda/kernel_hopper.cuh"
 #include "attention_prefill_loads_hopper.cuh"
 
 namespace mixtral::cuda::prefill {

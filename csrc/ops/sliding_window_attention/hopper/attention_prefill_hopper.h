@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "../attention_blocks.h"
 #include "../sliding_window_attention.h"
+#include "attention_prefill_blocks_hopper.h"
 
 namespace mixtral {
 

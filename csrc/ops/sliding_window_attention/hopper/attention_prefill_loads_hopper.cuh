@@ -5,8 +5,9 @@
 #include <cstdint>
 
 #include "../../cuda/hopper_layout.h"
-#include "../attention_blocks.h"
+#include "../../cuda/kernel_hopper.cuh"
 #include "../sliding_window_attention.h"
+#include "attention_prefill_blocks_hopper.h"
 
 namespace mixtral::cuda::prefill {
 

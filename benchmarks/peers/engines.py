@@ -47,18 +47,6 @@ class Ours:
         self.model.generate(prompts_of(batch, prompt), max_tokens=steps + 1, ignore_eos=True)  # the prefill gives one
         return self.model.timings.decode_seconds
 
-    def profile(self, prompt: int, tokens: int) -> dict[str, float]:
-        """Shares of the time that each op takes to read ``prompt`` tokens and write ``tokens``; "other" is the rest."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-            start = time.perf_counter()
-            self.model.generate(prompts_of(1, prompt), max_tokens=tokens, ignore_eos=True)
-            seconds = time.perf_counter() - start
-        events = [event for event in profiler.key_averages() if event.key.startswith("mixtral::")]
-        shares = {event.key.removeprefix("mixtral::"): event.cpu_time_total / 1e6 / seconds for event in events}
-        return shares | {"other": 1 - sum(shares.values())}
-
 
 class Transformers:
     """Hugging Face transformers. DTYPE: a torch dtype's name."""
@@ -184,7 +172,7 @@ class Worker:
         )
         self.load_seconds: float = self._answer()
 
-    def ask(self, command: str, **arguments: int | str) -> float | dict[str, float]:
+    def ask(self, command: str, **arguments: int | str) -> float | None:
         """Run the engine's method ``command``; returns what it returns."""
         self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
         self._process.stdin.flush()
@@ -194,7 +182,7 @@ class Worker:
         self._process.stdin.close()
         self._process.wait()
 
-    def _answer(self) -> float | dict[str, float]:
+    def _answer(self) -> float | None:
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
@@ -207,7 +195,7 @@ def serve(engine: str, path: str, dtype: str, threads: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not look like an answer
 
-    def answer(value: float | dict[str, float] | None) -> None:
+    def answer(value: float | None) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engines import Worker
+from peers.engines import Worker
 from roofline import measure_read_bandwidth
 
-# What is profiled: tokens of the prompt and tokens written. A prompt of one token is a decode step as well.
-PROFILES = {"prefill 512": {"prompt": 512, "tokens": 1}, "decode": {"prompt": 1, "tokens": 64}}
 PEERS = ("transformers", "llama.cpp")
 EXPERTS = {"transformers": ["eager", "grouped_mm"]}  # its better implementation counts
 
@@ -45,7 +43,6 @@ class Turns:
     load_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, float] = field(default_factory=dict)
     bandwidth: list[float] = field(default_factory=list)  # GB/s, once a round
-    profiles: dict[str, dict[str, float]] = field(default_factory=dict)  # of ours: measure -> op -> share of the time
 
     def rate(self, engine: str, measure: str) -> float | None:
         """The median of the engine's best implementation; None when it was not asked."""
@@ -86,8 +83,6 @@ def run_turns(
                     run_measure(worker, measure, turns)
         for worker in workers:
             turns.peak_memory[worker.engine] = worker.ask("peak_memory")
-            if worker.engine == "ours" and measures is MEASURES:
-                turns.profiles = {name: worker.ask("profile", **tokens) for name, tokens in PROFILES.items()}
     finally:
         for worker in workers:
             worker.close()

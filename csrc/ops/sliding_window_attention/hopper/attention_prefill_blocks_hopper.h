@@ -2,7 +2,8 @@
 // constexpr for host and device.
 #pragma once
 
-#include "attention_index.h"
+#include "../../host_device.h"
+#include "../attention_index.h"
 
 namespace mixtral {
 
@@ -31,7 +32,7 @@ constexpr PrefillKeys prefill_keys(KeyRange first, KeyRange last) {
   const int64_t origin = first.begin / kBlockKeys * kBlockKeys;
   const int64_t count = last.end > first.begin ? last.end - origin : 0;
   return {origin,
-          static_cast<int>((count + kBlockKeys - 1) / kBlockKeys),
+          static_cast<int>(ceil_div(count, kBlockKeys)),
           static_cast<int>(first.begin - origin),
           static_cast<int>(count),
           static_cast<int>(last.begin - origin),

@@ -1,0 +1,44 @@
+// Ops without their argument checks, for ops that are chains of others (moe_mlp). The public op of the same name checks
+// its arguments and then calls the function here.
+//
+// Every result is rounded to the dtype of the input. Large results go into `out`, contiguous memory of the caller's
+// choice. `op` is the name for error messages: on the CPU, expert ids and offsets are checked here, before the first
+// write into `out`, since that takes a look at the data.
+#pragma once
+
+#include "checks.h"
+#include "index_array.h"
+#include "pack_weight/weight_view.h"
+
+namespace mixtral {
+
+// `t` must be contiguous and outlive the array.
+inline IndexArray index_array(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
+
+namespace internal {
+
+struct PermutationIndex {
+  Tensor offs;     // [E] int32 end offsets
+  Tensor row_map;  // [T, K] int32
+};
+
+// x [T, H], topk_ids [T, K] -> out [M, H] and the index
+PermutationIndex moe_permute(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts,
+                             const Tensor& out);
+
+// a [M, Kdim], b [E, N, Kdim], offs [E] -> out [M, N]
+void grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
+
+// a [M, Kdim], b [E, 2I, Kdim], offs [E] -> out [M, I]: the bits of grouped_gemm followed by swiglu, in one pass where
+// the device has a kernel for that.
+void grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
+
+// y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
+Tensor moe_unpermute(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
+
+// The same for rows in the order of their tokens: copy k of token t is row t K + k of y. Copies whose expert in ids
+// [T, K] is outside [0, E) are skipped.
+Tensor moe_combine(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& ids, int64_t num_experts);
+
+}  // namespace internal
+}  // namespace mixtral
