@@ -206,6 +206,8 @@ def test_chat_over_a_pipe_answers_line_by_line():
     twice = mixtral(*arguments, "-v", stdin=b"Once upon a time\nOnce upon a time\n")
     first, second = (int(count) for count in re.findall(rb"prompt (\d+) tokens", twice.stderr))
     assert twice.stdout.startswith(once) and second > 2 * first  # the history goes in again
+    cached = [int(count) for count in re.findall(rb"\((\d+) cached\)", twice.stderr)]
+    assert len(cached) == 1 and first <= cached[0] < second  # and is not computed again
 
 
 def test_chat_drops_the_oldest_turns_when_the_context_is_full():
