@@ -35,7 +35,7 @@ __device__ __forceinline__ void partial_logits(const T* const (&x)[kTokens], con
       for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
         for (int i = 0; i < kValues; ++i) {
-          // x is rounded to the router's dtype: a matter of form, since R is float or T.
+          // x needs no rounding to the router's dtype: R is float or T.
           sums[t][e] = fmaf(to_float(values[t].values[i]), to_float(weight.values[i]), sums[t][e]);
         }
       }

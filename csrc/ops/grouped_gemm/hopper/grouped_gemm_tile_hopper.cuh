@@ -7,7 +7,7 @@
 // 128 of up that belong to them, so that one thread holds both halves of a value, as sums i and i + 64.
 //
 // Rows of groups are compact: a tile may load rows of the next group, or zeros behind the last row and the last column.
-// Their sums are never stored, and a warpgroup without rows in a tile lets it pass. A warp brings its sums through 2 KB
+// Their sums are never stored, and a warpgroup without rows in a tile skips it. A warp brings its sums through 2 KB
 // of shared memory into rows of 128 bytes that it stores 16 bytes a thread; only the threads of a warp wait for each
 // other.
 //
@@ -31,7 +31,7 @@ namespace mixtral::cuda {
 
 inline constexpr int kGemmRows = 128, kGemmColumns = 256, kGemmDepth = 64, kGemmStages = 4;
 inline constexpr int kGemmThreads = 384, kGemmWarps = 8;   // warps that multiply
-inline constexpr int kStoreRows = 16, kStoreColumns = 64;  // what a warp stores at a time
+inline constexpr int kStoreRows = 16, kStoreColumns = 64;  // a warp stores so many at a time
 
 struct alignas(kSwizzleAtomBytes) GemmShared {
   unsigned char a[kGemmStages][kGemmRows * kSwizzleRowBytes];
@@ -171,7 +171,7 @@ __device__ __forceinline__ void store_tile(GemmShared& shared, const GroupedGemm
     }
     __syncwarp();
     store_rows(values, gemm.out, out_columns<kSwiglu>(gemm), row, tile.row_end, column + part * kStoreColumns);
-    __syncwarp();  // all has been read: the next part or tile may come
+    __syncwarp();  // all has been read: the memory is free for the next part or tile
   }
 }
 
