@@ -6,7 +6,7 @@
 // 256 columns: the largest product of wgmma, 128 f32 sums a thread. With swiglu the 256 columns are 128 of gate and the
 // 128 of up that belong to them, so that one thread holds both halves of a value, as sums i and i + 64.
 //
-// Rows of groups are compact: a tile may load rows of the next group, or zeros behind the last row and the last column.
+// Rows of groups are compact: a tile may load rows of the next group, or zeros after the last row and the last column.
 // Their sums are never stored, and a warpgroup without rows in a tile skips it. A warp brings its sums through 2 KB
 // of shared memory into rows of 128 bytes that it stores 16 bytes a thread; only the threads of a warp wait for each
 // other.
@@ -57,7 +57,7 @@ __device__ __forceinline__ int64_t out_columns(const GroupedGemm<BFloat16>& gemm
 template <bool kSwiglu>
 inline constexpr int kOutColumns = kSwiglu ? kGemmColumns / 2 : kGemmColumns;
 
-// Tile `index` of all blocks' tiles, and its steps along the depth: none for rows behind the last group.
+// Tile `index` of all blocks' tiles, and its steps along the depth: none for rows after the last group.
 template <bool kSwiglu>
 __device__ __forceinline__ GemmTile gemm_tile(const GroupedGemm<BFloat16>& gemm, int64_t index) {
   return find_gemm_tile(gemm.offs, gemm.b.experts, gemm.rows, kGemmRows,

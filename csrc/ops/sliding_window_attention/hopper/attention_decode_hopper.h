@@ -104,7 +104,7 @@ constexpr int decode_tile_offset(int key, int chunk) {
   return key * kHeadDim * 2 + (chunk ^ key % 8) * 16;
 }
 
-// `workspace` has decode_workspace_bytes(problem, decode_plan(problem)), aligned to 16 bytes, whatever they hold.
+// `workspace` has decode_workspace_bytes(problem, decode_plan(problem)), aligned to 16 bytes, with any contents.
 // Returns a cudaError_t.
 int launch_attention_decode_hopper(const DecodeProblem& problem, void* workspace, cudaStream_t stream);
 
