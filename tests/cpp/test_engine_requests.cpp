@@ -268,9 +268,10 @@ TEST(EngineRequests, WhatCanNeverFitFailsAlone) {
 }
 
 TEST(EngineRequests, ACacheThatMemoryCannotHoldIsRefusedWithNumbers) {
-  Config config = tiny_config(4, 2, /*window=*/0);
-  config.max_position = int64_t{1} << 40;
-  Engine engine = make_engine(tiny_model(config));
+  Engine::Options options;
+  options.page_size = 4;
+  options.ctx_size = int64_t{1} << 40;
+  Engine engine(tiny_model(tiny_config(4, 2, /*window=*/0)), std::nullopt, options);
   try {
     engine.generate({{1}}, {params(int64_t{1} << 32)});
     FAIL();
@@ -283,7 +284,7 @@ TEST(EngineRequests, ACacheThatMemoryCannotHoldIsRefusedWithNumbers) {
 // Requests of random sizes at random times: the pool grows under running ones, some wait, some are cancelled.
 TEST(EngineRequests, RandomArrivalsGetTheirResultsAndLeaveNoPageBehind) {
   const auto model = tiny_model(tiny_config(4, 2, /*window=*/8));
-  for (const int64_t kv_pages : {0, 8}) {
+  for (const int64_t kv_pages : {0, 12}) {  // the largest request needs ceil((7 + 25) / 4) + 1 pages
     Engine engine = make_engine(model, kv_pages);
     std::mt19937 random(5);
     std::map<size_t, Waiter> waiters;
