@@ -26,8 +26,8 @@ int64_t kv_bytes_per_token(const Config& config, const WeightType& type) {
   return config.kv_bytes_per_token(type.element_size());
 }
 
-int64_t quantized_bytes(const Config& config, Packing packing) {
-  return bytes(weight_bytes(config, {"bfloat16", packing}));
+int64_t bytes_of(const Config& config, const std::string& dtype, Packing packing = Packing::kNone) {
+  return bytes(weight_bytes(config, {dtype, packing}));
 }
 
 std::string stored_dtype(const Config& config) {
@@ -66,12 +66,12 @@ nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const Wei
                            {"total_parameters", parameters},
                            {"active_parameters", config.active_parameters()}};
   result["memory"] = {{"weights_bytes_by_dtype",
-                       {{"float32", 4 * parameters},
-                        {"bfloat16", 2 * parameters},
-                        {"float16", 2 * parameters},
-                        {"int8", quantized_bytes(config, Packing::kInt8)},
-                        {"fp8", quantized_bytes(config, Packing::kFp8)},
-                        {"int4", quantized_bytes(config, Packing::kInt4)}}},
+                       {{"float32", bytes_of(config, "float32")},
+                        {"bfloat16", bytes_of(config, "bfloat16")},
+                        {"float16", bytes_of(config, "float16")},
+                        {"int8", bytes_of(config, "bfloat16", Packing::kInt8)},
+                        {"fp8", bytes_of(config, "bfloat16", Packing::kFp8)},
+                        {"int4", bytes_of(config, "bfloat16", Packing::kInt4)}}},
                       {"weights_bytes", bytes(memory.weights)},
                       {"kv_bytes_per_token", kv_bytes_per_token(config, type)},
                       {"ctx_size", memory.ctx_size},
@@ -114,10 +114,10 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   text += line("parameters", billions(parameters));
   text += line("active", billions(config.active_parameters()) + " per token");
   text += line("dtype", type.name() + " (checkpoint: " + stored_dtype(config) + ")");
-  text += line("weights", bytes_text(memory.weights) + "; float32 " + size_of(4 * parameters) +
-                              ", bfloat16 and float16 " + size_of(2 * parameters) + ", int8 and fp8 " +
-                              size_of(quantized_bytes(config, Packing::kInt8)) + ", int4 " +
-                              size_of(quantized_bytes(config, Packing::kInt4)));
+  text += line("weights", bytes_text(memory.weights) + "; float32 " + size_of(bytes_of(config, "float32")) +
+                              ", bfloat16 and float16 " + size_of(bytes_of(config, "bfloat16")) + ", int8 and fp8 " +
+                              size_of(bytes_of(config, "bfloat16", Packing::kInt8)) + ", int4 " +
+                              size_of(bytes_of(config, "bfloat16", Packing::kInt4)));
   text += line("cache", size_of(kv_bytes_per_token(config, type)) + " per token; " + bytes_text(memory.cache) +
                             " for a context of " + number(memory.ctx_size) + " (at most " +
                             number(memory.cached_tokens) + " tokens kept)");

@@ -103,7 +103,8 @@ def test_info_of_mixtral_8x7b_needs_no_weights(big_model):
     assert info["total_parameters"] == 46_702_792_704 and info["active_parameters"] == 12_879_925_248
     assert info["window"] == 0 and info["window_source"]
     memory = info["memory"]
-    assert memory["weights_bytes"] == 2 * 46_702_792_704
+    router = 32 * 8 * 4096  # in float32, whatever the weights are
+    assert memory["weights_bytes"] == memory["weights_bytes_by_dtype"]["bfloat16"] == 2 * 46_702_792_704 + 2 * router
     assert memory["weights_bytes_by_dtype"]["float32"] == 4 * 46_702_792_704
     assert memory["kv_bytes_per_token"] == 2 * 2 * 32 * 8 * 128  # keys and values, bf16, layers, heads, head_dim
     assert memory["ctx_size"] == 32768 and memory["kv_bytes"] >= 32768 * memory["kv_bytes_per_token"]
@@ -206,6 +207,8 @@ def test_chat_over_a_pipe_answers_line_by_line():
     twice = mixtral(*arguments, "-v", stdin=b"Once upon a time\nOnce upon a time\n")
     first, second = (int(count) for count in re.findall(rb"prompt (\d+) tokens", twice.stderr))
     assert twice.stdout.startswith(once) and second > 2 * first  # the history goes in again
+    cached = [int(count) for count in re.findall(rb"\((\d+) cached\)", twice.stderr)]
+    assert len(cached) == 1 and first <= cached[0] < second  # and is not computed again
 
 
 def test_chat_drops_the_oldest_turns_when_the_context_is_full():

@@ -72,15 +72,16 @@ TEST_F(SequenceText, AStopStringThatOnlyTheEndCompletesIsAStop) {
 TEST_F(SequenceText, TextHeldBackForAStopStringIsShownAtTheEnd) {
   std::string shown;
   const auto plain = run({letter_a(), letter_a()}, params(2));
-  const auto held = run({letter_a(), letter_a()}, params(2, {"aaa"}), &shown);
+  const auto held = run({letter_a(), letter_a()}, params(2, {plain.text + "!"}), &shown);
   EXPECT_EQ(held.finish_reason, "length");
   EXPECT_EQ(held.text, plain.text);
   EXPECT_EQ(shown, plain.text);
 }
 
 TEST_F(SequenceText, AStopStringInTheLastTokenIsAStopAndNotALength) {
-  EXPECT_EQ(run({letter_a(), letter_a()}, params(2, {"aa"})).finish_reason, "stop");
-  EXPECT_EQ(run({letter_a(), letter_a()}, params(2)).finish_reason, "length");
+  const auto plain = run({letter_a(), letter_a()}, params(2));
+  EXPECT_EQ(plain.finish_reason, "length");
+  EXPECT_EQ(run({letter_a(), letter_a()}, params(2, {plain.text})).finish_reason, "stop");
 }
 
 TEST_F(SequenceText, AnErrorKeepsTheTextUntilThen) {

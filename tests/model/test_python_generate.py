@@ -132,6 +132,33 @@ def test_on_text_gets_the_text_and_can_end_it(demo):
     assert out.finish_reason == "cancelled" and len(out.token_ids) < 16
 
 
+def test_on_text_that_returns_false_cancels_its_own_prompt_alone(demo):
+    first, second = demo.generate(["The", "And"], max_tokens=8, ignore_eos=True, on_text=lambda i, piece: i != 0)
+    assert (first.finish_reason, second.finish_reason) == ("cancelled", "length")
+    assert second.token_ids == demo.generate("And", max_tokens=8, ignore_eos=True)[0].token_ids
+
+
+def test_a_session_computes_only_what_is_new(demo):
+    prompt = demo.tokenizer.encode("Once upon a time", add_bos=True)
+    first = demo.generate(prompt, max_tokens=8, ignore_eos=True, session="story")[0]
+    assert demo.timings.cached_tokens == 0
+    longer = [*prompt, *first.token_ids, *demo.tokenizer.encode("and then")]
+    again = demo.generate(longer, max_tokens=8, ignore_eos=True, session="story")[0]
+    assert demo.timings.cached_tokens == len(prompt) + 8 - 1 < demo.timings.prompt_tokens == len(longer)
+    assert again.token_ids == demo.generate(longer, max_tokens=8, ignore_eos=True)[0].token_ids
+    "".join(demo.stream(longer, max_tokens=2, session="story"))
+    assert demo.timings.cached_tokens == len(longer) - 1
+
+
+def test_a_cache_beyond_its_limit_is_a_memory_error():
+    model = mixtral.Mixtral.from_config(tiny_config(window=0), kv_memory=20_000)
+    with pytest.raises(MemoryError, match="kv_memory allows"):
+        model.generate([5], max_tokens=200)
+    assert len(model.generate([5], max_tokens=20, ignore_eos=True)[0].token_ids) == 20
+    with pytest.raises(ValueError, match="kv_memory"):
+        mixtral.Mixtral.from_config(tiny_config(), kv_memory=-1)
+
+
 def test_an_error_in_on_text_reaches_the_caller_and_leaves_the_model_usable(demo):
     def fail(index, piece):
         raise KeyError("mine")
@@ -178,6 +205,33 @@ def test_closing_a_stream_ends_the_work(demo):
 def test_errors_of_a_stream_reach_the_reader(demo):
     with pytest.raises(ValueError, match="top_p"):
         next(demo.stream("The", top_p=2.0))
+    small = mixtral.Mixtral(demo._model, demo.tokenizer, kv_memory=1)
+    with pytest.raises(MemoryError, match="kv_memory"):
+        next(small.stream("The"))
+
+
+def test_streams_run_side_by_side(demo):
+    expected = ["".join(demo.stream(prompt, max_tokens=16)) for prompt in ("The", "And")]
+    streams = [demo.stream(prompt, max_tokens=16) for prompt in ("The", "And")]
+    texts = ["", ""]
+    for _ in range(17):
+        texts = [text + next(stream, "") for text, stream in zip(texts, streams, strict=True)]
+    assert texts == expected
+
+
+@pytest.mark.parametrize("leave", ["", "raise SystemExit(0)", "stream = [stream]; stream.append(stream)"])
+def test_the_interpreter_exits_with_a_stream_open(leave):
+    code = f"""
+import mixtral
+model = mixtral.Mixtral.from_pretrained({str(DEMO)!r})
+stream = model.stream("The", max_tokens=4000, ignore_eos=True)
+next(stream)
+print("open", flush=True)
+{leave}
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.stdout, run.stderr, run.returncode) == ("open\n", "", 0)
 
 
 @pytest.mark.parametrize(
