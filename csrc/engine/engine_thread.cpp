@@ -26,6 +26,7 @@ EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_
 }
 
 void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
+  if (!is_current()) release_idle_workers();  // the caller's
   const std::lock_guard lock(state_->mutex);
   if (state_->stopping) throw std::runtime_error("Engine: stopped, it takes no more requests");
   if (!thread_.joinable()) thread_ = std::thread([state = state_] { loop(*state); });
@@ -72,6 +73,7 @@ bool EngineThread::iterate(State& state) {
   std::vector<std::unique_ptr<Sequence>> submitted;
   std::vector<int64_t> cancelled;
   bool stopping = false;
+  if (state.core->idle()) release_idle_workers();
   {
     std::unique_lock lock(state.mutex);
     state.changed.wait(lock, [&] {
