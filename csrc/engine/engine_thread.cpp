@@ -1,6 +1,7 @@
 #include "engine_thread.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -10,6 +11,12 @@
 #include "threads.h"
 
 namespace mixtral {
+
+namespace {
+
+constexpr std::chrono::milliseconds kKeepsWorkers{20};  // for the next request of a caller that waits for each
+
+}  // namespace
 
 struct EngineThread::State {
   std::unique_ptr<EngineCore> core;  // used by the thread alone
@@ -73,12 +80,15 @@ bool EngineThread::iterate(State& state) {
   std::vector<std::unique_ptr<Sequence>> submitted;
   std::vector<int64_t> cancelled;
   bool stopping = false;
-  if (state.core->idle()) release_idle_workers();
   {
     std::unique_lock lock(state.mutex);
-    state.changed.wait(lock, [&] {
+    const auto has_work = [&] {
       return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || state.stopping;
-    });
+    };
+    if (!state.changed.wait_for(lock, kKeepsWorkers, has_work)) {
+      release_idle_workers();
+      state.changed.wait(lock, has_work);
+    }
     submitted.swap(state.submitted);
     cancelled.swap(state.cancelled);
     stopping = state.stopping;
