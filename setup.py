@@ -31,6 +31,12 @@ def is_isolated() -> bool:
     return own != outside
 
 
+def set_rpath(file: Path, rpath: str) -> None:
+    """Where ``file`` looks for the libraries it needs."""
+    script = ROOT / "csrc" / "cmake" / "SetRpath.cmake"
+    subprocess.run(["cmake", f"-DFILE={file}", f"-DRPATH={rpath}", "-P", script], check=True)
+
+
 class CMakeExtension(Extension):
     """An extension that CMake builds: it has a name and no sources."""
 
@@ -44,8 +50,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: CMakeExtension) -> None:
         extension = Path(self.get_ext_fullpath(ext.name)).resolve()
         package, editable = extension.parent, extension.parent == SOURCE_PACKAGE
-        build, libraries, options = ROOT / "build", SOURCE_PACKAGE, []
-        if is_isolated():  # never in the folders of a build that goes on
+        build, libraries, options, isolated = ROOT / "build", SOURCE_PACKAGE, [], is_isolated()
+        if isolated:  # never in the folders of a build that goes on
             if editable:
                 sys.exit("mixtral: an editable installation needs pip install --no-build-isolation -e .")
             build = ROOT / "build-isolated"
@@ -65,6 +71,11 @@ class CMakeBuild(build_ext):
         binary = build / "bin" / "mixtral"
         if binary.exists():  # CMake makes none without CLI11, and says so; the `mixtral` command then explains itself
             shutil.copy2(binary, package / "bin")
+        if isolated:  # torch's folder of the build will be gone: it is found beside the package
+            for file in (*(package / name for name in LIBRARIES), extension):
+                set_rpath(file, "$ORIGIN:$ORIGIN/../torch/lib")
+            if binary.exists():
+                set_rpath(package / "bin" / "mixtral", "$ORIGIN/..:$ORIGIN/../../torch/lib")
 
 
 setup(

@@ -44,7 +44,7 @@ T* mutable_ptr(const Tensor& t) {
 template <typename F>
 void parallel_rows(int64_t rows, int64_t work_per_row, const F& kernel) {
   if (rows == 0) return;
-  cpu::cpu_isa();  // a bad choice throws here: the message of what kernels throw gets lost
+  cpu::cpu_isa();  // throws for a wrong MIXTRAL_CPU_ISA; parallel_for would lose the message
   constexpr int64_t kMinWork = 16384;
   const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, work_per_row));
   torch::stable::parallel_for(0, rows, grain, kernel);

@@ -1,5 +1,5 @@
-// Making tensors inside an op. torch::stable has functions for the same, which look an ATen op up by its name on every
-// call: in a decode step of a small model that costs more than many a kernel.
+// Tensors made inside an op. The functions of torch::stable look an ATen op up by name on every call; in decoding with
+// a small model that costs more than many kernels.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ inline Tensor as_index(const Tensor& t, ScalarType type) {
   return as_contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
-// Contiguous and uninitialised, on the device of `like`, and of its dtype where none is given.
+// Contiguous and uninitialised, on the device of `like`, and of its dtype if none is given.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);

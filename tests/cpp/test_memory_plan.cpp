@@ -1,27 +1,12 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/memory_plan.h"
+#include "tiny_model.h"
 
 namespace mixtral {
 namespace {
 
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
-
-Config mixtral_8x7b() {
-  Config config;
-  config.hidden_size = 4096;
-  config.intermediate_size = 14336;
-  config.num_layers = 32;
-  config.num_heads = 32;
-  config.num_kv_heads = 8;
-  config.head_dim = 128;
-  config.vocab_size = 32000;
-  config.max_position = 32768;
-  config.num_experts = 8;
-  config.top_k = 2;
-  config.dtype = "bfloat16";
-  return config;
-}
 
 // Free memory of a machine with that much on the CPU and on CUDA.
 FreeMemory machine(double cpu_gib, double cuda_gib) {

@@ -32,14 +32,7 @@ TEST(Parameters, AreThoseThatTheModelRegisters) {
 }
 
 TEST(Parameters, HaveTheShapesOfMixtral8x7B) {
-  Config config = tiny_config(8);
-  config.hidden_size = 4096;
-  config.intermediate_size = 14336;
-  config.num_layers = 32;
-  config.num_heads = 32;
-  config.num_kv_heads = 8;
-  config.head_dim = 128;
-  config.vocab_size = 32000;
+  Config config = mixtral_8x7b();
   EXPECT_EQ(config.total_parameters(), 46702792704);   // "46.7B" (Jiang et al., "Mixtral of Experts", 2024)
   EXPECT_EQ(config.active_parameters(), 12879925248);  // "12.9B"
   config.tie_word_embeddings = true;

@@ -30,6 +30,22 @@ inline Config tiny_config(int64_t num_experts = 4, int64_t top_k = 2, int64_t wi
   return config;
 }
 
+inline Config mixtral_8x7b() {
+  Config config;
+  config.hidden_size = 4096;
+  config.intermediate_size = 14336;
+  config.num_layers = 32;
+  config.num_heads = 32;
+  config.num_kv_heads = 8;
+  config.head_dim = 128;
+  config.vocab_size = 32000;
+  config.max_position = 32768;
+  config.num_experts = 8;
+  config.top_k = 2;
+  config.dtype = "bfloat16";
+  return config;
+}
+
 // Weights ten times those of init_random: attention, routing and logits are far from uniform.
 inline Mixtral tiny_model(const Config& config, torch::ScalarType dtype = torch::kFloat32, uint64_t seed = 1) {
   Mixtral model(config, dtype, torch::kCPU);

@@ -4,9 +4,9 @@
 // four tiles of C, two of A and two of B: each loaded tile is used twice. B comes in "pair order": the two values of a
 // column at depths 2p and 2p + 1 lie side by side, so that tile row p is [16 columns][2].
 //
-// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS: the sums of one step run over p in
-// rising order, for even and odd depths apart, whatever the number of rows. A row's bits depend on that row and B
-// alone.
+// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS: within a step, even and
+// odd depths are summed separately, each in rising order of p, for any number of rows. A row's bits depend on that row
+// and B alone.
 #pragma once
 
 #if defined(__x86_64__)

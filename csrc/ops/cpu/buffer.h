@@ -15,7 +15,7 @@ class Buffer {
 
   T* at(int64_t i) { return reinterpret_cast<T*>(lines_.data()) + i; }
 
-  // At least `size` values; what is in the buffer may be lost.
+  // Makes room for `size` values; the contents may be lost.
   T* grow(int64_t size) {
     const auto lines = static_cast<size_t>(ceil_div(size * static_cast<int64_t>(sizeof(T)), sizeof(Line)));
     if (lines_.size() < lines) lines_ = std::vector<Line>(lines);

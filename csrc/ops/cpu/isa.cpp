@@ -35,8 +35,8 @@ CpuIsa best_isa() {
   return can_use_amx() ? CpuIsa::kAmx : CpuIsa::kAvx512Bf16;
 }
 
-// On Intel's cores VDPBF16PS takes as long as four f32 multiply-adds of the same width, and does two of them: there it
-// is used only when asked for.
+// On Intel's cores VDPBF16PS does the work of two f32 multiply-adds in the time of four, so it is used there only on
+// request.
 CpuIsa default_isa(CpuIsa best) {
   return best == CpuIsa::kAvx512Bf16 && __builtin_cpu_is("intel") ? CpuIsa::kAvx512 : best;
 }

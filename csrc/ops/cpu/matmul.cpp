@@ -120,7 +120,7 @@ MIXTRAL_TARGET_AVX512_BF16 void multiply_bf16_avx512(const BFloat16* a, int64_t 
 
 // ---- bf16 in AMX
 
-// The rows that the tile registers of this thread are set for: setting them costs as much as some ten tile products.
+// The rows for which the tile registers of this thread are configured. Configuring costs about ten tile products.
 struct TileShape {
   int64_t upper = 0, lower = 0;
 };

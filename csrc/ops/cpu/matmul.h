@@ -20,15 +20,14 @@ template <typename Operand>
 using MicroKernel = void (*)(const Operand* a, int64_t lda, int64_t rows, const Operand* panel, int64_t depth, float* c,
                              int64_t ldc);
 
-// `ahead`: for few rows and a panel that lies in memory, followed by the next one; it is fetched before it is needed.
+// `ahead`: the kernel prefetches the panel. For few rows and panels that follow each other in memory.
 MicroKernel<float> f32_kernel(bool ahead = false);
-// AMX or AVX-512 BF16; null where the instruction set in use has no products of bf16.
+// AMX or AVX-512 BF16; null if the instruction set in use has no products of bf16.
 MicroKernel<BFloat16> bf16_kernel(bool ahead = false);
 
-// The product of many rows by AMX. Both operands are read tile by tile, so rows come in the order of the tiles,
-// [rows/16][depth/32][16][32] with zeros behind the last row, and c is [rows rounded up to 32, 32]. Meanwhile the piece
-// of the panel that comes after this one, `next` or null, is fetched into the cache. The bits are those of
-// bf16_kernel().
+// The product of many rows by AMX. Rows are in the order of the tiles that are loaded, [rows/16][depth/32][16][32],
+// with zeros after the last row, and c is [rows rounded up to 32, 32]. Meanwhile `next`, the panel to be used next or
+// null, is fetched into the cache. The bits are those of bf16_kernel().
 using TileKernel = void (*)(const BFloat16* tiles, int64_t rows, const BFloat16* panel, int64_t depth, float* c,
                             const BFloat16* next);
 TileKernel tile_kernel();  // null without AMX
@@ -36,8 +35,7 @@ TileKernel tile_kernel();  // null without AMX
 // Sets the tile registers (amx.h) of this thread for 1 to 16 rows.
 void set_tile_rows(int64_t rows);
 
-// At the end of a task that has called a micro-kernel or has set the tile registers: gives up the tile registers of
-// this thread.
+// Releases the tile registers of this thread: at the end of a task that has called a micro-kernel or set_tile_rows.
 void release_tiles();
 
 }  // namespace mixtral::cpu

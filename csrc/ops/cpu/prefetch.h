@@ -7,8 +7,8 @@
 
 namespace mixtral::cpu {
 
-// Fetches `kBytes` bytes that lie well behind `at`, first into the second cache: the first one has too few lines under
-// way to wait for memory, and the processor's own prefetchers stop at the end of a page.
+// Prefetches `kBytes` bytes far ahead of `at` into L2, and nearer ones from there into L1. L1 has too few misses in
+// flight to hide the latency of memory, and the processor's own prefetchers stop at the end of a page.
 template <int64_t kBytes>
 MIXTRAL_INLINE void prefetch_ahead(const void* at) {
   constexpr int64_t kFar = 16384, kNear = 2048;

@@ -1,7 +1,7 @@
 // Portable SIMD in plain loops: sixteen f32 lanes, always accumulated lane by lane in the same order.
 //
 // A reduction over K keeps lane j for the terms k = j (mod 16) and folds the lanes in one fixed tree. Every caller uses
-// the same functions whatever the number of rows, so the bits of a result never depend on batch size, chunking or the
+// the same functions for any number of rows, so the bits of a result never depend on batch size, chunking or the
 // number of threads. Products are fused (std::fma) in every build, so that AVX2 and AVX-512 can give the same bits.
 #pragma once
 

@@ -5,9 +5,9 @@
 
 namespace mixtral {
 
-// True on a Hopper GPU when the environment says MIXTRAL_CUDA_KERNELS=hopper and the build has them. "simple" is the
-// default; throws for another value. Both kinds give a token the same bits at every run; only the simple ones give it
-// the same bits in every batch.
+// True on a Hopper GPU if the environment says MIXTRAL_CUDA_KERNELS=hopper and the build has these kernels. "simple" is
+// the default; throws for another value. Both kinds give a token the same bits at every run; only the simple ones give
+// it the same bits in every batch.
 bool use_hopper_kernels(const Tensor& t);
 
 }  // namespace mixtral

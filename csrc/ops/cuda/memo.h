@@ -1,4 +1,4 @@
-// Results of a pure function, remembered by its arguments. For one thread.
+// A cache of the results of a pure function, for one thread.
 #pragma once
 
 #include <array>
@@ -8,13 +8,13 @@
 
 namespace mixtral::cuda {
 
-// kWords: of the arguments. One result more than kCapacity, and all are forgotten: the next calls make them again.
+// Arguments are kWords words. When the table has kCapacity results, it is cleared; later calls compute them again.
 template <typename Value, size_t kWords, size_t kCapacity>
 class Memo {
  public:
   using Key = std::array<uint64_t, kWords>;
 
-  // make(Value*) makes the result of `key`; false where there is none, which is not remembered.
+  // make(Value*) computes the result of `key`; false if there is none, which is not stored.
   template <typename Make>
   bool get(const Key& key, Value* value, const Make& make) {
     if (const auto known = values_.find(key); known != values_.end()) return *value = known->second, true;

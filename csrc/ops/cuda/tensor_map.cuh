@@ -1,4 +1,4 @@
-// Tensor maps: what TMA must know of a tensor in global memory to copy boxes of it.
+// Tensor maps: descriptions of tensors in global memory, which TMA needs to copy boxes of them.
 //
 // Source: CUDA driver API, cuTensorMapEncodeTiled: a pure host function of sizes and pointers, legal under graph
 // capture. A launch needs up to seven maps, a pass through a model several hundred launches: a map is encoded once for
@@ -22,11 +22,11 @@ bool encode_new_tensor_map(TensorMap* map, const void* data, MapElement element,
                            const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank - 1>& strides,
                            const std::array<int, kRank>& box) {
   cuuint64_t driver_sizes[kRank], driver_strides[kRank] = {};
-  cuuint32_t driver_box[kRank], steps[kRank];
+  cuuint32_t driver_box[kRank], element_strides[kRank];
   for (size_t d = 0; d < kRank; ++d) {
     driver_sizes[d] = static_cast<cuuint64_t>(sizes[d]);
     driver_box[d] = static_cast<cuuint32_t>(box[d]);
-    steps[d] = 1;
+    element_strides[d] = 1;
     if (d > 0) driver_strides[d - 1] = static_cast<cuuint64_t>(strides[d - 1]);
   }
   const auto type = element == MapElement::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
@@ -43,14 +43,14 @@ bool encode_new_tensor_map(TensorMap* map, const void* data, MapElement element,
   // has none yet: setting the device, even to what it is, binds it, also while a graph is captured.
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
-  return encode && encode(map, type, kRank, const_cast<void*>(data), driver_sizes, driver_strides, driver_box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode && encode(map, type, kRank, const_cast<void*>(data), driver_sizes, driver_strides, driver_box,
+                          element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// The same, remembered by each thread for itself: up to 4096 maps of 128 bytes, the weights of a model and its
-// activations. All boxes are swizzled rows of at most 128 bytes. Returns false where the driver cannot describe it:
-// base or strides not multiples of 16, a box above 256.
+// The same with a cache for each thread: up to 4096 maps of 128 bytes, enough for the weights of a model and its
+// activations. All boxes are swizzled rows of at most 128 bytes. Returns false if the driver cannot describe the
+// tensor: base or strides are not multiples of 16, or a box is above 256.
 template <size_t kRank>
 bool encode_tensor_map(TensorMap* map, const void* data, MapElement element, const std::array<int64_t, kRank>& sizes,
                        const std::array<int64_t, kRank - 1>& strides, const std::array<int, kRank>& box) {

@@ -19,13 +19,13 @@ struct RowScale {
   float scale, inverse;
 };
 
-// From what the lanes of a warp have found to be the largest magnitude of their row.
+// From the largest magnitude that each lane of a warp found in its part of the row.
 __device__ __forceinline__ RowScale row_scale(uint32_t largest) {
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
     largest = larger_magnitude(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, mask));
   constexpr uint32_t kTwiceBias = 254u << 23;
   const uint32_t bits = e4m3_scale_bits(largest);
-  return {bits_to_float(bits), bits_to_float(kTwiceBias - bits)};  // of NaN some number: the scale makes NaN of it
+  return {bits_to_float(bits), bits_to_float(kTwiceBias - bits)};  // with a NaN scale, any number: the product is NaN
 }
 
 }  // namespace mixtral::cuda

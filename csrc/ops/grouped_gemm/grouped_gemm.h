@@ -1,9 +1,9 @@
 // grouped_gemm: out[m, n] = sum_k a[m, k] * b[e, n, k]  for the expert e with offs[e-1] <= m < offs[e]
 //
-// With weights of fp8, rows of a are first rounded to e4m3 too: tensor cores can multiply what both then stand for.
+// With weights of fp8, rows of a are first rounded to e4m3 too, so that tensor cores can multiply e4m3 by e4m3.
 //
 // offs holds the end of every group, as in torch's F.grouped_mm. Products and sums are f32, rounded once at the end. On
-// CUDA, where offs is not read by the host, rows behind the last group are zero.
+// CUDA, where the host does not read offs, rows after the last group are zero.
 #pragma once
 
 #include <cstdint>
@@ -31,13 +31,13 @@ class GemmWork;  // gemm_work.h
 template <typename T>
 void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, GemmWork& work);
 
-// The same with swiglu of each row: b [E, 2I, Kdim], out [M, I]; blocks are of I columns. Bit for bit what swiglu makes
-// of the plain product.
+// The same followed by swiglu: b [E, 2I, Kdim], out [M, I]; the column blocks are those of I. The bits are those of the
+// plain product followed by swiglu.
 template <typename T>
 void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, GemmWork& work);
 
-// Rows [row_begin, row_end) of a [M, depth], as they meet weights of fp8: the nearest values of e4m3 with a scale for
-// each row (pack_weight/e4m3.h) -> out [M, depth]. A row with inf or NaN is NaN throughout.
+// Rows [row_begin, row_end) of a [M, depth], rounded to e4m3 with a scale for each row (pack_weight/e4m3.h) -> out
+// [M, depth]. A row with inf or NaN becomes NaN throughout.
 void launch_round_to_e4m3_cpu(const BFloat16* a, int64_t depth, BFloat16* out, int64_t row_begin, int64_t row_end);
 
 // The same on CUDA, of all rows of a [rows, depth]; returns a cudaError_t.

@@ -5,7 +5,7 @@
 // stages. Rows of shared memory are 80 bytes apart: the eight rows that one ldmatrix reads fall into different banks.
 // f32: 64x64 tiles, 4x4 values per thread, fused multiply-adds, in chains of 256 products as on the CPU: one long chain
 // would err several times as much as products that split the depth.
-// Both add the products of an output in the order of k, whatever the number of rows.
+// Both add the products of an output in the order of k, for any number of rows.
 #include <climits>
 #include <type_traits>
 
@@ -32,7 +32,7 @@ __device__ Operand<T> operand(const T* base, int64_t first_row, int64_t rows, in
   return {data, rows, depth, reinterpret_cast<uintptr_t>(base) % 16 == 0 && depth * sizeof(T) % 16 == 0};
 }
 
-// Zeros for the rows behind the last group.
+// Zeros for the rows after the last group.
 template <typename T, int Columns>
 __device__ void clear_tile(const GroupedGemm<T>& gemm, const GemmTile& tile) {
   const int64_t column = tile.column_block * Columns + threadIdx.x;
@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kMmaThreads) grouped_gemm_mma_kernel(GroupedGe
   const int64_t panels = ceil_div(gemm.b.depth, kMmaDepth);
   float sums[kRowFragments][kColumnFragments][4] = {};
 
-  // Every step commits one group, an empty one behind the end, so that "all but the newest" is always the right wait.
+  // Every iteration commits one group, an empty one after the end, so that "all but the newest" is always the right
+  // wait.
   const auto load_stage = [&](int64_t p) {
     if (p < panels) {
       load_panel<kMmaRows>(a, p * kMmaDepth, stages[p % kStages].a);

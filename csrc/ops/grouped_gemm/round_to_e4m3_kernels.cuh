@@ -1,5 +1,5 @@
-// Rows of bf16 rounded to e4m3 numbers with a scale each (pack_weight/e4m3.h), written as the bf16 values that they
-// stand for: what fp8 weights meet in kernels that multiply bf16. A warp for each row, which it reads twice.
+// Rows of bf16 rounded to e4m3 with a scale each (pack_weight/e4m3.h) and written as bf16 again: the left operand of
+// products with fp8 weights in kernels that multiply bf16. One warp for each row, which it reads twice.
 #pragma once
 
 #include <cstdint>

@@ -14,13 +14,13 @@
 namespace mixtral {
 
 struct GemmTile {
-  int64_t expert;     // `experts` for the rows behind the last group, -1 when there is no such tile
+  int64_t expert;     // `experts` for rows after the last group, -1 if there is no such tile
   int64_t row_begin;  // rows [row_begin, row_end) of a and out, at most block_rows
   int64_t row_end;
   int64_t column_block;
 };
 
-// The end of a group that starts at `begin`. On CUDA nobody has checked offs: any values give groups within [0, rows].
+// The end of a group that starts at `begin`. On CUDA offs is unchecked: any values give groups within [0, rows].
 MIXTRAL_HOST_DEVICE inline int64_t group_end(IndexArray offs, int64_t expert, int64_t begin, int64_t rows) {
   const int64_t end = offs[expert];
   return end < begin ? begin : end > rows ? rows : end;
@@ -41,8 +41,7 @@ MIXTRAL_HOST_DEVICE inline GemmTilePlace place_gemm_tile(uint32_t row_blocks, ui
   return {top + index % rows, index / rows};
 }
 
-// Tile number `index` of the groups that offs [E] cuts from `rows`; what is left behind the last group is one group
-// more.
+// Tile number `index` of the groups into which offs [E] cuts `rows`. Rows after the last group form one more group.
 MIXTRAL_HOST_DEVICE inline GemmTile find_gemm_tile(IndexArray offs, int64_t experts, int64_t rows, int64_t block_rows,
                                                    int64_t column_blocks, int64_t index) {
   int64_t begin = 0;
@@ -62,8 +61,8 @@ MIXTRAL_HOST_DEVICE inline GemmTile find_gemm_tile(IndexArray offs, int64_t expe
   return {-1, 0, 0, 0};
 }
 
-// No offs has more tiles: what a launch that may not read offs must provide, and check to fit an int. Every group has
-// at most one partial block.
+// The most tiles that any offs gives: the grid of a launch that may not read offs. Every group has at most one partial
+// row block. Callers check that it fits an int.
 inline int64_t max_gemm_tiles(int64_t experts, int64_t rows, int64_t block_rows, int64_t column_blocks) {
   const int64_t row_blocks = rows / block_rows + experts + 1;
   return (row_blocks < rows ? row_blocks : rows) * column_blocks;

@@ -3,7 +3,7 @@
 // moe_unpermute: out[t] = sum_k topk_weights[t, k] * y[row_map[t, k]], in f32, k in order, rounded once.
 //
 // No capacity: every copy is kept. A bad expert id is an error on the CPU; on CUDA its copy is dropped: row_map is -1,
-// no offset counts it, and moe_unpermute skips it. The rows of `permuted` that this leaves over are zero, at the end.
+// no offset counts it, and moe_unpermute skips it. The rows of `permuted` that are then unused, at the end, are zero.
 #pragma once
 
 #include <cstdint>

@@ -53,8 +53,8 @@ __device__ inline void count_experts(IndexArray ids, int64_t copies, int64_t beg
   __syncthreads();
 }
 
-// total [E] -> the first row of every expert, in place; returns the number of all rows. One warp; `offs`, when given,
-// takes the end offsets.
+// total [E] -> the first row of every expert, in place; returns the number of all rows. One warp. `offs`, if given,
+// receives the end offsets.
 __device__ inline int32_t scan_experts(int32_t* total, int64_t experts, int32_t* offs) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   int32_t start = 0;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kPermuteThreads)
     const Word* source = x + i / top_k * row_words;
     for (int64_t w = threadIdx.x; w < row_words; w += kPermuteThreads) {
       if (row >= 0) permuted[row * row_words + w] = source[w];
-      if (i >= all) permuted[i * row_words + w] = Word{};  // dropped copies leave the last rows over
+      if (i >= all) permuted[i * row_words + w] = Word{};  // dropped copies leave rows at the end unused
     }
   }
 }

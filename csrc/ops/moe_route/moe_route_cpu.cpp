@@ -63,8 +63,8 @@ MIXTRAL_INLINE void add_products(const T* x, int64_t hidden, const float* const 
   }
 }
 
-// x [kTokens, H] and router [experts <= 8, H] -> logits [kTokens, experts] of row stride `stride`. Where there are
-// fewer than eight experts, the last one is computed again and again: one tile serves all.
+// x [kTokens, H] and router [experts <= 8, H] -> logits [kTokens, experts] of row stride `stride`. With fewer
+// than eight experts, the last one fills the rest of the tile.
 template <int kBytes, int kTokens, typename T>
 MIXTRAL_INLINE void route_tile(const T* x, const float* router, int64_t hidden, int64_t experts, float* logits,
                                int64_t stride) {

@@ -2,7 +2,7 @@
 //
 // Bound: x is read once from HBM (T H values); the router (E H values: 128 KB in f32 at Mixtral's shape) once a block,
 // from L2. Four tokens a block bring that below the traffic of x at T = 4096; a single token gets a block of its own,
-// so that a decode step is over after H / 1024 rounds. A token's bits depend on neither: its sums are split over the
+// so that in decoding it is done after H / 1024 rounds. A token's bits depend on neither: its sums are split over the
 // same threads and added in the same order.
 #pragma once
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ void partial_logits(const T* const (&x)[kTokens], con
       for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
         for (int i = 0; i < kValues; ++i) {
-          // x is rounded to the router's dtype: a matter of form, since R is float or T.
+          // x needs no rounding to the router's dtype: R is float or T.
           sums[t][e] = fmaf(to_float(values[t].values[i]), to_float(weight.values[i]), sums[t][e]);
         }
       }

@@ -60,8 +60,8 @@ struct Int4Block {
     const char* words;  // of four groups of four pairs
     __m512i scales;     // of each column, in all four bytes
 
-    // All pairs. A look-up takes the lowest five bits of its index: with the lowest bit of the scale in front of every
-    // second nibble, one shift brings each of the others there.
+    // All pairs. A look-up uses the lowest five bits of its index. With the lowest bit of the scale in front of every
+    // second nibble, one shift brings each of the others into place.
     MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
       constexpr int kSelect = 0xca;  // a ? b : c
       const __m512i nibble = _mm512_set1_epi8(15), table_row = _mm512_slli_epi32(scales, 4);

@@ -26,8 +26,8 @@ MIXTRAL_INLINE void widen_rows(const uint8_t* values, const float* scales, int64
 }
 
 #if defined(__x86_64__)
-// The same: the bits of an e4m3 value are those of bf16 but for their place and the bias of the exponent, to which
-// that of the scale is added. Subnormals are looked up.
+// The same values. An e4m3 number has the bits of its bf16 value, shifted and with another bias of the exponent; the
+// scale adds to the exponent. Subnormals are looked up.
 MIXTRAL_TARGET_AVX512 void widen_rows_avx512(const uint8_t* values, const float* scales, int64_t depth,
                                              BFloat16 (*out)[kStepDepth]) {
   // Multiples of 2^-9 as bf16, from 0 to 7.

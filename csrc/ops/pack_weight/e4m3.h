@@ -1,4 +1,4 @@
-// Rows of 8-bit floats that share a scale, for weights and for the rows that meet them.
+// Rows of 8-bit floats with one scale each: fp8 weights, and the left operands of products with them.
 //
 // e4m3 has a sign, 4 bits of exponent and 3 of mantissa, no infinity, and 448 as its largest value (Micikevicius et
 // al., "FP8 Formats for Deep Learning", 2022, section 3). The scale of a row is a power of two, as in the Microscaling
@@ -45,7 +45,7 @@ MIXTRAL_HOST_DEVICE inline uint8_t to_e4m3(float value) {
   return static_cast<uint8_t>((bits >> 31 << 7) | (((grid - kLeastNormal - kSpacings) >> 20) + spacings));
 }
 
-// What an e4m3 stands for.
+// The value of an e4m3 number.
 MIXTRAL_HOST_DEVICE inline float from_e4m3(uint8_t e4m3) {
   constexpr uint32_t kRebias = (127u - 7) << 23, kNaN = 0x7fc00000;
   const uint32_t magnitude = e4m3 & 0x7f;

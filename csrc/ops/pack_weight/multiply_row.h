@@ -6,8 +6,8 @@
 
 namespace mixtral {
 
-// Both give the bits of cpu::bf16_kernel() with the panels of load_panel(). Null where the instruction set in use has
-// none and for weights that are not quantised: panels that are read in place are as fast as memory.
+// Both give the bits of cpu::bf16_kernel() with the panels of load_panel(). They are null if the instruction set in use
+// has no such kernel, and for weights that are not quantised: their panels are used in place, at the speed of memory.
 
 // sums [rows, 32] = a [rows, depth] * block, for up to kMaxFewRows rows.
 inline constexpr int64_t kMaxFewRows = 16;

@@ -10,7 +10,7 @@ namespace {
 
 #if defined(__x86_64__)
 // In the order of the tile unit (cpu/amx.h): in each step the even depths, the odd depths, and then both into the sum.
-// Values are used where they were made, in registers.
+// Values are used in the registers where they were made.
 MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_steps(const Int8Block& block, const float* row,
                                                                          int64_t depth, float* sums) {
   __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -46,12 +46,12 @@ void multiply_row(const char* block, const float* row, int64_t depth, float* sum
   multiply_steps({block}, row, depth, sums);
 }
 
-// One step is multiplied while the values of the next are made: what a tile loads must have left the store buffer. The
-// sums stay in tiles.
+// One step is multiplied while the values of the next are made: a tile load waits until its values have left the store
+// buffer. The sums stay in tiles.
 template <typename Block>
 MIXTRAL_TARGET_AMX void multiply_few_rows(const char* data, const BFloat16* a, int64_t rows, int64_t depth,
                                           float* sums) {
-  alignas(64) BFloat16 made[4][kStepElements];  // several: what is made next is not to wait for a tile either
+  alignas(64) BFloat16 made[4][kStepElements];  // several, so that making values does not wait for a tile load
   const Block block{data};
   const int64_t steps = depth / kStepDepth;
   set_tile_rows(rows);

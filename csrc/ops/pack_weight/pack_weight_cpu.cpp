@@ -17,16 +17,16 @@ using namespace cpu;
 namespace {
 
 constexpr float kSqrt2 = 1.41421356f;
-constexpr float kLargest = 0x1p66f;        // that a scale of int4 reaches
-constexpr double kClearlyLess = 0.999999;  // so that a rounding error decides nothing
+constexpr float kLargest = 0x1p66f;        // the largest scale of int4 covers it
+constexpr double kClearlyLess = 0.999999;  // so that rounding errors do not decide
 
 // Puts a row of a step into pair order: the two depths of a pair stay together.
 MIXTRAL_INLINE void store_pairs(const uint8_t* row, int64_t j, uint8_t* step) {
   for (int64_t d = 0; d < kStepDepth; d += 2) std::memcpy(step + pair_index(j, d), row + d, 2);
 }
 
-// The largest magnitude of `count` values, a multiple of 32. Magnitudes are compared as bits, which, unlike floats, the
-// compiler may take in any order; inf and NaN are larger than all others.
+// The largest magnitude of `count` values, a multiple of 32. Magnitudes are compared as bits, which the compiler may
+// reorder, unlike floats; inf and NaN are larger than all others.
 template <typename T>
 MIXTRAL_INLINE float largest_magnitude(const T* values, int64_t count) {
   uint32_t largest = 0;
@@ -41,7 +41,7 @@ template <typename T>
 MIXTRAL_INLINE void quantize_int8(const T* rows, int64_t depth, char* block) {
   for (int64_t j = 0; j < kBlockRows; ++j) {
     const T* row = rows + j * depth;
-    // Not subnormal: instructions on bf16 would take it as zero.
+    // Not subnormal: instructions on bf16 treat subnormals as zero.
     const float scale = std::max(largest_magnitude(row, depth) / 127, std::numeric_limits<float>::min());
     std::memcpy(block + kBlockRows * depth + j * sizeof scale, &scale, sizeof scale);
     for (int64_t k = 0; k < depth; k += kStepDepth) {
@@ -67,11 +67,11 @@ MIXTRAL_INLINE void quantize_fp8(const T* rows, int64_t depth, char* block) {
   }
 }
 
-// ---- int4: sixteen rows side by side, so that the compiler may take them as the lanes of a vector
+// ---- int4: sixteen rows side by side, as the lanes of a vector
 
 using Int4Tile = float[kStepDepth][kLanes];  // 32 depths of 16 rows
 
-// What a scale byte means: an exponent, added to the bits of 1 or of the square root of two.
+// The scale of a scale byte: its exponent is added to the bits of 1 or of the square root of two.
 MIXTRAL_INLINE float int4_scale(int32_t scale) {
   const uint32_t factor = float_to_bits((scale & 1) != 0 ? kSqrt2 : 1.0f);
   return bits_to_float(factor + (static_cast<uint32_t>((scale >> 1) - 64) << 23));
@@ -108,15 +108,15 @@ MIXTRAL_INLINE void squared_errors(const Int4Tile& values, const int32_t* scales
     }
 }
 
-// A smaller scale cuts the largest of the 32 values and is finer for the others: of three the best is taken.
+// A smaller scale clips the largest of the 32 values and is finer for the others. Of three scales the best is chosen.
 MIXTRAL_INLINE void best_scales(const Int4Tile& values, int32_t* best) {
   int32_t covering[kLanes], smaller[kLanes];
   double least[kLanes], errors[kLanes];
   covering_scales(values, covering);
   squared_errors(values, covering, least);
   for (int64_t j = 0; j < kLanes; ++j) best[j] = covering[j];
-  for (int32_t steps = 1; steps <= 2; ++steps) {
-    for (int64_t j = 0; j < kLanes; ++j) smaller[j] = std::max(0, covering[j] - steps);
+  for (int32_t less = 1; less <= 2; ++less) {
+    for (int64_t j = 0; j < kLanes; ++j) smaller[j] = std::max(0, covering[j] - less);
     squared_errors(values, smaller, errors);
     for (int64_t j = 0; j < kLanes; ++j) {
       const bool better = errors[j] < kClearlyLess * least[j];
@@ -143,7 +143,7 @@ MIXTRAL_INLINE void store_levels(const Int4Tile& values, const int32_t* scales, 
   }
 }
 
-// rows [32, depth], scales [32, depth/32] or null, where they are to be found
+// rows [32, depth], scales [32, depth/32], or null to choose the best ones
 template <typename T>
 MIXTRAL_INLINE void quantize_int4(const T* rows, const uint8_t* scales, int64_t depth, char* block) {
   for (int64_t k = 0; k < depth; k += kStepDepth, block += kInt4StepBytes)
@@ -162,7 +162,7 @@ MIXTRAL_INLINE void quantize_int4(const T* rows, const uint8_t* scales, int64_t 
     }
 }
 
-// rows [32, depth]. False where a value meets 2^66, inf or NaN.
+// rows [32, depth]. Returns false if a value is 2^66 or more, inf or NaN.
 template <typename T>
 MIXTRAL_INLINE bool quantize(const T* rows, const uint8_t* scales, WeightFormat format, int64_t depth, char* block) {
   if (!(largest_magnitude(rows, kBlockRows * depth) < kLargest)) return false;

@@ -1,4 +1,4 @@
-// unpack_weight on CUDA: the plain rows of packed weights, for the kernels that take no others.
+// unpack_weight on CUDA: the plain rows of packed weights, for kernels that read no packed ones.
 //
 // A thread makes eight neighbouring depths of a row and stores them at once; four threads make 32 depths of the row,
 // the next four those of the next row, so that the 8 rows of a warp lie next to each other in the packed block as well.

@@ -1,4 +1,4 @@
-// Where a value of a packed block (pack_weight.h) lies and what it stands for, on any device.
+// The place and the value of one weight in a packed block (pack_weight.h), on any device.
 #pragma once
 
 #include <cstring>

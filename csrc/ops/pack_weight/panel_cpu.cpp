@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kHalf = kPanelColumns / 2;  // columns of one transposition
 
-// Word row `k` onwards (64 bytes) of sixteen rows from `column` on; what lies outside the weight is zero.
+// 64 bytes from depth k on of sixteen rows from `column` on, with zeros outside the weight: the transposition reads
+// whole words of all sixteen rows.
 template <typename T>
 class PlainRows {
  public:

@@ -2,7 +2,7 @@
 // add_rms_norm:  sum = x + residual (rounded to the dtype), out = rms_norm(sum)
 //
 // Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4. The statistics are f32; as in Hugging
-// Face's MixtralRMSNorm the normalised value is rounded to the dtype of x before it meets the weight.
+// Face's MixtralRMSNorm the normalised value is rounded to the dtype of x before the product with the weight.
 #pragma once
 
 #include <cstdint>

@@ -28,13 +28,13 @@ class Rotation {
   template <typename T>
   void rotate(const T* x, T* out, int64_t heads, bool interleaved) const {
     const int64_t pairs = static_cast<int64_t>(cosine_.size());
-    const int64_t step = interleaved ? 2 : 1, partner = interleaved ? 1 : pairs;
+    const int64_t stride = interleaved ? 2 : 1, partner = interleaved ? 1 : pairs;
     const float *cosine = cosine_.data(), *sine = sine_.data();
     for (int64_t head = 0; head < heads; ++head, x += 2 * pairs, out += 2 * pairs) {
       for (int64_t i = 0; i < pairs; ++i) {
-        const float a = to_float(x[i * step]), b = to_float(x[i * step + partner]);
-        out[i * step] = from_float<T>(a * cosine[i] - b * sine[i]);
-        out[i * step + partner] = from_float<T>(b * cosine[i] + a * sine[i]);
+        const float a = to_float(x[i * stride]), b = to_float(x[i * stride + partner]);
+        out[i * stride] = from_float<T>(a * cosine[i] - b * sine[i]);
+        out[i * stride + partner] = from_float<T>(b * cosine[i] + a * sine[i]);
       }
     }
   }

@@ -15,7 +15,7 @@ void check_attention_tensors(const char* op, const Tensor& q, const char* k_name
 // cu_seqlens [B + 1] on the CPU: starts at 0, never falls, ends at `total`.
 void check_cu_seqlens(const char* op, const char* name, const int64_t* cu_seqlens, int64_t sequences, int64_t total);
 
-// Checked arguments in; k and v contiguous, cu_seqlens_q int64 contiguous [B + 1]. Returns [T, Nq, D].
+// Arguments are checked; k and v contiguous, cu_seqlens_q int64 contiguous [B + 1]. Returns [T, Nq, D].
 Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
               const KeyLayout& keys, int64_t window, bool causal, std::optional<double> scale);
 

@@ -22,7 +22,7 @@ constexpr KeyRange visible_keys(int64_t position, int64_t length, int64_t window
 }
 
 // Where the keys of a batch lie: sequence after sequence (packed, one page of all rows), or in pages (the rolling
-// cache). On CUDA nobody has checked the numbers that the pointers lead to.
+// cache). On CUDA the numbers behind the pointers are unchecked.
 struct KeyLayout {
   const int64_t* cu_seqlens = nullptr;  // packed: [B + 1]
   const int64_t* kv_lens = nullptr;     // paged: [B]
@@ -33,7 +33,7 @@ struct KeyLayout {
     return page_table ? kv_lens[sequence] : cu_seqlens[sequence + 1] - cu_seqlens[sequence];
   }
 
-  // Row of the key at `position` in the key tensor; -1 when it or its page is none.
+  // Row of the key at `position` in the key tensor; -1 if there is no such row or page.
   constexpr int64_t row(int64_t sequence, int64_t position) const {
     if (!page_table) {
       const int64_t row = cu_seqlens[sequence] + position;

@@ -13,12 +13,12 @@ struct SoftmaxState {
   cpu::Lanes sum{};  // lane j: keys j (mod 16)
 };
 
-// Rows that go through the steps of a softmax side by side: what one row's next step waits for, another row does.
+// Rows whose softmax is computed side by side: while one row waits for a result, others are computed.
 inline constexpr int64_t kSoftmaxRows = 16;
 
-// scores, weights [rows, 64], of up to kSoftmaxRows rows; row r sees the keys seen[r] of the block, the others get the
+// scores, weights [rows, 64], of up to kSoftmaxRows rows; row r sees the keys seen[r] of the block; other keys get the
 // weight 0. acc [rows, width] is the weighted sum of values so far; it and the sum of weights are scaled where the
-// maximum rises. The weights are summed as they are rounded for the product. Scores are lost.
+// maximum rises. The weights are summed as rounded for the product. The scores are overwritten.
 template <typename Operand>
 MIXTRAL_INLINE void softmax_block(float* scores, const KeyRange* seen, int64_t rows, float scale, SoftmaxState* states,
                                   Operand* weights, float* acc, int64_t width) {

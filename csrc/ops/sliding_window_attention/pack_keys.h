@@ -25,7 +25,7 @@ MIXTRAL_INLINE void convert_row(const T* from, int64_t size, int64_t width, Oper
   for (int64_t d = size; d < width; ++d) to[d] = Operand(0.0f);
 }
 
-// One row of the tensor [size]: itself where it can serve as it is, else a copy.
+// One row of the tensor [size]: the row itself if it has the type and width of operands, else a copy.
 template <typename T, typename Operand>
 MIXTRAL_INLINE const Operand* operand_row(const T* row, int64_t size, int64_t width, Operand* copy) {
   if constexpr (std::is_same_v<T, Operand>)
@@ -55,8 +55,8 @@ template <typename Operand>
 MIXTRAL_INLINE void pack_keys(const BlockRows<Operand>& rows, int64_t panel_begin, int64_t panel_end, int64_t width,
                               Operand* panels) {
   constexpr int64_t kWord = sizeof(uint32_t) / sizeof(Operand);  // operands of a word
-  // A transposition makes 16 words of 16 keys a piece of a panel. bf16: the half [16 pairs][16 columns][2] of a step.
-  // f32: depths d to d + 15 of 16 of the 32 columns.
+  // A transposition turns 16 words of 16 keys into a part of a panel. bf16: the half [16 pairs][16 columns][2] of a
+  // step. f32: depths d to d + 15 of 16 of the 32 columns.
   constexpr int64_t kPairs = kWord == 2;
   for (int64_t half = 2 * panel_begin; half < 2 * panel_end; ++half) {
     for (int64_t d = 0; d < width; d += 16 * kWord) {

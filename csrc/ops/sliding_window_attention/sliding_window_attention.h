@@ -37,7 +37,7 @@ struct AttentionProblem {
     return visible_keys(token - cu_seqlens_q[sequence + 1] + length, length, window, causal);
   }
 
-  // Whether a tile has queries, and no others than those of q: on CUDA nobody has checked cu_seqlens_q.
+  // Whether a tile has queries, and all of them are in q: on CUDA cu_seqlens_q is unchecked.
   constexpr bool holds(const QueryTile& tile) const {
     return tile.begin >= 0 && tile.begin < tile.end && tile.end <= tokens;
   }

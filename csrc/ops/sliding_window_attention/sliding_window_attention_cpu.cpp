@@ -1,11 +1,10 @@
-// A tile of query rows walks over blocks of 64 keys: scores = Q K^T, online softmax, acc = correction * acc + weights
-// V. Both products come from the micro-kernels of ../cpu/matmul.h, in bf16 where the processor has products of bf16,
-// else in f32; a row's bits do not depend on the rows beside it there.
+// For a tile of query rows, one key block of 64 keys after the other: scores = Q K^T, online softmax, acc = correction
+// * acc + weights V. Both products use the micro-kernels of ../cpu/matmul.h, in bf16 if the processor has products of
+// bf16, else in f32. There a row's bits do not depend on the rows beside it.
 //
-// Blocks start at multiples of 64 of the absolute position, and a row takes part only in blocks that hold a key it
-// sees: its sums run over the same blocks in the same order whatever its neighbours, the chunking or the layout of the
-// keys. A key that a row does not see has the weight 0 in it, which leaves the sums as they are as long as the value is
-// finite.
+// Key blocks start at multiples of 64 of the absolute position, and a row is computed only with key blocks that hold a
+// key it sees. So its sums run over the same key blocks in the same order for any neighbours, chunks and layout of the
+// keys. A key that a row does not see has the weight 0, which does not change the sums as long as its value is finite.
 #include <algorithm>
 #include <type_traits>
 
@@ -44,7 +43,7 @@ class TileWorker {
         k_panels_(scratch.k_panels.grow(kKeyBlock * width_)),
         v_panels_(scratch.v_panels.grow(kKeyBlock * width_)),
         copies_(scratch.copies.grow(2 * kKeyBlock * width_)),
-        zeros_(scratch.zeros.grow(width_)),  // new memory is zero, and nothing is written there
+        zeros_(scratch.zeros.grow(width_)),  // a new buffer is zero, and nothing writes to it
         scores_(scratch.scores.grow(rows_ * kKeyBlock)),
         acc_(scratch.acc.grow(rows_ * width_)),
         states_(scratch.states.grow(rows_)) {}
@@ -80,8 +79,8 @@ class TileWorker {
     return {std::clamp(keys.begin - block, int64_t{0}, kKeyBlock), std::clamp(keys.end - block, int64_t{0}, kKeyBlock)};
   }
 
-  // The tokens of the tile that see a key of the block join it. Ranges of keys begin and end in order from token to
-  // token and leave no gap: these tokens are neighbours, and every key between their first and their last is seen.
+  // For the tokens of the tile that see a key of the block. The ranges of keys that tokens see begin and end in order
+  // and leave no gap: these tokens are neighbours, and every key between their first and their last one is seen.
   MIXTRAL_INLINE void attend_block(int64_t block, int64_t tokens) {
     int64_t begin = 0, end = tokens;
     while (begin < end && seen(block, begin).begin >= seen(block, begin).end) ++begin;
@@ -93,7 +92,7 @@ class TileWorker {
       attend_rows(block, begin, end, all);
       return;
     }
-    // 0 * NaN is NaN: a token must not meet values that it does not see.
+    // 0 * NaN is NaN: a token must not be multiplied with values that it does not see.
     for (int64_t token = begin; token < end; ++token) {
       const KeyRange own = seen(block, token);
       gather_rows(block, own);
@@ -101,7 +100,7 @@ class TileWorker {
     }
   }
 
-  // Rows of keys and values; zeros for those outside `keys`, which may not even lie in memory.
+  // Rows of keys and values; zeros outside `keys`, where there may be no memory.
   MIXTRAL_INLINE void gather_rows(int64_t block, const KeyRange& keys) {
     std::fill_n(k_rows_, kKeyBlock, zeros_);
     std::fill_n(v_rows_, kKeyBlock, zeros_);
@@ -116,14 +115,15 @@ class TileWorker {
     }
   }
 
-  // Rows of tokens [begin, end) meet the gathered `keys` of the block. Halves of it that no row sees are left out.
+  // Tokens [begin, end) with the gathered `keys` of the block. Halves of the block that no row sees are skipped.
   MIXTRAL_INLINE void attend_rows(int64_t block, int64_t begin, int64_t end, const KeyRange& keys) {
     const int64_t panel_begin = keys.begin / kPanelColumns;
     const int64_t panel_end = ceil_div(keys.end, kPanelColumns);
     const int64_t row = begin * group_, rows = (end - begin) * group_;
     pack_keys(k_rows_, panel_begin, panel_end, width_, k_panels_);
     std::fill_n(scores_ + row * kKeyBlock, rows * kKeyBlock, 0.0f);
-    const int64_t score_depth = sizeof(Operand) == 4 ? 8 : width_;  // f32: short sums, added up, lose less than one
+    const int64_t score_depth =
+        sizeof(Operand) == 4 ? 8 : width_;  // f32: several short sums have a smaller error than one
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
       for (int64_t d = 0; d < width_; d += score_depth)
         multiply_(q_ + row * width_ + d, width_, rows, k_panels_ + (panel * width_ + d) * kPanelColumns, score_depth,
@@ -167,7 +167,8 @@ void attend_items(const AttentionProblem<T>& p, MicroKernel<Operand> kernel, Sha
     TileWorker<T, Operand> worker(p, kernel, scratch);
     for (auto share = items.take(); share.begin < share.end; share = items.take()) {
       const int64_t item = share.begin;
-      // Head after head, so that its keys stay in the cache; the last tiles of a sequence, which see most, first.
+      // Head after head, so that its keys stay in the cache. The last tiles of a sequence come first: they see most
+      // keys.
       const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, p.tile_tokens(), tiles - 1 - item % tiles);
       if (tile.begin < tile.end) worker.attend_tile(tile, item / tiles);
     }

@@ -3,6 +3,7 @@
 // memory in f32. Four neighbouring threads share a row; each has 8 of its scores and a quarter of its output. A row
 // that sees no key of a key block keeps its bits, so a result does not depend on the other rows of the tile.
 #include "../cuda/common.cuh"
+#include "../host_device.h"
 #include "sliding_window_attention.h"
 
 namespace mixtral {

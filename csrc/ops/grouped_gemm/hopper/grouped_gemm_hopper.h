@@ -13,7 +13,7 @@ namespace mixtral {
 bool launch_grouped_gemm_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm, bool swiglu,
                                 cudaStream_t stream);
 
-// grouped_gemm, or with `swiglu` grouped_gemm_swiglu, of rows that nobody has sorted by expert. Requires
+// grouped_gemm, or with `swiglu` grouped_gemm_swiglu, of rows that are not sorted by expert. Requires
 // takes_routed_gemm_stream_hopper. Row r C + c of the result is row r of a [R, Kdim] times the weights of expert
 // ids[r, c]; ids [R, C] is contiguous. If that expert is outside [0, E), the row is left unwritten. `ids_ready`: see
 // RoutedRows.

@@ -1,14 +1,14 @@
 // The grouped GEMM of few rows on Hopper: bound by reading the weights once.
 //
-// Operands change places: 64 rows of weights are the M operand of wgmma, the rows of a ("tokens") its N operand, which
-// may be as small as 8. So a group is padded to 8, 16, 32, ... tokens, not to 64 or 128.
+// The operands are swapped: 64 rows of weights are the M operand of wgmma, the rows of a ("tokens") its N operand,
+// which may be as small as 8. So a group is padded to 8, 16, 32, ... tokens, not to 64 or 128.
 //
 // Who computes what. A unit of work is 64 rows of weights per consumer warpgroup times the whole depth, against up to
 // Shape::kRows tokens of one expert; blocks walk units blockIdx.x, + gridDim.x, ... (find_stream_unit: experts without
 // tokens have none). One thread of a producer warp fills a ring, a stage being the weights and the tokens of 64 or 128
 // depths; the consumers multiply, turn their sums around in shared memory, and store rows of out in pieces of 16 bytes.
-// The ring runs on from unit to unit, so memory stays busy during the stores. Rows that name their experts themselves
-// are in no groups, but in every unit (grouped_gemm_stream_routing_hopper.cuh).
+// The ring runs on from unit to unit, so memory stays busy during the stores. Unsorted rows with expert ids are
+// in no groups, but in every unit (grouped_gemm_stream_routing_hopper.cuh).
 //
 // SwiGLU. A tile of weights is 8 gate rows, the 8 up rows of the same features, the next 8 gate rows and so on. The
 // accumulator then has the gate of a feature in values 4 j, 4 j + 1 and its up in values 4 j + 2, 4 j + 3 of one
@@ -122,7 +122,7 @@ template <typename Weights, typename Shape, bool kSwiglu>
 __device__ void stream_operands(StreamShared<Weights, Shape>& shared, const typename Weights::Source& weights,
                                 const TokenMaps& tokens, const StreamGemm& gemm) {
   const int steps = stream_steps<Weights>(gemm);
-  // Weights that are ready while the kernel before still runs. With offs, it is that kernel that says whose they are.
+  // Load weights while the previous kernel still runs. Not with offs: that kernel computes which experts have work.
   int ready = 0;
   if (!gemm.offs.data) {
     const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, blockIdx.x);
@@ -134,7 +134,7 @@ __device__ void stream_operands(StreamShared<Weights, Shape>& shared, const type
   for (int64_t index = blockIdx.x;; index += gridDim.x) {
     const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, index);
     if (unit.expert < 0) return;
-    if (unit.expert == gemm.experts) continue;  // rows behind the last group: no product
+    if (unit.expert == gemm.experts) continue;  // rows after the last group: no product
     for (int step = 0; step < steps; ++step, ring.advance(Shape::kStages)) {
       wait(&shared.empty[ring.stage], ring.parity ^ 1);
       if (ready > 0)
@@ -193,7 +193,7 @@ __device__ __forceinline__ void stage_sums(unsigned char* staged, const float (&
   }
 }
 
-// Staged tokens -> out, those of rows `row` and behind, from column `column` on, as far as the unit and out go.
+// Staged tokens -> out, from row `row` and column `column` on, up to the ends of the unit and of out.
 template <int kStaged, bool kSwiglu>
 __device__ __forceinline__ void store_staged(const unsigned char* staged, const StreamGemm& gemm,
                                              const StreamRouting& routing, const GemmTile& unit, int64_t row,
@@ -227,7 +227,8 @@ __device__ __forceinline__ void compute_unit(StreamShared<Weights, Shape>& share
   constexpr int kStaged = Shape::kStaged;
   const int group = threadIdx.x / 128;
   const int64_t tile = unit.column_block * Shape::kGroups + group;
-  float sums[N / 2] = {};  // not left to the first product: sums of every N would stay alive from unit to unit
+  float sums[N / 2] =
+      {};  // set here, not by the first product: else the sums of every N would stay alive from unit to unit
   multiply_unit<N, kSwiglu>(shared, ring, stream_steps<Weights>(gemm), group, sums);
   Weights::template finish<kSwiglu, N>(sums, weights, gemm, unit, tile);
 #pragma unroll
@@ -253,7 +254,7 @@ __device__ void clear_unit(const StreamGemm& gemm, const GemmTile& unit) {
 template <typename Weights, typename Shape, bool kSwiglu>
 __device__ void compute_units(StreamShared<Weights, Shape>& shared, const typename Weights::Source& weights,
                               const StreamGemm& gemm) {
-  wait_for_previous_kernel();  // offs is its work, and it may still read what is to be out
+  wait_for_previous_kernel();  // it writes offs, and may still read the memory of out
   RingPosition ring;
   for (int64_t index = blockIdx.x;; index += gridDim.x) {
     const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, index);
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     read_routing(shared.routing, gemm);
   }
   __syncthreads();
-  let_next_kernel_start();  // behind the wait for ids: whoever starts from here on finds it complete
+  let_next_kernel_start();  // after the wait for ids: the next kernel finds it complete
   if (threadIdx.x < Shape::kConsumers) {
     if constexpr (Shape::kMovesRegisters) increase_registers<232>();
     compute_units<Weights, Shape, kSwiglu>(shared, weights, gemm);

@@ -1,5 +1,5 @@
-// The grouped GEMM of few rows on Hopper (decoding, small batches, dense layers of few tokens): what its kernel and its
-// host side share.
+// The grouped GEMM of few rows on Hopper (decoding, small batches, dense layers of few tokens): index logic and problem
+// description, shared by the kernel and its host side.
 #pragma once
 
 #include <array>
@@ -9,23 +9,23 @@
 
 namespace mixtral {
 
-// More rows have enough work for the tensor cores: they are no business of a kernel that streams weights.
+// With more rows the product is compute-bound: the tile kernel is for them.
 inline constexpr int64_t kMaxStreamRows = 1024;
-// int4 weights are read once for every 32 rows; to make plain ones moves 8.5 times the bytes of all experts.
+// int4 weights are read once for every 32 rows; unpacking them moves 8.5 times the bytes of all experts.
 inline constexpr int64_t kMaxInt4StreamRows = 256;  // for each expert
 
 inline constexpr int kMaxRoutedCopies = 64;
 
-// Rows in any order, each with the experts that it goes to, in place of groups of sorted rows. Row r of a makes rows
-// r * copies, r * copies + 1, ... of out, each with the expert that ids names there. What ids names outside [0, E) is
-// nobody's: that row of out is not written. All rows of a fit one unit, and out has at most kMaxRoutedCopies.
+// Rows in any order, each with its experts, instead of groups of sorted rows. Row r of a gives rows r * copies,
+// r * copies + 1, ... of out, each with the expert in ids at that place. Ids outside [0, E) are ignored: their rows of
+// out are not written. All rows of a fit one unit, and out has at most kMaxRoutedCopies.
 struct RoutedRows {
   IndexArray ids = {};     // [rows, copies]; data == nullptr: groups
   int64_t copies = 1;      // of each row of a
   bool ids_ready = false;  // ids was complete before the kernel in front of this one let this one start
 };
 
-// What the kernel must know beside its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.
+// The problem, without its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.
 struct StreamGemm {
   BFloat16* out;                          // [rows * routed.copies, columns]
   IndexArray offs;                        // [experts] end offsets; data == nullptr: one group of all rows, or routed
@@ -46,23 +46,23 @@ MIXTRAL_HOST_DEVICE inline GemmTile find_stream_unit(const StreamGemm& gemm, int
   return {0, row_begin, row_end, index / row_blocks};
 }
 
-// Units that a launch must provide for, whatever offs or ids hold.
+// The most units that any offs or ids give.
 inline int64_t max_stream_units(const StreamGemm& gemm, int64_t unit_rows, int64_t unit_columns) {
   const int64_t blocks = ceil_div(gemm.columns, unit_columns), copies = gemm.rows * gemm.routed.copies;
   if (gemm.routed.ids.data) return (gemm.experts < copies ? gemm.experts : copies) * blocks;
   return max_gemm_tiles(gemm.experts, gemm.rows, unit_rows, blocks);
 }
 
-// The weights as boxes see them: depths, the rows of a block, blocks, experts. A block is 32 rows of packed fp8, of
-// plain weights 8. With SwiGLU every expert is two, gate and up, and a box takes 8 gate rows and the up rows of the
-// same features. Strides in bytes, of all but the first.
+// The dimensions of the weights in their tensor map: depths, rows of a block, blocks, experts. A block is 32 rows of
+// packed fp8, or 8 rows of plain weights. With SwiGLU every expert counts as two, gate and up, and a box has 8 gate
+// rows and the up rows of the same features. Strides are in bytes, of all dimensions but the first.
 struct StreamWeightBoxes {
   std::array<int64_t, 4> sizes;
   std::array<int64_t, 3> strides;
   std::array<int, 4> box;
 };
 
-// For boxes of 128 bytes of each row; without SwiGLU one takes all `unit_rows` rows of a unit.
+// For boxes of 128 bytes of each row; without SwiGLU one box has all `unit_rows` rows of a unit.
 inline StreamWeightBoxes stream_weight_boxes(const StreamGemm& gemm, bool swiglu, int unit_rows, WeightFormat format) {
   const bool fp8 = format == WeightFormat::kFp8;
   const int halves = swiglu ? 2 : 1, element_bytes = fp8 ? 1 : 2, block_rows = fp8 ? kBlockRows : 8;
@@ -89,17 +89,17 @@ MIXTRAL_HOST_DEVICE constexpr int token_box(int64_t tokens) {
   return box;
 }
 
-// Whether a kernel here takes the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of out
-// multiples of 8, at most kMaxStreamRows rows; or int4, columns of out multiples of 32, at most kMaxInt4StreamRows rows
-// for each expert; or fp8, columns of out multiples of 32. gemm.offs.data may be nullptr: then all rows are one group,
-// E is 1, and weights are read while the kernel before is still running.
+// Whether a kernel here can compute the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of
+// out multiples of 8, at most kMaxStreamRows rows; or int4, columns of out multiples of 32, at most kMaxInt4StreamRows
+// rows for each expert; or fp8, columns of out multiples of 32. gemm.offs.data may be nullptr: then all rows are one
+// group, E is 1, and weights are read while the kernel before is still running.
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
 
 // The same for rows that go to `copies` experts each: few enough for one unit, and their copies for a block's table.
 bool takes_routed_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, int64_t copies, bool swiglu);
 
-// For any b but fp8. With `swiglu` b is [E, 2I, Kdim] and out [M, I] is swiglu of the product, bit for bit what the two
-// steps make of it. Where `routed` has ids, gemm.offs has none. Returns a cudaError_t.
+// For any b but fp8. With `swiglu` b is [E, 2I, Kdim] and out [M, I] has the bits of the product followed by swiglu. If
+// `routed` has ids, gemm.offs has none. Returns a cudaError_t.
 int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const RoutedRows& routed, bool swiglu,
                                       cudaStream_t stream);
 
@@ -113,7 +113,7 @@ struct E4m3Rows {
 int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
                                 cudaStream_t stream);
 
-// The same product for b of fp8 and the rows `a` in place of gemm.a.
+// The same product for b of fp8, with the rows `a` instead of gemm.a.
 int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a,
                                            const RoutedRows& routed, bool swiglu, cudaStream_t stream);
 

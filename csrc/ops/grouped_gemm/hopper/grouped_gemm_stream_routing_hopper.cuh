@@ -1,14 +1,14 @@
-// Rows that name their experts themselves, in the grouped GEMM of few rows: every block finds out for itself which
-// experts have work, so that no kernel has to sort and move rows first.
+// Unsorted rows with expert ids, in the grouped GEMM of few rows: every block finds out for itself which experts have
+// work, so that no kernel has to sort and move rows first.
 //
-// A unit multiplies all rows with the weights of one expert and stores those that name it; the other columns of the
+// A unit multiplies all rows with the weights of one expert and stores those routed to it; the other columns of the
 // accumulator, even NaN, do not touch them. That costs no time where memory is the bound: of 64 tokens, the tensor
 // cores take 128 cycles for 8 KiB of bf16 weights, which HBM takes 410 to 590 cycles to bring. int4 weights come almost
 // four times as fast, so their tokens are at most 32. A row has the bits that it has in a group: one order of sums.
 //
-// Two products follow each other in an expert layer. ids is the work of a kernel before the first one, which waits for
-// it before it lets the second one start. So the second one knows its experts from the start and fills its ring with
-// weights while the first one still runs.
+// Two products follow each other in an expert layer. ids is written by a kernel before the first one. The first one
+// waits for it before it lets the second one start. So the second one knows its experts from the start and fills its
+// ring with weights while the first one still runs.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@
 namespace mixtral::cuda {
 
 struct StreamRouting {
-  int32_t experts[kMaxRoutedCopies];  // of every copy; -1: nobody's
-  int32_t active[kMaxRoutedCopies];   // every expert that a copy goes to once, in the order of their first copies
+  int32_t experts[kMaxRoutedCopies];  // of every copy; -1: none
+  int32_t active[kMaxRoutedCopies];   // every expert with a copy, once, in the order of first copies
   int32_t active_count;
 };
 
-// From L2: L1 is known to hold nothing of earlier kernels only behind a wait for them.
+// From L2: before a wait for earlier kernels, L1 may hold stale values.
 __device__ __forceinline__ int64_t load_id(IndexArray ids, int64_t i) {
   return ids.is_int64 ? __ldcg(static_cast<const int64_t*>(ids.data) + i)
                       : __ldcg(static_cast<const int32_t*>(ids.data) + i);

@@ -1,13 +1,13 @@
-// What the formats of weights do differently in the grouped GEMM of few rows: how a tile of 64 rows comes into shared
-// memory, and how a warpgroup multiplies it with the tokens there.
+// The formats of weights in the grouped GEMM of few rows: how a tile of 64 rows is loaded into shared memory, and how a
+// warpgroup multiplies it with the tokens there.
 //
-//   kFormat, Source           the weights, and as the kernel takes them
+//   kFormat, Source           the format, and the kernel's argument for the weights
 //   kDepth, kTileBytes        depths of a stage, and bytes of a tile of 64 rows and so many depths
 //   kTokenBytes               bytes of a value of a token: a stage holds 128 bytes of every token
 //   load                      one thread: the tiles of a unit for one step, kTileBytes apart, on their way to `full`,
 //                             where it announces their bytes and those of the tokens
 //   multiply_tile             a warpgroup: sums += tile * tokens, finished on return
-//   finish                    a warpgroup: what is left to do with the sums of tile number `tile` of the expert
+//   finish                    a warpgroup: the last operations on the sums of tile number `tile` of the expert
 #pragma once
 
 #include <cstdint>
@@ -70,11 +70,11 @@ struct BFloat16Weights {
 // that hold its operands, makes bf16 of them in registers and multiplies from there: nothing goes back to shared
 // memory. The other blocks of the SM multiply meanwhile.
 //
-// Where the rows or the depth end within a tile, the rest of it keeps what was in shared memory before. That is
-// harmless: any byte is a finite weight, which makes columns that are not stored, or meets tokens of zero.
+// If the rows or the depth end within a tile, the rest of it keeps the old contents of shared memory. That is harmless:
+// any byte is a finite weight, and its products are in columns that are not stored, or with tokens that are zero.
 //
-// Instructions are what is scarce: about 155 a warp and tile, of which 20 load and 64 convert. As many cycles of an SM
-// for 2176 bytes are 3.3 TB/s at 1.75 GHz on 132 SMs: what HBM3 has, and less than HBM3e.
+// Instructions are the bottleneck: about 155 a warp and tile, of which 20 load and 64 convert. As many cycles of an SM
+// for 2176 bytes are 3.3 TB/s at 1.75 GHz on 132 SMs: the bandwidth of HBM3, and less than that of HBM3e.
 struct Int4Weights {
   static constexpr WeightFormat kFormat = WeightFormat::kInt4;
   struct Source {
@@ -144,7 +144,7 @@ struct E4m3Weights {
   static constexpr WeightFormat kFormat = WeightFormat::kFp8;
   struct Source {
     TensorMap map;
-    const char* packed;         // [experts, blocks, 32 * Kdim + 128], what `map` is of
+    const char* packed;         // [experts, blocks, 32 * Kdim + 128], the memory of `map`
     const float* token_scales;  // [rows]
   };
   static constexpr int kDepth = 128, kTileBytes = kStreamTileRows * kSwizzleRowBytes, kTokenBytes = 1;
@@ -181,7 +181,7 @@ struct E4m3Weights {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = stream_weight_row(gemm.columns, kSwiglu, tile, accumulator_row(thread, half * 2));
-      if (row >= weight_rows) continue;  // behind the last column
+      if (row >= weight_rows) continue;  // after the last column
       const char* block = source.packed + (unit.expert * weight_rows + row) / kBlockRows * block_bytes;
       weight_scales[half] = reinterpret_cast<const float*>(block + kBlockRows * gemm.depth)[row % kBlockRows];
     }

@@ -6,8 +6,8 @@
 // 256 columns: the largest product of wgmma, 128 f32 sums a thread. With swiglu the 256 columns are 128 of gate and the
 // 128 of up that belong to them, so that one thread holds both halves of a value, as sums i and i + 64.
 //
-// Rows of groups are compact: a tile may load rows of the next group, or zeros behind the last row and the last column.
-// Their sums are never stored, and a warpgroup without rows in a tile lets it pass. A warp brings its sums through 2 KB
+// Rows of groups are compact: a tile may load rows of the next group, or zeros after the last row and the last column.
+// Their sums are never stored, and a warpgroup without rows in a tile skips it. A warp brings its sums through 2 KB
 // of shared memory into rows of 128 bytes that it stores 16 bytes a thread; only the threads of a warp wait for each
 // other.
 //
@@ -31,7 +31,7 @@ namespace mixtral::cuda {
 
 inline constexpr int kGemmRows = 128, kGemmColumns = 256, kGemmDepth = 64, kGemmStages = 4;
 inline constexpr int kGemmThreads = 384, kGemmWarps = 8;   // warps that multiply
-inline constexpr int kStoreRows = 16, kStoreColumns = 64;  // what a warp stores at a time
+inline constexpr int kStoreRows = 16, kStoreColumns = 64;  // a warp stores so many at a time
 
 struct alignas(kSwizzleAtomBytes) GemmShared {
   unsigned char a[kGemmStages][kGemmRows * kSwizzleRowBytes];
@@ -57,7 +57,7 @@ __device__ __forceinline__ int64_t out_columns(const GroupedGemm<BFloat16>& gemm
 template <bool kSwiglu>
 inline constexpr int kOutColumns = kSwiglu ? kGemmColumns / 2 : kGemmColumns;
 
-// Tile `index` of all blocks' tiles, and its steps along the depth: none for rows behind the last group.
+// Tile `index` of all blocks' tiles, and its steps along the depth: none for rows after the last group.
 template <bool kSwiglu>
 __device__ __forceinline__ GemmTile gemm_tile(const GroupedGemm<BFloat16>& gemm, int64_t index) {
   return find_gemm_tile(gemm.offs, gemm.b.experts, gemm.rows, kGemmRows,
@@ -171,7 +171,7 @@ __device__ __forceinline__ void store_tile(GemmShared& shared, const GroupedGemm
     }
     __syncwarp();
     store_rows(values, gemm.out, out_columns<kSwiglu>(gemm), row, tile.row_end, column + part * kStoreColumns);
-    __syncwarp();  // all has been read: the next part or tile may come
+    __syncwarp();  // all has been read: the memory is free for the next part or tile
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace mixtral {
 
-// TMA and 16-byte stores want aligned rows: K and the columns of out multiples of 8. Shapes and pointers decide alone.
+// TMA and 16-byte stores need aligned rows: K and the columns of out multiples of 8. Only shapes and pointers decide.
 inline bool takes_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const int64_t columns = swiglu ? gemm.b.columns / 2 : gemm.b.columns;
@@ -21,8 +21,8 @@ inline bool takes_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bo
   return aligned(gemm.a) && aligned(gemm.b.data) && aligned(gemm.out);
 }
 
-// A gemm that the kernel takes; out [M, N], or [M, N / 2] of swiglu: bit for bit what swiglu makes of the plain
-// product.
+// Requires takes_grouped_gemm_tile_hopper. out is [M, N], or with swiglu [M, N / 2], with the bits of the plain product
+// followed by swiglu.
 int launch_grouped_gemm_tile_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu, cudaStream_t stream);
 
 }  // namespace mixtral

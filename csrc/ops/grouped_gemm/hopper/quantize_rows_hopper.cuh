@@ -24,7 +24,7 @@ struct BFloat16Piece {
 __global__ void __launch_bounds__(kE4m3Warps* kWarpSize)
     quantize_rows_kernel(const BFloat16* a, E4m3Rows out, int64_t rows, int64_t depth) {
   let_next_kernel_start();
-  wait_for_previous_kernel();  // a is its work, and it may still read what is to be out
+  wait_for_previous_kernel();  // it writes a, and may still read the memory of out
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kE4m3Warps + threadIdx.x / kWarpSize;
   if (row >= rows) return;
   const int lane = threadIdx.x % kWarpSize;

@@ -21,7 +21,7 @@
 //
 // Copies are cp.async: rows of 256 bytes, from pages of any size. Keys out of sight, or on no page of the pool, become
 // zeros without a read: what a stale slot holds never enters. A key's row is looked up one block before its copy.
-// Wgmma would want 64 rows, and its operands from TMA, which knows no page table.
+// Wgmma would need 64 rows, and its operands from TMA, which knows no page table.
 //
 // Issue: some 750 instructions a warp and stage of 64 keys (SASS of the main loop, 16 rows, D = 128): 240 copy, 110
 // look up a row (three divisions), 40 feed the tensor cores, the rest is softmax and addresses. That is 47 a key, a
@@ -42,7 +42,7 @@ struct DecodeShared {
   };
   union {
     Stage ring[kDecodeStages];
-    float parts[kMaxDecodeRows * decode_part_stride(kHeadDim)];  // of the four warps, when the keys have passed by
+    float parts[kMaxDecodeRows * decode_part_stride(kHeadDim)];  // of the four warps, after the last key
   };
   int is_last;
 };
@@ -64,7 +64,7 @@ __device__ __forceinline__ void copy_keys(const DecodeProblem& p, int64_t offset
   }
 }
 
-// A row of the result in the making: lane l of a warp has columns from l * kHeadDim / 32 on.
+// A merged row of the result: lane l of a warp has columns from l * kHeadDim / 32 on.
 template <int kHeadDim>
 struct MergedRow {
   struct alignas(kHeadDim / 8) Columns {
@@ -131,15 +131,15 @@ __device__ __forceinline__ bool last_to_arrive(int* arrivals, int blocks, int* s
   return *shared;
 }
 
-// Passes the keys of this split by the rows of this warp.
+// Updates the rows of this warp with the keys of this split.
 template <int kHeadDim>
 __device__ __forceinline__ void attend_keys(const DecodeProblem& p, const DecodeTile& tile, int64_t kv_head,
                                             const KeyRange& range, const KeyBlocks& blocks, int row_tiles,
                                             DecodeShared<kHeadDim>& shared, DecodeRows<kHeadDim>& rows) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int num_blocks = static_cast<int>(blocks.end - blocks.begin);
-  // Where the key of this thread lies in k and v, negative where nowhere. Looked up a block before its copy, for it
-  // takes a load of its own.
+  // Offset of the key of this thread in k and v; negative if there is none. Looked up one key block before its copy,
+  // since that needs a load.
   const auto offset_in_block = [&](int block) -> int64_t {
     const int64_t key = (blocks.begin + block) * kDecodeKeys + warp * kChunkKeys + lane % kChunkKeys;
     if (block >= num_blocks || key < range.begin || key >= range.end) return -1;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     DecodeRows<kHeadDim> rows;
     attend_keys(p, tile, kv_head, range, split_blocks(range, split, plan.splits), plan.rows / kDecodeTileRows, shared,
                 rows);
-    __syncthreads();  // the ring has been read: parts take its place
+    __syncthreads();  // the ring has been read: parts now use its memory
     store_part(rows, shared.parts + warp * kDecodeTileRows * kStride);
   }
   __syncthreads();

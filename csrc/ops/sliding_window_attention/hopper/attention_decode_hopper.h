@@ -1,5 +1,5 @@
-// Attention of few query tokens per sequence on Hopper: which problems the kernel takes, how it divides them and where
-// the values lie. All of it follows from shapes alone, so a launch can be captured in a CUDA graph.
+// Attention of few query tokens per sequence on Hopper: the problems that the kernel can compute, how it divides them,
+// and the layout of its memory. All of it follows from shapes alone, so a launch can be captured in a CUDA graph.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -26,7 +26,7 @@ struct DecodePlan {
   int64_t tiles;        // query tiles of the batch, some empty (query_tile)
 };
 
-// The most keys that one query sees, as far as shapes tell.
+// The most keys that one query can see, by shapes.
 constexpr int64_t decode_keys_bound(const DecodeProblem& p) {
   const int64_t cached = p.keys.page_table ? p.keys.columns * p.keys.page_size : std::numeric_limits<int64_t>::max();
   return p.window > 0 && p.window < cached ? p.window : cached;
@@ -47,7 +47,7 @@ constexpr DecodePlan decode_plan(const DecodeProblem& p) {
 }
 
 // Few query tokens per sequence: on average, since only sums are known without a look at device memory. A sequence with
-// more of them than a tile has is right too; its keys are read once per tile.
+// more tokens than a tile is computed correctly too; its keys are read once per tile.
 constexpr bool decode_shapes_fit(const DecodeProblem& p) {
   if (p.tokens == 0 || p.num_heads == 0 || (p.head_dim != 64 && p.head_dim != 128)) return false;
   const int64_t group = p.num_heads / p.num_kv_heads, tokens = ceil_div(p.tokens, p.sequences);
@@ -63,7 +63,7 @@ inline bool takes_attention_decode_hopper(const DecodeProblem& p) {
 // the sum of its weights. The padding keeps rows in different banks of shared memory.
 constexpr int decode_part_stride(int head_dim) { return head_dim + 8; }
 
-// Where the parts of the splits lie until the last block merges them.
+// The parts of the splits, until the last block merges them.
 struct DecodeWorkspace {
   int* arrivals;  // [tiles, Nkv], 0 at the start
   float* parts;   // [tiles, Nkv, splits, rows, stride]
@@ -104,7 +104,7 @@ constexpr int decode_tile_offset(int key, int chunk) {
   return key * kHeadDim * 2 + (chunk ^ key % 8) * 16;
 }
 
-// `workspace` has decode_workspace_bytes(problem, decode_plan(problem)), aligned to 16 bytes, whatever they hold.
+// `workspace` has decode_workspace_bytes(problem, decode_plan(problem)), aligned to 16 bytes, with any contents.
 // Returns a cudaError_t.
 int launch_attention_decode_hopper(const DecodeProblem& problem, void* workspace, cudaStream_t stream);
 

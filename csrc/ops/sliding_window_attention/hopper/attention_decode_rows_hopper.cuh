@@ -1,4 +1,4 @@
-// The 16 query rows of a warp of attention_decode_hopper.cuh, and what becomes of them when keys pass by.
+// The 16 query rows of a warp of attention_decode_hopper.cuh, and their update with a chunk of keys.
 #pragma once
 
 #include "../../cuda/kernel_hopper.cuh"  // ldmatrix, mma
@@ -20,7 +20,7 @@ struct DecodeTile {
   }
 };
 
-// What a warp knows of its 16 query rows. Thread l holds rows l / 4 and l / 4 + 8, as fragments of the tensor cores.
+// The 16 query rows of a warp. Thread l holds rows l / 4 and l / 4 + 8, as fragments of the tensor cores.
 template <int kHeadDim>
 struct DecodeRows {
   uint32_t q[kHeadDim / 16][4];
@@ -31,8 +31,8 @@ struct DecodeRows {
   float sum[2] = {};  // over the keys of this thread
 };
 
-// A row that does not exist stands for the first one of q, and sees what the tile sees so that it calls for no mask;
-// its result is not stored.
+// For a row that does not exist, the first row of q is loaded, and it sees the keys of the whole tile, so that it needs
+// no mask. Its result is not stored.
 template <int kHeadDim>
 __device__ __forceinline__ void load_rows(const DecodeProblem& p, const DecodeTile& tile, int first_row,
                                           const KeyRange& range, int64_t origin, DecodeRows<kHeadDim>& rows) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void chunk_scores(const DecodeRows<kHeadDim>& rows, c
   }
 }
 
-// Scores become weights under the maximum so far, in base 2; what was summed under the old maximum is scaled. Returns
+// Scores become weights under the maximum so far, in base 2; sums under the old maximum are scaled. Returns
 // whether a row of this thread does not see a key of the chunk that starts at `first`, counted as rows.begin.
 template <int kHeadDim>
 __device__ __forceinline__ bool chunk_weights(DecodeRows<kHeadDim>& rows, int first, float scale,
@@ -111,7 +111,7 @@ __device__ __forceinline__ bool chunk_weights(DecodeRows<kHeadDim>& rows, int fi
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& score = scores[i / 2][half * 2 + i % 2];
-      score = to_float(from_float<BFloat16>(exp2f(score - origin)));  // as the product with the values will take it
+      score = to_float(from_float<BFloat16>(exp2f(score - origin)));  // rounded as for the product with the values
       rows.sum[half] += score;
     }
 #pragma unroll

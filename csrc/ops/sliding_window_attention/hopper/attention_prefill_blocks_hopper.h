@@ -10,7 +10,7 @@ namespace mixtral {
 inline constexpr int kTileRows = 128, kBlockKeys = 128;
 
 // The rows of a tile are tokens times the query heads of one key/value head (row = token * group + head), so that few
-// tokens fill a tile too and all heads share its keys. Rows from tile_tokens * group on are none.
+// tokens fill a tile too and all heads share its keys. Rows from tile_tokens * group on do not exist.
 constexpr int64_t tile_tokens(int64_t group) { return kTileRows / group; }
 
 // The keys of a tile, relative to `origin`, the absolute start of its first block. Blocks start at multiples of 128 in
@@ -27,7 +27,7 @@ struct PrefillKeys {
   }
 };
 
-// From what the first and the last row see: neither end of visible_keys() ever falls from token to token.
+// From the keys that the first and the last row see: neither end of visible_keys() falls from token to token.
 constexpr PrefillKeys prefill_keys(KeyRange first, KeyRange last) {
   const int64_t origin = first.begin / kBlockKeys * kBlockKeys;
   const int64_t count = last.end > first.begin ? last.end - origin : 0;
@@ -39,13 +39,13 @@ constexpr PrefillKeys prefill_keys(KeyRange first, KeyRange last) {
           static_cast<int>(first.end - origin)};
 }
 
-// Keys that one TMA box brings: successive positions within a page.
+// Keys in one TMA box: successive positions within a page.
 constexpr int64_t box_keys(const KeyLayout& keys) {
   return keys.page_table && keys.page_size < kBlockKeys ? keys.page_size : kBlockKeys;
 }
 
-// Where the box of the keys from `position` on lies in a map of [pages, page_size] rows. A row that is none lies
-// outside the map: TMA brings zeros.
+// Where the box of the keys from `position` on lies in a map of [pages, page_size] rows. A row that does not exist
+// is outside the map: TMA brings zeros.
 struct KeyBox {
   int row, page;
 };

@@ -28,7 +28,7 @@
 
 namespace mixtral::cuda::prefill {
 
-// The two rows of a thread: what they see, and their softmax.
+// The two rows of a thread: the keys they see, and their softmax.
 struct PrefillRows {
   int begin[2], end[2];  // keys, relative to the tile's first block
   float max[2], sum[2];  // of the scaled scores, in base 2; the sum is over this thread's keys alone
@@ -66,7 +66,7 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kBlockKeys / 2], con
   }
 }
 
-// Scores become weights; correction: what the sums so far are to be multiplied by, exactly 1 while the maximum stays.
+// Scores become weights; correction: the factor for the sums so far, exactly 1 while the maximum stays.
 __device__ __forceinline__ void softmax_block(float (&scores)[kBlockKeys / 2], float scale, PrefillRows& rows,
                                               float (&correction)[2]) {
   float top[2] = {-INFINITY, -INFINITY}, origin[2];
@@ -121,7 +121,7 @@ __device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float sca
   wait(&shared->k_full[0], 0);
   named_barrier_sync(my_turn, 256);
   multiply_scores(scores, q, shared_address(shared->k[0]));
-  // Every turn is waited for: the second warpgroup gives none in the end.
+  // Every arrival needs a wait: the second warpgroup gives no last turn.
   if (warpgroup == 0 || keys.blocks > 1) named_barrier_arrive(others_turn, 256);
   wait_products<0>(scores);
   release(&shared->k_empty[0]);

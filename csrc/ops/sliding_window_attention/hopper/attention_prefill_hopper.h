@@ -13,7 +13,7 @@ namespace mixtral {
 
 using torch::headeronly::BFloat16;
 
-// Whether the kernel takes the problem; decided from sizes, the scale and the alignment of pointers alone.
+// Whether the kernel can compute the problem; decided by sizes, the scale and the alignment of pointers alone.
 inline bool takes_attention_prefill_hopper(const AttentionProblem<BFloat16>& p) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // TMA's coordinates are int32
   const KeyLayout& keys = p.keys;
@@ -28,7 +28,7 @@ inline bool takes_attention_prefill_hopper(const AttentionProblem<BFloat16>& p) 
          aligned(p.out);
 }
 
-// A problem that the kernel takes. Returns a cudaError_t.
+// Requires takes_attention_prefill_hopper. Returns a cudaError_t.
 int launch_attention_prefill_hopper(const AttentionProblem<BFloat16>& problem, cudaStream_t stream);
 
 }  // namespace mixtral

@@ -42,7 +42,7 @@ inline bool prefill_key_map(TensorMap* map, const AttentionProblem<BFloat16>& p,
       {kHeadDim * 2, row_bytes, p.keys.page_size * row_bytes}, {64, 1, static_cast<int>(box_keys(p.keys)), 1});
 }
 
-// What all threads of a block know.
+// The tile of a block, known to all its threads.
 struct PrefillTile {
   QueryTile queries;
   PrefillKeys keys;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_tile(const AttentionProblem<BFloat16>& p, c
     if (!active) return;
     load_box(tile_half + first_row * kSwizzleRowBytes, &map, full, half * 64, tile.kv_head, box.row, box.page);
   };
-  // As the products go: K of block j + 1, then V of block j. The place of the former is free earlier.
+  // In the order of the products: K of block j + 1, then V of block j. The stage of the former is free earlier.
   RingPosition k_ring, v_ring;
   KeyBox box{0, 0};
   for (int block = 0; block <= tile.keys.blocks; ++block) {
