@@ -27,7 +27,7 @@ constexpr const char* kHelp =
     "/bye    leave (Ctrl-D does too)\n"
     "Ctrl-C  stop the answer; a second time: leave\n";
 
-constexpr const char* kSession = "chat";  // its keys stay in the cache: a turn computes its own tokens alone
+constexpr const char* kSession = "chat";  // each turn computes only its new tokens
 
 struct Flags {
   ModelFlags model;
@@ -35,7 +35,7 @@ struct Flags {
   std::string system;
 };
 
-// Lines of stdin. Not std::getline: it would not come back from a signal.
+// Reads lines of stdin. std::getline would not return when a signal comes.
 class LineReader {
  public:
   // None at the end of the input.
@@ -65,7 +65,7 @@ class LineReader {
   }
 
  private:
-  // Looks up ten times a second: a signal that comes just before a blocking read would not interrupt it.
+  // Checks for signals ten times a second: one that comes just before a blocking read would not interrupt it.
   static void wait_for_input(bool interactive) {
     pollfd input = {STDIN_FILENO, POLLIN, 0};
     bool hinted = false;

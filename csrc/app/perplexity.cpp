@@ -28,7 +28,7 @@ struct Result {
   double seconds;  // without loading
 };
 
-// The weights are gone when this returns, so that a second model finds the memory free.
+// Frees the weights before it returns: a second model may need the memory.
 Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& tokenizer, const std::string& text) {
   LoadedEngine loaded = load_engine(flags, tokenizer);
   ProgressBar bar("scoring", tokens_text);

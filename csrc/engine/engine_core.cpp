@@ -4,6 +4,7 @@
 #include <chrono>
 #include <iterator>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -58,7 +59,8 @@ void EngineCore::admit() {
   while (Sequence* const next = scheduler_.next()) {
     try {
       if (!make_room(*next)) return;
-      if (!scheduler_.admit(runner_.num_pages() - idle_pages_but(next->session))) return;
+      if (!scheduler_.admit(runner_.num_pages() - idle_pages_but(next->session)))
+        throw std::logic_error("Engine: the page pool is smaller than the requests in it need");
       start(*next);
     } catch (...) {  // it can never fit
       next->error = std::current_exception();

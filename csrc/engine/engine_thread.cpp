@@ -1,6 +1,7 @@
 #include "engine_thread.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -10,6 +11,12 @@
 #include "threads.h"
 
 namespace mixtral {
+
+namespace {
+
+constexpr std::chrono::milliseconds kKeepsWorkers{20};  // for the next request of a caller that waits for each
+
+}  // namespace
 
 struct EngineThread::State {
   std::unique_ptr<EngineCore> core;  // used by the thread alone
@@ -26,6 +33,7 @@ EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_
 }
 
 void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
+  if (!is_current()) release_idle_workers();  // the caller's
   const std::lock_guard lock(state_->mutex);
   if (state_->stopping) throw std::runtime_error("Engine: stopped, it takes no more requests");
   if (!thread_.joinable()) thread_ = std::thread([state = state_] { loop(*state); });
@@ -74,9 +82,13 @@ bool EngineThread::iterate(State& state) {
   bool stopping = false;
   {
     std::unique_lock lock(state.mutex);
-    state.changed.wait(lock, [&] {
+    const auto has_work = [&] {
       return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || state.stopping;
-    });
+    };
+    if (!state.changed.wait_for(lock, kKeepsWorkers, has_work)) {
+      release_idle_workers();
+      state.changed.wait(lock, has_work);
+    }
     submitted.swap(state.submitted);
     cancelled.swap(state.cancelled);
     stopping = state.stopping;

@@ -53,7 +53,7 @@ Tensor draw(const Tensor& scores, const Tensor& highest, const std::vector<Sampl
   const Tensor &temperature = columns[0], &top_k = columns[1], &top_p = columns[2], &min_p = columns[3];
 
   const Tensor likelihood = ((scores.to(torch::kFloat64) - highest) / temperature).exp();
-  // Most likely first after top-k or top-p; a sort of equal keys leaves the other rows in the order of the ids.
+  // Rows with top-k or top-p are sorted, most likely first. The others get equal keys, which keep the order of ids.
   const Tensor sorted = (top_k < vocab) | torch::isfinite(top_p);
   const Tensor keys = torch::where(sorted, scores, torch::zeros_like(scores));
   const Tensor ids = std::get<1>(torch::sort(keys, /*stable=*/true, /*dim=*/1, /*descending=*/true));
@@ -64,7 +64,7 @@ Tensor draw(const Tensor& scores, const Tensor& highest, const std::vector<Sampl
   weight = weight * (before < top_p * mass.narrow(1, vocab - 1, 1)) * (weight >= min_p);
 
   const Tensor share = weight.cumsum(1), total = share.narrow(1, vocab - 1, 1);
-  // The first token whose share passes the target; the second condition: never one behind the last of positive weight.
+  // The first token whose share exceeds the target, and never one behind the last token of positive weight.
   const Tensor place = ((share <= columns[4] * total) & (share < total)).sum(1, /*keepdim=*/true);
   return ids.gather(1, place).squeeze(1);
 }
@@ -80,7 +80,7 @@ std::vector<int64_t> sample_batch(const Tensor& logits, const std::vector<Sample
   if (!std::all_of(samplers.begin(), samplers.end(), is_greedy)) {
     std::vector<uint8_t> greedy;
     for (const Sampler* sampler : samplers) greedy.push_back(is_greedy(sampler));
-    // A row without a finite maximum draws from NaN: the place may lie anywhere, the token is not used.
+    // A row without a finite maximum draws from NaN; its token is not used.
     tokens = torch::where(beside(scores, greedy) != 0, tokens, draw(scores, highest, samplers));
   }
   tokens = torch::where(torch::isfinite(highest.squeeze(1)), tokens, -1).to(torch::kCPU);

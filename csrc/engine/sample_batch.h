@@ -1,5 +1,5 @@
-// The next tokens of a batch, picked where its logits lie: on CUDA the host would need longer for a large vocabulary
-// than the model for a step, and copying the logits costs as well.
+// Picks the next tokens of a batch on the device of its logits. On CUDA, sampling on the host would take longer than
+// the decode step when the vocabulary is large, and the logits would have to be copied.
 #pragma once
 
 #include <vector>
@@ -9,8 +9,8 @@
 
 namespace mixtral {
 
-// logits f32 [B,vocab], a sampler for each row -> a token for each, as Sampler::next defines it. -1 where next() would
-// throw: the row holds NaN or infinity, and its sampler stays as it was.
+// logits f32 [B,vocab], one sampler per row -> one token per row, the same as Sampler::next picks. A row that next()
+// would throw for (NaN or infinity) gives -1 and leaves its sampler as it was.
 std::vector<int64_t> sample_batch(const torch::Tensor& logits, const std::vector<Sampler*>& samplers);
 
 }  // namespace mixtral

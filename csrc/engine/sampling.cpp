@@ -11,7 +11,7 @@
 namespace mixtral {
 namespace {
 
-// A total order, so that the result does not depend on how the standard library selects.
+// A total order: the result does not depend on the standard library's sort.
 bool more_likely(const Candidate& a, const Candidate& b) {
   return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
 }
@@ -47,8 +47,8 @@ std::vector<int64_t> top_ids(const float* scores, int64_t vocab, int64_t k) {
   return ids;
 }
 
-// The fewest of the most likely candidates that hold `top_p` of the weight. They are sorted a chunk at a time: as a
-// rule a few of them are enough.
+// Keeps the most likely candidates that together hold `top_p` of the weight, and no more of them than needed. Sorts a
+// chunk at a time, because a few candidates are usually enough.
 void keep_top_p(std::vector<Candidate>& candidates, double top_p) {
   double total = 0, mass = 0;
   for (const Candidate& candidate : candidates) total += candidate.weight;

@@ -16,7 +16,7 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument("score: " + message);
 }
 
-// logits f32 [T,vocab] -> the log-probability of targets[t] under row t, for the T tokens from `targets` on.
+// logits f32 [T,vocab], targets [T] -> logprobs [T]: of targets[t] under row t.
 void gather_logprobs(const torch::Tensor& logits, const int64_t* targets, double* logprobs) {
   const int64_t vocab = logits.size(1);
   const float* const rows = logits.data_ptr<float>();
@@ -52,7 +52,7 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
       sequence = cache.add_sequence();
     }
     end = std::min({begin + chunk, segment_begin + segment, total});
-    // What predicts the tokens [begin, end): the token before each of them, BOS before the first of the segment.
+    // Each target in [begin, end) is predicted from the token before it; the first of a segment, from BOS.
     std::vector<int64_t> inputs{begin == segment_begin ? bos : ids[static_cast<size_t>(begin) - 1]};
     inputs.insert(inputs.end(), ids.begin() + begin, ids.begin() + end - 1);
     const auto hidden = model.hidden_states(cache.prepare({{sequence, std::move(inputs)}}), &cache);

@@ -13,8 +13,8 @@ namespace mixtral {
 
 class MixtralImpl;
 
-// A text longer than the context is cut into segments of `ctx_size` tokens. Each segment starts anew: it is read behind
-// a BOS token of its own and sees nothing of the segment before. So every token is predicted once, and BOS never.
+// A text longer than the context is cut into segments of `ctx_size` tokens. Each segment gets its own BOS token and
+// sees nothing of the segment before. So every token is predicted once, and BOS never.
 struct ScoreOptions {
   int64_t ctx_size = 0;             // tokens of a segment; 0: the model's max_position
   int64_t chunk_size = kChunkSize;  // tokens per forward pass; it bounds the memory for logits, f32 [chunk_size,vocab]
@@ -37,7 +37,7 @@ struct Score {
 std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::vector<int64_t>& ids,
                                    const ScoreOptions& options);
 
-// The same for a text, as a whole.
+// The sum over all tokens of a text.
 Score score(MixtralImpl& model, const Tokenizer& tokenizer, const std::string& text, const ScoreOptions& options);
 
 }  // namespace mixtral

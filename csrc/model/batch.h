@@ -10,7 +10,7 @@ namespace mixtral {
 
 class ForwardObserver;
 
-// All tensors are int64, which no op converts.
+// All tensors are int64, so no op has to convert them.
 struct Batch {
   torch::Tensor input_ids;   // [T]
   torch::Tensor positions;   // [T]
@@ -23,7 +23,7 @@ struct Batch {
   ForwardObserver* observer = nullptr;  // sees the products of the pass (observer.h); may be null
 };
 
-// The same on the host, filled sequence by sequence.
+// A batch on the host, filled sequence by sequence.
 struct HostBatch {
   std::vector<int64_t> input_ids, positions, slot_mapping, kv_lens, cu_seqlens = {0}, page_table;
   int64_t columns = 0;  // of page_table [B,columns]; 0: no cache
@@ -33,21 +33,21 @@ struct HostBatch {
   // One more sequence: its next tokens, the first of them at `first_position`.
   void add_tokens(const std::vector<int64_t>& ids, int64_t first_position);
   // Adds copies of the first sequence, which must have one token, until there are `sequences`. Their keys go to the
-  // slots from `first_slot` on. A copy takes the way of the original through all experts, so that padding never makes a
-  // step read the weights of one more; and it needs no rule for tokens without a slot, which the CPU ops reject.
+  // slots from `first_slot` on. A copy is routed to the same experts as the original, so padding never makes a pass
+  // read more weights. And every token has a slot: the CPU ops reject tokens without one.
   void pad(int64_t sequences, int64_t first_slot);
   Batch to(torch::Device device) const;
 };
 
 int64_t round_up_to_power_of_two(int64_t n);
 
-// Where a batch lies on a device: one block of memory, so that moving a batch there is one copy. Pinned on the host,
-// the copy does not wait.
+// The memory of a batch on a device: one block, so that moving a batch there is one copy. The host side is pinned, so
+// the copy is asynchronous.
 class BatchBuffer {
  public:
   BatchBuffer(int64_t tokens, int64_t sequences, int64_t columns, torch::Device device);
-  // `batch` must have the sizes given above. The copy of the batch before must be done: whoever reads a result of its
-  // forward pass on the host knows that.
+  // `batch` must have the sizes given above. The previous copy must be done; it is once a result of that forward pass
+  // was read on the host.
   void fill(const HostBatch& batch);
   const Batch& batch() const { return batch_; }
 

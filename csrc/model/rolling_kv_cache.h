@@ -42,12 +42,12 @@ class RollingKVCache {
   // Bytes of one page, keys and values of all layers.
   static int64_t page_bytes(const Config& config, int64_t page_size, torch::ScalarType dtype);
 
-  // Makes the pool larger. Pages keep their numbers and contents, and get new addresses. Layers grow one after the
-  // other, so beside the new pool there is memory for one old layer. Throws OutOfMemory, and then changes nothing that
-  // matters.
+  // Makes the pool larger. Pages keep their numbers and contents, but move in memory. Layers grow one after the other,
+  // so the copy needs room for one old layer beside the new pool. When it throws (OutOfMemory), the cache works on with
+  // the pages it had.
   void grow(int64_t num_pages);
   int64_t num_pages() const { return options_.num_pages; }
-  // Bytes that grow() needs beside the pool for `num_pages` pages.
+  // Bytes that grow(num_pages) allocates beyond the present pool.
   double bytes_to_grow(int64_t num_pages) const;
 
   int64_t add_sequence();
@@ -58,11 +58,11 @@ class RollingKVCache {
 
   // Takes pages for the chunks, gives back pages behind the window, and lays out the batch. Throws std::runtime_error
   // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk, or a sequence is
-  // unknown or named twice. From here on the tokens count as held: the forward pass must follow.
+  // unknown or named twice. After it the tokens count as held, so the forward pass must follow.
   HostBatch lay_out(const std::vector<Chunk>& chunks);
-  // The same, moved to the device.
+  // lay_out(), moved to the device.
   Batch prepare(const std::vector<Chunk>& chunks);
-  // The first of the slots that no sequence ever gets: the keys of padding go there.
+  // The first slot behind the pool. No sequence uses the slots from there on: they take the keys of padding.
   int64_t padding_slot() const { return options_.num_pages * options_.page_size; }
 
   // The pages of the pool, and behind them those for padding.

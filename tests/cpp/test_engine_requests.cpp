@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
+#include <fstream>
 #include <future>
 #include <map>
 #include <random>
@@ -176,6 +177,33 @@ TEST(EngineRequests, TheCallersThreadCountHoldsInTheEngine) {
     });
     EXPECT_EQ(seen, count);
   }
+  at::set_num_threads(before);
+}
+
+int threads_of_process() {
+  std::ifstream status("/proc/self/status");
+  int count = 0;
+  for (std::string word; status >> word;)
+    if (word == "Threads:" && status >> count) return count;
+  return 0;
+}
+
+TEST(EngineRequests, IdleWorkersDoNotOutlastTheirWork) {
+  const int before = at::get_num_threads();
+  at::set_num_threads(4);
+  const auto sum = [] { return torch::ones({1 << 20}).sum().item<float>(); };
+  sum();
+  const int with_workers = threads_of_process();
+  Engine engine = make_engine(tiny_model(tiny_config()));
+  int in_engine = 0;
+  engine.generate({{1, 2}}, {params(2)}, [&](size_t, const std::string&) {
+    sum();
+    in_engine = threads_of_process();
+    return true;
+  });
+  EXPECT_LE(in_engine, with_workers + 1);  // the engine's thread and its workers, without the caller's
+  EXPECT_EQ(at::get_num_threads(), 4);
+  EXPECT_EQ(sum(), 1 << 20);
   at::set_num_threads(before);
 }
 
