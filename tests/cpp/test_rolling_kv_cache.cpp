@@ -65,8 +65,7 @@ TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
         const int64_t length = static_cast<int64_t>(slots.size()), kept = pick(0, length);
         if (pick(0, 9) > 0) continue;
         const bool truncated = cache.truncate(sequence, kept);
-        if (config.window == 0) EXPECT_TRUE(truncated);
-        if (kept == length) EXPECT_TRUE(truncated);
+        EXPECT_TRUE(truncated || (config.window > 0 && kept < length));
         if (truncated) slots.resize(static_cast<size_t>(kept));
         ASSERT_EQ(cache.length(sequence), static_cast<int64_t>(slots.size()));
       }
