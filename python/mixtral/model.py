@@ -101,6 +101,7 @@ class Mixtral:
         Raises:
             LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason.
             MemoryError: the weights do not fit the device.
+            RuntimeError: there is no such CUDA device.
             ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint.
         """
         model = _C.Mixtral.from_pretrained(path, torch.device(device), _dtype_name(dtype), pack, progress)
