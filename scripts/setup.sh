@@ -23,7 +23,8 @@ case $mode in
 esac
 
 installed_packages() {
-  dpkg-query -W -f='${db:Status-Status} ${Package}\n' "$@" 2>/dev/null | sed -n 's/^installed //p'
+  # dpkg-query fails for a package that was never installed.
+  { dpkg-query -W -f='${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true; } | sed -n 's/^installed //p'
 }
 
 install_packages() {

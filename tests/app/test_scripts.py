@@ -80,6 +80,16 @@ def test_requirements_are_those_of_pyproject(groups, there, absent):
     assert there in lines and absent not in lines
 
 
+def test_packages_that_the_system_has_never_heard_of_are_missing_and_no_error():
+    """As on a bare machine: dpkg-query fails there, and the script must go on."""
+    function = re.search(r"^installed_packages\(\) \{.*?^\}", (ROOT / "scripts/setup.sh").read_text(), re.M | re.S)[0]
+    script = (
+        f'set -euo pipefail\n{function}\nfound=$(installed_packages dpkg no-such-package | xargs)\necho "found $found"'
+    )
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert run.stdout == "found dpkg\n" and run.returncode == 0, run.stderr
+
+
 def test_an_unknown_argument_is_refused_before_anything_is_done():
     run = subprocess.run([ROOT / "scripts" / "setup.sh", "everything"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
