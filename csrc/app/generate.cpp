@@ -71,7 +71,7 @@ void run(const Flags& flags) {
   const std::string prompt = read_prompt(flags.prompt);
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
-  const Tokenizer tokenizer(folder);
+  const Tokenizer tokenizer = load_tokenizer(flags.model);
   const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true);
   check_fits(static_cast<int64_t>(ids.size()), flags.sampling.max_tokens, context_of(flags.model, config));
 
