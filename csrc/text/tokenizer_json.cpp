@@ -162,7 +162,7 @@ class Parser {
     vocabulary_.ranked = true;
     vocabulary_.merges.reserve(json_.merges.size());
     for (size_t i = 0; i < json_.merges.size(); ++i) {
-      const auto& [left, right] = json_.merges[i];
+      const std::string &left = json_.merges[i].first, &right = json_.merges[i].second;
       const auto id_of = [&](const std::string& text) {
         const auto found = ids_.find(text);
         if (found == ids_.end()) fail("merge " + std::to_string(i) + " (" + left + " " + right + ")", "not in vocab");

@@ -33,8 +33,7 @@ class Reader : public JsonEvents {
       return merge(text.substr(0, space), text.substr(space + 1));
     }
     if (place_ == Place::kMerges && depth_ == 4) {
-      if (half_ == 0) left_ = std::move(text);
-      if (half_ == 1) right_ = std::move(text);
+      if (half_ < 2) (half_ == 0 ? left_ : right_) = std::move(text);
       ++half_;
       return true;
     }

@@ -1,4 +1,4 @@
-"""A fine-tune of the demo model that added tokens and has tokenizer.json alone: tokenize, generate, --logprobs, --stop."""
+"""A fine-tune of the demo model with added tokens and tokenizer.json alone: tokenize, generate, --logprobs, --stop."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from binary import DEMO, edit_config, mixtral, ok, ok_json
 from safetensors.torch import load_file, save_file
+
+from binary import DEMO, edit_config, mixtral, ok, ok_json
 
 START, END, NOTE, EMPTY = 4096, 4097, 4098, 4099  # the last has no token
 PROMPT = "Once upon a time"
 
 
 def fine_tune(folder: Path, likely: tuple[int, int] | None = None) -> Path:
-    """The demo model with three added tokens and one id to spare; with ``likely`` it says one of these two all along."""
+    """The demo model with three added tokens and one id to spare; with ``likely`` it says only these two."""
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("tokenizer.model"))
     weights = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -28,11 +28,12 @@ DATA = Path(mistral_common.__file__).parent / "data"
 VOCABULARIES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 TEXTS = int(os.environ.get("MIXTRAL_TOKENIZER_TEXTS", "500"))
 
-# Spaces, control tokens spelt out, the added tokens below with and without neighbours, code points of one to four bytes.
+# Spaces, control tokens spelt out, the added tokens below, code points of one to four bytes.
 FRAGMENTS = [
     " ", "  ", "    ", "\n", "\t", "\0", "a", "the", " the", "Hello", "é", "日本", "𓀀", "👩‍👧", "\ufffd", "\u2028",
-    "e\u0301", "\u3000", "\u00a0", "\r\n", "▁", "▁▁", "aaaa", "0", "12", "==", "_", "{", "[INST]", "[/INST]", "<s>", "</s>",
-    "<unk>", "<0x41>", "[IMG]", "<|im_start|>", "<|im_end|>", "foo", "foobar", "<left>", "<right>", "<both>", "<norm>",
+    "e\u0301", "\u3000", "\u00a0", "\r\n", "▁", "▁▁", "aaaa", "0", "12", "==", "_", "{", "[INST]", "[/INST]", "<s>",
+    "</s>", "<unk>", "<0x41>", "[IMG]", "<|im_start|>", "<|im_end|>", "foo", "foobar", "<left>", "<right>", "<both>",
+    "<norm>",
 ]  # fmt: skip
 WORD_NEIGHBOURS = ["", " ", "a", "é", "日", "_", "7", "!", "-", "。", "👩", "\u3000", "\n", "word", "<word>", "Hello"]
 
