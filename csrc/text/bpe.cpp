@@ -37,6 +37,10 @@ struct Bpe::Symbol {
 };
 
 Bpe::Bpe(const std::vector<SentencePiece>& pieces, const Vocabulary& vocabulary) : ranked_(vocabulary.ranked) {
+  pieces_.max_load_factor(0.5F);
+  merges_.max_load_factor(0.5F);
+  pieces_.reserve(pieces.size());
+  merges_.reserve(vocabulary.merges.size());
   std::vector<PrefixMatcher::Entry> user_defined;
   for (size_t i = 0; i < pieces.size(); ++i) {
     const SentencePiece& piece = pieces[i];
@@ -53,7 +57,7 @@ Bpe::Bpe(const std::vector<SentencePiece>& pieces, const Vocabulary& vocabulary)
   for (size_t rank = 0; rank < vocabulary.merges.size(); ++rank) {
     const Merge& merge = vocabulary.merges[rank];
     if (!is_text(merge.left) || !is_text(merge.right) || !is_text(merge.result)) continue;
-    merges_[pair_key(merge.left, merge.right)] = {static_cast<float>(rank), static_cast<int32_t>(merge.result)};
+    merges_[pair_key(merge.left, merge.right)] = {static_cast<float>(rank), merge.result};
   }
 }
 

@@ -103,8 +103,11 @@ std::string quoted(const std::string& text, int64_t id) {
 
 // The added tokens whose id and text are free, or agree with the vocabulary. Of tokens with one id the first counts.
 void add_tokens(Vocabulary& vocabulary, std::string& note) {
-  std::unordered_map<std::string, int64_t> ids;
   std::vector<SentencePiece>& pieces = vocabulary.pieces;
+  for (const AddedToken& token : vocabulary.added) {
+    if (token.id >= static_cast<int64_t>(pieces.size())) pieces.resize(token.id + 1, {"", 0, PieceType::kNone});
+  }
+  std::unordered_map<std::string_view, int64_t> ids;  // keys point into `pieces`
   for (size_t id = 0; id < pieces.size(); ++id) {
     if (pieces[id].type != PieceType::kNone) ids.emplace(pieces[id].text, id);
   }
@@ -113,22 +116,22 @@ void add_tokens(Vocabulary& vocabulary, std::string& note) {
   for (AddedToken& token : vocabulary.added) {
     const auto index = static_cast<size_t>(token.id);
     const auto place = ids.find(token.text);
-    const bool taken = index < pieces.size() && pieces[index].type != PieceType::kNone;
+    const bool taken = pieces[index].type != PieceType::kNone;
     if (place == ids.end() ? taken : place->second != token.id) {
       if (note.empty()) note = "the added token " + quoted(token.text, token.id) + " does not fit the vocabulary";
       continue;
     }
     if (!known.insert(token.id).second) continue;
-    if (index >= pieces.size()) pieces.resize(index + 1, {"", 0, PieceType::kNone});
     SentencePiece& piece = pieces[index];
     if (!taken) piece = {token.text, 0, PieceType::kAdded};
-    ids.emplace(token.text, token.id);
+    ids.emplace(piece.text, token.id);
     if (token.special && piece.type != PieceType::kUnknown && piece.type != PieceType::kByte) {
       piece.type = PieceType::kControl;
     }
     token.special = token.special || piece.type == PieceType::kControl;
     added.push_back(std::move(token));
   }
+  while (pieces.back().type == PieceType::kNone) pieces.pop_back();
   // The control tokens of a SentencePiece file are special tokens, listed or not.
   for (size_t id = 0; id < pieces.size(); ++id) {
     if (pieces[id].type != PieceType::kControl || known.count(static_cast<int64_t>(id)) != 0) continue;

@@ -1,6 +1,6 @@
 #include "tokenizer_json.h"
 
-#include <limits>
+#include <algorithm>
 #include <unordered_map>
 
 #include "../io/json.h"
@@ -131,18 +131,20 @@ class Parser {
 
   void read_pieces() {
     if (json_.vocabulary.empty()) fail("vocab", "must not be empty");
+    int64_t last = 0;
+    for (const auto& [text, id] : json_.vocabulary) {
+      check_piece(text, id);
+      last = std::max(last, id);
+    }
     std::vector<SentencePiece>& pieces = vocabulary_.pieces;
+    pieces.resize(static_cast<size_t>(last) + 1, {"", 0, PieceType::kNone});
     const json unknown = json_.rest["model"].value("unk_token", json());
     size_t bytes = 0;
     for (auto& [text, id] : json_.vocabulary) {
-      const std::string item = "vocab: " + text;
-      if (id < 0 || id > kMaxId) fail(item, "id must be in [0, 2^20), got " + std::to_string(id));
-      check_text(text, item);
-      if (static_cast<size_t>(id) >= pieces.size())
-        pieces.resize(static_cast<size_t>(id) + 1, {"", 0, PieceType::kNone});
       SentencePiece& piece = pieces[static_cast<size_t>(id)];
-      if (piece.type != PieceType::kNone) fail(item, "has the id " + std::to_string(id) + " of another piece");
-      if (!ids_.emplace(text, id).second) fail(item, "occurs twice");
+      if (piece.type != PieceType::kNone) {
+        fail("vocab: " + text, "has the id " + std::to_string(id) + " of another piece");
+      }
       piece.text = std::move(text);
       piece.type = unknown == piece.text         ? PieceType::kUnknown
                    : byte_value(piece.text) >= 0 ? PieceType::kByte
@@ -150,23 +152,31 @@ class Parser {
       bytes += piece.type == PieceType::kByte;
     }
     if (bytes != 256) fail("vocab", "must have 256 byte pieces, got " + std::to_string(bytes));
+    json_.vocabulary = {};
+    for (size_t id = 0; id < pieces.size(); ++id) {
+      if (pieces[id].type == PieceType::kNone) continue;
+      if (!ids_.emplace(pieces[id].text, id).second) fail("vocab: " + pieces[id].text, "occurs twice");
+    }
   }
 
-  void check_text(const std::string& text, const std::string& item) const {
+  void check_piece(const std::string& text, int64_t id) const {
+    const std::string item = "vocab: " + text;
+    if (id < 0 || id > kMaxId) fail(item, "id must be in [0, 2^20), got " + std::to_string(id));
     if (text.empty()) fail(item, "text must not be empty");
-    if (text.size() > kMaxPieceBytes)
+    if (text.size() > kMaxPieceBytes) {
       fail(item, "text must have at most 1024 bytes, got " + std::to_string(text.size()));
+    }
   }
 
   void read_merges() {
     vocabulary_.ranked = true;
-    vocabulary_.merges.reserve(json_.merges.size());
-    for (size_t i = 0; i < json_.merges.size(); ++i) {
-      const std::string &left = json_.merges[i].first, &right = json_.merges[i].second;
+    vocabulary_.merges.reserve(json_.merge_count());
+    for (size_t i = 0; i < json_.merge_count(); ++i) {
+      const std::string left(json_.merge_half(2 * i)), right(json_.merge_half(2 * i + 1));
       const auto id_of = [&](const std::string& text) {
         const auto found = ids_.find(text);
         if (found == ids_.end()) fail("merge " + std::to_string(i) + " (" + left + " " + right + ")", "not in vocab");
-        return found->second;
+        return static_cast<int32_t>(found->second);
       };
       vocabulary_.merges.push_back({id_of(left), id_of(right), id_of(left + right)});
     }
@@ -194,7 +204,7 @@ class Parser {
   const std::string& file_;
   TokenizerJson json_;
   Vocabulary vocabulary_;
-  std::unordered_map<std::string, int64_t> ids_;
+  std::unordered_map<std::string_view, int64_t> ids_;  // keys point into the pieces
 };
 
 }  // namespace

@@ -8,8 +8,9 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kMaxEntries = size_t{1} << 20;  // of the vocabulary, and of the merges
-constexpr size_t kMaxValues = size_t{1} << 19;   // of everything else that is kept
+constexpr size_t kMaxPieces = size_t{1} << 19;
+constexpr size_t kMaxMerges = size_t{1} << 20;
+constexpr size_t kMaxValues = size_t{1} << 19;  // of everything else that is kept
 constexpr size_t kMaxDepth = 64;
 
 class Reader : public JsonEvents {
@@ -30,10 +31,13 @@ class Reader : public JsonEvents {
     if (place_ == Place::kMerges && depth_ == 3) {
       const size_t space = text.find(' ');
       if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos) bad_merge();
-      return merge(text.substr(0, space), text.substr(space + 1));
+      add_half(std::string_view(text).substr(0, space));
+      add_half(std::string_view(text).substr(space + 1));
+      return true;
     }
     if (place_ == Place::kMerges && depth_ == 4) {
-      if (half_ < 2) (half_ == 0 ? left_ : right_) = std::move(text);
+      if (half_ == 2) bad_merge();
+      add_half(text);
       ++half_;
       return true;
     }
@@ -71,7 +75,7 @@ class Reader : public JsonEvents {
   }
 
   [[noreturn]] void bad_merge() const {
-    throw LoadError(file_, "merge " + std::to_string(result_.merges.size()),
+    throw LoadError(file_, "merge " + std::to_string((result_.merge_ends.size() - half_) / 2),
                     "must be two pieces: \"a b\" or [\"a\", \"b\"]");
   }
 
@@ -79,16 +83,16 @@ class Reader : public JsonEvents {
     throw LoadError(file_, "vocab: " + piece, "the id must be a whole number");
   }
 
-  bool merge(std::string left, std::string right) {
-    if (left.empty() || right.empty()) bad_merge();
-    if (result_.merges.size() == kMaxEntries) throw LoadError(file_, "merges", "must be at most 2^20");
-    result_.merges.emplace_back(std::move(left), std::move(right));
-    return true;
+  void add_half(std::string_view text) {
+    if (text.empty()) bad_merge();
+    if (result_.merge_count() == kMaxMerges) throw LoadError(file_, "merges", "must be at most 2^20");
+    result_.merge_text += text;
+    result_.merge_ends.push_back(result_.merge_text.size());
   }
 
   bool whole_number(int64_t number) {
     if (place_ != Place::kVocabulary) return value(number);
-    if (result_.vocabulary.size() == kMaxEntries) throw LoadError(file_, "vocab", "must have at most 2^20 pieces");
+    if (result_.vocabulary.size() == kMaxPieces) throw LoadError(file_, "vocab", "must have at most 2^19 pieces");
     result_.vocabulary.emplace_back(std::move(piece_), number);
     return true;
   }
@@ -119,7 +123,6 @@ class Reader : public JsonEvents {
     if (place_ == Place::kVocabulary) bad_piece(piece_);
     if (place_ == Place::kMerges) {
       if (depth_ != 4 || !container.is_array()) bad_merge();
-      half_ = 0;
       return true;
     }
     if (skipped_ != 0) return true;
@@ -134,7 +137,8 @@ class Reader : public JsonEvents {
     --depth_;
     if (place_ == Place::kMerges && depth_ == 3) {
       if (half_ != 2) bad_merge();
-      return merge(std::move(left_), std::move(right_));
+      half_ = 0;
+      return true;
     }
     if (skipped_ != 0) {
       if (skipped_ == depth_) skipped_ = 0;
@@ -154,9 +158,8 @@ class Reader : public JsonEvents {
   size_t values_ = 0;
   bool in_model_ = false;
   Place place_ = Place::kElsewhere;
-  std::string piece_;         // in the vocabulary: its key
-  std::string left_, right_;  // in the merges: a pair
-  int half_ = 0;
+  std::string piece_;  // in the vocabulary: its key
+  size_t half_ = 0;    // in the merges: texts of the pair so far
 };
 
 }  // namespace

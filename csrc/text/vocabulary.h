@@ -21,7 +21,7 @@ struct SentencePiece {
 };
 
 struct Merge {
-  int64_t left, right, result;  // ids
+  int32_t left, right, result;  // ids
 };
 
 // Where a text gets the mark U+2581 of a space in front of it. Added tokens cut a text into parts.

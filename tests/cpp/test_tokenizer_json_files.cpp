@@ -128,6 +128,8 @@ TEST_F(TokenizerJsonTest, OtherKindsAreRefusedByNameAndFaultsWithTheirPlace) {
 
 TEST_F(TokenizerJsonTest, TextThatIsNoJsonIsRefused) {
   const std::string valid = small_tokenizer().dump();
+  std::string twice = valid;
+  twice.insert(twice.find("\"abc\":"), "\"ab\":400,");
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"is empty", ""},
       {"is not a JSON object", "[]"},
@@ -137,9 +139,7 @@ TEST_F(TokenizerJsonTest, TextThatIsNoJsonIsRefused) {
       {"is not valid JSON", "{\"model\": {\"vocab\": {\"\xFF\": 1}}}"},
       {"key occurs twice", "{\"model\": {}, \"model\": {}}"},
       {"key occurs twice", "{\"model\": {\"vocab\": {}, \"vocab\": {}}}"},
-      {"occurs twice",
-       "{\"model\": {\"byte_fallback\": true, \"merges\": [], \"vocab\": {\"a\": 1, \"a\": 2}}, "
-       "\"normalizer\": {\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"▁\"}}"},
+      {"vocab: ab: occurs twice", twice},
       {"nested deeper than 64 levels", "{\"x\": " + std::string(100, '[') + std::string(100, ']') + "}"},
   };
   for (const auto& [reason, text] : cases) {
