@@ -86,7 +86,7 @@ std::vector<TextPart> AddedTokenFinder::split(std::string_view text, bool parse_
     const AddedToken& token = tokens_[static_cast<size_t>(match.value)];
     if (token.special && !parse_special) continue;
     if (token.single_word && (ends_in_word(text.substr(0, begin)) || starts_with_word(text.substr(end)))) continue;
-    if (token.lstrip) begin = std::max(done, begin - spaces_at_end(text.substr(0, begin)));
+    if (token.lstrip && done < begin) begin -= spaces_at_end(text.substr(done, begin - done));
     if (token.rstrip) end += spaces_at_start(text.substr(end));
     if (done < begin) parts.push_back({text.substr(done, begin - done)});
     parts.push_back({text.substr(begin, end - begin), token.id});

@@ -214,12 +214,14 @@ TEST_F(TokenizerTest, UserDefinedPiecesAreNeitherMergedNorCut) {
   ModelFile model = small_model();
   for (int i = 2; i < 200; ++i) model.pieces.push_back(piece_message(std::string(i, 'x'), 0, 4));
   model.pieces.push_back(piece_message("ab]", 0, 4));
+  model.pieces.push_back(piece_message("bxx", 0, 1));
   const Tokenizer tokenizer = load(model);
   const auto pieces = [&](const std::string& text) {
     std::vector<std::string> out;
     for (const int64_t id : tokenizer.encode(text)) out.push_back(tokenizer.piece(id));
     return out;
   };
+  EXPECT_EQ(pieces("bxx"), (std::vector<std::string>{"▁", "b", "xx"}));
   EXPECT_EQ(pieces("bab]"), (std::vector<std::string>{"▁", "b", "ab]"}));
   EXPECT_EQ(pieces(std::string(203, 'x')), (std::vector<std::string>{"▁", std::string(199, 'x'), std::string(4, 'x')}));
   const std::string text(1 << 16, 'x');
@@ -247,11 +249,13 @@ TEST_F(TokenizerTest, AFolderAddsItsTokensToThoseOfTheFile) {
   const Tokenizer tokenizer(folder_);
   EXPECT_EQ(tokenizer.encode("ab a"), before);
   EXPECT_EQ(tokenizer.vocab_size(), size + 2);
-  EXPECT_EQ(tokenizer.encode("<f>a<|e|>", false, false, true),
-            (std::vector<int64_t>{size + 1, tokenizer.encode("<f>a").back(), size}));
+  const int64_t space = tokenizer.encode("b")[0], b = tokenizer.encode("b")[1];
+  EXPECT_EQ(tokenizer.encode("b<f>b<|e|>", false, false, true), (std::vector<int64_t>{space, b, size + 1, b, size}));
   EXPECT_TRUE(tokenizer.is_control(size));
   EXPECT_EQ(tokenizer.decode({size, size + 1}), "<f>");
   EXPECT_EQ(tokenizer.note(), "");
+  write("{\"legacy\": true}", "tokenizer_config.json");  // a space after each added token
+  EXPECT_EQ(Tokenizer(folder_).encode("<f>b"), (std::vector<int64_t>{size + 1, space, b}));
   write("not a tokenizer", "tokenizer.json");
   EXPECT_NE(Tokenizer(folder_).note().find("tokenizer.model is used, not tokenizer.json, which is not"),
             std::string::npos);

@@ -29,6 +29,13 @@ TEST_F(TokenizerJsonTest, MergesByRankNotByTheLengthOrTheIdOfPieces) {
   EXPECT_EQ(Tokenizer(folder_ / "tokenizer.json").encode("ab"), (Ids{kSpaceA, kB}));
 }
 
+TEST_F(TokenizerJsonTest, OfEqualPairsTheLeftmostGoesFirst) {
+  json tokenizer = small_tokenizer();
+  tokenizer["model"]["vocab"]["bb"] = kNew;
+  tokenizer["model"]["merges"].push_back("b b");
+  EXPECT_EQ(load(tokenizer).encode("bbb"), (Ids{kSpace, kNew, kB}));
+}
+
 TEST_F(TokenizerJsonTest, MergesMayBePairs) {
   json tokenizer = small_tokenizer();
   tokenizer["model"]["merges"] = json::parse(R"([["b", "c"], ["▁", "a"], ["a", "bc"], ["a", "b"]])");
@@ -157,6 +164,7 @@ TEST_F(TokenizerJsonTest, IdsWithoutAPieceHaveNoTextAndNoName) {
   const Tokenizer tokenizer = load_with({added(kNew + 5, "<b>", false)});
   EXPECT_EQ(tokenizer.vocab_size(), kNew + 6);
   EXPECT_EQ(tokenizer.decode({kSpaceA, kNew, kNew + 5, kNew + 6, INT64_MAX, kB}), "a<b>b");
+  EXPECT_EQ(tokenizer.decode({kNew, kSpaceA}), "a");  // still the start of the text
   EXPECT_EQ(tokenizer.piece(kNew), "");
   EXPECT_EQ(tokenizer.piece(INT64_MAX), "");
   EXPECT_FALSE(tokenizer.is_control(INT64_MAX));
@@ -166,16 +174,18 @@ TEST_F(TokenizerJsonTest, IdsWithoutAPieceHaveNoTextAndNoName) {
 // ---- files beside tokenizer.json
 
 TEST_F(TokenizerJsonTest, AddedTokensComeFromThreeFiles) {
-  write("tokenizer_config.json", json({{"added_tokens_decoder", {{"268", {{"content", "[c]"}, {"special", false}}}}},
-                                       {"eos_token", {{"content", "<e>"}}}})
-                                     .dump());
+  write("tokenizer_config.json",
+        json({{"added_tokens_decoder",
+               {{"267", {{"content", "[b]"}, {"special", true}}}, {"268", {{"content", "[c]"}, {"special", false}}}}},
+              {"eos_token", {{"content", "<e>"}}}})
+            .dump());
   write("added_tokens.json", json({{"<e>", 269}, {"<f>", 270}, {"<g>", 271}}).dump());
   write("special_tokens_map.json", json({{"additional_special_tokens", {"<f>"}}}).dump());
-  const Tokenizer tokenizer = load_with({added(kNew, "[b]", false)});
-  EXPECT_EQ(tokenizer.encode("[b][c]<g>"), (Ids{267, 268, 271}));
+  const Tokenizer tokenizer = load_with({added(kNew, "[b]", false, {{"rstrip", true}})});  // of two, the first counts
+  EXPECT_EQ(tokenizer.encode("[b] [c]<g>"), (Ids{267, 268, 271}));
   EXPECT_EQ(tokenizer.encode("<e><f>", false, false, true), (Ids{269, 270}));
   EXPECT_TRUE(tokenizer.is_control(269) && tokenizer.is_control(270));
-  EXPECT_FALSE(tokenizer.is_control(268) || tokenizer.is_control(271));
+  EXPECT_FALSE(tokenizer.is_control(267) || tokenizer.is_control(268) || tokenizer.is_control(271));
   EXPECT_EQ(tokenizer.note(), "");
 }
 
