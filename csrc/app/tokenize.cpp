@@ -128,9 +128,7 @@ void add_tokenize(CLI::App& app) {
   add_switch(command, "--explain", flags->explain, "Pieces, bytes, and why BOS and EOS are there or not");
   CLI::Option* chat = add_switch(command, "--chat", flags->chat, "As the first message of a chat");
   add_switch(command, "--no-bos", flags->no_bos, "Without the beginning-of-sequence token")->excludes(chat);
-  add_switch(command, "--parse-special", flags->parse_special,
-             "Control tokens written in the text, such as </s>, are read as such")
-      ->excludes(chat);
+  add_parse_special(command, flags->parse_special)->excludes(chat);
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_path(command, flags->model);
   command.footer(

@@ -93,6 +93,11 @@ def test_a_control_token_stops_by_its_name(tmp_path: Path) -> None:
         assert run["token_ids"] == before
 
 
+def test_generate_reads_special_tokens_where_asked(model: Path) -> None:
+    plain, asked = (ok_json("generate", model, "-p", "a<|im_end|>", "-n", "1", *f) for f in ((), ("--parse-special",)))
+    assert END not in plain["prompt_token_ids"] and asked["prompt_token_ids"][-1] == END
+
+
 def test_files_that_disagree_are_told_in_one_line(model: Path, tmp_path: Path) -> None:
     both = tmp_path / "both"
     shutil.copytree(model, both)
