@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine with torch 2.11, nvcc 13, cmake, ninja and pytest; no network, no apt.
-# sentencepiece, GoogleTest and CLI11 are not needed. nlohmann/json.hpp is: MIXTRAL_JSON_INCLUDE_DIR=<folder> where it is
+# GoogleTest and CLI11 are not needed. nlohmann/json.hpp is: MIXTRAL_JSON_INCLUDE_DIR=<folder> where it is
 # not installed.
 #   scripts/gpu_check.sh tests [folder for the records; default benchmarks/records]        builds, then tests
 #   scripts/gpu_check.sh sanitizers [folder]                                               builds, then compute-sanitizer

@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/stages.sh
 mode=${1:-run}
 
-packages=(build-essential cmake ninja-build ccache libsentencepiece-dev nlohmann-json3-dev libcli11-dev)
+packages=(build-essential cmake ninja-build ccache nlohmann-json3-dev libcli11-dev)
 [[ -n ${PYTHON:-} ]] || packages+=(python3-venv python3-dev)
 test_packages=(libgtest-dev clang-format clang-tidy)
 case $mode in

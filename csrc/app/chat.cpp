@@ -166,7 +166,7 @@ void converse(Conversation& conversation, bool interactive) {
 
 void run(const Flags& flags) {
   flags.sampling.validate();
-  const Tokenizer tokenizer(model_path(flags.model));
+  const Tokenizer tokenizer = load_tokenizer(flags.model);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   const bool interactive = stdin_is_terminal();
   if (interactive) {

@@ -69,6 +69,10 @@ void add_sampling_flags(CLI::App& app, SamplingParams& params) {
   add_switch(app, "--ignore-eos", params.ignore_eos, "Go on after the end-of-sequence token");
 }
 
+CLI::Option* add_parse_special(CLI::App& app, bool& parse_special) {
+  return add_switch(app, "--parse-special", parse_special, "Read control tokens written in the prompt, such as </s>");
+}
+
 void add_prompt_flags(CLI::App& app, PromptFlags& flags) {
   flags.text_option = app.add_option("-p,--prompt", flags.text, "The prompt");
   flags.file_option = app.add_option("-f,--file", flags.file, "Read the prompt from a file; without both, from stdin")

@@ -34,6 +34,7 @@ void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 void add_sampling_flags(CLI::App& app, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);
+CLI::Option* add_parse_special(CLI::App& app, bool& parse_special);
 
 // Reads the prompt from -p, -f or stdin; of the last two one final newline is dropped. Throws std::invalid_argument
 // when it is empty.

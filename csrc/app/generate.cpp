@@ -17,7 +17,7 @@ struct Flags {
   ModelFlags model;
   PromptFlags prompt;
   SamplingParams sampling;
-  bool json = false;
+  bool json = false, parse_special = false;
 };
 
 // The engine checks this too, but only after the weights are read.
@@ -71,8 +71,8 @@ void run(const Flags& flags) {
   const std::string prompt = read_prompt(flags.prompt);
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
-  const Tokenizer tokenizer(folder);
-  const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true);
+  const Tokenizer tokenizer = load_tokenizer(flags.model);
+  const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true, /*add_eos=*/false, flags.parse_special);
   check_fits(static_cast<int64_t>(ids.size()), flags.sampling.max_tokens, context_of(flags.model, config));
 
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
@@ -105,6 +105,7 @@ void add_generate(CLI::App& app) {
              "With --json: log-probability of each token and of the N most likely")
       ->check(CLI::Range(0, 20))
       ->needs(json);
+  add_parse_special(command, flags->parse_special);
   add_model_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(

@@ -33,6 +33,12 @@ std::filesystem::path model_path(const ModelFlags& flags) {
   return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
 }
 
+Tokenizer load_tokenizer(const ModelFlags& flags) {
+  Tokenizer tokenizer(model_path(flags));
+  if (!tokenizer.note().empty()) write_err("mixtral: " + tokenizer.note() + "\n");
+  return tokenizer;
+}
+
 WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
   return parse_weight_type(flags.dtype, config, flags.device);
 }

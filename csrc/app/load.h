@@ -15,6 +15,8 @@ namespace mixtral::app {
 
 // The folder given, or the demo model's.
 std::filesystem::path model_path(const ModelFlags& flags);
+// The model's; a line on stderr where its files disagree.
+Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 

@@ -82,7 +82,7 @@ void run(Flags& flags) {
   if (text.empty()) throw std::invalid_argument("FILE must not be empty, got " + file);
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
-  const Tokenizer tokenizer(folder);
+  const Tokenizer tokenizer = load_tokenizer(flags.model);
 
   const Result result = measure(flags.model, config, tokenizer, text);
   nlohmann::json json = to_json(result);

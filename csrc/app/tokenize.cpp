@@ -17,7 +17,7 @@ namespace {
 struct Flags {
   ModelFlags model;
   PromptFlags prompt;
-  bool chat = false, explain = false, no_bos = false, json = false;
+  bool chat = false, explain = false, no_bos = false, parse_special = false, json = false;
 };
 
 // The bytes of text that one token stands for; none for a control token.
@@ -48,7 +48,8 @@ std::string bos_reason(const Flags& flags, const Tokenizer& tokenizer) {
   const std::string piece = tokenizer.piece(tokenizer.bos_id());
   if (flags.chat) return piece + " once, before the first turn of the conversation";
   if (flags.no_bos) return "none: --no-bos was given";
-  return piece + " put before the text, once; \"" + piece + "\" written in the text would stay text";
+  const std::string before = piece + " put before the text, once";
+  return flags.parse_special ? before : before + "; \"" + piece + "\" written in the text would stay text";
 }
 
 std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer) {
@@ -57,7 +58,9 @@ std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer) {
   return "none: the text is to be continued; the model ends it with " + piece;
 }
 
-nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids) {
+// `left`: control tokens that are written in the text and stayed text.
+nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids,
+                       const std::vector<int64_t>& left) {
   nlohmann::json pieces = nlohmann::json::array(), bytes = nlohmann::json::array();
   for (const int64_t id : ids) {
     pieces.push_back(tokenizer.piece(id));
@@ -69,11 +72,14 @@ nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const std
     result["version"] = to_string(tokenizer.version());
     result["bos"] = bos_reason(flags, tokenizer);
     result["eos"] = eos_reason(flags, tokenizer);
+    result["left_as_text"] = nlohmann::json::array();
+    for (const int64_t id : left) result["left_as_text"].push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}});
   }
   return result;
 }
 
-std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids) {
+std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids,
+                        const std::vector<int64_t>& left) {
   std::string text;
   for (const int64_t id : ids) {
     char number[24];
@@ -84,6 +90,12 @@ std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const st
   text += "tokens: " + std::to_string(ids.size()) + ", tokenizer " + to_string(tokenizer.version()) + "\n";
   text += "BOS: " + bos_reason(flags, tokenizer) + "\n";
   text += "EOS: " + eos_reason(flags, tokenizer) + "\n";
+  std::string names;
+  for (const int64_t id : left)
+    names += (names.empty() ? "" : ", ") + tokenizer.piece(id) + " (" + std::to_string(id) + ")";
+  if (!left.empty()) {
+    text += "left as text: " + names + (flags.chat ? "" : "; --parse-special makes control tokens of them") + "\n";
+  }
   return text;
 }
 
@@ -95,13 +107,15 @@ std::string id_line(const std::vector<int64_t>& ids) {
 
 void run(const Flags& flags) {
   const std::string prompt = read_prompt(flags.prompt);
-  const Tokenizer tokenizer(model_path(flags.model));
+  const Tokenizer tokenizer = load_tokenizer(flags.model);
   const std::vector<int64_t> ids =
-      flags.chat ? apply_chat(tokenizer, {{"user", prompt}}) : tokenizer.encode(prompt, !flags.no_bos);
+      flags.chat ? apply_chat(tokenizer, {{"user", prompt}})
+                 : tokenizer.encode(prompt, !flags.no_bos, /*add_eos=*/false, flags.parse_special);
+  const std::vector<int64_t> left = flags.parse_special ? std::vector<int64_t>{} : tokenizer.special_in(prompt);
   if (flags.json) {
-    write_out(json_line(to_json(flags, tokenizer, ids)));
+    write_out(json_line(to_json(flags, tokenizer, ids, left)));
   } else {
-    write_out(flags.explain ? explanation(flags, tokenizer, ids) : id_line(ids));
+    write_out(flags.explain ? explanation(flags, tokenizer, ids, left) : id_line(ids));
   }
 }
 
@@ -114,6 +128,7 @@ void add_tokenize(CLI::App& app) {
   add_switch(command, "--explain", flags->explain, "Pieces, bytes, and why BOS and EOS are there or not");
   CLI::Option* chat = add_switch(command, "--chat", flags->chat, "As the first message of a chat");
   add_switch(command, "--no-bos", flags->no_bos, "Without the beginning-of-sequence token")->excludes(chat);
+  add_parse_special(command, flags->parse_special)->excludes(chat);
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_path(command, flags->model);
   command.footer(

@@ -44,10 +44,7 @@ std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Option
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
-  if (!Tokenizer::available() || !std::filesystem::is_directory(folder)) return std::nullopt;
-  for (const auto& entry : std::filesystem::directory_iterator(folder))
-    if (entry.path().filename().string().rfind("tokenizer.model", 0) == 0) return Tokenizer(folder);
-  return std::nullopt;
+  return Tokenizer::in_folder(folder) ? std::make_optional<Tokenizer>(folder) : std::nullopt;
 }
 
 // One generate(): the results that have come, and who waits for them.

@@ -45,7 +45,8 @@ class Engine {
 
   // Throws std::invalid_argument when an option is out of range.
   Engine(Mixtral model, std::optional<Tokenizer> tokenizer, Options options);
-  // Loads the model (checkpoint/from_pretrained.h), and the tokenizer if the folder has one.
+  // Loads the model (checkpoint/from_pretrained.h), and the tokenizer if the folder has one. A tokenizer.json of a kind
+  // that Tokenizer does not read is a LoadError.
   static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load = {});
   static Engine from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options);
   // The same with a tokenizer that was read before, or none.

@@ -16,15 +16,17 @@ Sequence::Sequence(int64_t id, Request request, Callbacks callbacks, const std::
   generation.prompt_token_ids = std::move(request.prompt_token_ids);
   if (!tokenizer) return;
   decoder_.emplace(*tokenizer, /*continues_text=*/true);
-  text_vocab_size_ = tokenizer->vocab_size();  // may be smaller than the model's
+  for (const std::string& stop : params.stop) {
+    if (const std::optional<int64_t> control = tokenizer->control_id(stop)) stop_ids_.push_back(*control);
+  }
 }
 
 std::optional<std::string> Sequence::append(const Sample& sample, const std::vector<int64_t>& eos_token_ids) {
   std::string text;
-  const auto is_eos = [&](int64_t id) {
-    return std::find(eos_token_ids.begin(), eos_token_ids.end(), id) != eos_token_ids.end();
+  const auto is_in = [&](const std::vector<int64_t>& ids) {
+    return std::find(ids.begin(), ids.end(), sample.token_id) != ids.end();
   };
-  if (!sample.error.empty() || (!params.ignore_eos && is_eos(sample.token_id))) {
+  if (!sample.error.empty() || is_in(stop_ids_) || (!params.ignore_eos && is_in(eos_token_ids))) {
     generation.error = sample.error;
     text = finish(sample.error.empty() ? "stop" : "error");
     generation.text += text;
@@ -33,7 +35,7 @@ std::optional<std::string> Sequence::append(const Sample& sample, const std::vec
   ids.push_back(sample.token_id);
   generation.token_ids.push_back(sample.token_id);
   if (sample.logprob) generation.logprobs.push_back(*sample.logprob);
-  if (decoder_ && sample.token_id < text_vocab_size_) text = stop_.push(decoder_->push(sample.token_id));
+  if (decoder_) text = stop_.push(decoder_->push(sample.token_id));
   if (stop_.stopped()) {
     finish("stop");
   } else if (static_cast<int64_t>(generation.token_ids.size()) == params.max_tokens) {

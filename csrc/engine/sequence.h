@@ -55,7 +55,7 @@ class Sequence {
 
   StopMatcher stop_;
   std::optional<StreamingDecoder> decoder_;
-  int64_t text_vocab_size_ = 0;  // ids from here on have no text
+  std::vector<int64_t> stop_ids_;  // of the stop strings that are the name of a control token
 };
 
 }  // namespace mixtral

@@ -13,9 +13,9 @@ using nlohmann::json;
 // nlohmann keeps the last of two equal keys in silence, and bounds neither depth nor size: this pass looks at the
 // events of the parser before any value is built. (Its parser with a callback is quadratic in the number of nested
 // objects.)
-class Checker : public nlohmann::json_sax<json> {
+class Checker : public JsonEvents {
  public:
-  explicit Checker(const std::string& source) : source_(source) {}
+  explicit Checker(const std::string& source) : JsonEvents(source), source_(source) {}
 
   bool null() override { return value(); }
   bool boolean(bool) override { return value(); }
@@ -31,12 +31,6 @@ class Checker : public nlohmann::json_sax<json> {
   bool key(std::string& key) override {
     if (!keys_.back().insert(key).second) throw LoadError(source_, key, "key occurs twice");
     return true;
-  }
-  bool parse_error(size_t position, const std::string&, const json::exception& error) override {
-    const bool range = dynamic_cast<const json::out_of_range*>(&error) != nullptr;
-    throw LoadError(source_, "",
-                    "is not valid JSON: " + std::string(range ? "number out of range" : "syntax error") + " at byte " +
-                        std::to_string(position));
   }
 
  private:
@@ -67,14 +61,25 @@ class Checker : public nlohmann::json_sax<json> {
 
 }  // namespace
 
-json parse_json(const std::string& text, const std::string& source) {
+bool JsonEvents::parse_error(size_t position, const std::string&, const json::exception& error) {
+  const bool range = dynamic_cast<const json::out_of_range*>(&error) != nullptr;
+  throw LoadError(source_, "",
+                  "is not valid JSON: " + std::string(range ? "number out of range" : "syntax error") + " at byte " +
+                      std::to_string(position));
+}
+
+void read_json_events(const std::string& text, const std::string& source, JsonEvents& events) {
   // The library skips a byte-order mark and takes NUL for the end; JSON allows neither.
   const size_t begin = text.find_first_not_of(" \t\r\n");
   if (begin == std::string::npos || text[begin] != '{' || text.find('\0') != std::string::npos) {
     throw LoadError(source, "", "is not a JSON object");
   }
+  json::sax_parse(text, &events);
+}
+
+json parse_json(const std::string& text, const std::string& source) {
   Checker checker(source);
-  json::sax_parse(text, &checker);
+  read_json_events(text, source, checker);
   return json::parse(text);
 }
 

@@ -124,7 +124,7 @@ SentencePiece read_piece(std::string_view bytes, const std::string& file, const 
   if (!is_valid_utf8(piece.text) || piece.text.find('\0') != std::string::npos) {
     throw LoadError(file, item, "text must be UTF-8 without NUL");
   }
-  // The library looks a single character of the text up among all pieces: it would find a control token.
+  // The SentencePiece library looks a character of the text up among all pieces: it would find a control token.
   if (piece.type == PieceType::kControl && utf8_prefix(piece.text).length == piece.text.size()) {
     throw LoadError(file, item, "a control piece must have more than one character");
   }

@@ -1,110 +1,64 @@
 #include "tokenizer.h"
 
-#include <array>
-#include <fstream>
+#include <algorithm>
 #include <stdexcept>
 #include <unordered_map>
 
 #include "../io/load_error.h"
 #include "../io/utf8.h"
-#include "sentencepiece_file.h"
-
-#ifdef MIXTRAL_WITH_SENTENCEPIECE
-#include <sentencepiece_processor.h>
-#endif
+#include "bpe.h"
+#include "tokenizer_folder.h"
 
 namespace mixtral {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr size_t kMaxFileBytes = size_t{32} << 20;
-constexpr size_t kMaxTextBytes = size_t{1} << 30;          // the library counts in int
+constexpr size_t kMaxTextBytes = size_t{1} << 30;
 constexpr std::string_view kSpace = "\xE2\x96\x81";        // U+2581
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
-constexpr std::array<TokenizerVersion, 4> kVersions = {TokenizerVersion::kV1, TokenizerVersion::kV2,
-                                                       TokenizerVersion::kV3, TokenizerVersion::kV7};
-
-bool ends_with(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+std::string with_marks(std::string_view text) {
+  std::string out;
+  out.reserve(text.size() + kSpace.size());
+  for (const char c : text) c == ' ' ? out += kSpace : out += c;
+  return out;
 }
 
-// "tokenizer.model.v3" -> v3. An image tokenizer ("....model.v7m1") has the text tokens of its version.
-std::optional<TokenizerVersion> version_of_name(const std::string& name) {
-  for (const TokenizerVersion version : kVersions) {
-    const std::string suffix = ".model." + to_string(version);
-    if (ends_with(name, suffix) || ends_with(name, suffix + "m1")) return version;
-  }
-  return std::nullopt;
-}
-
-fs::path find_model_file(const fs::path& path) {
-  std::error_code error;
-  if (!fs::is_directory(path, error)) return path;
-  fs::path best;
-  int best_version = -1;
-  for (const fs::directory_entry& entry : fs::directory_iterator(path, error)) {
-    const std::string name = entry.path().filename().string();
-    const std::optional<TokenizerVersion> version = version_of_name(name);
-    if (!version && name != "tokenizer.model") continue;
-    const int number = version ? static_cast<int>(*version) : 0;
-    if (number > best_version) {
-      best = entry.path();
-      best_version = number;
-    }
-  }
-  if (best.empty()) throw LoadError(path.string(), "", "no tokenizer.model in this folder");
-  return best;
-}
-
-std::string read_model_file(const fs::path& path) {
-  std::error_code error;
-  if (!fs::is_regular_file(path, error)) throw LoadError(path.string(), "", "not a file");  // a pipe would block
-  const auto size = fs::file_size(path, error);
-  if (error) throw LoadError(path.string(), "", "cannot be read");
-  if (size == 0) throw LoadError(path.string(), "", "is empty");
-  if (size > kMaxFileBytes) throw LoadError(path.string(), "", "must have at most 32 MiB");
-  std::string bytes(size, '\0');
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream.read(bytes.data(), static_cast<std::streamsize>(size))) {
-    throw LoadError(path.string(), "", "cannot be read");
-  }
-  return bytes;
-}
+bool starts_with_mark(std::string_view text) { return text.substr(0, kSpace.size()) == kSpace; }
 
 }  // namespace
 
-std::string to_string(TokenizerVersion version) { return "v" + std::to_string(static_cast<int>(version)); }
-
-TokenizerVersion parse_tokenizer_version(std::string_view name) {
-  for (const TokenizerVersion version : kVersions) {
-    if (name == to_string(version)) return version;
-  }
-  throw std::invalid_argument("tokenizer: version must be v1, v2, v3 or v7, got " + std::string(name));
-}
-
 struct Tokenizer::Impl {
+  std::string note;
   std::vector<SentencePiece> pieces;
   std::string unknown_surface;
+  SpacePrefix prefix;
+  bool splits_at_spaces;
+  bool normalizes;
+  AddedTokenFinder added;
+  AddedTokenFinder normalized_added;  // looked for after those, in normalized text
+  AddedTokenFinder all_added;
+  Bpe bpe;
   std::unordered_map<std::string_view, int64_t> control_ids;  // keys point into `pieces`
-  std::array<int64_t, 256> byte_ids{};
   int64_t bos_id = 0;
   int64_t eos_id = 0;
   TokenizerVersion version = TokenizerVersion::kV1;
-#ifdef MIXTRAL_WITH_SENTENCEPIECE
-  sentencepiece::SentencePieceProcessor processor;
-#endif
 
-  Impl(const fs::path& path, std::optional<TokenizerVersion> wanted) {
-    const std::string bytes = read_model_file(path);
-    SentencePieceFile model = parse_sentencepiece_file(bytes, path.string());
-    pieces = std::move(model.pieces);
-    unknown_surface = std::move(model.unknown_surface);
+  Impl(const fs::path& given, std::optional<TokenizerVersion> wanted) {
+    TokenizerFiles files = read_tokenizer(given);
+    Vocabulary& vocabulary = files.vocabulary;
+    const fs::path& path = files.path;
+    note = std::move(files.note);
+    pieces = std::move(vocabulary.pieces);
+    unknown_surface = std::move(vocabulary.unknown_surface);
+    prefix = vocabulary.prefix;
+    splits_at_spaces = vocabulary.splits_at_spaces;
+    normalizes = vocabulary.normalizes;
+    bpe = Bpe(pieces, vocabulary);
+    set_added(vocabulary.added);
     for (size_t id = 0; id < pieces.size(); ++id) {
-      const SentencePiece& piece = pieces[id];
-      if (piece.type == PieceType::kControl) control_ids[piece.text] = static_cast<int64_t>(id);
-      if (piece.type == PieceType::kByte) byte_ids[byte_value(piece.text)] = static_cast<int64_t>(id);
+      if (pieces[id].type == PieceType::kControl) control_ids[pieces[id].text] = static_cast<int64_t>(id);
     }
     bos_id = require_control("<s>", path);
     eos_id = require_control("</s>", path);
@@ -117,7 +71,20 @@ struct Tokenizer::Impl {
       require_control("[SYSTEM_PROMPT]", path);
       require_control("[/SYSTEM_PROMPT]", path);
     }
-    load_processor(bytes, path);
+  }
+
+  void set_added(const std::vector<AddedToken>& tokens) {
+    std::vector<AddedToken> plain, normalized;
+    std::vector<std::string> plain_texts, normalized_texts, texts;
+    for (const AddedToken& token : tokens) {
+      (token.normalized ? normalized : plain).push_back(token);
+      (token.normalized ? normalized_texts : plain_texts)
+          .push_back(token.normalized ? normalize(token.text) : token.text);
+      texts.push_back(token.text);
+    }
+    added = AddedTokenFinder(plain, plain_texts);
+    normalized_added = AddedTokenFinder(normalized, normalized_texts);
+    all_added = AddedTokenFinder(tokens, texts);
   }
 
   int64_t require_control(const std::string& piece, const fs::path& path) const {
@@ -135,86 +102,72 @@ struct Tokenizer::Impl {
   }
 
   const SentencePiece& at(int64_t id) const {
-    if (id < 0 || id >= static_cast<int64_t>(pieces.size())) {
-      throw std::out_of_range("tokenizer: id must be in [0, " + std::to_string(pieces.size()) + "), got " +
-                              std::to_string(id));
-    }
-    return pieces[static_cast<size_t>(id)];
+    static const SentencePiece none = {"", 0, PieceType::kNone};
+    if (id < 0) throw std::out_of_range("tokenizer: id must be >= 0, got " + std::to_string(id));
+    return id < static_cast<int64_t>(pieces.size()) ? pieces[static_cast<size_t>(id)] : none;
   }
 
-#ifdef MIXTRAL_WITH_SENTENCEPIECE
-  void load_processor(const std::string& bytes, const fs::path& path) {
-    const auto status = processor.LoadFromSerializedProto(bytes);
-    if (!status.ok()) throw LoadError(path.string(), "", "refused by sentencepiece");
-    // Ids are used as indices, so the library must have read the same vocabulary that was checked above.
-    if (processor.GetPieceSize() != static_cast<int>(pieces.size())) {
-      throw LoadError(path.string(), "", "sentencepiece reads another vocabulary");
-    }
+  // What the normalizer, if there is one, does to text and to the tokens looked for in it.
+  std::string normalize(std::string_view text) const {
+    if (!normalizes) return std::string(text);
+    return (prefix == SpacePrefix::kEvery ? std::string(kSpace) : "") + with_marks(text);
   }
 
-  std::vector<int> encode_valid(std::string_view text) const {
-    std::vector<int> ids;
-    const auto status = processor.Encode(text, &ids);
-    if (!status.ok()) throw std::runtime_error("tokenizer: " + status.ToString());
-    return ids;
+  std::string marked(std::string_view text, bool first) const {
+    std::string out = with_marks(text);
+    const bool prepend = prefix == SpacePrefix::kEvery || (prefix == SpacePrefix::kFirst && first) ||
+                         (prefix == SpacePrefix::kEveryUnlessThere && !starts_with_mark(out)) ||
+                         (prefix == SpacePrefix::kFirstUnlessThere && first && !starts_with_mark(out));
+    if (prepend) out.insert(0, kSpace);
+    return out;
   }
 
-  // The library turns each invalid byte into U+FFFD and gives the place of every piece in the text. So those pieces go
-  // back to the bytes that the text has there.
-  std::vector<int> encode_invalid(std::string_view text) const {
-    std::vector<bool> invalid(text.size() + 1, false);
-    for (size_t i = 0; i < text.size();) {
-      const Utf8Prefix prefix = utf8_prefix(text.substr(i));
-      const bool whole = prefix.kind == Utf8Prefix::kWhole;
-      invalid[i] = !whole;
-      i += whole ? prefix.length : 1;
+  void encode_marked(std::string_view text, std::vector<int64_t>& ids) const {
+    while (splits_at_spaces && !text.empty()) {
+      const size_t space = std::min(text.find(kSpace, 1), text.size());
+      bpe.encode(text.substr(0, space), ids);
+      text.remove_prefix(space);
     }
-    std::vector<int> ids;
-    const auto encoded = processor.EncodeAsImmutableProto(text);  // the pieces point into it
-    for (const auto& piece : encoded.pieces()) {
-      const size_t begin = piece.begin(), end = piece.end();
-      // U+FFFD without a piece becomes three byte pieces: the last one covers the invalid byte, the others nothing.
-      bool replaced = begin == end && invalid[begin] && at(piece.id()).type == PieceType::kByte;
-      for (size_t i = begin; i < end; ++i) replaced = replaced || invalid[i];
-      if (!replaced) ids.push_back(static_cast<int>(piece.id()));
-      for (size_t i = begin; replaced && i < end; ++i) {
-        ids.push_back(static_cast<int>(byte_ids[static_cast<unsigned char>(text[i])]));
+    if (!text.empty()) bpe.encode(text, ids);
+  }
+
+  void encode_part(std::string_view text, bool first, bool parse_special, std::vector<int64_t>& ids) const {
+    const std::string normalized = normalize(text);
+    for (const TextPart& part : normalized_added.split(normalized, parse_special)) {
+      if (part.id >= 0) {
+        ids.push_back(part.id);
+      } else if (normalizes && prefix == SpacePrefix::kEvery) {  // normalize() has put the mark
+        encode_marked(part.text, ids);
+      } else {
+        encode_marked(marked(part.text, first && part.text.data() == normalized.data()), ids);
       }
     }
-    return ids;
   }
-#else
-  void load_processor(const std::string&, const fs::path&) {
-    throw std::runtime_error("tokenizer: built without sentencepiece: text is not available, use token ids");
-  }
-  std::vector<int> encode_valid(std::string_view) const { return {}; }
-  std::vector<int> encode_invalid(std::string_view) const { return {}; }
-#endif
 };
 
-bool Tokenizer::available() {
-#ifdef MIXTRAL_WITH_SENTENCEPIECE
-  return true;
-#else
-  return false;
-#endif
-}
+bool Tokenizer::in_folder(const fs::path& folder) { return !find_tokenizer(folder).empty(); }
 
 Tokenizer::Tokenizer(const fs::path& path, std::optional<TokenizerVersion> version)
-    : impl_(std::make_shared<const Impl>(find_model_file(path), version)) {}
+    : impl_(std::make_shared<const Impl>(path, version)) {}
 
-std::vector<int64_t> Tokenizer::encode(std::string_view text, bool add_bos, bool add_eos) const {
+std::vector<int64_t> Tokenizer::encode(std::string_view text, bool add_bos, bool add_eos, bool parse_special) const {
   if (text.size() > kMaxTextBytes) {
     throw std::length_error("tokenizer: text must have at most 2^30 bytes, got " + std::to_string(text.size()));
   }
-  const std::vector<int> text_ids = is_valid_utf8(text) ? impl_->encode_valid(text) : impl_->encode_invalid(text);
   std::vector<int64_t> ids;
-  ids.reserve(text_ids.size() + 2);
   if (add_bos) ids.push_back(bos_id());
-  ids.insert(ids.end(), text_ids.begin(), text_ids.end());
+  for (const TextPart& part : impl_->added.split(text, parse_special)) {
+    if (part.id >= 0) {
+      ids.push_back(part.id);
+    } else {
+      impl_->encode_part(part.text, part.text.data() == text.data(), parse_special, ids);
+    }
+  }
   if (add_eos) ids.push_back(eos_id());
   return ids;
 }
+
+std::vector<int64_t> Tokenizer::special_in(std::string_view text) const { return impl_->all_added.special_in(text); }
 
 std::string Tokenizer::decode(const std::vector<int64_t>& ids) const {
   StreamingDecoder decoder(*this);
@@ -236,6 +189,7 @@ int64_t Tokenizer::vocab_size() const { return static_cast<int64_t>(impl_->piece
 int64_t Tokenizer::bos_id() const { return impl_->bos_id; }
 int64_t Tokenizer::eos_id() const { return impl_->eos_id; }
 TokenizerVersion Tokenizer::version() const { return impl_->version; }
+const std::string& Tokenizer::note() const { return impl_->note; }
 
 std::string StreamingDecoder::push(int64_t id) {
   const SentencePiece& piece = tokenizer_.impl_->at(id);
@@ -245,9 +199,10 @@ std::string StreamingDecoder::push(int64_t id) {
     return take_pending(/*wait_for_more=*/true);
   }
   std::string text = flush();
-  if (piece.type == PieceType::kControl) return text;
+  if (piece.type == PieceType::kControl || piece.type == PieceType::kNone) return text;
   std::string_view rest = piece.type == PieceType::kUnknown ? tokenizer_.impl_->unknown_surface : piece.text;
-  if (at_start_ && rest.substr(0, kSpace.size()) == kSpace) rest.remove_prefix(kSpace.size());
+  if (at_start_ && tokenizer_.impl_->prefix != SpacePrefix::kNever && starts_with_mark(rest))
+    rest.remove_prefix(kSpace.size());
   at_start_ = false;
   for (size_t space; (space = rest.find(kSpace)) != rest.npos; rest.remove_prefix(space + kSpace.size())) {
     text.append(rest.substr(0, space)) += ' ';

@@ -1,4 +1,4 @@
-// SentencePiece BPE tokenizer of the Mistral family, and decoding as a stream.
+// SentencePiece BPE tokenizer of the Mistral family, with added tokens, and decoding as a stream.
 #pragma once
 
 #include <cstdint>
@@ -9,46 +9,45 @@
 #include <string_view>
 #include <vector>
 
+#include "tokenizer_version.h"
+
 namespace mixtral {
-
-// Which control tokens and chat format the tokenizer has (mistral-common's names).
-//   v1: Mixtral 8x7B, Mistral 7B v0.1 and v0.2: "[INST]" is plain text
-//   v2: Mistral 7B v0.3: control tokens for [INST] and tools
-//   v3: Mixtral 8x22B: other tool messages; the same chat
-//   v7: control tokens around the system prompt
-enum class TokenizerVersion { kV1 = 1, kV2 = 2, kV3 = 3, kV7 = 7 };
-
-std::string to_string(TokenizerVersion version);  // "v1"
-// Takes "v1", "v2", "v3" and "v7"; throws std::invalid_argument.
-TokenizerVersion parse_tokenizer_version(std::string_view name);
 
 class Tokenizer {
  public:
-  // False when the library was built without sentencepiece: then no Tokenizer can be made.
-  static bool available();
+  // Whether the folder has a tokenizer at all.
+  static bool in_folder(const std::filesystem::path& folder);
 
-  // `path`: a tokenizer.model file, or a folder that holds one (tokenizer.model.v3 goes before tokenizer.model).
+  // `path`: a tokenizer.model or tokenizer.json file, or a folder that holds one. tokenizer.model.v3 goes before
+  // tokenizer.model, and that before tokenizer.json; a folder's added tokens come from all its tokenizer files.
   // Without `version` it is read from the file name ("tokenizer.model.v3"), else from the control tokens in the file.
-  // Throws LoadError when the file is not a valid BPE SentencePiece model.
+  // Throws LoadError when a file is not valid, or no BPE with byte fallback.
   explicit Tokenizer(const std::filesystem::path& path, std::optional<TokenizerVersion> version = std::nullopt);
 
-  // Text only: "[INST]" or "</s>" in it stays text. Invalid UTF-8 is encoded byte by byte. decode() gives valid UTF-8
-  // back unchanged, but for "▁" (U+2581), which stands for a space in every SentencePiece vocabulary.
-  std::vector<int64_t> encode(std::string_view text, bool add_bos = false, bool add_eos = false) const;
-  // Always valid UTF-8: U+FFFD for each byte that belongs to no code point. Control tokens decode to nothing, and the
-  // space that encode() puts before the text is dropped. Throws std::out_of_range for an id outside [0, vocab_size).
+  // Control tokens written in the text, such as "[INST]" or "</s>", stay text unless `parse_special`; added tokens that
+  // are not special are always found. Invalid UTF-8 is encoded byte by byte. decode() gives valid UTF-8 back unchanged,
+  // but for "▁" (U+2581), which stands for a space in every SentencePiece vocabulary, and spaces around added tokens.
+  std::vector<int64_t> encode(std::string_view text, bool add_bos = false, bool add_eos = false,
+                              bool parse_special = false) const;
+  // The control tokens that are written in the text, each once: with `parse_special` encode() would find them.
+  std::vector<int64_t> special_in(std::string_view text) const;
+  // Always valid UTF-8: U+FFFD for each byte that belongs to no code point. Control tokens and ids without a piece
+  // decode to nothing, and the space that encode() puts before the text is dropped. Throws std::out_of_range for a
+  // negative id, as the functions below do.
   std::string decode(const std::vector<int64_t>& ids) const;
-  // The piece as stored: "▁the", "<0x0A>", "[INST]".
+  // The piece as stored: "▁the", "<0x0A>", "[INST]". Empty for an id without one: a model may have more ids.
   std::string piece(int64_t id) const;
   bool is_control(int64_t id) const;
   bool is_byte(int64_t id) const;
   // The id of the control token of this name, such as "[INST]".
   std::optional<int64_t> control_id(std::string_view piece) const;
 
-  int64_t vocab_size() const;
+  int64_t vocab_size() const;  // the greatest id with a piece, plus one
   int64_t bos_id() const;
   int64_t eos_id() const;
   TokenizerVersion version() const;
+  // What the files of the folder disagree about, in one line; mostly empty.
+  const std::string& note() const;
 
  private:
   friend class StreamingDecoder;

@@ -2,6 +2,7 @@
 
 import atexit
 import queue
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._torch_version import check_model
+from .errors import LoadError
 
 check_model()
 
@@ -46,8 +48,7 @@ class Mixtral:
 
     Attributes:
         config: its architecture.
-        tokenizer: None when the folder has none or the library was built without sentencepiece; the model then works
-            on token ids.
+        tokenizer: None when the folder has none that can be read; the model then works on token ids.
         timings: of the last finished ``generate``; None before.
     """
 
@@ -296,4 +297,16 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:
-    return Tokenizer(folder) if Tokenizer.available() and any(folder.glob("tokenizer.model*")) else None
+    if not Tokenizer.in_folder(folder):
+        return None
+    try:
+        tokenizer = Tokenizer(folder)
+    except LoadError as error:
+        if any(folder.glob("tokenizer.model*")):
+            raise
+        # tokenizer.json alone, of a kind that is not supported: the model still works on token ids.
+        warnings.warn(f"mixtral: the model has no tokenizer: {error}", stacklevel=3)
+        return None
+    if tokenizer.note:
+        warnings.warn(f"mixtral: {folder}: {tokenizer.note}", stacklevel=3)
+    return tokenizer

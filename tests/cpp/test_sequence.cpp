@@ -69,6 +69,21 @@ TEST_F(SequenceText, AStopStringThatOnlyTheEndCompletesIsAStop) {
   EXPECT_EQ(by_length.token_ids, cut);
 }
 
+TEST_F(SequenceText, AStopStringMayNameAControlToken) {
+  SamplingParams stop = params(9, {"</s>"});
+  stop.ignore_eos = true;
+  const auto stopped = run({letter_a(), kEos}, stop);
+  EXPECT_EQ(stopped.finish_reason, "stop");
+  EXPECT_EQ(stopped.token_ids, std::vector<int64_t>{letter_a()});
+  stop.stop = {"<s>"};
+  EXPECT_EQ(run(std::vector<int64_t>(9, kEos), stop).finish_reason, "length");
+}
+
+TEST_F(SequenceText, IdsWithoutAPieceHaveNoText) {
+  const auto plain = run({letter_a(), letter_a()}, params(2));
+  EXPECT_EQ(run({letter_a(), tokenizer.vocab_size() + 7, letter_a()}, params(3)).text, plain.text);
+}
+
 TEST_F(SequenceText, TextHeldBackForAStopStringIsShownAtTheEnd) {
   std::string shown;
   const auto plain = run({letter_a(), letter_a()}, params(2));

@@ -196,13 +196,69 @@ TEST_F(TokenizerTest, LeadingSpaceIsDroppedOnceUnlessTheTextContinues) {
   EXPECT_EQ(text, "  a");
 }
 
-TEST_F(TokenizerTest, IdsOutsideTheVocabularyAreRefused) {
+TEST_F(TokenizerTest, NegativeIdsAreRefusedAndThoseWithoutAPieceAreNothing) {
   const Tokenizer tokenizer = load(small_model());
-  for (const int64_t id : {int64_t{-1}, tokenizer.vocab_size(), int64_t{INT32_MAX}, INT64_MIN, int64_t{1} << 32}) {
+  for (const int64_t id : {int64_t{-1}, INT64_MIN}) {
     EXPECT_THROW(tokenizer.decode({id}), std::out_of_range);
     EXPECT_THROW(tokenizer.piece(id), std::out_of_range);
     EXPECT_THROW(tokenizer.is_control(id), std::out_of_range);
   }
+  for (const int64_t id : {tokenizer.vocab_size(), int64_t{INT32_MAX}, int64_t{1} << 32, INT64_MAX}) {
+    EXPECT_EQ(tokenizer.decode({id}), "");
+    EXPECT_EQ(tokenizer.piece(id), "");
+    EXPECT_FALSE(tokenizer.is_control(id));
+  }
+}
+
+TEST_F(TokenizerTest, UserDefinedPiecesAreNeitherMergedNorCut) {
+  ModelFile model = small_model();
+  for (int i = 2; i < 200; ++i) model.pieces.push_back(piece_message(std::string(i, 'x'), 0, 4));
+  model.pieces.push_back(piece_message("ab]", 0, 4));
+  model.pieces.push_back(piece_message("bxx", 0, 1));
+  const Tokenizer tokenizer = load(model);
+  const auto pieces = [&](const std::string& text) {
+    std::vector<std::string> out;
+    for (const int64_t id : tokenizer.encode(text)) out.push_back(tokenizer.piece(id));
+    return out;
+  };
+  EXPECT_EQ(pieces("bxx"), (std::vector<std::string>{"▁", "b", "xx"}));
+  EXPECT_EQ(pieces("bab]"), (std::vector<std::string>{"▁", "b", "ab]"}));
+  EXPECT_EQ(pieces(std::string(203, 'x')), (std::vector<std::string>{"▁", std::string(199, 'x'), std::string(4, 'x')}));
+  const std::string text(1 << 16, 'x');
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode(text)), text);
+}
+
+TEST_F(TokenizerTest, SamplesInTheFileAreNotEncoded) {
+  ModelFile model = small_model();
+  const std::string sample = bytes_field(1, std::string(1 << 20, 'a')) + bytes_field(2, "\x1b[31m");
+  model.more = bytes_field(4, bytes_field(1, sample));
+  EXPECT_EQ(load(model).encode("ab"), load(small_model()).encode("ab"));
+}
+
+TEST_F(TokenizerTest, ControlTokensOfTheFileAreReadWhereAsked) {
+  const Tokenizer tokenizer = load(small_model({"[INST]", "[/INST]"}));
+  EXPECT_EQ(tokenizer.encode("[INST]</s>", false, false, true), (std::vector<int64_t>{3, 2}));
+  EXPECT_EQ(tokenizer.special_in("a[INST]b[INST]</s><unk>"), (std::vector<int64_t>{3, 2}));
+}
+
+TEST_F(TokenizerTest, AFolderAddsItsTokensToThoseOfTheFile) {
+  const std::vector<int64_t> before = load(small_model()).encode("ab a");
+  const int64_t size = load(small_model()).vocab_size();
+  write("{\"<|e|>\": " + std::to_string(size) + ", \"<f>\": " + std::to_string(size + 1) + "}", "added_tokens.json");
+  write("{\"eos_token\": \"<|e|>\"}", "tokenizer_config.json");
+  const Tokenizer tokenizer(folder_);
+  EXPECT_EQ(tokenizer.encode("ab a"), before);
+  EXPECT_EQ(tokenizer.vocab_size(), size + 2);
+  const int64_t space = tokenizer.encode("b")[0], b = tokenizer.encode("b")[1];
+  EXPECT_EQ(tokenizer.encode("b<f>b<|e|>", false, false, true), (std::vector<int64_t>{space, b, size + 1, b, size}));
+  EXPECT_TRUE(tokenizer.is_control(size));
+  EXPECT_EQ(tokenizer.decode({size, size + 1}), "<f>");
+  EXPECT_EQ(tokenizer.note(), "");
+  write("{\"legacy\": true}", "tokenizer_config.json");  // a space after each added token
+  EXPECT_EQ(Tokenizer(folder_).encode("<f>b"), (std::vector<int64_t>{size + 1, space, b}));
+  write("not a tokenizer", "tokenizer.json");
+  EXPECT_NE(Tokenizer(folder_).note().find("tokenizer.model is used, not tokenizer.json, which is not"),
+            std::string::npos);
 }
 
 // ---- version and place of the file

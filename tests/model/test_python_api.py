@@ -179,9 +179,9 @@ def test_tokenizer_from_file_or_folder():
 def test_tokenizer_errors(tmp_path):
     tokenizer = mixtral.Tokenizer(DEMO)
     for call in (tokenizer.piece, lambda id: tokenizer.decode([id])):
-        for id in (-1, 4096):
-            with pytest.raises(IndexError):
-                call(id)
+        with pytest.raises(IndexError):
+            call(-1)
+        assert call(4096) == ""
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(mixtral.LoadError, match="tokenizer.model"):
         mixtral.Tokenizer(tmp_path)
