@@ -6,6 +6,7 @@
 
 #include "../io/json.h"
 #include "../io/load_error.h"
+#include "../io/safetensors.h"
 
 namespace mixtral {
 namespace {
@@ -45,9 +46,9 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
 
 // Every tensor is where the index says, and nowhere else.
 void check_index(const fs::path& path, const std::map<std::string, std::string>& shards,
-                 const std::vector<SafetensorsFile>& files) {
+                 const std::vector<TensorFile>& files) {
   size_t found = 0;
-  for (const SafetensorsFile& file : files) {
+  for (const TensorFile& file : files) {
     const std::string name = fs::path(file.path()).filename().string();
     for (const auto& [tensor, entry] : file.entries()) {
       const auto listed = shards.find(tensor);
@@ -59,26 +60,26 @@ void check_index(const fs::path& path, const std::map<std::string, std::string>&
   }
   if (found == shards.size()) return;
   for (const auto& [tensor, shard] : shards) {
-    const bool present = std::any_of(files.begin(), files.end(), [&, &tensor = tensor](const SafetensorsFile& file) {
+    const bool present = std::any_of(files.begin(), files.end(), [&, &tensor = tensor](const TensorFile& file) {
       return file.entries().count(tensor) > 0;
     });
     if (!present) throw LoadError(path.string(), tensor, "is in the index, but not in the file that it names");
   }
 }
 
-std::vector<SafetensorsFile> open_files(const fs::path& folder, CheckpointLayout layout) {
+std::vector<TensorFile> open_files(const fs::path& folder, CheckpointLayout layout) {
   const std::string stem = layout == CheckpointLayout::kConsolidated ? "consolidated" : "model";
   const fs::path single = folder / (stem + ".safetensors");
   const fs::path index = folder / (stem + ".safetensors.index.json");
-  std::vector<SafetensorsFile> files;
+  std::vector<TensorFile> files;
   if (fs::exists(index)) {
     const auto shards = read_index(index);
     std::set<std::string> names;
     for (const auto& [tensor, shard] : shards) names.insert(shard);
-    for (const std::string& name : names) files.emplace_back(folder / name);
+    for (const std::string& name : names) files.push_back(open_safetensors(folder / name));
     check_index(index, shards, files);
   } else if (fs::exists(single)) {
-    files.emplace_back(single);
+    files.push_back(open_safetensors(single));
   } else {
     throw LoadError(folder.string(), "",
                     "holds neither " + single.filename().string() + " nor " + index.filename().string());
@@ -88,7 +89,7 @@ std::vector<SafetensorsFile> open_files(const fs::path& folder, CheckpointLayout
 
 // ---- from tensors to slices
 
-torch::ScalarType scalar_type(const SafetensorsFile& file, const WeightSlice& slice, const SafetensorsEntry& entry) {
+torch::ScalarType scalar_type(const TensorFile& file, const WeightSlice& slice, const TensorEntry& entry) {
   if (slice.packed) {
     const std::string expected = safetensors_dtype(*slice.packed);
     if (entry.dtype == expected) return *slice.packed;
@@ -103,7 +104,7 @@ torch::ScalarType scalar_type(const SafetensorsFile& file, const WeightSlice& sl
 // A tensor inside a layer that the model does not have (a bias, an expert or a layer too many) would be left out of the
 // computation in silence. Rotary tables of old checkpoints are ignored, for the ops compute them; so are tensors
 // outside the layers, such as heads of other tasks.
-void check_unexpected(const SafetensorsFile& file, const std::set<std::string>& expected) {
+void check_unexpected(const TensorFile& file, const std::set<std::string>& expected) {
   const std::string rotary_table = "rotary_emb.inv_freq";
   for (const auto& [tensor, entry] : file.entries()) {
     const size_t tail = tensor.size() - std::min(tensor.size(), rotary_table.size());
@@ -123,8 +124,8 @@ class RowReader {
 
   // out: the rows of the parameter that the slice becomes, [rows,cols], on any device; or, with packing, their packed
   // blocks [rows/32,...].
-  void read(const SafetensorsFile& file, const SafetensorsEntry& entry, const WeightSlice& slice,
-            torch::ScalarType type, Packing packing, const torch::Tensor& out) {
+  void read(const TensorFile& file, const TensorEntry& entry, const WeightSlice& slice, torch::ScalarType type,
+            Packing packing, const torch::Tensor& out) {
     const int64_t rows = slice.rows(), block = packing == Packing::kNone ? 1 : rows / out.size(0);
     const int64_t group = std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), block);
     const int64_t row_bytes = slice.cols() * static_cast<int64_t>(c10::elementSize(type));
@@ -151,7 +152,7 @@ class RowReader {
     return rows.view({-1, half, 2, cols}).transpose(1, 2).reshape({-1, cols});
   }
 
-  static torch::Tensor pack(const SafetensorsFile& file, const WeightSlice& slice, const torch::Tensor& rows,
+  static torch::Tensor pack(const TensorFile& file, const WeightSlice& slice, const torch::Tensor& rows,
                             Packing packing, torch::ScalarType type) {
     if (packing == Packing::kFloat) return pack_rows(rows.to(type), packing);
     if (!torch::isfinite(rows).all().item<bool>()) {
@@ -207,8 +208,8 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config) : files_(op
   for (WeightSlice& slice : weight_slices(config, names)) {
     const auto found = where.find(slice.tensor);
     if (found == where.end()) throw LoadError(folder.string(), slice.tensor, "tensor is missing");
-    const SafetensorsFile& file = files_[found->second];
-    const SafetensorsEntry& entry = file.entries().at(slice.tensor);
+    const TensorFile& file = files_[found->second];
+    const TensorEntry& entry = file.entries().at(slice.tensor);
     scalar_type(file, slice, entry);
     if (entry.shape != slice.shape) {
       throw LoadError(file.path(), slice.tensor,
@@ -217,7 +218,7 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config) : files_(op
     expected.insert(slice.tensor);
     sources_.push_back({found->second, entry, std::move(slice)});
   }
-  for (const SafetensorsFile& file : files_) check_unexpected(file, expected);
+  for (const TensorFile& file : files_) check_unexpected(file, expected);
   std::sort(sources_.begin(), sources_.end(), [](const Source& a, const Source& b) {
     return std::pair(a.file, a.entry.begin) < std::pair(b.file, b.entry.begin);
   });

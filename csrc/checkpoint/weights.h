@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../io/safetensors.h"
+#include "../io/tensor_file.h"
 #include "../model/config.h"
 #include "../model/libtorch.h"
 #include "../model/packing.h"
@@ -36,10 +36,10 @@ class Checkpoint {
   // One tensor of the checkpoint, and the rows of the parameter it becomes.
   struct Source {
     size_t file;  // index into files_
-    SafetensorsEntry entry;
+    TensorEntry entry;
     WeightSlice slice;
   };
-  std::vector<SafetensorsFile> files_;
+  std::vector<TensorFile> files_;
   std::vector<Source> sources_;  // in file order
 };
 

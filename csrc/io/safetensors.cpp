@@ -30,9 +30,9 @@ class EntryParser {
   EntryParser(const std::string& file, const std::string& name, uint64_t data_begin, uint64_t data_bytes)
       : file_(file), name_(name), data_begin_(data_begin), data_bytes_(data_bytes) {}
 
-  SafetensorsEntry parse(const json& value) const {
+  TensorEntry parse(const json& value) const {
     check(value.is_object(), "must be an object, got ", value);
-    SafetensorsEntry entry;
+    TensorEntry entry;
     const json& dtype = field(value, "dtype");
     check(dtype.is_string() && dtype_bytes(dtype) > 0, "dtype must be a supported type, got ", dtype);
     entry.dtype = dtype;
@@ -81,9 +81,9 @@ void check_metadata(const std::string& file, const json& metadata) {
 }
 
 // The tensors cover the data exactly: no hole, no overlap, nothing behind the last one.
-void check_coverage(const std::string& file, const std::map<std::string, SafetensorsEntry>& entries,
-                    uint64_t data_begin, uint64_t file_bytes) {
-  std::vector<std::pair<const std::string, SafetensorsEntry> const*> order;
+void check_coverage(const std::string& file, const std::map<std::string, TensorEntry>& entries, uint64_t data_begin,
+                    uint64_t file_bytes) {
+  std::vector<std::pair<const std::string, TensorEntry> const*> order;
   for (const auto& named : entries) order.push_back(&named);
   std::sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
     return std::pair(a->second.begin, a->second.end) < std::pair(b->second.begin, b->second.end);
@@ -123,21 +123,24 @@ std::string read_header(const File& file) {
 
 }  // namespace
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path) {
-  const std::string text = read_header(file_);
-  const json header = parse_json(text, file_.path());
+TensorFile open_safetensors(const std::filesystem::path& path) {
+  File file(path);
+  const std::string text = read_header(file);
+  const json header = parse_json(text, file.path());
   if (header.size() > kMaxTensors) {
-    throw LoadError(file_.path(), "", "must hold at most 65536 tensors, got " + std::to_string(header.size()));
+    throw LoadError(file.path(), "", "must hold at most 65536 tensors, got " + std::to_string(header.size()));
   }
   const uint64_t data_begin = sizeof(uint64_t) + text.size();
+  std::map<std::string, TensorEntry> entries;
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
-      check_metadata(file_.path(), value);
+      check_metadata(file.path(), value);
     } else {
-      entries_[name] = EntryParser(file_.path(), name, data_begin, file_.size() - data_begin).parse(value);
+      entries[name] = EntryParser(file.path(), name, data_begin, file.size() - data_begin).parse(value);
     }
   }
-  check_coverage(file_.path(), entries_, data_begin, file_.size());
+  check_coverage(file.path(), entries, data_begin, file.size());
+  return TensorFile(std::move(file), std::move(entries));
 }
 
 }  // namespace mixtral

@@ -22,7 +22,7 @@ const std::string kData = "abcdefghijklmnop";
 void expect_rejected(const std::string& bytes, const std::string& part) {
   const TempFolder folder;
   write_file(folder / "m.safetensors", bytes);
-  expect_load_error([&] { SafetensorsFile(folder / "m.safetensors"); }, part);
+  expect_load_error([&] { open_safetensors(folder / "m.safetensors"); }, part);
 }
 
 // One F32 tensor "t" whose entry is `entry`, over four data bytes.
@@ -33,9 +33,9 @@ void expect_entry_rejected(const std::string& entry, const std::string& part) {
 TEST(Safetensors, ReadsEntriesAndBytes) {
   const TempFolder folder;
   write_file(folder / "m.safetensors", safetensors("  \n" + kHeader + "   ", kData));
-  const SafetensorsFile file(folder / "m.safetensors");
+  const TensorFile file = open_safetensors(folder / "m.safetensors");
   ASSERT_EQ(file.entries().size(), 3u);
-  const SafetensorsEntry& a = file.entries().at("a");
+  const TensorEntry& a = file.entries().at("a");
   EXPECT_EQ(a.dtype, "BF16");
   EXPECT_EQ(a.shape, (std::vector<int64_t>{2, 3}));
   EXPECT_EQ(a.end - a.begin, 12u);
@@ -49,7 +49,7 @@ TEST(Safetensors, ReadsEightBitFloats) {
   const TempFolder folder;
   const std::string header = R"({"t":{"dtype":"F8_E4M3","shape":[2,2],"data_offsets":[0,4]}})";
   write_file(folder / "m.safetensors", safetensors(header, "1234"));
-  EXPECT_EQ(SafetensorsFile(folder / "m.safetensors").entries().at("t").dtype, "F8_E4M3");
+  EXPECT_EQ(open_safetensors(folder / "m.safetensors").entries().at("t").dtype, "F8_E4M3");
 }
 
 TEST(Safetensors, RejectsBadHeaderLengths) {
@@ -131,20 +131,20 @@ TEST(Safetensors, RejectsHolesOverlapsAndTrailingBytes) {
 
 TEST(Safetensors, OpensRegularFilesOnly) {
   const TempFolder folder;
-  const auto open = [&](const std::string& name) { return [path = folder / name] { SafetensorsFile file(path); }; };
+  const auto open = [&](const std::string& name) { return [path = folder / name] { open_safetensors(path); }; };
   ASSERT_EQ(::mkfifo((folder / "fifo").c_str(), 0600), 0);
   std::filesystem::create_symlink("loop", folder / "loop");
   expect_load_error(open("absent"), "cannot be opened");
   expect_load_error(open("loop"), "cannot be opened");
   expect_load_error(open("fifo"), "is not a regular file");
   expect_load_error(open("."), "is not a regular file");
-  expect_load_error([] { SafetensorsFile("/dev/zero"); }, "is not a regular file");
+  expect_load_error([] { open_safetensors("/dev/zero"); }, "is not a regular file");
 }
 
 TEST(Safetensors, ReportsAFileCutShortAfterOpening) {
   const TempFolder folder;
   write_file(folder / "m.safetensors", safetensors(kHeader, kData));
-  const SafetensorsFile file(folder / "m.safetensors");
+  const TensorFile file = open_safetensors(folder / "m.safetensors");
   std::filesystem::resize_file(folder / "m.safetensors", 8 + kHeader.size() + 2);
   char bytes[12];
   expect_load_error([&] { file.read(file.entries().at("a").begin, bytes, 12); }, "where data was expected");
@@ -165,7 +165,7 @@ TEST(Safetensors, ReadsTensorsPastFourAndEightGiB) {
   file.seekp(static_cast<std::streamoff>(data + 8 * kGiB)).write("eight", 5);
   file.close();
 
-  const SafetensorsFile sparse(path);
+  const TensorFile sparse = open_safetensors(path);
   char bytes[5];
   sparse.read(sparse.entries().at("at4").begin, bytes, 4);
   EXPECT_EQ(std::string(bytes, 4), "four");
@@ -181,7 +181,7 @@ TEST(Safetensors, SurvivesEveryTruncationAndBitFlip) {
   int accepted = 0, rejected = 0;
   const auto load = [&] {
     try {
-      const SafetensorsFile file(path);
+      const TensorFile file = open_safetensors(path);
       for (const auto& [name, entry] : file.entries()) {
         std::string data(entry.end - entry.begin, '\0');
         file.read(entry.begin, data.data(), data.size());

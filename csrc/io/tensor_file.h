@@ -1,0 +1,36 @@
+// A file of named tensors, whatever its format: what it holds, where each tensor's bytes lie, and a way to read them.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "file.h"
+
+namespace mixtral {
+
+struct TensorEntry {
+  std::string dtype;  // in safetensors' words: "F32", "BF16", "F16", ...
+  std::vector<int64_t> shape;
+  uint64_t begin = 0, end = 0;  // byte range in the file
+};
+
+class TensorFile {
+ public:
+  TensorFile(File file, std::map<std::string, TensorEntry> entries)
+      : file_(std::move(file)), entries_(std::move(entries)) {}
+
+  const std::string& path() const { return file_.path(); }
+  const std::map<std::string, TensorEntry>& entries() const { return entries_; }
+
+  // Reads `bytes` bytes from absolute `offset`. Throws LoadError when the file has become shorter.
+  void read(uint64_t offset, void* out, uint64_t bytes) const { file_.read(offset, out, bytes); }
+
+ private:
+  File file_;
+  std::map<std::string, TensorEntry> entries_;
+};
+
+}  // namespace mixtral
