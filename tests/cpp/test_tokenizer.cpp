@@ -294,7 +294,7 @@ TEST_F(TokenizerTest, AFolderGivesItsNewestTokenizer) {
 TEST_F(TokenizerTest, MissingAndSpecialFilesAreLoadErrors) {
   EXPECT_THROW(Tokenizer(folder_ / "absent"), LoadError);
   EXPECT_THROW(Tokenizer("/dev/zero"), LoadError);
-  EXPECT_EQ(load_error(""), ": is empty");
+  EXPECT_EQ(load_error(""), ": is empty: download it again");
   write("x");
   std::filesystem::resize_file(folder_ / "tokenizer.model", (32 << 20) + 1);
   EXPECT_THROW(Tokenizer{folder_}, LoadError);
