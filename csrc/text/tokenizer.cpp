@@ -62,7 +62,11 @@ struct Tokenizer::Impl {
     }
     bos_id = require_control("<s>", path);
     eos_id = require_control("</s>", path);
-    version = wanted ? *wanted : version_of_name(path.filename().string()).value_or(version_of_content());
+    version = wanted ? *wanted : version_of_content();
+    // mistral-finetune calls every file tokenizer.model.v3.
+    const auto named = version_of_name(path.filename().string());
+    if (!wanted && named && *named != version && note.empty())
+      note = path.filename().string() + " holds a tokenizer of version " + to_string(version) + ", which is used";
     if (version != TokenizerVersion::kV1) {
       require_control("[INST]", path);
       require_control("[/INST]", path);

@@ -20,7 +20,7 @@ class Tokenizer {
 
   // `path`: a tokenizer.model or tokenizer.json file, or a folder that holds one. tokenizer.model.v3 goes before
   // tokenizer.model, and that before tokenizer.json; a folder's added tokens come from all its tokenizer files.
-  // Without `version` it is read from the file name ("tokenizer.model.v3"), else from the control tokens in the file.
+  // Without `version` it is that of the control tokens in the file, whatever the file is called.
   // Throws LoadError when a file is not valid, or no BPE with byte fallback.
   explicit Tokenizer(const std::filesystem::path& path, std::optional<TokenizerVersion> version = std::nullopt);
 
