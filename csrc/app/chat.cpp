@@ -187,6 +187,7 @@ void add_chat(CLI::App& app) {
   add_option(command, "--system", flags->system, "Instructions for the whole conversation");
   add_sampling_flags(command, flags->sampling);
   add_model_flags(command, flags->model);
+  add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

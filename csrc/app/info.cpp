@@ -127,7 +127,7 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
 }
 
 void run(const Flags& flags) {
-  const Config config = read_config(model_path(flags.model));
+  const Config config = read_config(model_path(flags.model), warn);
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
   write_out(flags.json ? json_line(to_json(config, memory, type))

@@ -1,9 +1,11 @@
 #include "load.h"
 
 #include <cstdlib>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
+#include "../checkpoint/folder.h"
 #include "../checkpoint/load_options.h"
 #include "../engine/threads.h"
 #include "report.h"
@@ -30,7 +32,12 @@ std::filesystem::path demo_model() {
 }  // namespace
 
 std::filesystem::path model_path(const ModelFlags& flags) {
-  return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
+  return flags.model.empty() ? demo_model() : find_model(flags.model);
+}
+
+void warn(const std::string& message) {
+  static std::set<std::string> said;  // a model may be opened twice
+  if (said.insert(message).second) write_err("mixtral: warning: " + message + "\n");
 }
 
 Tokenizer load_tokenizer(const ModelFlags& flags) {
@@ -56,6 +63,9 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   LoadOptions load_options;
   load_options.device = flags.device;
   load_options.dtype = flags.dtype;
+  load_options.lora = flags.lora;
+  load_options.check_weights = flags.check_weights;
+  load_options.warn = warn;
   ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();

@@ -13,8 +13,10 @@
 
 namespace mixtral::app {
 
-// The folder given, or the demo model's.
+// The folder that MODEL means (checkpoint/folder.h), or the demo model's.
 std::filesystem::path model_path(const ModelFlags& flags);
+// One line on stderr; the same message once.
+void warn(const std::string& message);
 // The model's; a line on stderr where its files disagree.
 Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);

@@ -128,6 +128,8 @@ class Score:
     @property
     def bits_per_byte(self) -> float: ...
 
+def find_model(model: str | PathLike[str]) -> Path: ...
+
 class Mixtral:
     @staticmethod
     def from_pretrained(
@@ -135,6 +137,8 @@ class Mixtral:
         device: torch.device,
         dtype: str,
         pack: bool,
+        lora: str | PathLike[str],
+        check_weights: bool,
         progress: Callable[[int, int], None] | None,
     ) -> Mixtral: ...
     @staticmethod
