@@ -42,7 +42,7 @@ void warn(const std::string& message) {
 
 Tokenizer load_tokenizer(const ModelFlags& flags) {
   Tokenizer tokenizer(model_path(flags));
-  if (!tokenizer.note().empty()) write_err("mixtral: " + tokenizer.note() + "\n");
+  if (!tokenizer.note().empty()) warn(tokenizer.note());
   return tokenizer;
 }
 

@@ -17,7 +17,7 @@ namespace mixtral::app {
 std::filesystem::path model_path(const ModelFlags& flags);
 // One line on stderr; the same message once.
 void warn(const std::string& message);
-// The model's; a line on stderr where its files disagree.
+// The model's; warns where its files disagree.
 Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);

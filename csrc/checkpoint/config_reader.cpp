@@ -199,13 +199,11 @@ void drop_unknown_eos(Config& config, const std::string& source, const Warn& war
   config.eos_token_ids = known;
 }
 
-Config read_fields(const JsonFields& fields, CheckpointLayout layout, const std::string& source, const Warn& warn) {
+Config read_fields(const JsonFields& fields, CheckpointLayout layout, const std::string& source) {
   Config config =
       layout == CheckpointLayout::kHuggingFace ? read_hugging_face(fields, source) : read_consolidated(fields, source);
   read_common(fields, config);
   config.head_dim = fields.integer("head_dim", config.num_heads > 0 ? config.hidden_size / config.num_heads : 0);
-  drop_unknown_eos(config, source, warn);
-  config.validate(source);
   return config;
 }
 
@@ -222,7 +220,10 @@ std::vector<TensorFile> files_if_any(const std::filesystem::path& folder, Checkp
 
 Config parse_config(const std::string& text, CheckpointLayout layout, const std::string& source, const Warn& warn) {
   const json object = parse_json(text, source);
-  return read_fields(JsonFields(object, source), layout, source, warn);
+  Config config = read_fields(JsonFields(object, source), layout, source);
+  drop_unknown_eos(config, source, warn);
+  config.validate(source);
+  return config;
 }
 
 Config read_config(const std::filesystem::path& folder, const Warn& warn) {
@@ -232,16 +233,16 @@ Config read_config(const std::filesystem::path& folder, const Warn& warn) {
   check_kind(File(source));
   const json object = parse_json(read_text(source, kMaxConfigBytes), source);
   const JsonFields fields(object, source);
-  Config config = read_fields(fields, layout, source, warn);
-  const bool typed = fields.find("dtype") || fields.find("torch_dtype") || !config.quantization.empty();
-  if (typed && !config.tie_word_embeddings) return config;
-  const std::vector<TensorFile> files = files_if_any(folder, layout);
-  if (const std::string dtype = dtype_of(files); !typed && !dtype.empty()) config.dtype = dtype;
-  if (config.tie_word_embeddings && has_own_lm_head(files, layout)) {
-    config.tie_word_embeddings = false;
-    if (warn)
-      warn(source + ": tie_word_embeddings: the files hold another lm_head than the embeddings, and it is used");
+  Config config = read_fields(fields, layout, source);
+  // Who downloads consolidated.safetensors may take config.json with it, and leave params.json.
+  const bool other = !has_weights(folder, layout) && has_weights(folder, CheckpointLayout::kConsolidated);
+  if (other) config.layout = CheckpointLayout::kConsolidated;
+  if (config.quantization.empty()) {
+    const bool dtype_is_said = fields.find("dtype") || fields.find("torch_dtype");
+    correct_by_contents(config, dtype_is_said, files_if_any(folder, config.layout), source, warn);
   }
+  drop_unknown_eos(config, source, warn);
+  config.validate(source);
   return config;
 }
 

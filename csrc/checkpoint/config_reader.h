@@ -9,8 +9,8 @@
 
 namespace mixtral {
 
-// Reads config.json or params.json from `folder`. The weight files decide, if they are there, where it is silent about
-// their type, or ties the lm_head to the embeddings and they hold another one. Throws LoadError naming the field.
+// Reads config.json or params.json from `folder`, corrected by the weight files if they are there (contents.h). Throws
+// LoadError naming the field.
 Config read_config(const std::filesystem::path& folder, const Warn& warn = nullptr);
 
 // The text of a config.json or params.json. `source` is the file that errors and warnings name.

@@ -32,8 +32,7 @@ bool same_bytes(const Found& a, const Found& b) {
   return true;
 }
 
-}  // namespace
-
+// The float type of most of the bytes: "float32", "bfloat16" or "float16"; empty when there is none.
 std::string dtype_of(const std::vector<TensorFile>& files) {
   std::map<std::string, uint64_t> bytes = {{"F32", 0}, {"BF16", 0}, {"F16", 0}};
   for (const TensorFile& file : files) {
@@ -48,13 +47,35 @@ std::string dtype_of(const std::vector<TensorFile>& files) {
   return most->first == "F32" ? "float32" : most->first == "BF16" ? "bfloat16" : "float16";
 }
 
-bool has_own_lm_head(const std::vector<TensorFile>& files, CheckpointLayout layout) {
-  const bool hugging_face = layout == CheckpointLayout::kHuggingFace;
-  const Found head = find(files, hugging_face ? "lm_head.weight" : "output.weight");
-  const Found embeddings = find(files, hugging_face ? "model.embed_tokens.weight" : "tok_embeddings.weight");
-  if (!head.entry || !embeddings.entry) return false;
+bool differ(const Found& head, const Found& embeddings) {
   const bool alike = head.entry->dtype == embeddings.entry->dtype && head.entry->shape == embeddings.entry->shape;
   return !alike || !same_bytes(head, embeddings);
+}
+
+}  // namespace
+
+void correct_by_contents(Config& config, bool dtype_is_said, const std::vector<TensorFile>& files,
+                         const std::string& source, const Warn& warn) {
+  const std::string dtype = dtype_of(files);
+  if (!dtype_is_said && !dtype.empty()) config.dtype = dtype;
+  const bool hugging_face = config.layout == CheckpointLayout::kHuggingFace;
+  const Found head = find(files, hugging_face ? "lm_head.weight" : "output.weight");
+  const Found embeddings = find(files, hugging_face ? "model.embed_tokens.weight" : "tok_embeddings.weight");
+  if (!embeddings.entry || embeddings.entry->shape.size() != 2) return;
+  const int64_t rows = embeddings.entry->shape[0];
+  const bool agree = !head.entry || head.entry->shape == embeddings.entry->shape;
+  if (rows != config.vocab_size && rows > 0 && agree) {
+    if (warn) {
+      warn(source + ": vocab_size is " + std::to_string(config.vocab_size) + ", but the files hold " +
+           std::to_string(rows) + " embeddings, which are used");
+    }
+    config.vocab_size = rows;
+  }
+  if (config.tie_word_embeddings && head.entry && differ(head, embeddings)) {
+    if (warn)
+      warn(source + ": tie_word_embeddings: the files hold another lm_head than the embeddings, and it is used");
+    config.tie_word_embeddings = false;
+  }
 }
 
 }  // namespace mixtral

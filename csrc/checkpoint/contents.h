@@ -6,13 +6,14 @@
 
 #include "../io/tensor_file.h"
 #include "../model/config.h"
+#include "load_options.h"
 
 namespace mixtral {
 
-// The float type of most of their bytes: "float32", "bfloat16" or "float16"; empty when they hold none of these.
-std::string dtype_of(const std::vector<TensorFile>& files);
-
-// Whether they hold an lm_head whose values are not those of the embeddings.
-bool has_own_lm_head(const std::vector<TensorFile>& files, CheckpointLayout layout);
+// Sets `config` to what the files hold: the float type of most of their bytes, unless the configuration says one; the
+// number of rows of the embeddings and the lm_head as vocab_size; an lm_head of its own where tie_word_embeddings is
+// set. `warn` hears of the last two, with `source`, the configuration file, in front. Does nothing without files.
+void correct_by_contents(Config& config, bool dtype_is_said, const std::vector<TensorFile>& files,
+                         const std::string& source, const Warn& warn);
 
 }  // namespace mixtral

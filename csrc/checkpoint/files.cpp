@@ -9,6 +9,7 @@
 #include "../io/json.h"
 #include "../io/load_error.h"
 #include "../io/safetensors.h"
+#include "lora_config.h"
 
 namespace mixtral {
 namespace {
@@ -103,16 +104,15 @@ std::vector<TensorFile> open_loose_shards(const fs::path& folder, const std::str
   for (const char* adapter : {"lora.safetensors", "adapter_model.safetensors"}) {
     if (!fs::exists(folder / adapter, ignored)) continue;
     throw LoadError(folder.string(), "",
-                    std::string("holds an adapter, ") + adapter +
-                        ", and no model: give the model that it was made for, and this folder to --lora");
+                    std::string("holds an adapter, ") + adapter + ", and no model" + adapter_advice(folder));
   }
   throw LoadError(folder.string(), "",
                   "holds neither " + single.filename().string() + " nor " + index.filename().string());
 }
 
-// Without the segments that torch.compile and FSDP put anywhere into a name.
+// Without the segments that torch.compile, FSDP and PEFT put anywhere into a name.
 std::string without_wrappers(std::string name) {
-  for (const char* wrapper : {"_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."}) {
+  for (const char* wrapper : {"_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer."}) {
     for (size_t at; (at = name.find(wrapper)) != std::string::npos && (at == 0 || name[at - 1] == '.');)
       name.erase(at, std::string(wrapper).size());
   }

@@ -7,6 +7,7 @@
 
 #include "../io/file.h"
 #include "../io/load_error.h"
+#include "lora_config.h"
 
 namespace mixtral {
 namespace {
@@ -101,6 +102,11 @@ fs::path find_model(const fs::path& model) {
                       ": to download it run `hf download " + name + "`");
 }
 
+bool has_weights(const fs::path& folder, CheckpointLayout layout) {
+  const std::string stem = layout == CheckpointLayout::kHuggingFace ? "model" : "consolidated";
+  return is_there(folder / (stem + ".safetensors")) || is_there(folder / (stem + ".safetensors.index.json"));
+}
+
 CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
   const auto has = [&](const std::string& name) { return is_there(folder / name); };
   if (is_there(folder) && !is_folder(folder)) {
@@ -109,15 +115,12 @@ CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
   if (!is_folder(folder)) throw LoadError(folder.string(), "", "is not a folder");
   if (!has("config.json") && !has("params.json")) {
     if (has("adapter_config.json")) {
-      throw LoadError(folder.string(), "",
-                      "is an adapter, not a model: give the model that it was made for, and this folder to --lora");
+      throw LoadError(folder.string(), "", "is an adapter, not a model" + adapter_advice(folder));
     }
     throw LoadError(folder.string(), "", "holds neither config.json nor params.json");
   }
-  const auto has_weights = [&](const std::string& stem) {
-    return has(stem + ".safetensors") || has(stem + ".safetensors.index.json");
-  };
-  const bool hugging_face = has_weights("model"), consolidated = has_weights("consolidated");
+  const bool hugging_face = has_weights(folder, CheckpointLayout::kHuggingFace);
+  const bool consolidated = has_weights(folder, CheckpointLayout::kConsolidated);
   const bool take_hugging_face = has("config.json") && !(has("params.json") && consolidated && !hugging_face);
   if (warn && hugging_face && consolidated) {
     warn(folder.string() + ": holds model*.safetensors and consolidated*.safetensors; " +

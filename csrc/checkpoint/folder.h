@@ -14,6 +14,9 @@ namespace mixtral {
 // ~/.cache/huggingface/hub. Nothing is downloaded. Throws LoadError.
 std::filesystem::path find_model(const std::filesystem::path& model);
 
+// Whether there are weight files of this layout.
+bool has_weights(const std::filesystem::path& folder, CheckpointLayout layout);
+
 // A folder may hold both layouts, as Mistral's own repositories do: the one whose weights are there, config.json first,
 // which `warn` hears. Throws LoadError when neither is there.
 CheckpointLayout layout_of(const std::filesystem::path& folder, const Warn& warn = nullptr);

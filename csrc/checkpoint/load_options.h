@@ -19,7 +19,7 @@ struct LoadOptions {
   std::string dtype = "auto";   // as in parse_weight_type
   Progress progress = nullptr;  // in bytes
   bool pack = true;             // false: parameters have the shapes of model/parameters.h; slower on the CPU
-  std::filesystem::path lora;   // an adapter to merge into the weights (lora.h); empty: none
+  std::filesystem::path lora;   // an adapter to merge (lora.h): a folder, or a name as of find_model; empty: none
   bool check_weights = false;   // true: a value that is not finite is a LoadError
   Warn warn = nullptr;
 };

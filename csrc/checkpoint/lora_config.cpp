@@ -158,6 +158,16 @@ double LoraConfig::scale(const std::string& module, int64_t rank_of_weights) con
   return value_for(alpha_pattern, module, alpha) / (use_rslora ? std::sqrt(found) : found);
 }
 
+std::string adapter_advice(const fs::path& folder) {
+  std::string base;
+  try {
+    const json config = read_json(folder / "adapter_config.json");
+    base = " (" + shown(config.at("base_model_name_or_path")) + ")";
+  } catch (const std::exception&) {  // no such file, or none that can be read
+  }
+  return ": give the model that it was made for" + base + ", and this folder to --lora";
+}
+
 LoraConfig read_lora_config(const fs::path& folder) {
   if (is_there(folder / "adapter_config.json")) return read_peft(folder);
   if (is_there(folder / "lora.safetensors")) return read_mistral(folder);

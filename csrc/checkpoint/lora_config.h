@@ -28,6 +28,10 @@ struct LoraConfig {
 // scaling in params.json, else 2). Throws LoadError, also for variants of LoRA that are more than W + s B A.
 LoraConfig read_lora_config(const std::filesystem::path& folder);
 
+// For messages, where an adapter is given as a model: ": give the model that it was made for (org/name), and this
+// folder to --lora", the name if adapter_config.json has one.
+std::string adapter_advice(const std::filesystem::path& folder);
+
 // Whether PEFT's pattern, a regular expression, fits the module's name from its beginning or from a dot on. Throws
 // std::invalid_argument for an expression with more than letters, ".", ".*", "\.", "^" and "$".
 bool fits_pattern(const std::string& pattern, const std::string& module);

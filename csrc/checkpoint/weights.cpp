@@ -9,12 +9,14 @@
 #include "../io/load_error.h"
 #include "../io/nearest.h"
 #include "files.h"
+#include "folder.h"
 
 namespace mixtral {
 namespace {
 
 namespace fs = std::filesystem;
 
+const std::string kTakeOriginal = ": take the checkpoint that is not quantised; `mixtral quantize` makes it small";
 constexpr uint64_t kStagingBytes = 4 << 20;
 constexpr uint64_t kProgressBytes = 64 << 20;
 
@@ -37,14 +39,14 @@ bool ends_in(const std::string& name, const std::string& end) {
 // Why a tensor is missing: it has another prefix or a similar name, or is quantised in a way of others.
 std::string missing(const std::string& tensor, const std::map<std::string, size_t>& where) {
   if (where.count(tensor.substr(0, tensor.rfind('.')) + ".qweight")) {
-    return "tensor is missing: the weights are quantised by AWQ or GPTQ, which is not supported; take the checkpoint "
-           "that is not quantised";
+    return "tensor is missing: the weights are quantised by AWQ or GPTQ, which is not supported" + kTakeOriginal;
   }
+  const std::string tail = tensor.rfind("model.", 0) == 0 ? tensor.substr(6) : tensor;
   std::vector<std::string> names;
   std::string near;
   for (const auto& [name, file] : where) {
     names.push_back(name);
-    if (near.empty() && (ends_in(name, tensor) || ends_in(tensor, name))) near = name;
+    if (near.empty() && (ends_in(name, tail) || ends_in(tensor, name))) near = name;
   }
   if (near.empty()) near = nearest(tensor, names);
   return "tensor is missing" + (near.empty() ? "" : "; the nearest name in the files is " + shown(near));
@@ -186,7 +188,7 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
     throw std::invalid_argument("lora needs a checkpoint that is not quantised, got " + config.quantization +
                                 ": quantise the original with `mixtral quantize MODEL OUT --lora FOLDER`");
   }
-  if (!options.lora.empty()) adapter_.emplace(options.lora, config);
+  if (!options.lora.empty()) adapter_.emplace(find_model(options.lora), config);
   std::map<std::string, size_t> where;  // tensor -> index of its file
   std::map<std::string, size_t> twice;  // the same of a second one
   for (size_t f = 0; f < files_.size(); ++f) {
@@ -206,10 +208,15 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
     if (const auto second = twice.find(slice.tensor); second != twice.end())
       throw LoadError(file.path(), slice.tensor, "is in " + files_[second->second].path() + " too");
     const TensorEntry& entry = file.entries().at(slice.tensor);
+    if (where.count(slice.tensor + ".absmax"))
+      throw LoadError(file.path(), slice.tensor,
+                      "is quantised by bitsandbytes, which is not supported" + kTakeOriginal);
     scalar_type(file, slice, entry);
     if (entry.shape != slice.shape) {
+      const std::string empty =
+          entry.begin == entry.end ? ": DeepSpeed ZeRO-3 saved it without gathering it first" : "";
       throw LoadError(file.path(), slice.tensor,
-                      "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape));
+                      "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape) + empty);
     }
     expected.insert(slice.tensor);
     sources_.push_back({found->second, entry, std::move(slice)});

@@ -157,7 +157,10 @@ def test_the_version_decides_where_in_and_out_are_equal(version, swapped, tmp_pa
     model.save_pretrained(tmp_path / "base")
     a, b = torch.randn(2, 4, 64) * 0.1, torch.randn(2, 64, 4) * 0.1  # [E,r,in], [E,out,r]
     module = "base_model.model.model.layers.0.mlp.experts"
-    tensors = {f"{module}.lora_A.weight": a.reshape(8, 64), f"{module}.lora_B.weight": b.permute(1, 2, 0).reshape(64, 8)}
+    tensors = {
+        f"{module}.lora_A.weight": a.reshape(8, 64),
+        f"{module}.lora_B.weight": b.permute(1, 2, 0).reshape(64, 8),
+    }
     lora = write_adapter(tmp_path / "lora", tensors, **({"peft_version": version} if version else {}))
     delta = 6 / 4 * b @ a
     model.model.layers[0].mlp.experts.down_proj.data += delta.transpose(1, 2) if swapped else delta
@@ -258,7 +261,9 @@ def test_adapters_that_cannot_be_merged_are_load_errors(tensors, config, reason,
 def test_expert_shapes_that_fit_nothing_are_a_load_error(base, tmp_path):
     module = "base_model.model.model.layers.0.mlp.experts"
     tensors = {f"{module}.lora_A.weight": torch.ones(16, 65), f"{module}.lora_B.weight": torch.ones(64, 16)}
-    with pytest.raises(mixtral.LoadError, match=r"\[16, 65\] and \[64, 16\] of A and B fit no parameter of the experts"):
+    with pytest.raises(
+        mixtral.LoadError, match=r"\[16, 65\] and \[64, 16\] of A and B fit no parameter of the experts"
+    ):
         logits(base, lora=write_adapter(tmp_path / "lora", tensors))
 
 
@@ -270,6 +275,21 @@ def test_folders_that_are_no_adapters(base, tmp_path):
 
 
 def test_an_adapter_is_no_model(base, tmp_path):
-    lora = write_adapter(tmp_path / "lora", q_adapter())
-    with pytest.raises(mixtral.LoadError, match="is an adapter, not a model: .* this folder to --lora"):
+    lora = write_adapter(tmp_path / "lora", q_adapter(), base_model_name_or_path="org/base")
+    with pytest.raises(
+        mixtral.LoadError, match=r'is an adapter, not a model: .* \("org/base"\), and this folder to --lora'
+    ):
         logits(lora)
+    (lora / "config.json").write_bytes((base / "config.json").read_bytes())
+    with pytest.raises(
+        mixtral.LoadError, match=r"holds an adapter, adapter_model.safetensors, and no model: .* --lora"
+    ):
+        logits(lora)
+
+
+def test_an_adapter_may_be_named_as_in_the_cache(base, tmp_path, monkeypatch):
+    cached = tmp_path / "models--org--lora" / "snapshots" / "0123"
+    cached.mkdir(parents=True)
+    lora = write_adapter(cached, q_adapter())
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert torch.equal(logits(base, lora="org/lora"), logits(base, lora=lora))

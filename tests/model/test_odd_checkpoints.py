@@ -100,6 +100,32 @@ def test_a_dtype_in_the_configuration_is_taken(folder):
     assert load(folder)[0].weight_type == "float32"
 
 
+@pytest.mark.parametrize("rows", [98, 80])
+def test_the_embeddings_decide_the_size_of_the_vocabulary(rows, folder):
+    tensors = tensors_of(folder)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:2]])[:rows]
+    write(folder, tensors)
+    edit(folder, eos_token_id=[2, 97])
+    model, said = load(folder)
+    assert model.config.vocab_size == rows and model(IDS % rows).shape[-1] == rows
+    assert f"vocab_size is 96, but the files hold {rows} embeddings, which are used" in said[0]
+    assert model.config.eos_token_ids == ([2, 97] if rows > 97 else [2])
+
+
+def test_a_head_of_another_size_than_the_embeddings_is_a_load_error(folder):
+    tensors = tensors_of(folder)
+    write(folder, {**tensors, "lm_head.weight": tensors["lm_head.weight"][:80]})
+    assert_load_error(folder, r"lm_head\.weight: shape must be \[96, 64\], got \[80, 64\]")
+
+
+def test_consolidated_weights_beside_config_json_alone(folder, source):
+    (folder / "model.safetensors").unlink()
+    consolidated(folder)
+    (folder / "params.json").unlink()
+    assert assert_same_model(folder, source) == []
+
+
 def test_which_of_two_sets_of_weights_is_read_is_said(folder, source):
     model = random_model(num_local_experts=4, num_experts_per_tok=2)
     save_consolidated(model, folder)
@@ -196,9 +222,10 @@ def test_a_missing_shard_is_named(folder):
         lambda name: "_fsdp_wrapped_module." + name,
         lambda name: "module._orig_mod." + name,
         lambda name: "model." + name,
+        lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"),
         lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
     ],
-    ids=["module", "_orig_mod", "peft", "fsdp", "two", "model", "inside"],
+    ids=["module", "_orig_mod", "peft", "fsdp", "two", "model", "base_layer", "inside"],
 )
 def test_prefixes_of_training_are_taken_off(rename, folder, source):
     tensors = {rename(name): tensor for name, tensor in tensors_of(folder).items()}
@@ -224,9 +251,12 @@ def test_a_missing_tensor_shows_the_nearest_name(folder):
     tensors = tensors_of(folder)
     tensors["model.embed_token.weight"] = tensors.pop("model.embed_tokens.weight")
     write(folder, tensors)
-    assert_load_error(
-        folder, r'model\.embed_tokens\.weight: tensor is missing; .* "model\.embed_token\.weight"'
-    )
+    assert_load_error(folder, r'model\.embed_tokens\.weight: tensor is missing; .* "model\.embed_token\.weight"')
+
+
+def test_empty_tensors_of_zero3_are_named(folder):
+    write(folder, {name: tensor.new_empty(0) for name, tensor in tensors_of(folder).items()})
+    assert_load_error(folder, r"got \[0\]: DeepSpeed ZeRO-3 saved it without gathering")
 
 
 def test_an_adapter_left_inside_is_named(folder):
@@ -250,6 +280,13 @@ def test_packed_weights_of_others_are_recognised_without_a_configuration(folder)
     del tensors[f"{name}.weight"]
     write(folder, {**tensors, f"{name}.qweight": torch.zeros(8, 64, dtype=torch.int32)})
     assert_load_error(folder, "quantised by AWQ or GPTQ, which is not supported")
+
+
+def test_weights_of_bitsandbytes_are_recognised_without_a_configuration(folder):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    packed = {name: torch.zeros(2048, 1, dtype=torch.uint8), f"{name}.absmax": torch.zeros(64)}
+    write(folder, {**tensors_of(folder), **packed})
+    assert_load_error(folder, "is quantised by bitsandbytes, which is not supported")
 
 
 # ---- downloads that went wrong --------------------------------------------------------------------------------------
@@ -379,7 +416,7 @@ def test_a_repository_is_found_in_the_cache(variables, cache, source, tmp_path, 
 def test_the_root_of_a_cached_repository(cache, source):
     assert assert_same_model(cache / "models--org--tiny", source) == []
     (cache / "models--org--tiny" / "refs" / "main").write_text("gone")
-    assert_load_error(cache / "models--org--tiny", "has no snapshot of \"main\": run `hf download org/tiny`")
+    assert_load_error(cache / "models--org--tiny", 'has no snapshot of "main": run `hf download org/tiny`')
 
 
 def test_a_repository_that_is_not_there_says_how_to_get_it(cache, monkeypatch):
