@@ -2,8 +2,8 @@
 //
 // Names are those of PEFT over a Hugging Face model, or of mistral-finetune: "<module>.lora_A.weight" [r,in] and
 // "<module>.lora_B.weight" [out,r] for a matrix [out,in]. An expert parameter of transformers 5, [E,out,in], has A [E
-// r, in] and B [out, r E]: row e r + i of A and column i E + e of B belong to expert e; PEFT before 0.19 swapped in and
-// out. Any other tensor is a whole parameter that was trained (modules_to_save) and takes the place of the
+// r, in] and B [out, r E]: row e r + i of A and column i E + e of B belong to expert e; PEFT before 0.19.1 swapped in
+// and out. Any other tensor is a whole parameter that was trained (modules_to_save) and takes the place of the
 // checkpoint's.
 #pragma once
 

@@ -15,7 +15,7 @@ struct LoraConfig {
   double rank = 0, alpha = 0;
   bool use_rslora = false;
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;
-  // PEFT before 0.19 took the two last dimensions of an expert parameter the other way round.
+  // PEFT before 0.19.1 took the two last dimensions of an expert parameter the other way round.
   bool swapped_experts = false;
   double scaling = 0;  // mistral-finetune: the factor itself; rank and alpha are 0
 

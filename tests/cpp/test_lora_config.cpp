@@ -60,7 +60,9 @@ TEST(LoraConfig, KnowsTheLayoutOfItsVersion) {
   };
   EXPECT_TRUE(swapped(""));
   EXPECT_TRUE(swapped(R"(,"peft_version":"0.18.1")"));
-  EXPECT_FALSE(swapped(R"(,"peft_version":"0.19.0")"));
+  EXPECT_TRUE(swapped(R"(,"peft_version":"0.19.0")"));
+  EXPECT_FALSE(swapped(R"(,"peft_version":"0.19.1")"));
+  EXPECT_FALSE(swapped(R"(,"peft_version":"0.20.0.dev0")"));
   EXPECT_FALSE(swapped(R"(,"peft_version":"1.0.0.dev0")"));
 }
 
