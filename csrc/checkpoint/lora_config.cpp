@@ -170,7 +170,9 @@ std::string adapter_advice(const fs::path& folder) {
   return ": give the model that it was made for" + base + ", and this folder to --lora";
 }
 
-LoraConfig read_lora_config(const fs::path& folder) {
+LoraConfig read_lora_config(const fs::path& path) {
+  const bool is_weights = path.filename() == "lora.safetensors" || path.filename() == "adapter_model.safetensors";
+  const fs::path folder = is_weights ? path.parent_path() : path;
   if (is_there(folder / "adapter_config.json")) return read_peft(folder);
   if (is_there(folder / "lora.safetensors")) return read_mistral(folder);
   throw LoadError(

@@ -24,9 +24,10 @@ struct LoraConfig {
   double scale(const std::string& module, int64_t rank) const;
 };
 
-// `folder`: of PEFT (adapter_config.json, adapter_model.safetensors) or of mistral-finetune (lora.safetensors, and the
-// scaling in params.json, else 2). Throws LoadError, also for variants of LoRA that are more than W + s B A.
-LoraConfig read_lora_config(const std::filesystem::path& folder);
+// `path`: the folder, or the weights in it, of PEFT (adapter_config.json, adapter_model.safetensors) or of
+// mistral-finetune (lora.safetensors, and the scaling in params.json, else 2). Throws LoadError, also for variants of
+// LoRA that are more than W + s B A.
+LoraConfig read_lora_config(const std::filesystem::path& path);
 
 // For messages, where an adapter is given as a model: ": give the model that it was made for (org/name), and this
 // folder to --lora", the name if adapter_config.json has one.

@@ -72,7 +72,8 @@ TEST(LoraConfig, TakesTheScalingOfMistralFinetune) {
   write_file(folder / "lora.safetensors", "");
   EXPECT_DOUBLE_EQ(read_lora_config(folder.path()).scale("layers.0.attention.wq", 64), 2);
   write_file(folder / "params.json", R"({"dim":64,"lora":{"enable":true,"rank":64,"scaling":0.5}})");
-  EXPECT_DOUBLE_EQ(read_lora_config(folder.path()).scale("layers.0.attention.wq", 64), 0.5);
+  for (const auto& path : {folder.path(), folder / "lora.safetensors"})
+    EXPECT_DOUBLE_EQ(read_lora_config(path).scale("layers.0.attention.wq", 64), 0.5);
 }
 
 TEST(Nearest, IsTheNameWithTheFewestChanges) {

@@ -316,6 +316,12 @@ def test_a_pointer_instead_of_the_configuration(folder):
     assert_load_error(folder, r"config\.json: is a git-lfs pointer")
 
 
+def test_a_page_instead_of_the_index(folder):
+    shards(folder, tensors_of(folder))
+    (folder / INDEX).write_text("<!DOCTYPE html><html>")
+    assert_load_error(folder, r"index\.json: is a web page")
+
+
 def test_a_pointer_instead_of_the_tokenizer(folder):
     (folder / "tokenizer.model").write_bytes(POINTER)
     assert_load_error(folder, r"tokenizer\.model: is a git-lfs pointer")
