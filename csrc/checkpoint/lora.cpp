@@ -128,6 +128,11 @@ class AdapterReader {
     const WeightSlice* slice = find(name);
     if (!slice) fail_unknown(tensor, name);
     check_embeddings(tensor, *slice);
+    const auto& shape = file_.entries().at(tensor).shape;
+    if (slice->rows() == config_.vocab_size && shape.size() == 2 && shape[0] > slice->rows()) {
+      fail(tensor, "has " + std::to_string(shape[0]) + " rows for a vocabulary of " + std::to_string(slice->rows()) +
+                       ": adapters that add tokens are not supported; save the model after PEFT's merge_and_unload()");
+    }
     check_shape(tensor, slice->shape);
     const auto rows = half_split(values(tensor).view({slice->rows(), slice->cols()}), slice->interleaved_head_dim);
     adapter_.changes_[slice->parameter].push_back({slice->first_row, {}, {}, rows});

@@ -78,6 +78,20 @@ def test_logits_are_those_of_peft(config, base, tmp_path):
     assert_close(logits(base, lora=tmp_path), theirs, base)
 
 
+def test_an_adapter_of_a_dense_model(tmp_path):
+    from transformers import MistralForCausalLM
+
+    torch.manual_seed(0)
+    random_model(dense=True).save_pretrained(tmp_path / "base")
+    dense = MistralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["k_proj", "gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(dense, config).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path / "lora")
+    with torch.no_grad():
+        assert_close(logits(tmp_path / "base", lora=tmp_path / "lora"), model(IDS).logits, tmp_path / "base")
+
+
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config) -> Path:
     folder.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
@@ -190,6 +204,17 @@ def test_a_lora_of_mistral_finetune(scaling, base, tmp_path):
                 target.weight += (scaling or 2.0) * b @ a
                 tensors[f"layers.{n}.attention.{name}.lora_A.weight"] = a
                 tensors[f"layers.{n}.attention.{name}.lora_B.weight"] = b if name == "wo" else interleaved_rows(b)
+            inner = TINY["intermediate_size"]
+            gate_up, down = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
+            for name, target in (("w1", gate_up[2, :inner]), ("w3", gate_up[1, inner:]), ("w2", down[3])):
+                expert = {"w1": 2, "w3": 1, "w2": 3}[name]
+                a, b = (
+                    torch.randn(shape, generator=generator) * 0.1
+                    for shape in ((4, target.shape[1]), (target.shape[0], 4))
+                )
+                target += (scaling or 2.0) * b @ a
+                tensors[f"layers.{n}.feed_forward.experts.{expert}.{name}.lora_A.weight"] = a
+                tensors[f"layers.{n}.feed_forward.experts.{expert}.{name}.lora_B.weight"] = b
         expected = model(IDS).logits
     (tmp_path / "lora").mkdir()
     save_file(tensors, tmp_path / "lora" / "lora.safetensors")
@@ -264,6 +289,12 @@ def test_expert_shapes_that_fit_nothing_are_a_load_error(base, tmp_path):
     with pytest.raises(
         mixtral.LoadError, match=r"\[16, 65\] and \[64, 16\] of A and B fit no parameter of the experts"
     ):
+        logits(base, lora=write_adapter(tmp_path / "lora", tensors))
+
+
+def test_an_adapter_that_adds_tokens_is_a_load_error(base, tmp_path):
+    tensors = {**q_adapter(), "base_model.model.lm_head.weight": torch.ones(98, 64)}
+    with pytest.raises(mixtral.LoadError, match="has 98 rows for a vocabulary of 96: adapters that add tokens are not"):
         logits(base, lora=write_adapter(tmp_path / "lora", tensors))
 
 
