@@ -30,11 +30,12 @@ class Adapter {
   void merge_into(const torch::Tensor& rows, const std::string& parameter, int64_t first_row) const;
 
  private:
-  // Rows from `first_row` on of one parameter.
+  // Rows from `first_row` on of one parameter. Tensors have the types of the file.
   struct Change {
     int64_t first_row;
-    torch::Tensor left, right;  // f32 [n,r] and [r,cols], whose product is added
-    torch::Tensor whole;        // or f32 [n,cols], which takes the rows' place
+    torch::Tensor left, right;  // [n,r] and [r,cols], whose product, times the scale, is added
+    double scale;
+    torch::Tensor whole;  // or [n,cols], which takes the rows' place
   };
   std::map<std::string, std::vector<Change>> changes_;  // by parameter
 

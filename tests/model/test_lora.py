@@ -110,11 +110,11 @@ def test_an_adapter_of_single_experts_is_as_in_peft(base, tmp_path):
 
 
 def test_one_matrix_of_an_expert_gets_its_product(base, tmp_path):
-    """PEFT on transformers 5 needs w1 and w3 together."""
-    tensors = per_expert(["w1"])
+    """PEFT on transformers 5 needs w1 and w3 together. The adapter is in bfloat16, the sum in float32."""
+    tensors = {name: tensor.bfloat16() for name, tensor in per_expert(["w1"]).items()}
     changed = load_file(base / "model.safetensors")
     for name in [name for name in changed if name.endswith("w1.weight")]:
-        a, b = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight"] for x in "AB")
+        a, b = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight"].float() for x in "AB")
         changed[name] = changed[name] + 6 / 4 * b @ a
     (tmp_path / "merged").mkdir()
     save_file(changed, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
