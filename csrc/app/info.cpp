@@ -35,7 +35,9 @@ std::string stored_dtype(const Config& config) {
 }
 
 const char* layout_name(const Config& config) {
-  return config.layout == CheckpointLayout::kHuggingFace ? "huggingface" : "consolidated";
+  return config.layout == CheckpointLayout::kHuggingFace ? "huggingface"
+         : config.layout == CheckpointLayout::kGguf      ? "gguf"
+                                                         : "consolidated";
 }
 
 std::string architecture(const Config& config) {

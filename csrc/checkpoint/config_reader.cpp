@@ -4,12 +4,14 @@
 
 #include "../io/file.h"
 #include "../io/file_kind.h"
+#include "../io/gguf.h"
 #include "../io/json_fields.h"
 #include "../io/load_error.h"
 #include "../model/config_fields.h"
 #include "contents.h"
 #include "files.h"
 #include "folder.h"
+#include "gguf_config.h"
 
 // A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
 // are not the values of the published Mistral and Mixtral models (rms_norm_eps, sliding_window, rope_theta).
@@ -228,6 +230,7 @@ Config parse_config(const std::string& text, CheckpointLayout layout, const std:
 
 Config read_config(const std::filesystem::path& folder, const Warn& warn) {
   const CheckpointLayout layout = layout_of(folder, warn);
+  if (layout == CheckpointLayout::kGguf) return read_gguf_config(find_gguf(folder));
   const std::string source =
       (folder / (layout == CheckpointLayout::kHuggingFace ? "config.json" : "params.json")).string();
   check_kind(File(source));

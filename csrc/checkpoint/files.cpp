@@ -7,9 +7,11 @@
 #include <string>
 
 #include "../io/file_kind.h"
+#include "../io/gguf.h"
 #include "../io/json.h"
 #include "../io/load_error.h"
 #include "../io/safetensors.h"
+#include "../io/torch_pickle.h"
 #include "lora_config.h"
 
 namespace mixtral {
@@ -18,6 +20,28 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr uint64_t kMaxIndexBytes = 100'000'000;
+
+// How the weight files of a folder are called: "model.safetensors", "model-00001-of-00002.safetensors", ...
+struct FileNames {
+  std::string stem, extension;
+
+  bool are_in(const fs::path& folder) const {
+    std::error_code ignored;
+    return fs::exists(folder / (stem + extension), ignored) ||
+           fs::exists(folder / (stem + extension + ".index.json"), ignored);
+  }
+};
+
+// Safetensors, unless there are files of torch.save alone.
+FileNames names_in(const fs::path& folder, CheckpointLayout layout) {
+  if (layout == CheckpointLayout::kConsolidated) return {"consolidated", ".safetensors"};
+  const FileNames safe{"model", ".safetensors"}, torch{"pytorch_model", ".bin"};
+  return !safe.are_in(folder) && torch.are_in(folder) ? torch : safe;
+}
+
+TensorFile open_file(const fs::path& path) {
+  return path.extension() == ".safetensors" ? open_safetensors(path) : open_torch_pickle(path);
+}
 
 // `weight_map` of an index: tensor name -> shard name. A shard is a file beside the index, never a path elsewhere.
 std::map<std::string, std::string> read_index(const fs::path& path) {
@@ -48,7 +72,7 @@ std::vector<TensorFile> open_shards(const fs::path& index, const std::map<std::s
     std::error_code ignored;
     if (!fs::exists(index.parent_path() / name, ignored))
       throw LoadError(index.string(), name, "is listed, but there is no such file: download it again");
-    files.push_back(open_safetensors(index.parent_path() / name));
+    files.push_back(open_file(index.parent_path() / name));
   }
   return files;
 }
@@ -95,6 +119,21 @@ std::vector<TensorFile> open_loose_shards(const fs::path& folder, const std::str
                         ", and no index: download it again");
   }
   for (const fs::path& shard : shards) files.push_back(open_safetensors(shard));
+  return files;
+}
+
+// consolidated.00.pth, consolidated.01.pth, ..., of which each holds some of the tensors; ".pt" in Mixtral's first
+// release. Empty: there are none.
+std::vector<TensorFile> open_numbered(const fs::path& folder) {
+  std::vector<TensorFile> files;
+  std::error_code ignored;
+  for (const char* extension : {".pth", ".pt"}) {
+    for (int i = 0; files.empty() || i > 0; ++i) {
+      const fs::path path = folder / ("consolidated." + std::to_string(i / 10) + std::to_string(i % 10) + extension);
+      if (!fs::exists(path, ignored)) break;
+      files.push_back(open_torch_pickle(path));
+    }
+  }
   return files;
 }
 
@@ -150,13 +189,17 @@ void strip_prefixes(std::vector<TensorFile>& files) {
 }  // namespace
 
 std::vector<TensorFile> open_files(const fs::path& folder, CheckpointLayout layout, const Warn& warn) {
-  const std::string stem = layout == CheckpointLayout::kConsolidated ? "consolidated" : "model";
-  const fs::path single = folder / (stem + ".safetensors");
-  const fs::path index = folder / (stem + ".safetensors.index.json");
-  std::error_code ignored;
   std::vector<TensorFile> files;
+  if (layout == CheckpointLayout::kGguf) {
+    files.push_back(open_gguf(find_gguf(folder)).tensors);
+    return files;
+  }
+  const auto [stem, extension] = names_in(folder, layout);
+  const fs::path single = folder / (stem + extension);
+  const fs::path index = folder / (stem + extension + ".index.json");
+  std::error_code ignored;
   if (fs::exists(single, ignored)) {  // first, as in transformers
-    files.push_back(open_safetensors(single));
+    files.push_back(open_file(single));
     if (warn && fs::exists(index, ignored)) {
       warn(folder.string() + ": holds " + single.filename().string() + " and " + index.filename().string() + "; " +
            single.filename().string() + " alone is read");
@@ -167,6 +210,7 @@ std::vector<TensorFile> open_files(const fs::path& folder, CheckpointLayout layo
     compare_with_index(index, shards, files, warn);
   } else {
     files = open_loose_shards(folder, stem);
+    if (files.empty() && layout == CheckpointLayout::kConsolidated) files = open_numbered(folder);
     if (files.empty()) fail_without_weights(folder, single, index);
   }
   strip_prefixes(files);

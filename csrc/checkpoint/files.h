@@ -10,7 +10,8 @@
 
 namespace mixtral {
 
-// One file, shards with an index, or all shards without one. Names come without the prefixes of training wrappers, such
+// The only GGUF file, which `folder` itself may be; or else safetensors, or else files that torch.save wrote: one file,
+// shards with an index, or all shards without one. Names come without the prefixes of training wrappers, such
 // as "module." or "_orig_mod.". `warn` hears where the index and the files disagree, and which of two sets of files is
 // read. Throws LoadError.
 std::vector<TensorFile> open_files(const std::filesystem::path& folder, CheckpointLayout layout,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../io/file.h"
+#include "../io/gguf.h"
 #include "../io/load_error.h"
 #include "lora_config.h"
 
@@ -103,12 +104,26 @@ fs::path find_model(const fs::path& model) {
 }
 
 bool has_weights(const fs::path& folder, CheckpointLayout layout) {
-  const std::string stem = layout == CheckpointLayout::kHuggingFace ? "model" : "consolidated";
-  return is_there(folder / (stem + ".safetensors")) || is_there(folder / (stem + ".safetensors.index.json"));
+  const auto any = [&](std::initializer_list<const char*> names) {
+    return std::any_of(names.begin(), names.end(), [&](const char* name) { return is_there(folder / name); });
+  };
+  switch (layout) {
+    case CheckpointLayout::kHuggingFace:
+      return any(
+          {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"});
+    case CheckpointLayout::kConsolidated:
+      return any({"consolidated.safetensors", "consolidated.safetensors.index.json", "consolidated.00.pth",
+                  "consolidated.00.pt"});
+    default:
+      return !find_gguf(folder).empty();
+  }
 }
 
 CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
   const auto has = [&](const std::string& name) { return is_there(folder / name); };
+  const bool hugging_face = has_weights(folder, CheckpointLayout::kHuggingFace);
+  const bool consolidated = has_weights(folder, CheckpointLayout::kConsolidated);
+  if (!hugging_face && !consolidated && has_weights(folder, CheckpointLayout::kGguf)) return CheckpointLayout::kGguf;
   if (is_there(folder) && !is_folder(folder)) {
     throw LoadError(folder.string(), "", "is a file: give the folder that holds it");
   }
@@ -119,12 +134,10 @@ CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
     }
     throw LoadError(folder.string(), "", "holds neither config.json nor params.json");
   }
-  const bool hugging_face = has_weights(folder, CheckpointLayout::kHuggingFace);
-  const bool consolidated = has_weights(folder, CheckpointLayout::kConsolidated);
   const bool take_hugging_face = has("config.json") && !(has("params.json") && consolidated && !hugging_face);
   if (warn && hugging_face && consolidated) {
-    warn(folder.string() + ": holds model*.safetensors and consolidated*.safetensors; " +
-         (take_hugging_face ? "model" : "consolidated") + "*.safetensors is read");
+    warn(folder.string() + ": holds the weights twice, for config.json and as consolidated.*; " +
+         (take_hugging_face ? "the first is read" : "consolidated.* is read"));
   }
   return take_hugging_face ? CheckpointLayout::kHuggingFace : CheckpointLayout::kConsolidated;
 }

@@ -7,7 +7,7 @@ namespace {
 
 // How one spelling calls the tensors of a layer. A dense block and a single expert have the same three matrices.
 struct Spelling {
-  const char* model;  // before "layers.N."
+  const char* layers;  // before "N."
   const char* embeddings;
   const char* norm;
   const char* lm_head;
@@ -22,7 +22,7 @@ struct Spelling {
   const char* dense_mlp[3];
 };
 
-constexpr Spelling kHuggingFaceSpelling = {"model.",
+constexpr Spelling kHuggingFaceSpelling = {"model.layers.",
                                            "model.embed_tokens",
                                            "model.norm",
                                            "lm_head",
@@ -36,7 +36,7 @@ constexpr Spelling kHuggingFaceSpelling = {"model.",
                                            {"w1", "w3", "w2"},
                                            {"gate_proj", "up_proj", "down_proj"}};
 
-constexpr Spelling kConsolidatedSpelling = {"",
+constexpr Spelling kConsolidatedSpelling = {"layers.",
                                             "tok_embeddings",
                                             "norm",
                                             "output",
@@ -50,13 +50,35 @@ constexpr Spelling kConsolidatedSpelling = {"",
                                             {"w1", "w3", "w2"},
                                             {"w1", "w3", "w2"}};
 
+constexpr Spelling kGgufSpelling = {"blk.",
+                                    "token_embd",
+                                    "output_norm",
+                                    "output",
+                                    "attn_norm",
+                                    "ffn_norm",
+                                    "",
+                                    {"attn_q", "attn_k", "attn_v", "attn_output"},
+                                    "ffn_gate_inp",
+                                    "",
+                                    "",
+                                    {"ffn_gate", "ffn_up", "ffn_down"},
+                                    {"ffn_gate", "ffn_up", "ffn_down"}};
+
+bool is_gguf(WeightNames names) { return names == WeightNames::kGguf || names == WeightNames::kGgufMerged; }
+
+bool is_consolidated(WeightNames names) {
+  return names == WeightNames::kConsolidated || names == WeightNames::kStacked;
+}
+
 // The tensors of a checkpoint, parameter by parameter.
 class SliceList {
  public:
   SliceList(const Config& config, WeightNames names)
       : config_(config),
         names_(names),
-        spelling_(names == WeightNames::kConsolidated ? kConsolidatedSpelling : kHuggingFaceSpelling) {}
+        spelling_(is_gguf(names)           ? kGgufSpelling
+                  : is_consolidated(names) ? kConsolidatedSpelling
+                                           : kHuggingFaceSpelling) {}
 
   std::vector<WeightSlice> build() {
     for (const Parameter& parameter : model_parameters(config_)) add(parameter);
@@ -72,8 +94,9 @@ class SliceList {
   };
 
   void add(const Parameter& parameter) {
-    const size_t layer = parameter.name.rfind("layers.", 0) == 0 ? parameter.name.find('.', 7) + 1 : 0;
-    const std::string path = layer > 0 ? spelling_.model + parameter.name.substr(0, layer) : "";
+    const size_t number = std::string("layers.").size();
+    const size_t layer = parameter.name.rfind("layers.", 0) == 0 ? parameter.name.find('.', number) + 1 : 0;
+    const std::string path = layer > 0 ? spelling_.layers + parameter.name.substr(number, layer - number) : "";
     const std::string name = parameter.name.substr(layer);  // "moe.router"
     if (name == "embed_tokens") return add_whole(parameter, spelling_.embeddings);
     if (name == "norm") return add_whole(parameter, spelling_.norm);
@@ -83,8 +106,13 @@ class SliceList {
     if (name == "attention.qkv_proj") return add_qkv(parameter, path + spelling_.attention);
     if (name == "attention.o_proj") return add_whole(parameter, path + spelling_.attention + spelling_.qkvo[3]);
     if (names_ == WeightNames::kHuggingFaceMerged && config_.is_moe()) return add_merged(parameter, path + "mlp.");
-    if (name == "moe.router") return add_whole(parameter, path + spelling_.router);
-    add_experts(parameter, path, name.substr(name.find('.') + 1));
+    const bool stacked = names_ == WeightNames::kStacked && config_.is_moe();
+    if (name == "moe.router")
+      return add_whole(parameter, path + (stacked ? "block_sparse_moe.gate" : spelling_.router));
+    const std::string matrices = name.substr(name.find('.') + 1);  // "gate_up_proj"
+    if (stacked) return add_stacked(parameter, path + "block_sparse_moe.", matrices);
+    if (names_ == WeightNames::kGgufMerged && config_.is_moe()) return add_gguf_merged(parameter, path, matrices);
+    add_experts(parameter, path, matrices);
   }
 
   void add_whole(const Parameter& parameter, const std::string& tensor) {
@@ -106,7 +134,7 @@ class SliceList {
 
   void add_qkv(const Parameter& parameter, const std::string& from) {
     const int64_t q_rows = config_.num_heads * config_.head_dim, kv_rows = config_.num_kv_heads * config_.head_dim;
-    const int64_t interleaved = names_ == WeightNames::kConsolidated ? config_.head_dim : 0;
+    const int64_t interleaved = is_consolidated(names_) || is_gguf(names_) ? config_.head_dim : 0;
     add_rows(parameter, {{from + spelling_.qkvo[0], q_rows, interleaved},
                          {from + spelling_.qkvo[1], kv_rows, interleaved},
                          {from + spelling_.qkvo[2], kv_rows}});
@@ -117,16 +145,58 @@ class SliceList {
     const auto& mlp = config_.is_moe() ? spelling_.expert_mlp : spelling_.dense_mlp;
     std::vector<Rows> cuts;
     for (int64_t m = 0; m < parameter.shape[0]; ++m) {
-      const std::string expert =
-          path + (config_.is_moe() ? spelling_.experts + std::to_string(m) + "." : spelling_.dense);
+      const auto tensor = [&](const char* matrix) {
+        if (!config_.is_moe()) return path + spelling_.dense + matrix;
+        const std::string expert = std::to_string(m);
+        return path + spelling_.experts + (is_gguf(names_) ? matrix + ("." + expert) : expert + "." + matrix);
+      };
       if (name == "gate_up_proj") {
-        cuts.push_back({expert + mlp[0], config_.intermediate_size});
-        cuts.push_back({expert + mlp[1], config_.intermediate_size});
+        cuts.push_back({tensor(mlp[0]), config_.intermediate_size});
+        cuts.push_back({tensor(mlp[1]), config_.intermediate_size});
       } else {
-        cuts.push_back({expert + mlp[2], parameter.shape[1]});
+        cuts.push_back({tensor(mlp[2]), parameter.shape[1]});
       }
     }
     add_rows(parameter, cuts);
+  }
+
+  // The matrix of expert `m` in a tensor that holds one of every expert, to the rows of the parameter from `first_row`.
+  void add_matrix_of(int64_t m, const Parameter& parameter, const std::string& tensor, std::vector<int64_t> shape,
+                     int64_t matrix_rows, int64_t first_row) {
+    WeightSlice& slice = slices_.emplace_back();
+    slice.tensor = tensor;
+    slice.shape = std::move(shape);
+    slice.parameter = parameter.name;
+    slice.first_row = first_row;
+    slice.first_tensor_row = m * matrix_rows;
+    slice.tensor_rows = matrix_rows;
+  }
+
+  // [E,I,H], [E,I,H] and [E,H,I]
+  void add_gguf_merged(const Parameter& parameter, const std::string& path, const std::string& name) {
+    const int64_t experts = config_.num_experts, rows = config_.intermediate_size, hidden = config_.hidden_size;
+    for (int64_t m = 0; m < experts; ++m) {
+      if (name == "gate_up_proj") {
+        add_matrix_of(m, parameter, path + "ffn_gate_exps.weight", {experts, rows, hidden}, rows, 2 * m * rows);
+        add_matrix_of(m, parameter, path + "ffn_up_exps.weight", {experts, rows, hidden}, rows, (2 * m + 1) * rows);
+      } else {
+        add_matrix_of(m, parameter, path + "ffn_down_exps.weight", {experts, hidden, rows}, hidden, m * hidden);
+      }
+    }
+  }
+
+  // [E*I,H] each
+  void add_stacked(const Parameter& parameter, const std::string& path, const std::string& name) {
+    const int64_t experts = config_.num_experts, rows = config_.intermediate_size, hidden = config_.hidden_size;
+    for (int64_t m = 0; m < experts; ++m) {
+      if (name == "gate_up_proj") {
+        add_matrix_of(m, parameter, path + "w1", {experts * rows, hidden}, rows, 2 * m * rows);
+        add_matrix_of(m, parameter, path + "w3", {experts * rows, hidden}, rows, (2 * m + 1) * rows);
+      } else {
+        add_matrix_of(m, parameter, path + "w2", {experts * rows, hidden}, rows, m * hidden);
+        slices_.back().transposed = true;
+      }
+    }
   }
 
   void add_merged(const Parameter& parameter, const std::string& from) {
@@ -156,6 +226,7 @@ std::vector<WeightSlice> parameter_slices(const Config& config) {
 }  // namespace
 
 int64_t WeightSlice::rows() const {
+  if (tensor_rows > 0) return tensor_rows;
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
   return rows;

@@ -15,6 +15,9 @@ enum class WeightNames {
   kHuggingFace,        // one tensor per expert: transformers v4, and v5 by default
   kHuggingFaceMerged,  // all experts in one tensor: transformers v5 with save_original_format=False
   kConsolidated,       // Mistral's own
+  kStacked,            // Mistral's first release of Mixtral: all experts' w1, w2 or w3 in one tensor, w2 transposed
+  kGguf,               // one tensor per expert: GGUF files until spring 2024
+  kGgufMerged,         // all experts in one tensor: GGUF files since then
   kParameters,         // the model's parameters as they are: a quantised checkpoint (save.h)
 };
 
@@ -29,12 +32,16 @@ struct WeightSlice {
   // 0, 2, 4, ..., 1, 3, 5, ...
   int64_t interleaved_head_dim = 0;
   std::optional<torch::ScalarType> packed = {};  // of quantised blocks, which go to the parameter unchanged
+  // Where the tensor holds more than one matrix: the rows of one, and whether they are columns of the parameter.
+  int64_t first_tensor_row = 0;
+  int64_t tensor_rows = 0;  // 0: all
+  bool transposed = false;
 
   int64_t cols() const { return shape.back(); }
   int64_t rows() const;
 };
 
-// Every tensor that a checkpoint of `config` must have.
+// Every tensor that a checkpoint of `config` must have, or every matrix in it.
 std::vector<WeightSlice> weight_slices(const Config& config, WeightNames names);
 
 }  // namespace mixtral

@@ -1,10 +1,13 @@
 #include "weights.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <numeric>
 #include <set>
 #include <stdexcept>
 
+#include "../io/ggml_type.h"
 #include "../io/json.h"
 #include "../io/load_error.h"
 #include "../io/nearest.h"
@@ -29,7 +32,19 @@ torch::ScalarType scalar_type(const TensorFile& file, const WeightSlice& slice, 
     throw LoadError(file.path(), slice.tensor, "dtype must be " + expected + ", got " + entry.dtype);
   }
   if (const auto type = float_type(entry.dtype)) return *type;
+  if (is_ggml_quantized(entry.dtype)) return torch::kFloat32;  // what its blocks become
   throw LoadError(file.path(), slice.tensor, "dtype must be F32, BF16 or F16, got " + entry.dtype);
+}
+
+// The bytes of the slice's rows alone.
+TensorEntry rows_of(TensorEntry entry, const WeightSlice& slice) {
+  if (slice.tensor_rows == 0) return entry;
+  int64_t rows = 1;
+  for (size_t d = 0; d + 1 < entry.shape.size(); ++d) rows *= entry.shape[d];
+  const uint64_t row_bytes = (entry.end - entry.begin) / static_cast<uint64_t>(rows);
+  entry.begin += static_cast<uint64_t>(slice.first_tensor_row) * row_bytes;
+  entry.end = entry.begin + static_cast<uint64_t>(slice.tensor_rows) * row_bytes;
+  return entry;
 }
 
 bool ends_in(const std::string& name, const std::string& end) {
@@ -59,7 +74,8 @@ void check_unexpected(const TensorFile& file, const std::set<std::string>& expec
   const std::string rotary_table = "rotary_emb.inv_freq";
   for (const auto& [tensor, entry] : file.entries()) {
     const size_t tail = tensor.size() - std::min(tensor.size(), rotary_table.size());
-    const bool in_layer = tensor.rfind("layers.", 0) == 0 || tensor.rfind("model.layers.", 0) == 0;
+    const bool in_layer =
+        tensor.rfind("layers.", 0) == 0 || tensor.rfind("model.layers.", 0) == 0 || tensor.rfind("blk.", 0) == 0;
     if (!in_layer || expected.count(tensor) || tensor.compare(tail, std::string::npos, rotary_table) == 0) continue;
     if (tensor.find(".lora_A.") != std::string::npos || tensor.find(".lora_B.") != std::string::npos)
       throw LoadError(file.path(), tensor,
@@ -80,22 +96,24 @@ class RowReader {
   // blocks [rows/32,...].
   void read(const TensorFile& file, const TensorEntry& entry, const WeightSlice& slice, torch::ScalarType type,
             Packing packing, const torch::Tensor& out) {
-    const int64_t rows = slice.rows(), block = packing == Packing::kNone ? 1 : rows / out.size(0);
-    const int64_t group = std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), block);
-    const int64_t row_bytes = slice.cols() * static_cast<int64_t>(c10::elementSize(type));
+    const int64_t rows = slice.rows(), out_rows = slice.transposed ? slice.cols() : rows;
+    const int64_t block = packing == Packing::kNone ? 1 : out_rows / out.size(0);
+    const int64_t group = slice.transposed ? rows : std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), block);
+    const int64_t row_bytes = static_cast<int64_t>(entry.end - entry.begin) / rows;
     const int64_t step = std::max<int64_t>(kStagingBytes / (row_bytes * group), 1) * group;
-    const bool changed = adapter_ && adapter_->changes(slice.parameter);
-    const bool direct =
-        out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0 && block == 1 && !changed;
+    const bool changed = adapter_ && adapter_->changes(slice.parameter), blocks = is_ggml_quantized(entry.dtype);
+    const bool direct = out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0 && block == 1 &&
+                        !changed && !blocks && !slice.transposed;
     for (int64_t row = 0; row < rows; row += step) {
       const int64_t count = std::min(step, rows - row), bytes = count * row_bytes;
-      const torch::Tensor part = out.narrow(0, row / block, count / block);
+      const torch::Tensor part = slice.transposed ? out : out.narrow(0, row / block, count / block);
       void* to = direct ? part.data_ptr() : staging(bytes);
       file.read(entry.begin + static_cast<uint64_t>(row * row_bytes), to, static_cast<uint64_t>(bytes));
-      if (check_finite_ && !slice.packed)
-        check_finite(file, slice, torch::from_blob(to, {count, slice.cols()}, type), row);
+      auto source = blocks ? dequantized(entry.dtype, to, count, slice.cols(), row_bytes)
+                           : torch::from_blob(to, {count, slice.cols()}, type);
+      if (check_finite_ && !slice.packed) check_finite(file, slice, source, slice.first_tensor_row + row);
       if (!direct) {
-        auto source = half_split(torch::from_blob(to, {count, slice.cols()}, type), slice.interleaved_head_dim);
+        source = slice.transposed ? source.t().contiguous() : half_split(source, slice.interleaved_head_dim);
         if (changed) {
           source = source.to(torch::kFloat32);
           adapter_->merge_into(source, slice.parameter, slice.first_row + row);
@@ -107,6 +125,19 @@ class RowReader {
   }
 
  private:
+  // f32 [count,cols] of `count` rows of quantised blocks
+  static torch::Tensor dequantized(const std::string& dtype, const void* blocks, int64_t count, int64_t cols,
+                                   int64_t row_bytes) {
+    const auto rows = torch::empty({count, cols}, torch::kFloat32);
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        dequantize_ggml(dtype, static_cast<const uint8_t*>(blocks) + row * row_bytes, cols,
+                        rows.data_ptr<float>() + row * cols);
+      }
+    });
+    return rows;
+  }
+
   // rows [n,cols], the first of which is `first_row` of the tensor
   static void check_finite(const TensorFile& file, const WeightSlice& slice, const torch::Tensor& rows,
                            int64_t first_row) {
@@ -196,10 +227,14 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
       if (!where.emplace(tensor, f).second) twice[tensor] = f;
   }
   const bool merged = where.count("model.layers.0.mlp.experts.gate_up_proj") > 0;
-  const WeightNames names = !config.quantization.empty()                       ? WeightNames::kParameters
-                            : config.layout == CheckpointLayout::kConsolidated ? WeightNames::kConsolidated
-                            : merged                                           ? WeightNames::kHuggingFaceMerged
-                                                                               : WeightNames::kHuggingFace;
+  const bool stacked = where.count("layers.0.block_sparse_moe.w1") > 0;
+  const bool gguf_merged = where.count("blk.0.ffn_gate_exps.weight") > 0;
+  const WeightNames names =
+      !config.quantization.empty()                       ? WeightNames::kParameters
+      : config.layout == CheckpointLayout::kConsolidated ? stacked ? WeightNames::kStacked : WeightNames::kConsolidated
+      : config.layout == CheckpointLayout::kGguf         ? gguf_merged ? WeightNames::kGgufMerged : WeightNames::kGguf
+      : merged                                           ? WeightNames::kHuggingFaceMerged
+                                                         : WeightNames::kHuggingFace;
   std::set<std::string> expected;
   for (WeightSlice& slice : weight_slices(config, names)) {
     const auto found = where.find(slice.tensor);
@@ -219,7 +254,7 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
                       "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape) + empty);
     }
     expected.insert(slice.tensor);
-    sources_.push_back({found->second, entry, std::move(slice)});
+    sources_.push_back({found->second, rows_of(entry, slice), std::move(slice)});
   }
   for (const TensorFile& file : files_) check_unexpected(file, expected);
   std::sort(sources_.begin(), sources_.end(), [](const Source& a, const Source& b) {
@@ -241,14 +276,15 @@ void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>&
     const torch::Tensor* const wanted = parameters.find(slice.parameter);
     if (!wanted) continue;
     const torch::Tensor& parameter = *wanted;
+    const int64_t rows = slice.transposed ? slice.cols() : slice.rows();
     const torch::ScalarType type = scalar_type(files_[file], slice, entry);
     if (is_packed(parameter) && !slice.packed) {
       const auto blocks = parameter.flatten(0, 1);
       reader.read(files_[file], entry, slice, type, packing,
-                  blocks.narrow(0, slice.first_row / kPackedRows, slice.rows() / kPackedRows));
+                  blocks.narrow(0, slice.first_row / kPackedRows, rows / kPackedRows));
     } else {
-      const auto rows = parameter.view({-1, slice.cols()});
-      reader.read(files_[file], entry, slice, type, Packing::kNone, rows.narrow(0, slice.first_row, slice.rows()));
+      const auto matrix = parameter.view({-1, slice.transposed ? slice.rows() : slice.cols()});
+      reader.read(files_[file], entry, slice, type, Packing::kNone, matrix.narrow(0, slice.first_row, rows));
     }
   }
 }

@@ -196,6 +196,7 @@ class Machine {
 
   void recall(uint32_t index) {
     if (index >= memo_.size() || memo_[index] == kUnset) fail("uses a value that it did not keep");
+    if (stack_.size() >= kMaxValues) fail("must have at most 262144 values");
     stack_.push_back(memo_[index]);
   }
 

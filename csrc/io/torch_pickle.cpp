@@ -6,6 +6,7 @@
 #include <string_view>
 #include <utility>
 
+#include "file_kind.h"
 #include "load_error.h"
 #include "pickle.h"
 #include "utf8.h"
@@ -174,22 +175,24 @@ std::string read_member(const File& file, const std::string& name, const ZipMemb
   return bytes;
 }
 
-void check_kind(const File& file) {
+void check_archive(const File& file) {
   std::string head(std::min<uint64_t>(file.size(), 4), '\0');
   file.read(0, head.data(), head.size());
   if (head == "PK\x03\x04") return;
-  const bool legacy = head.substr(0, 2) == "\x80\x02";
-  throw LoadError(file.path(), "",
-                  legacy ? "is in the format that torch.save had before torch 1.6; save it again: "
-                           "torch.save(torch.load(FILE, weights_only=True), FILE)"
-                         : "is no file of torch.save: it does not begin as a zip archive");
+  if (head.substr(0, 2) == "\x80\x02") {
+    throw LoadError(file.path(), "",
+                    "is in the format that torch.save had before torch 1.6; save it again: "
+                    "torch.save(torch.load(FILE, weights_only=True), FILE)");
+  }
+  check_kind(file);
+  throw LoadError(file.path(), "", "is no file of torch.save: it does not begin as a zip archive");
 }
 
 }  // namespace
 
 TensorFile open_torch_pickle(const std::filesystem::path& path) {
   File file(path);
-  check_kind(file);
+  check_archive(file);
   const Members members = read_zip_directory(file);
   const std::string suffix = "/data.pkl";
   std::optional<std::string> root;  // "archive/"

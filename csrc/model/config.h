@@ -11,6 +11,7 @@ namespace mixtral {
 enum class CheckpointLayout {
   kHuggingFace,   // config.json, model*.safetensors, half-split rotary rows
   kConsolidated,  // params.json, consolidated.safetensors, interleaved rotary rows
+  kGguf,          // one .gguf file, interleaved rotary rows
 };
 
 struct Config {

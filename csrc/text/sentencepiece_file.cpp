@@ -117,21 +117,7 @@ SentencePiece read_piece(std::string_view bytes, const std::string& file, const 
       piece.type = static_cast<PieceType>(field.value);
     }
   }
-  if (piece.text.empty()) throw LoadError(file, item, "text must not be empty");
-  if (piece.text.size() > kMaxPieceBytes) {
-    throw LoadError(file, item, "text must have at most 1024 bytes, got " + std::to_string(piece.text.size()));
-  }
-  if (!is_valid_utf8(piece.text) || piece.text.find('\0') != std::string::npos) {
-    throw LoadError(file, item, "text must be UTF-8 without NUL");
-  }
-  // The SentencePiece library looks a character of the text up among all pieces: it would find a control token.
-  if (piece.type == PieceType::kControl && utf8_prefix(piece.text).length == piece.text.size()) {
-    throw LoadError(file, item, "a control piece must have more than one character");
-  }
-  if (!std::isfinite(piece.score)) throw LoadError(file, item, "score must be finite");
-  if (piece.type == PieceType::kByte && byte_value(piece.text) < 0) {
-    throw LoadError(file, item + " (" + piece.text + ")", "a byte piece must read <0x00> to <0xFF>");
-  }
+  check_piece(piece, file, item);
   return piece;
 }
 
@@ -141,7 +127,7 @@ struct Specs {
   uint64_t model_type = 1;
   bool whitespace_as_suffix = false;
   bool byte_fallback = false;
-  std::string unknown_surface = " \xE2\x81\x87 ";
+  std::string unknown_surface = kUnknownSurface;
   std::string normalizer;
   std::string charsmap;
   bool add_dummy_prefix = true;
@@ -199,23 +185,6 @@ void check_specs(const Specs& specs, const std::string& file) {
   require(is_valid_utf8(specs.unknown_surface), "unk_surface", "must be UTF-8");
 }
 
-void check_vocabulary(const std::vector<SentencePiece>& pieces, const std::string& file) {
-  if (pieces.empty()) throw LoadError(file, "", "vocabulary must not be empty");
-  std::unordered_set<std::string_view> seen;
-  for (size_t id = 0; id < pieces.size(); ++id) {
-    if (!seen.insert(pieces[id].text).second) {
-      throw LoadError(file, "piece " + std::to_string(id) + " (" + pieces[id].text + ")", "occurs twice");
-    }
-  }
-  const auto count = [&](PieceType type) {
-    return std::count_if(pieces.begin(), pieces.end(), [=](const SentencePiece& piece) { return piece.type == type; });
-  };
-  if (!seen.count("\xE2\x96\x81")) throw LoadError(file, "", "must have the piece U+2581, which stands for a space");
-  const auto unknown = count(PieceType::kUnknown), bytes = count(PieceType::kByte);
-  if (unknown != 1) throw LoadError(file, "", "must have one unknown piece, got " + std::to_string(unknown));
-  if (bytes != 256) throw LoadError(file, "", "must have 256 byte pieces, got " + std::to_string(bytes));
-}
-
 }  // namespace
 
 int byte_value(std::string_view piece) {
@@ -223,6 +192,42 @@ int byte_value(std::string_view piece) {
   if (piece.size() != 6 || piece.substr(0, 3) != "<0x" || piece[5] != '>') return -1;
   const size_t high = digits.find(piece[3]), low = digits.find(piece[4]);
   return high == digits.npos || low == digits.npos ? -1 : static_cast<int>(16 * high + low);
+}
+
+void check_piece(const SentencePiece& piece, const std::string& file, const std::string& item) {
+  if (piece.text.empty()) throw LoadError(file, item, "text must not be empty");
+  if (piece.text.size() > kMaxPieceBytes) {
+    throw LoadError(file, item, "text must have at most 1024 bytes, got " + std::to_string(piece.text.size()));
+  }
+  if (!is_valid_utf8(piece.text) || piece.text.find('\0') != std::string::npos) {
+    throw LoadError(file, item, "text must be UTF-8 without NUL");
+  }
+  // The SentencePiece library looks a character of the text up among all pieces: it would find a control token.
+  if (piece.type == PieceType::kControl && utf8_prefix(piece.text).length == piece.text.size()) {
+    throw LoadError(file, item, "a control piece must have more than one character");
+  }
+  if (!std::isfinite(piece.score)) throw LoadError(file, item, "score must be finite");
+  if (piece.type == PieceType::kByte && byte_value(piece.text) < 0) {
+    throw LoadError(file, item + " (" + piece.text + ")", "a byte piece must read <0x00> to <0xFF>");
+  }
+}
+
+void check_vocabulary(const std::vector<SentencePiece>& pieces, const std::string& file) {
+  std::unordered_set<std::string_view> seen;
+  for (size_t id = 0; id < pieces.size(); ++id) {
+    if (pieces[id].type == PieceType::kNone) continue;
+    if (!seen.insert(pieces[id].text).second) {
+      throw LoadError(file, "piece " + std::to_string(id) + " (" + pieces[id].text + ")", "occurs twice");
+    }
+  }
+  if (seen.empty()) throw LoadError(file, "", "vocabulary must not be empty");
+  const auto count = [&](PieceType type) {
+    return std::count_if(pieces.begin(), pieces.end(), [=](const SentencePiece& piece) { return piece.type == type; });
+  };
+  if (!seen.count("\xE2\x96\x81")) throw LoadError(file, "", "must have the piece U+2581, which stands for a space");
+  const auto unknown = count(PieceType::kUnknown), bytes = count(PieceType::kByte);
+  if (unknown != 1) throw LoadError(file, "", "must have one unknown piece, got " + std::to_string(unknown));
+  if (bytes != 256) throw LoadError(file, "", "must have 256 byte pieces, got " + std::to_string(bytes));
 }
 
 SentencePieceFile parse_sentencepiece_file(std::string_view bytes, const std::string& file) {

@@ -18,7 +18,7 @@ class Tokenizer {
   // Whether the folder has a tokenizer at all.
   static bool in_folder(const std::filesystem::path& folder);
 
-  // `path`: a tokenizer.model or tokenizer.json file, or a folder that holds one. tokenizer.model.v3 goes before
+  // `path`: a tokenizer.model, tokenizer.json or GGUF file, or a folder that holds one. tokenizer.model.v3 goes before
   // tokenizer.model, and that before tokenizer.json; a folder's added tokens come from all its tokenizer files.
   // Without `version` it is read from the file name ("tokenizer.model.v3"), else, or where the name cannot be right,
   // from the control tokens in the file. Throws LoadError when a file is not valid, or no BPE with byte fallback.

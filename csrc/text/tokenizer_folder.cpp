@@ -6,8 +6,10 @@
 
 #include "../io/file.h"
 #include "../io/file_kind.h"
+#include "../io/gguf.h"
 #include "../io/json.h"
 #include "../io/load_error.h"
+#include "gguf_tokenizer.h"
 #include "sentencepiece_file.h"
 #include "tokenizer_json.h"
 #include "tokenizer_version.h"
@@ -182,7 +184,7 @@ fs::path find_tokenizer(const fs::path& folder) {
     }
   }
   if (best.empty() && fs::exists(folder / "tokenizer.json", error)) best = folder / "tokenizer.json";
-  return best;
+  return best.empty() ? find_gguf(folder) : best;
 }
 
 TokenizerFiles read_tokenizer(const fs::path& path) {
@@ -196,11 +198,12 @@ TokenizerFiles read_tokenizer(const fs::path& path) {
                     tekken ? "has a tekken tokenizer, which is not supported: no tokenizer.model, no tokenizer.json"
                            : "no tokenizer.model or tokenizer.json in this folder");
   }
-  const bool json_file = files.path.extension() == ".json";
+  const bool json_file = files.path.extension() == ".json", gguf = !json_file && !find_gguf(files.path).empty();
   Vocabulary& vocabulary = files.vocabulary;
-  vocabulary =
-      json_file ? parse_tokenizer_json(read_file(files.path), files.path.string()) : read_sentencepiece(files.path);
-  if (folder) {
+  vocabulary = json_file ? parse_tokenizer_json(read_file(files.path), files.path.string())
+               : gguf    ? read_gguf_tokenizer(files.path)
+                         : read_sentencepiece(files.path);
+  if (folder && !gguf) {
     const json config = read_small(path / "tokenizer_config.json");
     const bool legacy = config.value("legacy", json()) == true;
     if (!json_file) vocabulary.prefix = legacy ? SpacePrefix::kEvery : SpacePrefix::kFirst;

@@ -1,8 +1,6 @@
 """Checkpoints as transformers and Mistral write them, through the Python interface: same model, same bits."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,6 @@ from safetensors.torch import load_file
 
 import mixtral
 from checkpoints import TINY, random_model, save_consolidated
-
-CONVERT = Path(__file__).resolve().parents[2] / "scripts" / "convert_pth.py"
 
 
 def parameters(folder: Path, dtype: str = "auto") -> dict[str, torch.Tensor]:
@@ -100,52 +96,3 @@ def test_what_safetensors_writes_is_what_is_read(v4_folder):
     ours = parameters(v4_folder)
     q, k, v = (stored[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
     assert torch.equal(ours["layers.1.attention.qkv_proj"], torch.cat([q, k, v]))
-
-
-# ---- scripts/convert_pth.py ------------------------------------------------------------------------------------------
-
-
-def convert(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, CONVERT, folder], capture_output=True, text=True, timeout=120)
-
-
-def first_release(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts stacked to [E*I,H], w2 transposed: the layout of the December 2023 files."""
-    out = {name: tensor for name, tensor in tensors.items() if "feed_forward" not in name}
-    for n in range(TINY["num_hidden_layers"]):
-        new, old = f"layers.{n}.block_sparse_moe", f"layers.{n}.feed_forward"
-        out[f"{new}.gate.weight"] = tensors[f"{old}.gate.weight"]
-        for w in ("w1", "w2", "w3"):
-            experts = [tensors[f"{old}.experts.{m}.{w}.weight"] for m in range(4)]
-            out[f"{new}.{w}"] = torch.cat([e.T if w == "w2" else e for e in experts])
-    return out
-
-
-@pytest.mark.parametrize("layout", ["one pth", "eight pt"])
-def test_convert_gives_the_same_model(layout, consolidated_folder, tmp_path):
-    (tmp_path / "params.json").write_bytes((consolidated_folder / "params.json").read_bytes())
-    tensors = load_file(consolidated_folder / "consolidated.safetensors")
-    if layout == "one pth":
-        torch.save(tensors, tmp_path / "consolidated.00.pth")
-    else:
-        items = list(first_release(tensors).items())
-        for i in range(8):
-            torch.save(dict(items[i::8]), tmp_path / f"consolidated.0{i}.pt")
-    done = convert(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same(parameters(tmp_path), parameters(consolidated_folder))
-    again = convert(tmp_path)
-    assert again.returncode == 3 and "exists already" in again.stderr
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [(b"not a pickle", "cannot be loaded"), ([1], "must hold a dictionary"), ({"a": 1}, "a: must be a float32")],
-)
-def test_convert_leaves_nothing_behind_on_error(content, message, tmp_path):
-    (tmp_path / "params.json").write_text("{}")
-    path = tmp_path / "consolidated.00.pth"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    done = convert(tmp_path)
-    assert done.returncode == 3 and message in done.stderr and len(done.stderr.splitlines()) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["consolidated.00.pth", "params.json"]
