@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "../io/ggml_type.h"
 #include "../io/gguf.h"
 #include "../io/load_error.h"
 #include "../model/config_fields.h"
@@ -32,6 +33,11 @@ void check_supported(const GgufFile& file) {
   }
   if (file.tensors.entries().count("rope_freqs.weight") != 0) {
     throw LoadError(path, "rope_freqs.weight", "is not supported: the rotary frequencies must not be scaled");
+  }
+  for (const auto& [name, entry] : file.tensors.entries()) {
+    if (entry.dtype != "F32" && entry.dtype != "F16" && entry.dtype != "BF16" && !is_ggml_quantized(entry.dtype)) {
+      throw LoadError(path, name, "must be F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K or Q6_K, got " + entry.dtype);
+    }
   }
 }
 
