@@ -11,6 +11,7 @@ void add_info(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_quantize(CLI::App& app);
+void add_convert(CLI::App& app);
 void add_perplexity(CLI::App& app);
 
 }  // namespace mixtral::app

@@ -26,8 +26,9 @@ CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtyp
 }
 
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names) {
-  add_option(app, names, flags.model,
-             "Folder of the checkpoint, or org/name in the Hugging Face cache; without it, the bundled demo model")
+  add_option(
+      app, names, flags.model,
+      "Folder of the checkpoint, .gguf file, or org/name in the Hugging Face cache; without it, the bundled demo model")
       ->type_name("FOLDER");
 }
 

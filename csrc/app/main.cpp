@@ -57,6 +57,7 @@ void run(int argc, char** argv) {
   add_tokenize(app);
   add_bench(app);
   add_quantize(app);
+  add_convert(app);
   add_perplexity(app);
   check_command(app, argc, argv);
   try {

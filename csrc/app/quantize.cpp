@@ -5,6 +5,7 @@
 
 #include "../checkpoint/calibrate.h"
 #include "../checkpoint/config_reader.h"
+#include "../checkpoint/output_folder.h"
 #include "../checkpoint/save.h"
 #include "commands.h"
 #include "flags.h"
@@ -72,7 +73,9 @@ void run(const Flags& flags) {
 void add_quantize(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
   CLI::App& command = *app.add_subcommand("quantize", "Write a checkpoint with int8, fp8 or int4 weights");
-  command.add_option("MODEL", flags->model.model, "Folder of the checkpoint, or org/name in the Hugging Face cache")
+  command
+      .add_option("MODEL", flags->model.model,
+                  "Folder of the checkpoint, .gguf file, or org/name in the Hugging Face cache")
       ->required()
       ->type_name("FOLDER");
   command.add_option("OUT", flags->out, "Folder to write; it must not exist or be empty")

@@ -33,10 +33,13 @@ struct FileNames {
 };
 
 // Safetensors, unless there are files of torch.save alone.
-FileNames names_in(const fs::path& folder, CheckpointLayout layout) {
+FileNames names_in(const fs::path& folder, CheckpointLayout layout, const Warn& warn) {
   if (layout == CheckpointLayout::kConsolidated) return {"consolidated", ".safetensors"};
   const FileNames safe{"model", ".safetensors"}, torch{"pytorch_model", ".bin"};
-  return !safe.are_in(folder) && torch.are_in(folder) ? torch : safe;
+  if (!torch.are_in(folder)) return safe;
+  if (!safe.are_in(folder)) return torch;
+  if (warn) warn(folder.string() + ": holds model*.safetensors and pytorch_model*.bin; model*.safetensors is read");
+  return safe;
 }
 
 TensorFile open_file(const fs::path& path) {
@@ -194,7 +197,7 @@ std::vector<TensorFile> open_files(const fs::path& folder, CheckpointLayout layo
     files.push_back(open_gguf(find_gguf(folder)).tensors);
     return files;
   }
-  const auto [stem, extension] = names_in(folder, layout);
+  const auto [stem, extension] = names_in(folder, layout, warn);
   const fs::path single = folder / (stem + extension);
   const fs::path index = folder / (stem + extension + ".index.json");
   std::error_code ignored;

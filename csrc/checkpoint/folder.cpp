@@ -136,8 +136,11 @@ CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
   }
   const bool take_hugging_face = has("config.json") && !(has("params.json") && consolidated && !hugging_face);
   if (warn && hugging_face && consolidated) {
-    warn(folder.string() + ": holds the weights twice, for config.json and as consolidated.*; " +
-         (take_hugging_face ? "the first is read" : "consolidated.* is read"));
+    const std::string first = has_weights("model.safetensors") ? "model*.safetensors" : "pytorch_model*.bin";
+    const std::string second =
+        has_weights("consolidated.safetensors") ? "consolidated*.safetensors" : "consolidated.0*";
+    warn(folder.string() + ": holds " + first + " and " + second + "; " + (take_hugging_face ? first : second) +
+         " is read");
   }
   return take_hugging_face ? CheckpointLayout::kHuggingFace : CheckpointLayout::kConsolidated;
 }

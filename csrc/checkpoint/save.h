@@ -21,9 +21,6 @@ class MixtralImpl;
 // window_source.
 std::string config_json(const Config& config);
 
-// Throws std::invalid_argument unless `folder` does not exist or is an empty folder.
-void check_unused(const std::filesystem::path& folder);
-
 // `model` quantised to int8, fp8 or int4, read from folder `source`, into an unused `folder`, which appears complete or
 // not at all. Throws std::invalid_argument when the model is not quantised or `folder` is in use; std::runtime_error
 // when it cannot be written.

@@ -189,6 +189,8 @@ const char* safetensors_dtype(torch::ScalarType type) {
       return "U8";
     case torch::kFloat32:
       return "F32";
+    case torch::kFloat16:
+      return "F16";
     default:
       return "BF16";  // the activations of a quantised model
   }

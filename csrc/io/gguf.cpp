@@ -7,6 +7,7 @@
 
 #include "byte_reader.h"
 #include "file_cursor.h"
+#include "file_kind.h"
 #include "ggml_type.h"
 #include "load_error.h"
 #include "utf8.h"
@@ -23,6 +24,14 @@ constexpr uint64_t kMaxArrayBytes = 64 << 20;  // of one array that is read
 constexpr uint64_t kMaxTexts = 1 << 20;        // of one array
 constexpr uint32_t kMaxRank = 4;
 enum : uint32_t { kU8, kI8, kU16, kI16, kU32, kI32, kF32, kBoolean, kString, kArrayOf, kU64, kI64, kF64 };
+
+constexpr char kMagic[] = {'G', 'G', 'U', 'F'};
+
+bool is_gguf(const File& file) {
+  char magic[sizeof kMagic] = {};
+  file.read(0, magic, std::min<uint64_t>(file.size(), sizeof magic));
+  return std::memcmp(magic, kMagic, sizeof magic) == 0;
+}
 
 uint64_t bytes_of(uint32_t type) {
   static constexpr uint64_t kBytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};  // 0: no fixed size
@@ -174,8 +183,12 @@ std::map<std::string, TensorEntry> read_tensors(FileCursor& cursor, const File& 
   return entries;
 }
 
-void check_version(FileCursor& cursor) {
-  if (cursor.number<uint32_t>() != 0x46554747) cursor.fail("is not a GGUF file");  // "GGUF"
+void check_version(FileCursor& cursor, const File& file) {
+  if (!is_gguf(file)) {
+    check_kind(file);
+    cursor.fail("is not a GGUF file");
+  }
+  cursor.skip(sizeof kMagic);
   const auto version = cursor.number<uint32_t>();
   if (version != 2 && version != 3) {
     cursor.fail("GGUF version must be 2 or 3, little-endian, got " + std::to_string(version));
@@ -187,7 +200,7 @@ void check_version(FileCursor& cursor) {
 GgufFile open_gguf(const fs::path& path) {
   File file(path);
   FileCursor cursor(file);
-  check_version(cursor);
+  check_version(cursor, file);
   const auto tensor_count = cursor.number<uint64_t>(), metadata_count = cursor.number<uint64_t>();
   if (tensor_count > kMaxEntries) cursor.fail("must hold at most 65536 tensors, got " + std::to_string(tensor_count));
   if (metadata_count > kMaxEntries) {
@@ -265,12 +278,7 @@ std::vector<int32_t> GgufFile::integers(const std::string& key) const {
 
 fs::path find_gguf(const fs::path& path) {
   std::error_code ignored;
-  if (fs::is_regular_file(path, ignored)) {
-    const File file(path);
-    char magic[4] = {};
-    file.read(0, magic, std::min<uint64_t>(file.size(), sizeof magic));
-    return std::memcmp(magic, "GGUF", sizeof magic) == 0 ? path : fs::path();
-  }
+  if (fs::is_regular_file(path, ignored)) return path.extension() == ".gguf" || is_gguf(File(path)) ? path : fs::path();
   fs::path found;
   for (fs::directory_iterator entry(path, ignored), end; !ignored && entry != end; entry.increment(ignored)) {
     if (entry->path().extension() != ".gguf") continue;

@@ -47,8 +47,8 @@ struct GgufFile {
 // Throws LoadError when the file is no regular file or breaks a rule of the format.
 GgufFile open_gguf(const std::filesystem::path& path);
 
-// `path` itself when it is a GGUF file, whatever its name, or the only .gguf file of the folder `path`; empty when
-// there is none. Throws LoadError when the folder has several.
+// `path` itself when it is called .gguf or is a GGUF file under another name, or the only .gguf file of the folder
+// `path`; empty when there is none. Throws LoadError when the folder has several.
 std::filesystem::path find_gguf(const std::filesystem::path& path);
 
 }  // namespace mixtral

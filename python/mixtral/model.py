@@ -89,12 +89,13 @@ class Mixtral:
         progress: Callable[[int, int], None] | None = None,
         **options: int | bool,
     ) -> "Mixtral":
-        """Load a Hugging Face folder, a Mistral consolidated one, or one that ``mixtral quantize`` wrote.
+        """Load a Hugging Face folder, a Mistral one, one that ``mixtral quantize`` wrote, or a GGUF file.
 
         Warns where the files disagree in a way that does not keep them from being used.
 
         Args:
-            path: the folder, or the "org/name" of one in the local Hugging Face cache; nothing is downloaded.
+            path: the folder, a GGUF file, or the "org/name" of a folder in the local Hugging Face cache; nothing is
+                downloaded.
             device: "cpu", "cuda" or "cuda:N".
             dtype: of the weights: "float32", "bfloat16", "float16"; quantised while they are read: "int8" or
                 "fp8" (one scale a row) or "int4" (one for every 32 weights); "auto": as in the files.

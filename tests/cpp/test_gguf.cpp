@@ -137,7 +137,8 @@ TEST(Gguf, AlignsTheDataAsTheFileSays) {
 
 TEST(Gguf, RejectsBadHeaders) {
   const std::string valid = gguf(kMetadata, kInfos, kData);
-  expect_rejected("", "ends within its header");
+  expect_rejected("", "is empty: download it again");
+  expect_rejected("version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer");
   expect_rejected("GGUX" + valid.substr(4), "is not a GGUF file");
   for (const uint32_t version : {0u, 1u, 4u, 0x03000000u}) {
     expect_rejected(gguf({}, {}, "", version),
@@ -209,7 +210,7 @@ TEST(Gguf, FindsTheFileOfAFolder) {
   EXPECT_EQ(find_gguf(folder / "blob"), folder / "blob");
   EXPECT_EQ(find_gguf(folder.path()), "");
   write_file(folder / "a.gguf", "GGU");
-  EXPECT_EQ(find_gguf(folder / "a.gguf"), "");
+  EXPECT_EQ(find_gguf(folder / "a.gguf"), folder / "a.gguf");
   EXPECT_EQ(find_gguf(folder.path()), folder / "a.gguf");
   write_file(folder / "b.gguf", "");
   expect_load_error([&] { find_gguf(folder.path()); }, "holds several .gguf files: name one of them");

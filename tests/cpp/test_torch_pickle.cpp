@@ -187,7 +187,9 @@ TEST(TorchPickle, SurvivesValuesInThemselves) {
 
 TEST(TorchPickle, RejectsBadArchives) {
   const std::string valid = archive(dict(text("t") + tensor()));
-  expect_rejected("", "does not begin as a zip archive");
+  expect_rejected("", "is empty: download it again");
+  expect_rejected("abcd", "does not begin as a zip archive");
+  expect_rejected("version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer");
   expect_rejected("\x80\x02\x8a\x0a", "before torch 1.6");
   expect_rejected("PK\x03\x04", "is not a whole zip archive");
   expect_rejected(valid.substr(0, valid.size() - 1), "is not a whole zip archive");

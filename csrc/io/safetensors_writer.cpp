@@ -1,0 +1,22 @@
+#include "safetensors_writer.h"
+
+#include <nlohmann/json.hpp>
+
+namespace mixtral {
+
+std::string safetensors_header(const std::vector<StoredTensor>& tensors) {
+  nlohmann::json header = {{"__metadata__", {{"format", "pt"}}}};  // which other programs look for
+  uint64_t offset = 0;
+  for (const StoredTensor& tensor : tensors) {
+    header[tensor.name] = {
+        {"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + tensor.bytes}}};
+    offset += tensor.bytes;
+  }
+  std::string text = header.dump();
+  text.append((8 - text.size() % 8) % 8, ' ');  // data begins aligned
+  std::string prefix;
+  for (int i = 0; i < 8; ++i) prefix += static_cast<char>(text.size() >> (8 * i) & 0xff);
+  return prefix + text;
+}
+
+}  // namespace mixtral
