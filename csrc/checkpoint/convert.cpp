@@ -18,7 +18,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kMaxShardBytes = 5'000'000'000;
 constexpr uint64_t kWriteBytes = 64 << 20;  // between two calls of the progress
 
 // One safetensors file of the result.
@@ -28,11 +27,11 @@ struct Shard {
   uint64_t bytes = 0;
 };
 
-std::vector<Shard> make_shards(const Config& config, uint64_t element_size) {
+std::vector<Shard> make_shards(const Config& config, uint64_t element_size, uint64_t max_bytes) {
   std::vector<Shard> shards(1);
   for (WeightSlice& slice : weight_slices(config, WeightNames::kHuggingFace)) {
     const uint64_t bytes = static_cast<uint64_t>(slice.rows() * slice.cols()) * element_size;
-    if (shards.back().bytes > 0 && shards.back().bytes + bytes > kMaxShardBytes) shards.emplace_back();
+    if (shards.back().bytes > 0 && shards.back().bytes + bytes > max_bytes) shards.emplace_back();
     shards.back().slices.push_back(std::move(slice));
     shards.back().bytes += bytes;
   }
@@ -131,12 +130,12 @@ Config converted_config(const fs::path& source, const LoadOptions& options) {
 
 }  // namespace
 
-void convert(const fs::path& source, const fs::path& folder, const LoadOptions& options) {
+void convert(const fs::path& source, const fs::path& folder, const LoadOptions& options, uint64_t max_shard_bytes) {
   check_unused(folder);
   const Config config = converted_config(source, options);
   const Checkpoint checkpoint(source, config, options);
   const torch::ScalarType type = scalar_type(config.dtype);
-  const std::vector<Shard> shards = make_shards(config, c10::elementSize(type));
+  const std::vector<Shard> shards = make_shards(config, c10::elementSize(type), max_shard_bytes);
   try {
     NewFolder incomplete(folder);
     write_text(incomplete.path() / "config.json", config_json(config));

@@ -136,9 +136,12 @@ CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
   }
   const bool take_hugging_face = has("config.json") && !(has("params.json") && consolidated && !hugging_face);
   if (warn && hugging_face && consolidated) {
-    const std::string first = has_weights("model.safetensors") ? "model*.safetensors" : "pytorch_model*.bin";
-    const std::string second =
-        has_weights("consolidated.safetensors") ? "consolidated*.safetensors" : "consolidated.0*";
+    const auto name_of = [&](const std::string& stem, const std::string& other) {
+      const bool safe = has(stem + ".safetensors") || has(stem + ".safetensors.index.json");
+      return safe ? stem + "*.safetensors" : other;
+    };
+    const std::string first = name_of("model", "pytorch_model*.bin");
+    const std::string second = name_of("consolidated", "consolidated.00.*");
     warn(folder.string() + ": holds " + first + " and " + second + "; " + (take_hugging_face ? first : second) +
          " is read");
   }
