@@ -78,12 +78,15 @@ void block_q4_k_or_q5_k(const uint8_t* block, bool has_fifth_bit, float* out) {
 // 128 bytes with the low 4 bits, 64 bytes with the high 2 bits, 16 i8 scales of 16 numbers each, scale (f16)
 void block_q6_k(const uint8_t* block, float* out) {
   const float scale = half_to_float(block + 208);
-  for (int i = 0; i < 256; ++i) {
-    const int half = i / 128, quarter = i % 128 / 32, column = i % 32;
-    const int low = block[64 * half + 32 * (quarter % 2) + column] >> (quarter / 2 * 4) & 15;
-    const int high = block[128 + 32 * half + column] >> (2 * quarter) & 3;
-    const float group = scale * static_cast<float>(static_cast<int8_t>(block[192 + i / 16]));
-    out[i] = group * static_cast<float>((low | high << 4) - 32);
+  for (int run = 0; run < 16; ++run) {  // of 16 numbers: two in each quarter of each half
+    const int half = run / 8, quarter = run % 8 / 2, column = run % 2 * 16;
+    const uint8_t* const low = block + 64 * half + 32 * (quarter % 2) + column;
+    const uint8_t* const high = block + 128 + 32 * half + column;
+    const float group = scale * static_cast<float>(static_cast<int8_t>(block[192 + run]));
+    for (int i = 0; i < 16; ++i) {
+      const int number = (low[i] >> (quarter / 2 * 4) & 15) | (high[i] >> (2 * quarter) & 3) << 4;
+      out[16 * run + i] = group * static_cast<float>(number - 32);
+    }
   }
 }
 
