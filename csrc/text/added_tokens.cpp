@@ -72,7 +72,8 @@ AddedTokenFinder::AddedTokenFinder(const std::vector<AddedToken>& tokens, const 
 
 std::vector<TextPart> AddedTokenFinder::split(std::string_view text, bool parse_special) const {
   std::vector<TextPart> parts;
-  size_t done = 0;  // text before this place is in `parts`
+  size_t done = 0;      // text before this place is in `parts`
+  size_t stripped = 0;  // the end of the spaces that were taken last
   for (size_t at = 0; at < text.size() && !matcher_.empty();) {
     const PrefixMatcher::Match match = matcher_.longest(text.substr(at));
     if (match.length == 0) {
@@ -85,7 +86,8 @@ std::vector<TextPart> AddedTokenFinder::split(std::string_view text, bool parse_
     if (token.special && !parse_special) continue;
     if (token.single_word && (ends_in_word(text.substr(0, begin)) || starts_with_word(text.substr(end)))) continue;
     if (token.lstrip && done < begin) begin -= spaces_at_end(text.substr(done, begin - done));
-    if (token.rstrip) end += spaces_at_start(text.substr(end));
+    // Where each of many spaces is such a token, none is looked at twice.
+    if (token.rstrip) end = stripped = end <= stripped ? stripped : end + spaces_at_start(text.substr(end));
     if (done < begin) parts.push_back({text.substr(done, begin - done)});
     parts.push_back({text.substr(begin, end - begin), token.id});
     done = std::max(done, end);

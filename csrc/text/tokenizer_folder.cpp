@@ -72,10 +72,11 @@ int64_t decimal(const std::string& text, const std::string& file) {
 std::vector<AddedToken> tokens_beside(const fs::path& folder, const json& config) {
   std::vector<AddedToken> tokens;
   const std::string config_file = (folder / "tokenizer_config.json").string();
-  const json decoder = config.value("added_tokens_decoder", json::object());
-  if (!decoder.is_object()) throw LoadError(config_file, "added_tokens_decoder", "must be an object");
-  for (const auto& [id, token] : decoder.items()) {
-    tokens.push_back(read_added_token(token, decimal(id, config_file), config_file));
+  if (const auto decoder = config.find("added_tokens_decoder"); decoder != config.end()) {
+    if (!decoder->is_object()) throw LoadError(config_file, "added_tokens_decoder", "must be an object");
+    for (const auto& [id, token] : decoder->items()) {
+      tokens.push_back(read_added_token(token, decimal(id, config_file), config_file));
+    }
   }
   const fs::path added_file = folder / "added_tokens.json";
   const std::set<std::string> special = special_texts(config, read_small(folder / "special_tokens_map.json"));
