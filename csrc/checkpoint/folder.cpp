@@ -16,14 +16,12 @@ namespace fs = std::filesystem;
 
 constexpr uint64_t kMaxRefBytes = 256;
 
-bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
-}
-
 bool is_folder(const fs::path& path) {
-  std::error_code ignored;
-  return fs::is_directory(path, ignored);
+  std::error_code error;
+  if (fs::is_directory(path, error)) return true;
+  if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
+    throw LoadError(path.string(), "", "cannot be opened: " + error.message());
+  return false;
 }
 
 std::string environment(const char* name) {
@@ -57,7 +55,7 @@ bool is_repository(const std::string& name) {
 // The snapshot of "main", or the only one. Empty: there is none.
 fs::path snapshot_of(const fs::path& repository) {
   std::error_code ignored;
-  if (is_there(repository / "refs" / "main")) {
+  if (file_exists(repository / "refs" / "main")) {
     std::string revision = read_text(repository / "refs" / "main", kMaxRefBytes);
     while (!revision.empty() && std::isspace(static_cast<unsigned char>(revision.back()))) revision.pop_back();
     const bool plain = !revision.empty() && revision.find('/') == std::string::npos && revision.front() != '.';
@@ -89,7 +87,7 @@ fs::path find_model(const fs::path& model) {
         path.string(), "",
         "has no snapshot of \"main\": run `hf download " + repository_name(path) + "`, or name a folder in snapshots/");
   }
-  if (is_there(path)) return path;
+  if (file_exists(path)) return path;
   const std::string name = model.string();
   if (!is_repository(name)) throw LoadError(name, "", "does not exist");
   std::string folder = "models--" + name;
@@ -104,12 +102,12 @@ fs::path find_model(const fs::path& model) {
 
 bool has_weights(const fs::path& folder, CheckpointLayout layout) {
   const std::string stem = layout == CheckpointLayout::kHuggingFace ? "model" : "consolidated";
-  return is_there(folder / (stem + ".safetensors")) || is_there(folder / (stem + ".safetensors.index.json"));
+  return file_exists(folder / (stem + ".safetensors")) || file_exists(folder / (stem + ".safetensors.index.json"));
 }
 
 CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
-  const auto has = [&](const std::string& name) { return is_there(folder / name); };
-  if (is_there(folder) && !is_folder(folder)) {
+  const auto has = [&](const std::string& name) { return file_exists(folder / name); };
+  if (file_exists(folder) && !is_folder(folder)) {
     throw LoadError(folder.string(), "", "is a file: give the folder that holds it");
   }
   if (!is_folder(folder)) throw LoadError(folder.string(), "", "is not a folder");

@@ -15,11 +15,11 @@
 namespace mixtral {
 namespace {
 
-// Why open() failed. The cache of a hub holds links, to files that an interrupted download has not finished.
+// Why open() failed. The cache of a hub holds links, which lead nowhere while a download is not complete.
 std::string reason(const std::filesystem::path& path, int error) {
-  std::error_code no_link;
-  const std::filesystem::path target = std::filesystem::read_symlink(path, no_link);
-  if (error == ENOENT && !no_link) return "is a link to " + target.string() + ", which does not exist";
+  std::error_code ignored;
+  if (error == ENOENT && std::filesystem::is_symlink(path, ignored))
+    return "points to a file that is not there: the download is not complete, start it again";
   return std::string("cannot be opened: ") + std::strerror(error);
 }
 

@@ -1,6 +1,6 @@
-// The input is a text and, after "----", a whole tokenizer.json if the text starts with "!"; else six parts, which make a
-// folder: added tokens, pieces and merges beside those that each tokenizer.json has here, the keys of tokenizer.json about
-// spaces, tokenizer_config.json and added_tokens.json.
+// The input is a text and, after "----", a whole tokenizer.json if the text starts with "!"; else six parts, which make
+// a folder: added tokens, pieces and merges beside those that each tokenizer.json has here, the keys of tokenizer.json
+// about spaces, tokenizer_config.json and added_tokens.json.
 #include "tokenizer.h"
 
 using namespace mixtral;

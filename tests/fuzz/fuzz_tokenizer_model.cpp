@@ -1,5 +1,5 @@
-// The input is a text and, after "----", a tokenizer.model: whole if the text starts with "!", else without what each must
-// have, which is put before it (two protobuf messages in a row are one).
+// The input is a text and, after "----", a tokenizer.model: whole if the text starts with "!", else without what each
+// must have, which is put before it (two protobuf messages in a row are one).
 #include "tokenizer.h"
 
 using namespace mixtral;
