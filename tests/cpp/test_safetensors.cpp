@@ -67,7 +67,7 @@ TEST(Safetensors, RejectsBadHeaderLengths) {
   expect_rejected(with_length(16 << 20), "is cut short: must have 16777224 bytes, got ");
   EXPECT_LT(peak_memory() - before, 1 << 20);
   expect_rejected(with_length(0), "is not a JSON object");
-  expect_rejected(with_length(kHeader.size() + 1), "b: data_offsets must rise and stay within the 15 data bytes");
+  expect_rejected(with_length(kHeader.size() + 1), "not valid JSON");
   expect_rejected(with_length(kHeader.size() - 1), "not valid JSON");
 }
 
