@@ -161,7 +161,7 @@ TEST_F(TokenizerJsonTest, TextThatIsNoJsonIsRefused) {
   EXPECT_NE(load_error().find("an id must be a whole number, got x"), std::string::npos);
 }
 
-TEST_F(TokenizerJsonTest, EveryCutAndManyChangedBytesParseOrAreALoadError) {
+TEST_F(TokenizerJsonTest, EveryCutAndEveryFlippedBitParsesOrIsALoadError) {
   const std::string valid = small_tokenizer().dump();
   const auto parses = [](const std::string& text) {
     try {
@@ -171,14 +171,17 @@ TEST_F(TokenizerJsonTest, EveryCutAndManyChangedBytesParseOrAreALoadError) {
     }
   };
   ASSERT_TRUE(parses(valid));
-  for (size_t size = 0; size < valid.size(); size += 7) EXPECT_FALSE(parses(valid.substr(0, size))) << size;
-  std::mt19937 random(3);
-  const std::string bytes = "\"{}[],:09-.eE \\tfnu\xE2\xFF";
-  for (int run = 0; run < 3000; ++run) {
-    std::string changed = valid;
-    for (int i = random() % 3; i >= 0; --i) changed[random() % changed.size()] = bytes[random() % bytes.size()];
-    parses(changed);
+  for (size_t size = 0; size < valid.size(); ++size) EXPECT_FALSE(parses(valid.substr(0, size))) << size;
+  int accepted = 0;
+  for (size_t byte = 0; byte < valid.size(); ++byte) {
+    if (byte == valid.find("<0x10>")) byte = valid.find("<0xF0>");  // most of the file: one like the other
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string flipped = valid;
+      flipped[byte] = static_cast<char>(flipped[byte] ^ (1 << bit));
+      accepted += parses(flipped);
+    }
   }
+  EXPECT_GT(accepted, 300);  // names of keys that are not needed
 }
 
 }  // namespace
