@@ -22,12 +22,14 @@ build() {
 run() {  # TARGET
   local log=build/fuzz/$1.log
   local limits=(-rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=5 -max_len=4096 -print_final_stats=1)
-  local how=(-seed=1 -runs=2000 "tests/fuzz/corpus/$1")
-  if [[ $seconds ]]; then
-    mkdir -p "build/fuzz/corpus/$1"
-    how=(-max_total_time="$seconds" "build/fuzz/corpus/$1" "tests/fuzz/corpus/$1")
+  local how=(-max_total_time="$seconds") new=build/fuzz/corpus/$1
+  if [[ ! $seconds ]]; then
+    how=(-seed=1 -runs=2000) new=build/fuzz/same_each_time/$1
+    rm -rf "$new"
   fi
-  if "build/fuzz/bin/fuzz_$1" "${limits[@]}" -artifact_prefix="build/fuzz/findings/$1-" "${how[@]}" >"$log" 2>&1; then
+  mkdir -p "$new"
+  if "build/fuzz/bin/fuzz_$1" "${limits[@]}" "${how[@]}" -artifact_prefix="build/fuzz/findings/$1-" \
+    "$new" "tests/fuzz/corpus/$1" >"$log" 2>&1; then
     echo "fuzz: $1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") inputs, no findings"
   else
     tail -n 60 "$log" >&2
