@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import mixtral
 from binary import BINARY, DEMO, edit_config, environment, ok, ok_json
 
 MIB = 1 << 20
@@ -198,6 +199,17 @@ def test_pieces_and_warnings_command_no_terminal(model):
     output = ok("tokenize", model, "--json", "-p", WILD).decode()
     assert is_printable(output[:-1])
     assert WILD in ok_json("tokenize", model, "-p", WILD)["pieces"]
+
+
+def test_errors_and_notes_in_python_are_printable(model):
+    (model / "added_tokens.json").write_text(json.dumps({WILD: 5}, ensure_ascii=False))
+    note = mixtral.Tokenizer(model).note
+    assert is_printable(note) and "\\u009b31m" in note
+    (model / "model.safetensors").write_bytes(safetensors(json.dumps({WILD: {}}, ensure_ascii=False).encode()))
+    with pytest.raises(mixtral.LoadError) as error, pytest.warns(UserWarning) as warned:
+        mixtral.Mixtral.from_pretrained(model)
+    assert error.value.item == WILD
+    assert is_printable(str(error.value)) and all(is_printable(str(warning.message)) for warning in warned)
 
 
 @pytest.mark.parametrize(
