@@ -6,4 +6,5 @@ scripts/setup.sh test
 scripts/lint.sh
 build/bin/mixtral_tests --gtest_brief=1
 build/bin/mixtral_gpu_emulator_tests --gtest_brief=1
+scripts/fuzz.sh
 exec .venv/bin/python -m pytest "$@"

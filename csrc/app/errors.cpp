@@ -11,6 +11,7 @@
 
 #include "../engine/errors.h"
 #include "../io/load_error.h"
+#include "../io/printable.h"
 #include "../model/memory.h"
 #include "signals.h"
 #include "terminal.h"
@@ -20,7 +21,11 @@ namespace {
 
 int fail(int code, const char* message) noexcept {
   const size_t length = std::strcspn(message, "\n");  // one line: torch's messages may have more
-  std::fprintf(stderr, "mixtral: %.*s\n", static_cast<int>(length), message);
+  try {
+    std::fprintf(stderr, "mixtral: %s\n", printable({message, length}).c_str());
+  } catch (const std::bad_alloc&) {
+    std::fputs("mixtral: out of memory\n", stderr);
+  }
   return code;
 }
 

@@ -8,6 +8,7 @@
 #include "../checkpoint/folder.h"
 #include "../checkpoint/load_options.h"
 #include "../engine/threads.h"
+#include "../io/printable.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -19,12 +20,13 @@ namespace {
 std::filesystem::path demo_model() {
   if (const char* folder = std::getenv("MIXTRAL_DEMO_MODEL")) return folder;
   const std::filesystem::path bin = std::filesystem::read_symlink("/proc/self/exe").parent_path();
+  std::error_code error;
   // In the Python package, in the build folder of the source tree, where CMake installed it, and in a build folder
   // elsewhere.
   for (const std::filesystem::path& folder :
        {bin / "../models/demo", bin / "../../models/demo", bin / "../share/mixtral/models/demo",
         std::filesystem::path(MIXTRAL_SOURCE_DIR) / "models/demo"}) {
-    if (std::filesystem::exists(folder / "config.json")) return std::filesystem::canonical(folder);
+    if (std::filesystem::exists(folder / "config.json", error)) return std::filesystem::canonical(folder);
   }
   throw std::invalid_argument("no MODEL given, and the demo model is not installed: name a model folder");
 }
@@ -37,7 +39,7 @@ std::filesystem::path model_path(const ModelFlags& flags) {
 
 void warn(const std::string& message) {
   static std::set<std::string> said;  // a model may be opened twice
-  if (said.insert(message).second) write_err("mixtral: warning: " + message + "\n");
+  if (said.insert(message).second) write_err("mixtral: warning: " + printable(message, 2048) + "\n");
 }
 
 Tokenizer load_tokenizer(const ModelFlags& flags) {

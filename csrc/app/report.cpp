@@ -6,6 +6,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "../io/printable.h"
 #include "signals.h"
 #include "terminal.h"
 
@@ -27,7 +28,8 @@ std::string tokens_text(double tokens) {
 }
 
 std::string json_line(const nlohmann::json& value) {
-  return value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  // The escapes of printable() are JSON's.
+  return printable(value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)) + "\n";
 }
 
 double seconds_now() {

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "../io/printable.h"
 #include "../text/chat.h"
 #include "../text/tokenizer.h"
 #include "commands.h"
@@ -85,14 +86,14 @@ std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const st
     char number[24];
     std::snprintf(number, sizeof number, "%6lld  ", static_cast<long long>(id));
     const std::string bytes = tokenizer.is_control(id) ? "control" : hex(token_bytes(tokenizer, id));
-    text += number + tokenizer.piece(id) + "  [" + bytes + "]\n";
+    text += number + printable(tokenizer.piece(id)) + "  [" + bytes + "]\n";
   }
   text += "tokens: " + std::to_string(ids.size()) + ", tokenizer " + to_string(tokenizer.version()) + "\n";
   text += "BOS: " + bos_reason(flags, tokenizer) + "\n";
   text += "EOS: " + eos_reason(flags, tokenizer) + "\n";
   std::string names;
   for (const int64_t id : left)
-    names += (names.empty() ? "" : ", ") + tokenizer.piece(id) + " (" + std::to_string(id) + ")";
+    names += (names.empty() ? "" : ", ") + printable(tokenizer.piece(id)) + " (" + std::to_string(id) + ")";
   if (!left.empty()) {
     text += "left as text: " + names + (flags.chat ? "" : "; --parse-special makes control tokens of them") + "\n";
   }

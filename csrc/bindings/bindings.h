@@ -12,6 +12,8 @@
 #include <exception>
 #include <string>
 
+#include "../io/printable.h"
+
 namespace py = pybind11;
 
 namespace mixtral {
@@ -33,7 +35,8 @@ inline py::str to_str(const std::string& text) {
 
 // A Python warning at the caller's line, `level` frames up. Needs the GIL.
 inline void warn(const std::string& message, int level = 1) {
-  if (PyErr_WarnEx(PyExc_UserWarning, ("mixtral: " + message).c_str(), level) != 0) throw py::error_already_set();
+  const std::string line = "mixtral: " + printable(message, 2048);
+  if (PyErr_WarnEx(PyExc_UserWarning, line.c_str(), level) != 0) throw py::error_already_set();
 }
 
 // Keyword arguments to the fields of a bound struct.

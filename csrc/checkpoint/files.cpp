@@ -19,16 +19,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kMaxIndexBytes = 100'000'000;
+constexpr uint64_t kMaxIndexBytes = 16 << 20;
 
 // How the weight files of a folder are called: "model.safetensors", "model-00001-of-00002.safetensors", ...
 struct FileNames {
   std::string stem, extension;
 
   bool are_in(const fs::path& folder) const {
-    std::error_code ignored;
-    return fs::exists(folder / (stem + extension), ignored) ||
-           fs::exists(folder / (stem + extension + ".index.json"), ignored);
+    return file_exists(folder / (stem + extension)) || file_exists(folder / (stem + extension + ".index.json"));
   }
 };
 
@@ -72,8 +70,7 @@ std::vector<TensorFile> open_shards(const fs::path& index, const std::map<std::s
   for (const auto& [tensor, shard] : shards) names.insert(shard);
   std::vector<TensorFile> files;
   for (const std::string& name : names) {
-    std::error_code ignored;
-    if (!fs::exists(index.parent_path() / name, ignored))
+    if (!file_exists(index.parent_path() / name))
       throw LoadError(index.string(), name, "is listed, but there is no such file: download it again");
     files.push_back(open_file(index.parent_path() / name));
   }
@@ -129,11 +126,10 @@ std::vector<TensorFile> open_loose_shards(const fs::path& folder, const std::str
 // release. Empty: there are none.
 std::vector<TensorFile> open_numbered(const fs::path& folder) {
   std::vector<TensorFile> files;
-  std::error_code ignored;
   for (const char* extension : {".pth", ".pt"}) {
     for (int i = 0; files.empty() || i > 0; ++i) {
       const fs::path path = folder / ("consolidated." + std::to_string(i / 10) + std::to_string(i % 10) + extension);
-      if (!fs::exists(path, ignored)) break;
+      if (!file_exists(path)) break;
       files.push_back(open_torch_pickle(path));
     }
   }
@@ -141,12 +137,8 @@ std::vector<TensorFile> open_numbered(const fs::path& folder) {
 }
 
 [[noreturn]] void fail_without_weights(const fs::path& folder, const fs::path& single, const fs::path& index) {
-  std::error_code ignored;
-  if (fs::is_symlink(single, ignored) || fs::is_symlink(index, ignored))
-    throw LoadError(single.string(), "",
-                    "points to a file that is not there: the download is not complete, start it again");
   for (const char* adapter : {"lora.safetensors", "adapter_model.safetensors"}) {
-    if (!fs::exists(folder / adapter, ignored)) continue;
+    if (!file_exists(folder / adapter)) continue;
     throw LoadError(folder.string(), "",
                     std::string("holds an adapter, ") + adapter + ", and no model" + adapter_advice(folder));
   }
@@ -200,14 +192,13 @@ std::vector<TensorFile> open_files(const fs::path& folder, CheckpointLayout layo
   const auto [stem, extension] = names_in(folder, layout, warn);
   const fs::path single = folder / (stem + extension);
   const fs::path index = folder / (stem + extension + ".index.json");
-  std::error_code ignored;
-  if (fs::exists(single, ignored)) {  // first, as in transformers
+  if (file_exists(single)) {  // first, as in transformers
     files.push_back(open_file(single));
-    if (warn && fs::exists(index, ignored)) {
+    if (warn && file_exists(index)) {
       warn(folder.string() + ": holds " + single.filename().string() + " and " + index.filename().string() + "; " +
            single.filename().string() + " alone is read");
     }
-  } else if (fs::exists(index, ignored)) {
+  } else if (file_exists(index)) {
     const auto shards = read_index(index);
     files = open_shards(index, shards);
     compare_with_index(index, shards, files, warn);

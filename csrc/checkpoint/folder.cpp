@@ -17,14 +17,12 @@ namespace fs = std::filesystem;
 
 constexpr uint64_t kMaxRefBytes = 256;
 
-bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
-}
-
 bool is_folder(const fs::path& path) {
-  std::error_code ignored;
-  return fs::is_directory(path, ignored);
+  std::error_code error;
+  if (fs::is_directory(path, error)) return true;
+  if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
+    throw LoadError(path.string(), "", "cannot be opened: " + error.message());
+  return false;
 }
 
 std::string environment(const char* name) {
@@ -58,7 +56,7 @@ bool is_repository(const std::string& name) {
 // The snapshot of "main", or the only one. Empty: there is none.
 fs::path snapshot_of(const fs::path& repository) {
   std::error_code ignored;
-  if (is_there(repository / "refs" / "main")) {
+  if (file_exists(repository / "refs" / "main")) {
     std::string revision = read_text(repository / "refs" / "main", kMaxRefBytes);
     while (!revision.empty() && std::isspace(static_cast<unsigned char>(revision.back()))) revision.pop_back();
     const bool plain = !revision.empty() && revision.find('/') == std::string::npos && revision.front() != '.';
@@ -90,7 +88,7 @@ fs::path find_model(const fs::path& model) {
         path.string(), "",
         "has no snapshot of \"main\": run `hf download " + repository_name(path) + "`, or name a folder in snapshots/");
   }
-  if (is_there(path)) return path;
+  if (file_exists(path)) return path;
   const std::string name = model.string();
   if (!is_repository(name)) throw LoadError(name, "", "does not exist");
   std::string folder = "models--" + name;
@@ -105,7 +103,7 @@ fs::path find_model(const fs::path& model) {
 
 bool has_weights(const fs::path& folder, CheckpointLayout layout) {
   const auto any = [&](std::initializer_list<const char*> names) {
-    return std::any_of(names.begin(), names.end(), [&](const char* name) { return is_there(folder / name); });
+    return std::any_of(names.begin(), names.end(), [&](const char* name) { return file_exists(folder / name); });
   };
   switch (layout) {
     case CheckpointLayout::kHuggingFace:
@@ -120,11 +118,11 @@ bool has_weights(const fs::path& folder, CheckpointLayout layout) {
 }
 
 CheckpointLayout layout_of(const fs::path& folder, const Warn& warn) {
-  const auto has = [&](const std::string& name) { return is_there(folder / name); };
+  const auto has = [&](const std::string& name) { return file_exists(folder / name); };
   const bool hugging_face = has_weights(folder, CheckpointLayout::kHuggingFace);
   const bool consolidated = has_weights(folder, CheckpointLayout::kConsolidated);
   if (!hugging_face && !consolidated && has_weights(folder, CheckpointLayout::kGguf)) return CheckpointLayout::kGguf;
-  if (is_there(folder) && !is_folder(folder)) {
+  if (file_exists(folder) && !is_folder(folder)) {
     throw LoadError(folder.string(), "", "is a file: give the folder that holds it");
   }
   if (!is_folder(folder)) throw LoadError(folder.string(), "", "is not a folder");

@@ -19,11 +19,6 @@ using nlohmann::json;
 constexpr uint64_t kMaxConfigBytes = 4 << 20;
 constexpr double kMistralScaling = 2;  // of mistral-finetune, where nothing else is said
 
-bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
-}
-
 json read_json(const fs::path& path) {
   check_kind(File(path));
   return parse_json(read_text(path, kMaxConfigBytes), path.string());
@@ -74,10 +69,10 @@ LoraConfig read_peft(const fs::path& folder) {
   }
   LoraConfig config;
   config.weights = folder / "adapter_model.safetensors";
-  if (!is_there(config.weights)) {
+  if (!file_exists(config.weights)) {
     throw LoadError(folder.string(), "",
                     std::string("holds no adapter_model.safetensors") +
-                        (is_there(folder / "adapter_model.bin") ? ": save the adapter anew with a newer PEFT" : ""));
+                        (file_exists(folder / "adapter_model.bin") ? ": save the adapter anew with a newer PEFT" : ""));
   }
   config.rank = fields.number("r");
   config.alpha = fields.number("lora_alpha");
@@ -93,7 +88,7 @@ LoraConfig read_mistral(const fs::path& folder) {
   config.weights = folder / "lora.safetensors";
   config.scaling = kMistralScaling;
   const fs::path source = folder / "params.json";
-  if (!is_there(source)) return config;
+  if (!file_exists(source)) return config;
   const std::string name = source.string();
   const json object = read_json(source);
   const JsonFields fields(object, name);
@@ -173,11 +168,11 @@ std::string adapter_advice(const fs::path& folder) {
 LoraConfig read_lora_config(const fs::path& path) {
   const bool is_weights = path.filename() == "lora.safetensors" || path.filename() == "adapter_model.safetensors";
   const fs::path folder = is_weights ? path.parent_path() : path;
-  if (is_there(folder / "adapter_config.json")) return read_peft(folder);
-  if (is_there(folder / "lora.safetensors")) return read_mistral(folder);
+  if (file_exists(folder / "adapter_config.json")) return read_peft(folder);
+  if (file_exists(folder / "lora.safetensors")) return read_mistral(folder);
   throw LoadError(
       folder.string(), "",
-      is_there(folder) ? "is no adapter: holds neither adapter_config.json nor lora.safetensors" : "does not exist");
+      file_exists(folder) ? "is no adapter: holds neither adapter_config.json nor lora.safetensors" : "does not exist");
 }
 
 }  // namespace mixtral

@@ -71,18 +71,18 @@ bool is_consolidated(WeightNames names) {
 }
 
 // The tensors of a checkpoint, parameter by parameter.
-class SliceList {
+class SliceVisitor {
  public:
-  SliceList(const Config& config, WeightNames names)
+  SliceVisitor(const Config& config, WeightNames names, const std::function<void(WeightSlice)>& visit)
       : config_(config),
         names_(names),
         spelling_(is_gguf(names)           ? kGgufSpelling
                   : is_consolidated(names) ? kConsolidatedSpelling
-                                           : kHuggingFaceSpelling) {}
+                                           : kHuggingFaceSpelling),
+        visit_(visit) {}
 
-  std::vector<WeightSlice> build() {
+  void run() {
     for (const Parameter& parameter : model_parameters(config_)) add(parameter);
-    return std::move(slices_);
   }
 
  private:
@@ -116,18 +116,18 @@ class SliceList {
   }
 
   void add_whole(const Parameter& parameter, const std::string& tensor) {
-    slices_.push_back({tensor + ".weight", parameter.shape, parameter.name});
+    visit_({tensor + ".weight", parameter.shape, parameter.name});
   }
 
   // The rows of the parameter, cut into tensors from the first row on.
   void add_rows(const Parameter& parameter, const std::vector<Rows>& cuts) {
     int64_t first_row = 0;
     for (const Rows& rows : cuts) {
-      slices_.push_back({rows.tensor + ".weight",
-                         {rows.count, parameter.shape.back()},
-                         parameter.name,
-                         first_row,
-                         rows.interleaved_head_dim});
+      visit_({rows.tensor + ".weight",
+              {rows.count, parameter.shape.back()},
+              parameter.name,
+              first_row,
+              rows.interleaved_head_dim});
       first_row += rows.count;
     }
   }
@@ -162,14 +162,12 @@ class SliceList {
 
   // The matrix of expert `m` in a tensor that holds one of every expert, to the rows of the parameter from `first_row`.
   void add_matrix_of(int64_t m, const Parameter& parameter, const std::string& tensor, std::vector<int64_t> shape,
-                     int64_t matrix_rows, int64_t first_row) {
-    WeightSlice& slice = slices_.emplace_back();
-    slice.tensor = tensor;
-    slice.shape = std::move(shape);
-    slice.parameter = parameter.name;
-    slice.first_row = first_row;
+                     int64_t matrix_rows, int64_t first_row, bool transposed = false) {
+    WeightSlice slice = {tensor, std::move(shape), parameter.name, first_row};
     slice.first_tensor_row = m * matrix_rows;
     slice.tensor_rows = matrix_rows;
+    slice.transposed = transposed;
+    visit_(std::move(slice));
   }
 
   // [E,I,H], [E,I,H] and [E,H,I]
@@ -193,8 +191,7 @@ class SliceList {
         add_matrix_of(m, parameter, path + "w1", {experts * rows, hidden}, rows, 2 * m * rows);
         add_matrix_of(m, parameter, path + "w3", {experts * rows, hidden}, rows, (2 * m + 1) * rows);
       } else {
-        add_matrix_of(m, parameter, path + "w2", {experts * rows, hidden}, rows, m * hidden);
-        slices_.back().transposed = true;
+        add_matrix_of(m, parameter, path + "w2", {experts * rows, hidden}, rows, m * hidden, /*transposed=*/true);
       }
     }
   }
@@ -202,25 +199,24 @@ class SliceList {
   void add_merged(const Parameter& parameter, const std::string& from) {
     const std::string name = parameter.name.substr(parameter.name.rfind('.') + 1);
     if (name == "router") return add_whole(parameter, from + "gate");
-    slices_.push_back({from + "experts." + name, parameter.shape, parameter.name});
+    visit_({from + "experts." + name, parameter.shape, parameter.name});
   }
 
   const Config& config_;
   const WeightNames names_;
   const Spelling& spelling_;
-  std::vector<WeightSlice> slices_;
+  const std::function<void(WeightSlice)>& visit_;
 };
 
 // Every parameter of a quantised model is one tensor of its own name, in its packed shape.
-std::vector<WeightSlice> parameter_slices(const Config& config) {
+void visit_parameters(const Config& config, const std::function<void(WeightSlice)>& visit) {
   const WeightType type = parse_weight_type("auto", config);
-  std::vector<WeightSlice> slices;
   for (const Parameter& parameter : model_parameters(config)) {
     const auto meta = empty_parameter(parameter, scalar_type(type.dtype), torch::kMeta, type.packing);
-    slices.push_back({parameter.name, meta.sizes().vec(), parameter.name});
-    if (is_packed(meta)) slices.back().packed = meta.scalar_type();
+    WeightSlice slice = {parameter.name, meta.sizes().vec(), parameter.name};
+    if (is_packed(meta)) slice.packed = meta.scalar_type();
+    visit(std::move(slice));
   }
-  return slices;
 }
 
 }  // namespace
@@ -232,8 +228,14 @@ int64_t WeightSlice::rows() const {
   return rows;
 }
 
+void visit_weight_slices(const Config& config, WeightNames names, const std::function<void(WeightSlice)>& visit) {
+  names == WeightNames::kParameters ? visit_parameters(config, visit) : SliceVisitor(config, names, visit).run();
+}
+
 std::vector<WeightSlice> weight_slices(const Config& config, WeightNames names) {
-  return names == WeightNames::kParameters ? parameter_slices(config) : SliceList(config, names).build();
+  std::vector<WeightSlice> slices;
+  visit_weight_slices(config, names, [&](WeightSlice slice) { slices.push_back(std::move(slice)); });
+  return slices;
 }
 
 }  // namespace mixtral

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -41,7 +42,10 @@ struct WeightSlice {
   int64_t rows() const;
 };
 
-// Every tensor that a checkpoint of `config` must have, or every matrix in it.
+// Calls `visit` with every tensor that a checkpoint of `config` must have, or every matrix in it. A configuration may
+// ask for millions, so they are made one by one.
+void visit_weight_slices(const Config& config, WeightNames names, const std::function<void(WeightSlice)>& visit);
+// The same as a list, for a configuration whose tensors are known to exist.
 std::vector<WeightSlice> weight_slices(const Config& config, WeightNames names);
 
 }  // namespace mixtral

@@ -221,7 +221,6 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
     throw std::invalid_argument("lora needs a checkpoint that is not quantised, got " + config.quantization +
                                 ": quantise the original with `mixtral quantize MODEL OUT --lora FOLDER`");
   }
-  if (!options.lora.empty()) adapter_.emplace(find_model(options.lora), config);
   std::map<std::string, size_t> where;  // tensor -> index of its file
   std::map<std::string, size_t> twice;  // the same of a second one
   for (size_t f = 0; f < files_.size(); ++f) {
@@ -238,7 +237,7 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
       : merged                                           ? WeightNames::kHuggingFaceMerged
                                                          : WeightNames::kHuggingFace;
   std::set<std::string> expected;
-  for (WeightSlice& slice : weight_slices(config, names)) {
+  visit_weight_slices(config, names, [&](WeightSlice slice) {
     const auto found = where.find(slice.tensor);
     if (found == where.end()) throw LoadError(folder.string(), slice.tensor, missing(slice.tensor, where));
     const TensorFile& file = files_[found->second];
@@ -257,11 +256,12 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
     }
     expected.insert(slice.tensor);
     sources_.push_back({found->second, rows_of(entry, slice), std::move(slice)});
-  }
+  });
   for (const TensorFile& file : files_) check_unexpected(file, expected);
   std::sort(sources_.begin(), sources_.end(), [](const Source& a, const Source& b) {
     return std::pair(a.file, a.entry.begin) < std::pair(b.file, b.entry.begin);
   });
+  if (!options.lora.empty()) adapter_.emplace(find_model(options.lora), config);
 }
 
 uint64_t Checkpoint::bytes() const {

@@ -7,15 +7,35 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 #include "load_error.h"
 
 namespace mixtral {
+namespace {
+
+// Why open() failed. The cache of a hub holds links, which lead nowhere while a download is not complete.
+std::string reason(const std::filesystem::path& path, int error) {
+  std::error_code ignored;
+  if (error == ENOENT && std::filesystem::is_symlink(path, ignored))
+    return "points to a file that is not there: the download is not complete, start it again";
+  return std::string("cannot be opened: ") + std::strerror(error);
+}
+
+}  // namespace
+
+bool file_exists(const std::filesystem::path& path) {
+  std::error_code error;
+  const auto type = std::filesystem::symlink_status(path, error).type();
+  if (type == std::filesystem::file_type::not_found) return false;
+  if (error) throw LoadError(path.string(), "", "cannot be looked for: " + error.message());
+  return true;
+}
 
 File::File(const std::filesystem::path& path) : path_(path.string()) {
   fd_ = ::open(path_.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // O_NONBLOCK: opening a FIFO must not wait
-  if (fd_ < 0) throw LoadError(path_, "", std::string("cannot be opened: ") + std::strerror(errno));
+  if (fd_ < 0) throw LoadError(path_, "", reason(path, errno));
   struct stat status;
   if (::fstat(fd_, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(fd_);

@@ -1,4 +1,4 @@
-// A regular file, opened for reading. Every loader reads through it.
+// A regular file, opened for reading. Every loader looks for files and reads them through these.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,10 @@
 #include <string>
 
 namespace mixtral {
+
+// Whether `path` names anything, be it a link that leads nowhere: to open that says what is wrong. Throws LoadError
+// where it cannot be told. (std::filesystem::exists follows links and throws for a loop of them.)
+bool file_exists(const std::filesystem::path& path);
 
 class File {
  public:

@@ -21,7 +21,7 @@ constexpr uint64_t kMaxEntries = 65536;        // of metadata, and tensors
 constexpr uint64_t kMaxNameBytes = 65535;      // the format's own limit for keys
 constexpr uint64_t kMaxTextBytes = 1 << 20;    // of one text
 constexpr uint64_t kMaxArrayBytes = 64 << 20;  // of one array that is read
-constexpr uint64_t kMaxTexts = 1 << 20;        // of one array
+constexpr uint64_t kMaxTexts = 1 << 18;        // of one array
 constexpr uint32_t kMaxRank = 4;
 enum : uint32_t { kU8, kI8, kU16, kI16, kU32, kI32, kF32, kBoolean, kString, kArrayOf, kU64, kI64, kF64 };
 
@@ -255,7 +255,7 @@ std::string GgufFile::array_bytes(const std::string& key, uint32_t element_type,
 
 std::vector<std::string> GgufFile::texts(const std::string& key) const {
   const std::string bytes = array_bytes(key, kString, "an array of texts");
-  if (find(key)->count > kMaxTexts) throw LoadError(tensors.path(), key, "must have at most 2^20 texts");
+  if (find(key)->count > kMaxTexts) throw LoadError(tensors.path(), key, "must have at most 2^18 texts");
   ByteReader reader(bytes, tensors.path(), key);
   std::vector<std::string> texts;
   while (!reader.at_end()) texts.emplace_back(reader.take(reader.number<uint64_t>()));

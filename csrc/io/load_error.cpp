@@ -1,27 +1,17 @@
 #include "load_error.h"
 
-#include <cstdio>
+#include "printable.h"
 
 namespace mixtral {
 namespace {
 
-std::string escaped(const std::string& text) {
-  constexpr size_t kMaxBytes = 256;
-  std::string out;
-  for (const unsigned char c : text.substr(0, kMaxBytes)) {
-    if (c >= 0x20 && c != 0x7f) {
-      out += static_cast<char>(c);
-    } else {
-      char buffer[5];
-      std::snprintf(buffer, sizeof buffer, "\\x%02x", c);
-      out += buffer;
-    }
-  }
-  return text.size() > kMaxBytes ? out + "..." : out;
-}
+constexpr size_t kMaxPathBytes = 4096;
+constexpr size_t kMaxItemBytes = 256;
+constexpr size_t kMaxReasonBytes = 1024;
 
 std::string one_line(const std::string& file, const std::string& item, const std::string& reason) {
-  return escaped(file) + ": " + (item.empty() ? "" : escaped(item) + ": ") + reason;
+  return printable(file, kMaxPathBytes) + ": " + (item.empty() ? "" : printable(item, kMaxItemBytes) + ": ") +
+         printable(reason, kMaxReasonBytes);
 }
 
 }  // namespace

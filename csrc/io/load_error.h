@@ -6,7 +6,7 @@
 
 namespace mixtral {
 
-// what() is one line: "<file>: <item>: <reason>"; text taken from the file is escaped and cut to 256 bytes.
+// what() is one printable line, "<file>: <item>: <reason>", of at most some 5 KiB (printable.h).
 class LoadError : public std::runtime_error {
  public:
   // `item` is a tensor or field name; empty when the file as a whole is meant.

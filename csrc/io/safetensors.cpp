@@ -12,7 +12,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
+constexpr uint64_t kMaxHeaderBytes = 16 << 20;  // a tensor takes about 100
 constexpr size_t kMaxTensors = 65536;
 constexpr size_t kMaxRank = 8;
 constexpr uint64_t kMaxFileBytes = uint64_t{1} << 62;
@@ -135,19 +135,20 @@ std::string read_header(const File& file) {
 TensorFile open_safetensors(const std::filesystem::path& path) {
   File file(path);
   const std::string text = read_header(file);
-  const json header = parse_json(text, file.path());
-  if (header.size() > kMaxTensors) {
-    throw LoadError(file.path(), "", "must hold at most 65536 tensors, got " + std::to_string(header.size()));
-  }
   const uint64_t data_begin = sizeof(uint64_t) + text.size();
   std::map<std::string, TensorEntry> entries;
-  for (const auto& [name, value] : header.items()) {
+  bool has_metadata = false;
+  read_json_members(text, file.path(), [&](const std::string& name, const json& value) {
+    bool is_new = true;
     if (name == "__metadata__") {
+      is_new = !std::exchange(has_metadata, true);
       check_metadata(file.path(), value);
     } else {
-      entries[name] = EntryParser(file.path(), name, data_begin).parse(value);
+      if (entries.size() == kMaxTensors) throw LoadError(file.path(), "", "must hold at most 65536 tensors");
+      is_new = entries.emplace(name, EntryParser(file.path(), name, data_begin).parse(value)).second;
     }
-  }
+    if (!is_new) throw LoadError(file.path(), name, "key occurs twice");
+  });
   check_coverage(file.path(), entries, data_begin, file.size());
   return TensorFile(std::move(file), std::move(entries));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <string_view>
 
 namespace mixtral {
@@ -28,6 +29,15 @@ inline Utf8Prefix utf8_prefix(std::string_view text) {
   }
   if (text.size() < length) return {Utf8Prefix::kCut, text.size()};
   return {Utf8Prefix::kWhole, length};
+}
+
+// The value of the whole code point that `text` starts with.
+inline uint32_t code_point(std::string_view text) {
+  const auto lead = static_cast<unsigned char>(text[0]);
+  const size_t length = utf8_prefix(text).length;
+  uint32_t value = length == 1 ? lead : lead & (0x7FU >> length);
+  for (size_t i = 1; i < length; ++i) value = value << 6 | (static_cast<unsigned char>(text[i]) & 0x3FU);
+  return value;
 }
 
 inline bool is_valid_utf8(std::string_view text) {

@@ -8,14 +8,9 @@ namespace mixtral {
 namespace {
 
 // The code point that starts at `text`; -1 for bytes that are none.
-int32_t code_point(std::string_view text) {
-  if (text.empty()) return -1;
-  const Utf8Prefix prefix = utf8_prefix(text);
-  if (prefix.kind != Utf8Prefix::kWhole) return -1;
-  const auto lead = static_cast<unsigned char>(text[0]);
-  int32_t value = prefix.length == 1 ? lead : lead & (0x7F >> prefix.length);
-  for (size_t i = 1; i < prefix.length; ++i) value = value << 6 | (static_cast<unsigned char>(text[i]) & 0x3F);
-  return value;
+int32_t first_code_point(std::string_view text) {
+  const bool whole = !text.empty() && utf8_prefix(text).kind == Utf8Prefix::kWhole;
+  return whole ? static_cast<int32_t>(code_point(text)) : -1;
 }
 
 // Where the last code point of the text begins.
@@ -48,18 +43,21 @@ bool is_word(int32_t c) {
   return !signs;
 }
 
-bool ends_in_word(std::string_view text) { return !text.empty() && is_word(code_point(text.substr(last_begin(text)))); }
-bool starts_with_word(std::string_view text) { return is_word(code_point(text)); }
+bool ends_in_word(std::string_view text) {
+  return !text.empty() && is_word(first_code_point(text.substr(last_begin(text))));
+}
+bool starts_with_word(std::string_view text) { return is_word(first_code_point(text)); }
 
 size_t spaces_at_end(std::string_view text) {
   std::string_view rest = text;
-  while (!rest.empty() && is_space(code_point(rest.substr(last_begin(rest))))) rest = rest.substr(0, last_begin(rest));
+  while (!rest.empty() && is_space(first_code_point(rest.substr(last_begin(rest)))))
+    rest = rest.substr(0, last_begin(rest));
   return text.size() - rest.size();
 }
 
 size_t spaces_at_start(std::string_view text) {
   size_t size = 0;
-  while (is_space(code_point(text.substr(size)))) size += utf8_prefix(text.substr(size)).length;
+  while (is_space(first_code_point(text.substr(size)))) size += utf8_prefix(text.substr(size)).length;
   return size;
 }
 
@@ -74,7 +72,8 @@ AddedTokenFinder::AddedTokenFinder(const std::vector<AddedToken>& tokens, const 
 
 std::vector<TextPart> AddedTokenFinder::split(std::string_view text, bool parse_special) const {
   std::vector<TextPart> parts;
-  size_t done = 0;  // text before this place is in `parts`
+  size_t done = 0;      // text before this place is in `parts`
+  size_t stripped = 0;  // the end of the spaces that were taken last
   for (size_t at = 0; at < text.size() && !matcher_.empty();) {
     const PrefixMatcher::Match match = matcher_.longest(text.substr(at));
     if (match.length == 0) {
@@ -87,7 +86,8 @@ std::vector<TextPart> AddedTokenFinder::split(std::string_view text, bool parse_
     if (token.special && !parse_special) continue;
     if (token.single_word && (ends_in_word(text.substr(0, begin)) || starts_with_word(text.substr(end)))) continue;
     if (token.lstrip && done < begin) begin -= spaces_at_end(text.substr(done, begin - done));
-    if (token.rstrip) end += spaces_at_start(text.substr(end));
+    // Where each of many spaces is such a token, none is looked at twice.
+    if (token.rstrip) end = stripped = end <= stripped ? stripped : end + spaces_at_start(text.substr(end));
     if (done < begin) parts.push_back({text.substr(done, begin - done)});
     parts.push_back({text.substr(begin, end - begin), token.id});
     done = std::max(done, end);

@@ -1,6 +1,7 @@
 #include "bpe.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "../io/utf8.h"
 
@@ -16,15 +17,22 @@ uint64_t pair_key(int64_t left, int64_t right) {
 
 // Two neighbours that may merge. It is out of date once either has merged: then their size differs.
 struct Candidate {
-  float cost;
-  uint32_t left;
-  uint32_t size;  // of both, in bytes
-  int32_t id;     // of the piece they become
+  uint64_t order;  // the least goes first: by cost, then from left to right
+  uint32_t size;   // of both, in bytes
+  int32_t id;      // of the piece they become
 
-  bool operator<(const Candidate& other) const {  // the top of a heap is its greatest
-    return cost != other.cost ? cost > other.cost : left > other.left;
-  }
+  uint32_t left() const { return static_cast<uint32_t>(order); }
+  bool operator<(const Candidate& other) const { return order > other.order; }  // the top of a heap is its greatest
 };
+
+// In one number, which compares faster than two.
+uint64_t order_of(float cost, uint32_t left) {
+  cost += 0.0F;  // -0 becomes +0
+  uint32_t bits = 0;
+  std::memcpy(&bits, &cost, sizeof bits);
+  bits = bits >> 31 != 0 ? ~bits : bits | 1U << 31;  // integers in the order of the floats
+  return static_cast<uint64_t>(bits) << 32 | left;
+}
 
 }  // namespace
 
@@ -39,7 +47,7 @@ struct Bpe::Symbol {
 Bpe::Bpe(const std::vector<SentencePiece>& pieces, const Vocabulary& vocabulary) : ranked_(vocabulary.ranked) {
   pieces_.max_load_factor(0.5F);
   merges_.max_load_factor(0.5F);
-  pieces_.reserve(pieces.size());
+  if (!ranked_) pieces_.reserve(pieces.size());
   merges_.reserve(vocabulary.merges.size());
   std::vector<PrefixMatcher::Entry> user_defined;
   for (size_t i = 0; i < pieces.size(); ++i) {
@@ -48,6 +56,7 @@ Bpe::Bpe(const std::vector<SentencePiece>& pieces, const Vocabulary& vocabulary)
     if (piece.type == PieceType::kByte) byte_ids_[static_cast<size_t>(byte_value(piece.text))] = id;
     if (piece.type == PieceType::kUserDefined) user_defined.push_back({piece.text, id});
     if (piece.type != PieceType::kNormal && piece.type != PieceType::kUserDefined) continue;
+    if (ranked_ && utf8_prefix(piece.text).length < piece.text.size()) continue;  // only `merges_` make it
     pieces_[piece.text] = {-piece.score, id};
     longest_ = std::max(longest_, piece.text.size());
   }
@@ -107,7 +116,7 @@ void Bpe::encode(std::string_view text, std::vector<int64_t>& ids) const {
     if (left == kEnd || symbols[left].next == kEnd) return false;
     const Symbol &a = symbols[left], &b = symbols[symbols[left].next];
     const Joined piece = joined(text, a, b);
-    if (piece.id >= 0) candidates.push_back({piece.cost, left, a.size + b.size, piece.id});
+    if (piece.id >= 0) candidates.push_back({order_of(piece.cost, left), a.size + b.size, piece.id});
     return piece.id >= 0;
   };
   for (uint32_t i = 0; i < symbols.size(); ++i) consider(i);
@@ -116,7 +125,7 @@ void Bpe::encode(std::string_view text, std::vector<int64_t>& ids) const {
     const Candidate best = candidates.front();
     std::pop_heap(candidates.begin(), candidates.end());
     candidates.pop_back();
-    Symbol& left = symbols[best.left];
+    Symbol& left = symbols[best.left()];
     if (left.size == 0 || left.next == kEnd) continue;
     Symbol& right = symbols[left.next];
     if (left.size + right.size != best.size) continue;
@@ -124,8 +133,8 @@ void Bpe::encode(std::string_view text, std::vector<int64_t>& ids) const {
     left.id = best.id;
     left.next = right.next;
     right.size = 0;
-    if (left.next != kEnd) symbols[left.next].previous = best.left;
-    for (const uint32_t first : {left.previous, best.left}) {
+    if (left.next != kEnd) symbols[left.next].previous = best.left();
+    for (const uint32_t first : {left.previous, best.left()}) {
       if (consider(first)) std::push_heap(candidates.begin(), candidates.end());
     }
   }

@@ -32,6 +32,11 @@ PrefixMatcher::Match PrefixMatcher::longest(std::string_view text) const {
       ++begin;
     }
     if (depth == text.size()) break;
+    if (begin + 1 == end) {  // byte by byte, a long entry would take long at every place of a text
+      const std::string& last = entries_[begin].text;
+      if (text.substr(0, last.size()) == last) match = {last.size(), entries_[begin].value};
+      break;
+    }
     const auto byte = static_cast<unsigned char>(text[depth]);
     const auto from = entries_.begin();
     const auto low = std::lower_bound(from + begin, from + end, byte,

@@ -11,7 +11,6 @@
 namespace mixtral {
 namespace {
 
-constexpr size_t kMaxPieces = size_t{1} << 20;
 constexpr size_t kMaxPieceBytes = 1024;
 constexpr uint64_t kBpe = 2;  // TrainerSpec.ModelType
 
@@ -238,7 +237,7 @@ SentencePieceFile parse_sentencepiece_file(std::string_view bytes, const std::st
     if (field.number > 5) continue;  // unknown to the library, which skips it
     expect_wire_type(reader, field, 2, "a field of ModelProto");
     if (field.number == 1) {
-      if (model.pieces.size() == kMaxPieces) throw LoadError(file, "", "must have at most 2^20 pieces");
+      if (model.pieces.size() == kMaxTokens) throw LoadError(file, "", "must have at most 2^18 pieces");
       model.pieces.push_back(read_piece(field.bytes, file, "piece " + std::to_string(model.pieces.size())));
     } else if (field.number == 2) {
       read_trainer_spec(field.bytes, file, specs);

@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "../io/load_error.h"
+#include "../io/printable.h"
 #include "../io/utf8.h"
 #include "bpe.h"
 #include "tokenizer_folder.h"
@@ -15,6 +16,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kMaxTextBytes = size_t{1} << 30;
+constexpr size_t kMaxNoteBytes = 1024;
 constexpr std::string_view kSpace = "\xE2\x96\x81";        // U+2581
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
@@ -49,7 +51,7 @@ struct Tokenizer::Impl {
     TokenizerFiles files = read_tokenizer(given);
     Vocabulary& vocabulary = files.vocabulary;
     const fs::path& path = files.path;
-    note = std::move(files.note);
+    note = printable(files.note, kMaxNoteBytes);
     pieces = std::move(vocabulary.pieces);
     unknown_surface = std::move(vocabulary.unknown_surface);
     prefix = vocabulary.prefix;

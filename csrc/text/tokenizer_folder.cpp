@@ -24,8 +24,6 @@ constexpr uint64_t kMaxTokenizerBytes = uint64_t{32} << 20;
 constexpr uint64_t kMaxConfigBytes = uint64_t{8} << 20;
 
 std::string read_file(const fs::path& path) {
-  std::error_code error;
-  if (!fs::is_regular_file(path, error)) throw LoadError(path.string(), "", "not a file");
   check_kind(File(path));
   return read_text(path, kMaxTokenizerBytes);
 }
@@ -38,13 +36,8 @@ Vocabulary read_sentencepiece(const fs::path& path) {
   return vocabulary;
 }
 
-bool has_file(const fs::path& path) {
-  std::error_code error;
-  return fs::is_regular_file(path, error);
-}
-
 json read_small(const fs::path& path) {
-  return has_file(path) ? parse_json(read_text(path, kMaxConfigBytes), path.string()) : json::object();
+  return file_exists(path) ? parse_json(read_text(path, kMaxConfigBytes), path.string()) : json::object();
 }
 
 // A special token of tokenizer_config.json and special_tokens_map.json: a text, or an object with one.
@@ -81,10 +74,11 @@ int64_t decimal(const std::string& text, const std::string& file) {
 std::vector<AddedToken> tokens_beside(const fs::path& folder, const json& config) {
   std::vector<AddedToken> tokens;
   const std::string config_file = (folder / "tokenizer_config.json").string();
-  const json decoder = config.value("added_tokens_decoder", json::object());
-  if (!decoder.is_object()) throw LoadError(config_file, "added_tokens_decoder", "must be an object");
-  for (const auto& [id, token] : decoder.items()) {
-    tokens.push_back(read_added_token(token, decimal(id, config_file), config_file));
+  if (const auto decoder = config.find("added_tokens_decoder"); decoder != config.end()) {
+    if (!decoder->is_object()) throw LoadError(config_file, "added_tokens_decoder", "must be an object");
+    for (const auto& [id, token] : decoder->items()) {
+      tokens.push_back(read_added_token(token, decimal(id, config_file), config_file));
+    }
   }
   const fs::path added_file = folder / "added_tokens.json";
   const std::set<std::string> special = special_texts(config, read_small(folder / "special_tokens_map.json"));
@@ -183,7 +177,9 @@ fs::path find_tokenizer(const fs::path& folder) {
       best_version = number;
     }
   }
-  if (best.empty() && fs::exists(folder / "tokenizer.json", error)) best = folder / "tokenizer.json";
+  if (error && error != std::errc::not_a_directory && file_exists(folder))
+    throw LoadError(folder.string(), "", "cannot be listed: " + error.message());
+  if (best.empty() && file_exists(folder / "tokenizer.json")) best = folder / "tokenizer.json";
   return best.empty() ? find_gguf(folder) : best;
 }
 
@@ -193,7 +189,7 @@ TokenizerFiles read_tokenizer(const fs::path& path) {
   TokenizerFiles files;
   files.path = folder ? find_tokenizer(path) : path;
   if (files.path.empty()) {
-    const bool tekken = fs::exists(path / "tekken.json", error);
+    const bool tekken = file_exists(path / "tekken.json");
     throw LoadError(path.string(), "",
                     tekken ? "has a tekken tokenizer, which is not supported: no tokenizer.model, no tokenizer.json"
                            : "no tokenizer.model or tokenizer.json in this folder");
@@ -207,7 +203,7 @@ TokenizerFiles read_tokenizer(const fs::path& path) {
     const json config = read_small(path / "tokenizer_config.json");
     const bool legacy = config.value("legacy", json()) == true;
     if (!json_file) vocabulary.prefix = legacy ? SpacePrefix::kEvery : SpacePrefix::kFirst;
-    if (!json_file && has_file(path / "tokenizer.json")) {
+    if (!json_file && file_exists(path / "tokenizer.json")) {
       merge_tokenizer_json(path / "tokenizer.json", vocabulary, files.note);
     }
     for (AddedToken& token : tokens_beside(path, config)) vocabulary.added.push_back(std::move(token));

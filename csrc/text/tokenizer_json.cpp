@@ -14,7 +14,6 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kMaxPieceBytes = 1024;
-constexpr int64_t kMaxId = (int64_t{1} << 20) - 1;
 constexpr const char* kSpace = "\xE2\x96\x81";  // U+2581
 
 class Parser {
@@ -161,7 +160,7 @@ class Parser {
 
   void check_piece(const std::string& text, int64_t id) const {
     const std::string item = "vocab: " + text;
-    if (id < 0 || id > kMaxId) fail(item, "id must be in [0, 2^20), got " + std::to_string(id));
+    if (id < 0 || id >= kMaxTokens) fail(item, "id must be in [0, 2^18), got " + std::to_string(id));
     if (text.empty()) fail(item, "text must not be empty");
     if (text.size() > kMaxPieceBytes) {
       fail(item, "text must have at most 1024 bytes, got " + std::to_string(text.size()));
@@ -183,13 +182,14 @@ class Parser {
   }
 
   void read_added_tokens() {
-    const json tokens = json_.rest.value("added_tokens", json::array());
-    if (!tokens.is_array()) fail("added_tokens", "must be a list");
-    for (const json& token : tokens) {
+    const auto tokens = json_.rest.find("added_tokens");
+    if (tokens == json_.rest.end()) return;
+    if (!tokens->is_array()) fail("added_tokens", "must be a list");
+    for (const json& token : *tokens) {
       const json id = token.is_object() ? token.value("id", json()) : json();
       if (!id.is_number_integer()) fail("added_tokens", "id must be a whole number, got " + shown(id));
-      if (id.is_number_unsigned() && id.get<uint64_t>() > static_cast<uint64_t>(kMaxId)) {
-        fail("added_tokens", "id must be in [0, 2^20), got " + shown(id));
+      if (id.is_number_unsigned() && id.get<uint64_t>() > static_cast<uint64_t>(kMaxTokens)) {
+        fail("added_tokens", "id must be in [0, 2^18), got " + shown(id));
       }
       vocabulary_.added.push_back(read_added_token(token, id.get<int64_t>(), file_));
       const AddedToken& added = vocabulary_.added.back();
@@ -215,7 +215,7 @@ AddedToken read_added_token(const json& object, int64_t id, const std::string& f
   };
   AddedToken token;
   token.id = id;
-  if (id < 0 || id > kMaxId) fail("id must be in [0, 2^20)");
+  if (id < 0 || id >= kMaxTokens) fail("id must be in [0, 2^18)");
   const json content = object.is_object() ? object.value("content", json()) : json();
   if (!content.is_string()) fail("content must be a text, got " + shown(content));
   token.text = content.get<std::string>();

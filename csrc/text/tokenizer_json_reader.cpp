@@ -2,15 +2,15 @@
 
 #include "../io/json.h"
 #include "../io/load_error.h"
+#include "vocabulary.h"
 
 namespace mixtral {
 namespace {
 
 using nlohmann::json;
 
-constexpr size_t kMaxPieces = size_t{1} << 19;
-constexpr size_t kMaxMerges = size_t{1} << 20;
-constexpr size_t kMaxValues = size_t{1} << 19;  // of everything else that is kept
+constexpr size_t kMaxMerges = size_t{1} << 19;
+constexpr size_t kMaxValues = size_t{1} << 17;  // of everything else that is kept
 constexpr size_t kMaxDepth = 64;
 
 class Reader : public JsonEvents {
@@ -85,14 +85,14 @@ class Reader : public JsonEvents {
 
   void add_half(std::string_view text) {
     if (text.empty()) bad_merge();
-    if (result_.merge_count() == kMaxMerges) throw LoadError(file_, "merges", "must be at most 2^20");
+    if (result_.merge_count() == kMaxMerges) throw LoadError(file_, "merges", "must be at most 2^19");
     result_.merge_text += text;
-    result_.merge_ends.push_back(result_.merge_text.size());
+    result_.merge_ends.push_back(static_cast<uint32_t>(result_.merge_text.size()));
   }
 
   bool whole_number(int64_t number) {
     if (place_ != Place::kVocabulary) return value(number);
-    if (result_.vocabulary.size() == kMaxPieces) throw LoadError(file_, "vocab", "must have at most 2^19 pieces");
+    if (result_.vocabulary.size() == kMaxTokens) throw LoadError(file_, "vocab", "must have at most 2^18 pieces");
     result_.vocabulary.emplace_back(std::move(piece_), number);
     return true;
   }
@@ -110,7 +110,7 @@ class Reader : public JsonEvents {
   }
 
   json* put(json value) {
-    if (++values_ > kMaxValues) throw LoadError(file_, "", "holds more than 2^19 values beside vocabulary and merges");
+    if (++values_ > kMaxValues) throw LoadError(file_, "", "holds more than 2^17 values beside vocabulary and merges");
     if (open_.empty()) return &(result_.rest = std::move(value));
     json& parent = *open_.back();
     if (parent.is_object()) return &(parent[key_] = std::move(value));

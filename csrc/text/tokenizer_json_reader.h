@@ -14,7 +14,7 @@ struct TokenizerJson {                                      // NOLINT(bugprone-e
   nlohmann::json rest;                                      // the keys the encoder needs, but for the two below
   std::vector<std::pair<std::string, int64_t>> vocabulary;  // model.vocab, in the file's order
   std::string merge_text;                                   // model.merges, "a b" or ["a", "b"]: their texts in a row
-  std::vector<size_t> merge_ends;                           // of each of the two texts of each merge in `merge_text`
+  std::vector<uint32_t> merge_ends;                          // of each of the two texts of each merge in `merge_text`
 
   size_t merge_count() const { return merge_ends.size() / 2; }
   std::string_view merge_half(size_t index) const {  // 2 i and 2 i + 1 are the halves of merge i
@@ -23,8 +23,8 @@ struct TokenizerJson {                                      // NOLINT(bugprone-e
   }
 };
 
-// Throws LoadError (file `file`) for JSON that is not valid, keys that occur twice, and more than 2^19 pieces, 2^20
-// merges or 2^19 other values.
+// Throws LoadError (file `file`) for JSON that is not valid, keys that occur twice, and more than 2^18 pieces, 2^19
+// merges or 2^17 other values.
 TokenizerJson read_tokenizer_json(const std::string& text, const std::string& file);
 
 }  // namespace mixtral

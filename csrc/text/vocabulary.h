@@ -10,6 +10,9 @@
 
 namespace mixtral {
 
+// Of a file. Loading this many takes less than 64 MiB beside the file.
+inline constexpr int64_t kMaxTokens = 1 << 18;
+
 // 1 to 6: the values of `SentencePiece.Type` in sentencepiece_model.proto. kNone: an id without a piece. kAdded: text
 // that is a token of its own and no part of the vocabulary that text is merged from.
 enum class PieceType { kNone = 0, kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kByte = 6, kAdded = 7 };

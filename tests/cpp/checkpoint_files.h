@@ -3,6 +3,7 @@
 
 #include <ftw.h>
 #include <gtest/gtest.h>
+#include <malloc.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -75,13 +76,20 @@ void for_each_bit_flip(const std::filesystem::path& path, const std::string& byt
   }
 }
 
-// Peak resident memory of this process so far, in bytes.
+// Peak resident memory of this process since it started or last called peak_memory_from_now(), in bytes.
 inline int64_t peak_memory() {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {
     if (line.rfind("VmHWM:", 0) == 0) return std::stoll(line.substr(6)) * 1024;
   }
   throw std::runtime_error("/proc/self/status has no VmHWM");
+}
+
+// Forgets earlier peaks, after free memory has gone back to the system. Returns the memory in use.
+inline int64_t peak_memory_from_now() {
+  ::malloc_trim(0);
+  std::ofstream("/proc/self/clear_refs") << 5;
+  return peak_memory();
 }
 
 }  // namespace mixtral::testing

@@ -57,7 +57,7 @@ inline json small_tokenizer() {
       {"model", model}};
 }
 
-class TokenizerJsonTest : public testing::Test {
+class TokenizerJsonTest : public ::testing::Test {
  protected:
   void SetUp() override {
     folder_ = std::filesystem::temp_directory_path() / ("mixtral_json_" + std::to_string(std::random_device{}()));

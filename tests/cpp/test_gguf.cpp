@@ -180,6 +180,20 @@ TEST(Gguf, RejectsBadMetadata) {
   expect_rejected(gguf(large, {}, ""), "all texts must have at most 32 MiB");
 }
 
+TEST(Gguf, ReadsNoMoreTextsThanAVocabularyMayHave) {
+  const TempFolder folder;
+  for (const uint64_t count : {uint64_t{1} << 18, (uint64_t{1} << 18) + 1}) {
+    write_file(folder / "m.gguf",
+               gguf({entry("k", kArray, array(kText, count, std::string(8 * count, '\0')))}, {}, ""));
+    const GgufFile file = open_gguf(folder / "m.gguf");
+    if (count == 1 << 18) {
+      EXPECT_EQ(file.texts("k").size(), count);
+    } else {
+      expect_load_error([&] { file.texts("k"); }, "k: must have at most 2^18 texts");
+    }
+  }
+}
+
 TEST(Gguf, RejectsBadTensors) {
   const auto rejected = [](const std::vector<std::string>& infos, const std::string& part) {
     expect_rejected(gguf({}, infos, kData), part);

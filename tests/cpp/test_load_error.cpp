@@ -14,7 +14,7 @@ TEST(LoadError, EscapesAndShortensTextFromTheFile) {
   const LoadError error("f", std::string("a\nb") + std::string(1000, 'x'), "reason");
   const std::string what = error.what();
   EXPECT_EQ(what.find('\n'), std::string::npos);
-  EXPECT_NE(what.find("a\\x0ab"), std::string::npos);
+  EXPECT_NE(what.find("a\\u000ab"), std::string::npos);
   EXPECT_LT(what.size(), 300u);
 }
 

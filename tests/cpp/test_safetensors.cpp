@@ -61,10 +61,10 @@ TEST(Safetensors, RejectsBadHeaderLengths) {
     return bytes;
   };
   const int64_t before = peak_memory();
-  for (const uint64_t length : {uint64_t{1} << 63, ~uint64_t{0}, uint64_t{100'000'001}}) {
+  for (const uint64_t length : {uint64_t{1} << 63, ~uint64_t{0}, (uint64_t{16} << 20) + 1}) {
     expect_rejected(with_length(length), "header cannot have " + std::to_string(length) + " bytes");
   }
-  expect_rejected(with_length(99'999'999), "is cut short: must have 100000007 bytes, got ");
+  expect_rejected(with_length(16 << 20), "is cut short: must have 16777224 bytes, got ");
   EXPECT_LT(peak_memory() - before, 1 << 20);
   expect_rejected(with_length(0), "is not a JSON object");
   expect_rejected(with_length(kHeader.size() + 1), "not valid JSON");
@@ -105,8 +105,10 @@ TEST(Safetensors, RejectsBadJson) {
   rejected("{\"a\":1e999}", "number out of range");
   rejected("{\"a\":NaN}", "is not valid JSON");
   rejected("{\"a\":" + std::string(10000, '[') + std::string(10000, ']') + "}", "nested deeper than 64");
-  rejected(R"({"a":1,"a":2})", "a: key occurs twice");
-  rejected(R"({"a":1,"\u0061":2})", "a: key occurs twice");
+  const std::string empty = R"({"dtype":"U8","shape":[0],"data_offsets":[0,0]})";
+  rejected("{\"a\":" + empty + ",\"a\":" + empty + "}", "a: key occurs twice");
+  rejected("{\"a\":" + empty + ",\"\\u0061\":" + empty + "}", "a: key occurs twice");
+  rejected(R"({"__metadata__":{},"__metadata__":{}})", "__metadata__: key occurs twice");
   rejected(R"({"a":{"dtype":"F32","dtype":"F32"}})", "dtype: key occurs twice");
   rejected(R"({"__metadata__":{"x":1}})", "__metadata__: must be an object of strings");
 }
@@ -117,8 +119,50 @@ TEST(Safetensors, RejectsTooManyTensorsQuickly) {
     header += (i ? ",\"" : "\"") + std::to_string(i) + R"(":{"dtype":"U8","shape":[0],"data_offsets":[0,0]})";
   expect_rejected(safetensors(header + "}", ""), "at most 65536 tensors");
   std::string numbers = "0";
-  for (int i = 0; i < 1 << 20; ++i) numbers += ",0";
-  expect_rejected(safetensors("{\"a\":[" + numbers + "]}", ""), "more than 1048576 values");
+  for (int i = 0; i < 1 << 17; ++i) numbers += ",0";
+  expect_rejected(safetensors("{\"a\":[" + numbers + "]}", ""), "more than 131072 values");
+}
+
+std::string repeated(const std::string& text, size_t times) {
+  std::string out;
+  for (size_t i = 0; i < times; ++i) out += text;
+  return out;
+}
+
+// Everything below is as large as its limits allow.
+TEST(Safetensors, TakesAtMost64MiBMoreThanTheFile) {
+  const size_t mib = size_t{1} << 20;
+  std::string tensors, metadata;
+  for (int i = 0; i < 65536; ++i) {
+    tensors += (i ? ",\"" : "\"") + std::string(180, 'x') + std::to_string(i) +
+               R"(":{"dtype":"U8","shape":[0],"data_offsets":[0,0]})";
+  }
+  for (int i = 0; i < (1 << 17) - 1; ++i) {
+    metadata += (i ? ",\"" : "\"") + std::string(50, 'x') + std::to_string(i) + "\":\"" + std::string(50, 'y') + "\"";
+  }
+  for (const std::string& header : std::vector<std::string>{
+           "{" + tensors + "}",
+           "{\"__metadata__\":{" + metadata + "}}",
+           "{\"a\":[" + repeated("{},", (1 << 17) - 4) + "{}]}",
+           "{\"a\":{\"dtype\":\"" + repeated("é", mib / 2 - 100) + "\"}}",
+           "{\"" + repeated("x", mib - 10) + "\":1}",
+           "{\"a\":\"" + repeated("x", 15 * mib),
+           "{\"a\":" + repeated("1", 15 * mib) + "}",
+           "{\"a\":" + repeated("\n", 15 * mib) + "}",
+           "{\"a\":" + repeated("\n", mib - 10) + "}",
+           "{\"a\":" + repeated("[", 15 * mib),
+           "{" + repeated("\"\\\"\":0,", mib) + "}",
+       }) {
+    const TempFolder folder;
+    write_file(folder / "m.safetensors", safetensors(header, ""));
+    const int64_t before = testing::peak_memory_from_now();
+    try {
+      open_safetensors(folder / "m.safetensors");
+    } catch (const LoadError& error) {
+      EXPECT_LT(std::string(error.what()).size(), 1024u);
+    }
+    EXPECT_LT(peak_memory() - before, static_cast<int64_t>(header.size() + 64 * mib)) << header.substr(0, 60);
+  }
 }
 
 TEST(Safetensors, RejectsBadEntries) {

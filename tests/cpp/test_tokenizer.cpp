@@ -9,6 +9,7 @@
 #include <random>
 
 #include "io/load_error.h"
+#include "io/utf8.h"
 #include "text/chat.h"
 #include "text/sentencepiece_file.h"
 #include "text/tokenizer.h"
@@ -376,8 +377,8 @@ TEST_F(TokenizerTest, UnsoundModelsAreRefusedWithTheReason) {
 TEST_F(TokenizerTest, TooManyPiecesAreRefused) {
   ModelFile model = small_model();
   std::string bytes = model.bytes();
-  for (int i = 0; i < (1 << 20); ++i) bytes += bytes_field(1, bytes_field(1, std::to_string(i)));
-  EXPECT_EQ(load_error(bytes), ": must have at most 2^20 pieces");
+  for (int i = 0; i < (1 << 18); ++i) bytes += bytes_field(1, bytes_field(1, std::to_string(i)));
+  EXPECT_EQ(load_error(bytes), ": must have at most 2^18 pieces");
 }
 
 TEST_F(TokenizerTest, EveryCutAndEveryFlippedBitParsesOrIsALoadError) {
@@ -403,6 +404,32 @@ TEST_F(TokenizerTest, EveryCutAndEveryFlippedBitParsesOrIsALoadError) {
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(text)), "ab \uFFFD\n<s>é") << bit;
   }
   EXPECT_GT(accepted, 300);  // scores, most letters
+}
+
+TEST_F(TokenizerTest, InvalidBytesComeBackWhateverTheVocabulary) {
+  // Pieces that bytes, characters and spaces might be mistaken for, and one that holds a cut of another's characters.
+  ModelFile model = small_model({"[INST]", "[/INST]"});
+  for (const char* text : {"\uFFFD", "\uFFFD\uFFFD", "a\uFFFD", "▁\uFFFD", "▁▁", "<0x", "0xFF>", "\u0080"}) {
+    model.pieces.push_back(piece_message(text, 1, 1));
+  }
+  for (const char* text : {"<0xFF", "▁<", "é\u2581", " "}) model.pieces.push_back(piece_message(text, 0, 4));
+  const Tokenizer tokenizer = load(model);
+  std::mt19937 random(7);
+  const std::vector<std::string> parts = {
+      "\xFF", "\xE2", "\xE2\x96", "\x81",   "\xF0\x9F\x92", "\xC3", "\uFFFD",
+      "a",    " ",    "é",        "<0xFF>", "[INST]",       "\x80", std::string(1, '\0')};
+  for (int round = 0; round < 2000; ++round) {
+    std::string text, expected;
+    for (int i = 0; i < 8; ++i) text += parts[random() % parts.size()];
+    for (std::string_view rest = text; !rest.empty();) {
+      const Utf8Prefix prefix = utf8_prefix(rest);
+      const bool whole = prefix.kind == Utf8Prefix::kWhole;
+      const std::string_view bytes = rest.substr(0, whole ? prefix.length : 1);
+      expected += !whole ? "\uFFFD" : bytes == "▁" ? " " : bytes;
+      rest.remove_prefix(bytes.size());
+    }
+    ASSERT_EQ(tokenizer.decode(tokenizer.encode(text)), expected) << testing::PrintToString(text);
+  }
 }
 
 // ---- chat

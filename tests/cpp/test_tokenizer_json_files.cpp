@@ -49,8 +49,8 @@ TEST_F(TokenizerJsonTest, OtherKindsAreRefusedByNameAndFaultsWithTheirPlace) {
       {"vocab: x: the id must be a whole number", [](json& t) { t["model"]["vocab"]["x"] = {1}; }},
       {"vocab: x: the id must be a whole number", [](json& t) { t["model"]["vocab"]["x"] = 1.5; }},
       {"vocab: x: the id must be a whole number", [](json& t) { t["model"]["vocab"]["x"] = UINT64_MAX; }},
-      {"vocab: x: id must be in [0, 2^20), got -1", [](json& t) { t["model"]["vocab"]["x"] = -1; }},
-      {"vocab: x: id must be in [0, 2^20), got 1048576", [](json& t) { t["model"]["vocab"]["x"] = 1048576; }},
+      {"vocab: x: id must be in [0, 2^18), got -1", [](json& t) { t["model"]["vocab"]["x"] = -1; }},
+      {"vocab: x: id must be in [0, 2^18), got 262144", [](json& t) { t["model"]["vocab"]["x"] = 262144; }},
       {"vocab: x: has the id 260 of another piece", [](json& t) { t["model"]["vocab"]["x"] = 260; }},
       {"text must not be empty", [](json& t) { t["model"]["vocab"][""] = 267; }},
       {"at most 1024 bytes", [](json& t) { t["model"]["vocab"][std::string(1025, 'x')] = 267; }},
@@ -107,8 +107,8 @@ TEST_F(TokenizerJsonTest, OtherKindsAreRefusedByNameAndFaultsWithTheirPlace) {
        }},
       {"added_tokens: must be a list", [](json& t) { t["added_tokens"] = 3; }},
       {"id must be a whole number, got null", token("x")},
-      {"id must be in [0, 2^20)", token(added(1 << 20, "x", false))},
-      {"id must be in [0, 2^20)", token(added(-1, "x", false))},
+      {"id must be in [0, 2^18)", token(added(1 << 18, "x", false))},
+      {"id must be in [0, 2^18)", token(added(-1, "x", false))},
       {"content must be a text, got 3", token({{"id", 300}, {"content", 3}})},
       {"content must not be empty", token(added(300, "", false))},
       {"content must have at most 1024 bytes", token(added(300, std::string(1025, 'x'), false))},
@@ -155,13 +155,13 @@ TEST_F(TokenizerJsonTest, TextThatIsNoJsonIsRefused) {
   write("added_tokens.json", "{\"x\": \"1\"}");
   EXPECT_NE(load_error().find("added_tokens.json: x: id must be a whole number"), std::string::npos);
   write("added_tokens.json", "{\"x\": 99999999999}");
-  EXPECT_NE(load_error().find("id must be in [0, 2^20)"), std::string::npos);
+  EXPECT_NE(load_error().find("id must be in [0, 2^18)"), std::string::npos);
   write("added_tokens.json", "{}");
   write("tokenizer_config.json", "{\"added_tokens_decoder\": {\"x\": {}}}");
   EXPECT_NE(load_error().find("an id must be a whole number, got x"), std::string::npos);
 }
 
-TEST_F(TokenizerJsonTest, EveryCutAndManyChangedBytesParseOrAreALoadError) {
+TEST_F(TokenizerJsonTest, EveryCutAndEveryFlippedBitParsesOrIsALoadError) {
   const std::string valid = small_tokenizer().dump();
   const auto parses = [](const std::string& text) {
     try {
@@ -171,14 +171,17 @@ TEST_F(TokenizerJsonTest, EveryCutAndManyChangedBytesParseOrAreALoadError) {
     }
   };
   ASSERT_TRUE(parses(valid));
-  for (size_t size = 0; size < valid.size(); size += 7) EXPECT_FALSE(parses(valid.substr(0, size))) << size;
-  std::mt19937 random(3);
-  const std::string bytes = "\"{}[],:09-.eE \\tfnu\xE2\xFF";
-  for (int run = 0; run < 3000; ++run) {
-    std::string changed = valid;
-    for (int i = random() % 3; i >= 0; --i) changed[random() % changed.size()] = bytes[random() % bytes.size()];
-    parses(changed);
+  for (size_t size = 0; size < valid.size(); ++size) EXPECT_FALSE(parses(valid.substr(0, size))) << size;
+  int accepted = 0;
+  for (size_t byte = 0; byte < valid.size(); ++byte) {
+    if (byte == valid.find("<0x10>")) byte = valid.find("<0xF0>");  // most of the file: one like the other
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string flipped = valid;
+      flipped[byte] = static_cast<char>(flipped[byte] ^ (1 << bit));
+      accepted += parses(flipped);
+    }
   }
+  EXPECT_GT(accepted, 300);  // names of keys that are not needed
 }
 
 }  // namespace

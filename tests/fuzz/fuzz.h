@@ -1,0 +1,62 @@
+// What the fuzz targets share. A target is one file fuzz_<name>.cpp with a function fuzz(); scripts/fuzz.sh runs it.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <string_view>
+
+#include "io/load_error.h"
+#include "io/utf8.h"
+
+// Reads the input as untrusted: returns or throws LoadError. Any other exception, a failed check, a report of a
+// sanitizer, more than 5 s and much memory are findings.
+void fuzz(std::string_view input);
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  try {
+    fuzz({reinterpret_cast<const char*>(data), size});
+  } catch (const mixtral::LoadError&) {
+    return 0;
+  }
+  return 0;
+}
+
+namespace mixtral::fuzzing {
+
+inline void check(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "check failed: %s\n", what);
+  std::abort();
+}
+
+// A folder of this process.
+inline const std::filesystem::path& folder() {
+  static const std::filesystem::path path = [] {
+    std::string name = (std::filesystem::temp_directory_path() / "mixtral_fuzz_XXXXXX").string();
+    check(mkdtemp(name.data()) != nullptr, "a temporary folder can be made");
+    std::atexit([] { std::filesystem::remove_all(folder()); });
+    return std::filesystem::path(name);
+  }();
+  return path;
+}
+
+// Writes a file of that folder.
+inline std::filesystem::path write(const std::string& name, std::string_view bytes) {
+  std::ofstream(folder() / name, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  return folder() / name;
+}
+
+// Cuts off the input's part before the next line that reads "----", or all of it.
+inline std::string_view take_part(std::string_view& input) {
+  constexpr std::string_view kMark = "\n----\n";
+  const size_t end = input.find(kMark);
+  const std::string_view part = input.substr(0, end);
+  input.remove_prefix(end == input.npos ? input.size() : end + kMark.size());
+  return part;
+}
+
+}  // namespace mixtral::fuzzing
