@@ -223,7 +223,12 @@ void check_vocabulary(const std::vector<SentencePiece>& pieces, const std::strin
   const auto count = [&](PieceType type) {
     return std::count_if(pieces.begin(), pieces.end(), [=](const SentencePiece& piece) { return piece.type == type; });
   };
-  if (!seen.count("\xE2\x96\x81")) throw LoadError(file, "", "must have the piece U+2581, which stands for a space");
+  const auto is_space = [](const SentencePiece& piece) {
+    return piece.text == "\xE2\x96\x81" && piece.type != PieceType::kUnknown;
+  };
+  if (std::none_of(pieces.begin(), pieces.end(), is_space)) {
+    throw LoadError(file, "", "must have the piece U+2581, which stands for a space");
+  }
   const auto unknown = count(PieceType::kUnknown), bytes = count(PieceType::kByte);
   if (unknown != 1) throw LoadError(file, "", "must have one unknown piece, got " + std::to_string(unknown));
   if (bytes != 256) throw LoadError(file, "", "must have 256 byte pieces, got " + std::to_string(bytes));

@@ -26,7 +26,8 @@ class Tokenizer {
 
   // Control tokens written in the text, such as "[INST]" or "</s>", stay text unless `parse_special`; added tokens that
   // are not special are always found. Invalid UTF-8 is encoded byte by byte. decode() gives valid UTF-8 back unchanged,
-  // but for "▁" (U+2581), which stands for a space in every SentencePiece vocabulary, and spaces around added tokens.
+  // but for "▁" (U+2581), which stands for a space in every SentencePiece vocabulary, spaces around added tokens, and
+  // one in front where a tokenizer.json adds a space only where there is none.
   std::vector<int64_t> encode(std::string_view text, bool add_bos = false, bool add_eos = false,
                               bool parse_special = false) const;
   // The control tokens that are written in the text, each once: with `parse_special` encode() would find them.

@@ -14,7 +14,7 @@ struct TokenizerJson {                                      // NOLINT(bugprone-e
   nlohmann::json rest;                                      // the keys the encoder needs, but for the two below
   std::vector<std::pair<std::string, int64_t>> vocabulary;  // model.vocab, in the file's order
   std::string merge_text;                                   // model.merges, "a b" or ["a", "b"]: their texts in a row
-  std::vector<uint32_t> merge_ends;                          // of each of the two texts of each merge in `merge_text`
+  std::vector<uint32_t> merge_ends;                         // of each of the two texts of each merge in `merge_text`
 
   size_t merge_count() const { return merge_ends.size() / 2; }
   std::string_view merge_half(size_t index) const {  // 2 i and 2 i + 1 are the halves of merge i

@@ -350,6 +350,11 @@ TEST_F(TokenizerTest, UnsoundModelsAreRefusedWithTheReason) {
       {"<s>: control token is missing", [](ModelFile& m) { m.pieces[1] = piece_message("<s>", 0, 1); }},
       {"</s>: control token is missing", [](ModelFile& m) { m.pieces[2] = piece_message("xx", 0, 3); }},
       {"must have the piece U+2581", [](ModelFile& m) { m.pieces[261] = piece_message("x", 0, 1); }},
+      {"must have the piece U+2581",
+       [](ModelFile& m) {
+         m.pieces[261] = piece_message("x", 0, 1);
+         m.pieces[0] = piece_message("▁", 0, 2);
+       }},
       {"256 byte pieces, got 255", [](ModelFile& m) { m.pieces[3] = piece_message("x", 0, 1); }},
       {"a byte piece must read", [](ModelFile& m) { m.pieces[3] = piece_message("<0x0g>", 0, 6); }},
       {"model_type: must be 2 (BPE), got 1", [](ModelFile& m) { m.trainer = number_field(35, 1); }},
