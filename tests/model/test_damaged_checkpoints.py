@@ -14,6 +14,8 @@ from odd_checkpoints import (
     write,
 )
 
+pytest_plugins = ["checkpoint_fixtures"]
+
 # ---- other quantisations --------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from odd_checkpoints import (
     load,
 )
 
+pytest_plugins = ["checkpoint_fixtures"]
+
 
 @pytest.fixture
 def cache(source, tmp_path) -> Path:

@@ -6,6 +6,8 @@ import torch
 import mixtral
 from adapters import logits, write_adapter
 
+pytest_plugins = ["checkpoint_fixtures"]
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 

@@ -22,6 +22,8 @@ from odd_checkpoints import (
     write,
 )
 
+pytest_plugins = ["checkpoint_fixtures"]
+
 # ---- the configuration against the contents --------------------------------------------------------------------------
 
 

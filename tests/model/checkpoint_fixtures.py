@@ -1,4 +1,4 @@
-"""A checkpoint of transformers, and a copy of it to spoil."""
+"""A pytest plugin: a checkpoint of transformers, and a copy of it to spoil."""
 
 import shutil
 from pathlib import Path
