@@ -1,6 +1,5 @@
-// torch/extension.h is included here alone: it brings the conversions of tensors, devices and dtypes, and is slow to
-// compile.
-#include <torch/extension.h>
+// The conversions of tensors, devices and dtypes; torch/extension.h would take five times as long to compile.
+#include <torch/csrc/utils/pybind.h>
 
 #include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
