@@ -138,14 +138,14 @@ void add_bench(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
   CLI::App& command = *app.add_subcommand("bench", "Measure load time, tokens per second and memory");
   add_option(command, "--prompt-tokens", flags->prompt_tokens, "Length of each random prompt")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
   add_option(command, "--new-tokens", flags->new_tokens, "Tokens decoded per prompt, at least 2")
-      ->check(CLI::Range(2, 1 << 30))
+      ->check(in_range(2, 1 << 30))
       ->capture_default_str();
-  add_option(command, "--batch", flags->batch, "Prompts at a time")->check(CLI::Range(1, 65536))->capture_default_str();
+  add_option(command, "--batch", flags->batch, "Prompts at a time")->check(in_range(1, 65536))->capture_default_str();
   add_option(command, "--repeat", flags->repeat, "Runs; the median counts")
-      ->check(CLI::Range(1, 10000))
+      ->check(in_range(1, 10000))
       ->capture_default_str();
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model);

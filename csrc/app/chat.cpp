@@ -24,7 +24,7 @@ namespace {
 
 constexpr const char* kHelp =
     "/clear  forget the conversation\n"
-    "/bye    leave (Ctrl-D does too)\n"
+    "/bye    leave (/exit and Ctrl-D do too)\n"
     "Ctrl-C  stop the answer; a second time: leave\n";
 
 constexpr const char* kSession = "chat";  // each turn computes only its new tokens
@@ -43,9 +43,9 @@ class LineReader {
     for (;;) {
       const size_t end = held_.find('\n');
       if (end != std::string::npos) {
-        std::string line = held_.substr(0, end);
+        const std::string line = held_.substr(0, end + 1);
         held_.erase(0, end + 1);
-        return line;
+        return message(line);
       }
       wait_for_input(interactive);
       char buffer[4096];
@@ -59,7 +59,7 @@ class LineReader {
       } else if (held_.empty()) {
         return std::nullopt;
       } else {
-        return std::exchange(held_, std::string());
+        return message(std::exchange(held_, std::string()));
       }
     }
   }
@@ -76,6 +76,12 @@ class LineReader {
       }
     } while (::poll(&input, 1, 100) <= 0);
     throw_if_terminated();
+  }
+
+  static std::string message(const std::string& line) {
+    std::string text = plain_text(line, "stdin");
+    if (!text.empty() && text.back() == '\n') text.pop_back();
+    return text;
   }
 
   std::string held_;
@@ -151,7 +157,7 @@ void converse(Conversation& conversation, bool interactive) {
   for (;;) {
     if (interactive) write_err("> ");
     const std::optional<std::string> line = reader.next(interactive);
-    if (!line || *line == "/bye") break;
+    if (!line || *line == "/bye" || *line == "/exit") break;
     if (interactive) forget_sigint();
     if (*line == "/clear") {
       conversation.clear();

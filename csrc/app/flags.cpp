@@ -2,11 +2,45 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
+#include <limits>
+#include <optional>
 #include <stdexcept>
 
 #include "terminal.h"
 
 namespace mixtral::app {
+namespace {
+
+std::optional<uint64_t> parse_seed(const std::string& text) {
+  if (text == "-1") return std::nullopt;
+  uint64_t seed = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seed);
+  if (error != std::errc() || end != text.data() + text.size()) {
+    throw std::invalid_argument("--seed must be -1 or in [0, 2^64), got " + text);
+  }
+  return seed;
+}
+
+// A number within bounds; `rule` describes them. What is no number is left to the conversion, which comes later.
+CLI::Validator within(int64_t least, int64_t most, const std::string& rule) {
+  const auto check = [=](const std::string& text) {
+    int64_t value = 0;
+    const bool is_number = CLI::detail::lexical_cast(text, value);
+    return is_number && (value < least || value > most) ? "must be " + rule + ", got " + text : std::string();
+  };
+  return CLI::Validator(check, "");
+}
+
+}  // namespace
+
+CLI::Validator in_range(int64_t least, int64_t most) {
+  return within(least, most, "in [" + std::to_string(least) + ", " + std::to_string(most) + "]");
+}
+
+CLI::Validator at_least(int64_t least) {
+  return within(least, std::numeric_limits<int64_t>::max(), ">= " + std::to_string(least));
+}
 
 std::string environment_name(const CLI::Option& option) {
   std::string name = "MIXTRAL_" + option.get_lnames().front();
@@ -45,13 +79,13 @@ void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_n
       ->capture_default_str();
   add_dtype(app, "--dtype", flags.dtype, "Type of the weights; auto: the checkpoint's")->capture_default_str();
   add_option(app, "-t,--threads", flags.threads, "CPU threads; 0: one per core")
-      ->check(CLI::Range(0, 4096))
+      ->check(in_range(0, 4096))
       ->capture_default_str();
   add_option(app, "-c,--ctx-size", flags.ctx_size, "Longest prompt plus new tokens; 0: the model's")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   add_option(app, "--chunk-size", flags.chunk_size, "Prompt tokens per forward pass")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
   add_switch(app, "-v,--verbose", flags.verbose, "Timings on stderr, even when it is not a terminal");
 }
@@ -60,8 +94,10 @@ void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags) {
   add_switch(app, "--no-cuda-graph", flags.no_cuda_graph, "On CUDA, launch the kernels of a decoding step one by one");
 }
 
-void add_sampling_flags(CLI::App& app, SamplingParams& params) {
-  add_option(app, "-n,--max-tokens", params.max_tokens, "Most new tokens")->capture_default_str();
+CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params) {
+  CLI::Option* const max_tokens =
+      add_option(app, "-n,--max-tokens", params.max_tokens, "Most new tokens; without it, fewer where the context ends")
+          ->capture_default_str();
   add_option(app, "--temperature,--temp", params.temperature, "0: always the most likely token")->capture_default_str();
   add_option(app, "--top-p", params.top_p, "Keep the likeliest tokens that make up this probability")
       ->capture_default_str();
@@ -70,11 +106,17 @@ void add_sampling_flags(CLI::App& app, SamplingParams& params) {
       ->capture_default_str();
   add_option(app, "--repetition-penalty", params.repetition_penalty, "Above 1: fewer repetitions")
       ->capture_default_str();
-  add_option(app, "-s,--seed", params.seed, "Of the random numbers; without it, a new one each time");
-  add_option(app, "--stop", params.stop, "Stop before this text; may be given several times")
+  CLI::Option* const seed = app.add_option_function<std::string>(
+      "-s,--seed", [&params](const std::string& text) { params.seed = parse_seed(text); },
+      "Of the random numbers; without it or with -1, a new one each time");
+  seed->type_name("UINT")->envname(environment_name(*seed));
+  add_option(app, "--stop", params.stop,
+             "Stop before this text, in which \\n is a new line; may be given several times")
+      ->transform([](const std::string& text) { return unescape(text); })
       ->take_all()
       ->allow_extra_args(false);
   add_switch(app, "--ignore-eos", params.ignore_eos, "Go on after the end-of-sequence token");
+  return max_tokens;
 }
 
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special) {
@@ -85,10 +127,11 @@ void add_prompt_flags(CLI::App& app, PromptFlags& flags) {
   flags.text_option = app.add_option("-p,--prompt", flags.text, "The prompt");
   flags.file_option = app.add_option("-f,--file", flags.file, "Read the prompt from a file; without both, from stdin")
                           ->excludes(flags.text_option);
+  add_switch(app, "-e,--escape", flags.escape, "In -p, \\n, \\t, \\r, \\\\ and \\\" stand for characters");
 }
 
 std::string read_prompt(const PromptFlags& flags) {
-  std::string text = flags.text;
+  std::string text = flags.escape ? unescape(flags.text) : flags.text;
   if (flags.text_option->count() == 0) {
     if (flags.file_option->count() == 0 && stdin_is_terminal()) {
       throw std::invalid_argument("no prompt: give -p TEXT or -f FILE, or pipe it in");

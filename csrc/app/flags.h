@@ -25,6 +25,7 @@ struct ModelFlags {
 
 struct PromptFlags {
   std::string text, file;
+  bool escape = false;  // \n and the like in `text` stand for characters
   CLI::Option* text_option = nullptr;
   CLI::Option* file_option = nullptr;
 };
@@ -35,13 +36,18 @@ void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_n
 void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
-void add_sampling_flags(CLI::App& app, SamplingParams& params);
+// Returns the option of params.max_tokens.
+CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special);
 
 // Reads the prompt from -p, -f or stdin; of the last two one final newline is dropped. Throws std::invalid_argument
 // when it is empty.
 std::string read_prompt(const PromptFlags& flags);
+
+// Checks of numbers, with a message like that of every other argument: "--threads: must be in [0, 4096], got -1".
+CLI::Validator in_range(int64_t least, int64_t most);
+CLI::Validator at_least(int64_t least);
 
 // Adds an option or flag that may also come from the environment: --max-tokens from MIXTRAL_MAX_TOKENS.
 template <typename T>

@@ -1,4 +1,5 @@
 // `mixtral generate`: one prompt in, streamed text or one JSON object out.
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
@@ -17,16 +18,21 @@ struct Flags {
   ModelFlags model;
   PromptFlags prompt;
   SamplingParams sampling;
+  CLI::Option* max_tokens = nullptr;
   bool json = false, parse_special = false;
 };
 
-// The engine checks this too, but only after the weights are read.
-void check_fits(int64_t prompt_tokens, int64_t max_tokens, int64_t context) {
-  if (prompt_tokens + max_tokens > context) {
-    throw std::invalid_argument("prompt of " + std::to_string(prompt_tokens) + " tokens and --max-tokens " +
-                                std::to_string(max_tokens) + " do not fit the context of " + std::to_string(context) +
-                                " tokens");
+// As many new tokens as were asked for, or as the context leaves where nobody asked. The engine checks this too, but
+// only after the weights are read.
+int64_t new_tokens(const Flags& flags, int64_t prompt_tokens, int64_t context) {
+  const int64_t wanted = flags.sampling.max_tokens;
+  const bool asked = flags.max_tokens->count() > 0;
+  if (asked ? prompt_tokens + wanted <= context : prompt_tokens < context) {
+    return std::min(wanted, context - prompt_tokens);
   }
+  throw std::invalid_argument("prompt of " + std::to_string(prompt_tokens) + " tokens" +
+                              (asked ? " and --max-tokens " + std::to_string(wanted) + " do" : " does") +
+                              " not fit the context of " + std::to_string(context) + " tokens");
 }
 
 nlohmann::json logprobs_json(const std::vector<TokenLogprob>& logprobs, const Tokenizer& tokenizer) {
@@ -73,7 +79,8 @@ void run(const Flags& flags) {
   const Config config = read_config(folder);
   const Tokenizer tokenizer = load_tokenizer(flags.model);
   const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true, /*add_eos=*/false, flags.parse_special);
-  check_fits(static_cast<int64_t>(ids.size()), flags.sampling.max_tokens, context_of(flags.model, config));
+  SamplingParams sampling = flags.sampling;
+  sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
 
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
@@ -82,7 +89,7 @@ void run(const Flags& flags) {
     return pending_signal() == 0;
   };
   Timings timings;
-  const Generation generation = loaded.engine.generate({ids}, {flags.sampling}, on_text, &timings).front();
+  const Generation generation = loaded.engine.generate({ids}, {sampling}, on_text, &timings).front();
   check_finished(generation);
   if (flags.json) {
     print_json(generation, flags, tokenizer, timings, loaded.seconds);
@@ -99,11 +106,11 @@ void add_generate(CLI::App& app) {
   flags->sampling.max_tokens = 128;
   CLI::App& command = *app.add_subcommand("generate", "Continue a text");
   add_prompt_flags(command, flags->prompt);
-  add_sampling_flags(command, flags->sampling);
+  flags->max_tokens = add_sampling_flags(command, flags->sampling);
   CLI::Option* json = add_switch(command, "--json", flags->json, "One JSON object instead of a stream of text");
   add_option(command, "--logprobs", flags->sampling.logprobs,
              "With --json: log-probability of each token and of the N most likely")
-      ->check(CLI::Range(0, 20))
+      ->check(in_range(0, 20))
       ->needs(json);
   add_parse_special(command, flags->parse_special);
   add_model_flags(command, flags->model);

@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "../io/nearest.h"
 #include "commands.h"
 #include "errors.h"
+#include "hints.h"
 #include "library_exit.h"
 #include "signals.h"
 #include "terminal.h"
@@ -14,31 +14,19 @@
 namespace mixtral::app {
 namespace {
 
-// ", did you mean X?" for the nearest candidate, or nothing when none is near.
-std::string hint(const std::string& word, const std::vector<std::string>& candidates) {
-  const std::string found = nearest(word, candidates);
-  return found.empty() ? "" : ", did you mean " + found + "?";
-}
-
-std::string unknown_argument(const CLI::App& command) {
-  const std::string word = command.remaining().front();
-  if (word.front() != '-') return "unexpected argument " + word;
-  std::vector<std::string> flags;
-  for (const CLI::Option* option : command.get_options()) {
-    for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
-  }
-  return "unknown flag " + word + hint(word.substr(0, word.find('=')), flags);
-}
-
 void check_command(const CLI::App& app, int argc, char** argv) {
   const std::string see = " (see mixtral --help)";
   if (argc < 2) throw std::invalid_argument("a command is needed" + see);
   const std::string word = argv[1];
+  if (word == "-m" || word == "--model" || word == "-p" || word == "--prompt") {
+    throw std::invalid_argument("a command is needed before " + word + ", such as mixtral generate " + word + see);
+  }
   if (word.rfind('-', 0) == 0) return;
+  if (word == "run") throw std::invalid_argument("unknown command run: use mixtral chat or mixtral generate" + see);
   std::vector<std::string> names;
   for (const CLI::App* command : app.get_subcommands(nullptr)) names.push_back(command->get_name());
   if (std::find(names.begin(), names.end(), word) == names.end()) {
-    throw std::invalid_argument("unknown command " + word + hint(word, names) + see);
+    throw std::invalid_argument("unknown command " + word + nearest_hint(word, names) + see);
   }
 }
 
@@ -67,9 +55,14 @@ void run(int argc, char** argv) {
   } catch (const CLI::CallForHelp&) {
     const auto chosen = app.get_subcommands();
     write_out(chosen.empty() ? app.help() : chosen.front()->help("mixtral"));
-  } catch (const CLI::ExtrasError&) {
+  } catch (const CLI::ParseError& e) {
     const auto chosen = app.get_subcommands();
-    throw std::invalid_argument(unknown_argument(chosen.empty() ? app : *chosen.front()));
+    const CLI::App& command = chosen.empty() ? app : *chosen.front();
+    const std::string hint = foreign_flag_hint(command, {argv + 1, argv + argc});
+    if (!hint.empty()) throw std::invalid_argument(hint);
+    if (dynamic_cast<const CLI::ExtrasError*>(&e)) throw std::invalid_argument(unknown_argument(command));
+    if (dynamic_cast<const CLI::ConversionError*>(&e)) throw std::invalid_argument(not_a_number(e.what()));
+    throw;
   }
 }
 

@@ -89,7 +89,7 @@ void add_quantize(CLI::App& app) {
              "A text of the kind the model is for: int4 weights are rounded so that its results change least")
       ->type_name("FILE");
   add_loading_flags(command, flags->model);
-  add_option(command, "-t,--threads", flags->model.threads, "CPU threads; 0: all cores")->check(CLI::Range(0, 4096));
+  add_option(command, "-t,--threads", flags->model.threads, "CPU threads; 0: all cores")->check(in_range(0, 4096));
   command.footer(
       "--calibrate reads the whole text in one pass: some 50000 tokens are enough. For Mixtral 8x7B that takes 3 "
       "PFLOP\n"

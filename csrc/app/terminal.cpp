@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <memory>
+#include <stdexcept>
 #include <system_error>
 
 #include "signals.h"
@@ -54,10 +55,39 @@ std::string read_file(const std::string& path) {
   std::FILE* file = std::fopen(path.c_str(), "rb");
   if (!file) throw std::invalid_argument("cannot open " + path + ": " + std::generic_category().message(errno));
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> closer(file, std::fclose);
-  return read_all(fileno(file), path);
+  return plain_text(read_all(fileno(file), path), path);
 }
 
-std::string read_stdin() { return read_all(STDIN_FILENO, "stdin"); }
+std::string read_stdin() { return plain_text(read_all(STDIN_FILENO, "stdin"), "stdin"); }
+
+std::string plain_text(std::string bytes, const std::string& name) {
+  const auto begins_with = [&bytes](std::string_view mark) { return bytes.compare(0, mark.size(), mark) == 0; };
+  if (begins_with("\xff\xfe") || begins_with("\xfe\xff")) {
+    throw std::invalid_argument(name + " is UTF-16: save it as UTF-8");
+  }
+  if (begins_with("\xef\xbb\xbf")) bytes.erase(0, 3);
+  std::string text;
+  text.reserve(bytes.size());
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    if (bytes[i] != '\r' || i + 1 == bytes.size() || bytes[i + 1] != '\n') text += bytes[i];
+  }
+  return text;
+}
+
+std::string unescape(const std::string& text) {
+  static constexpr std::string_view kLetters = "ntr\\\"", kCharacters = "\n\t\r\\\"";
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const size_t letter = text[i] == '\\' && i + 1 < text.size() ? kLetters.find(text[i + 1]) : std::string_view::npos;
+    if (letter == std::string_view::npos) {
+      out += text[i];
+    } else {
+      out += kCharacters[letter];
+      ++i;
+    }
+  }
+  return out;
+}
 
 ProgressBar::~ProgressBar() {
   if (shown_) write_err("\r\x1b[K");

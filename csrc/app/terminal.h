@@ -23,9 +23,14 @@ bool stdout_is_terminal();
 bool stderr_is_terminal();
 bool stdin_is_terminal();
 
-// The bytes of a file, and those of stdin. Throw std::invalid_argument.
+// The text of a file, and that of stdin. Throw std::invalid_argument.
 std::string read_file(const std::string& path);
 std::string read_stdin();
+// Text as editors on Windows save it, in the form that tokenizers know: no byte-order mark, and \n for \r\n. Throws
+// std::invalid_argument for UTF-16; `name` says where the bytes come from.
+std::string plain_text(std::string bytes, const std::string& name);
+// \n, \t, \r, \\ and \" become the characters they stand for. Any other backslash stays.
+std::string unescape(const std::string& text);
 
 // A bar on stderr that appears when the work takes more than half a second, and leaves no trace.
 class ProgressBar {

@@ -47,7 +47,12 @@ Struct from_kwargs(const py::kwargs& fields) {
     if (!py::hasattr(result, name)) {
       throw py::type_error(py::str("{}: unexpected argument {!r}").format(py::type::of(result).attr("__name__"), name));
     }
-    result.attr(name) = value;
+    try {
+      result.attr(name) = value;
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+      throw py::type_error(py::str("{}: not a value for this argument: {!r}").format(name, value));
+    }
   }
   return result.cast<Struct>();
 }

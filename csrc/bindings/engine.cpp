@@ -71,6 +71,9 @@ SharedObject share(py::object object) {
   });
 }
 
+// What a callback on text returns: None, as of a function that only prints, goes on too.
+bool goes_on(const py::object& returned) { return returned.is_none() || returned.cast<bool>(); }
+
 // -> ([Generation], Timings). A Python error in `on_text` travels through the engine to the caller.
 std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
                                                      const SamplingParams& params, const std::string& session,
@@ -81,7 +84,7 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
   if (!on_text.is_none()) {
     call = [callback = share(on_text)](size_t index, const std::string& text) {
       const py::gil_scoped_acquire gil;
-      return (*callback)(index, text).cast<bool>();
+      return goes_on((*callback)(index, text));
     };
   }
   const py::gil_scoped_release no_gil;
@@ -95,7 +98,7 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
   Callbacks callbacks;
   callbacks.on_text = [callback = share(on_text)](const std::string& text) {
     const py::gil_scoped_acquire gil;
-    return (*callback)(text).cast<bool>();
+    return goes_on((*callback)(text));
   };
   callbacks.on_end = [callback = share(on_end)](Outcome outcome) {
     const py::gil_scoped_acquire gil;

@@ -1,5 +1,7 @@
 #include "engine_thread.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -33,10 +35,18 @@ EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_
 }
 
 void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
+  if (was_forked()) {
+    throw std::runtime_error(
+        "Engine: this process was forked from one that had used the model; load the model here, or start processes "
+        "with the method \"spawn\"");
+  }
   if (!is_current()) release_idle_workers();  // the caller's
   const std::lock_guard lock(state_->mutex);
   if (state_->stopping) throw std::runtime_error("Engine: stopped, it takes no more requests");
-  if (!thread_.joinable()) thread_ = std::thread([state = state_] { loop(*state); });
+  if (!thread_.joinable()) {
+    thread_ = std::thread([state = state_] { loop(*state); });
+    process_ = ::getpid();
+  }
   auto& submitted = state_->submitted;
   submitted.reserve(submitted.size() + sequences.size());  // all of them or none
   for (auto& sequence : sequences) submitted.push_back(std::move(sequence));
@@ -44,12 +54,18 @@ void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
 }
 
 void EngineThread::cancel(const std::vector<int64_t>& ids) {
+  if (was_forked()) return;
   const std::lock_guard lock(state_->mutex);
   state_->cancelled.insert(state_->cancelled.end(), ids.begin(), ids.end());
   state_->changed.notify_one();
 }
 
 void EngineThread::stop() {
+  if (was_forked()) {  // there is no thread to wait for, and whoever held the mutex is not here to release it
+    thread_.detach();
+    new std::shared_ptr<State>(state_);  // never freed: the state is as the thread left it
+    return;
+  }
   {
     const std::lock_guard lock(state_->mutex);
     state_->stopping = true;
@@ -61,6 +77,8 @@ void EngineThread::stop() {
     thread_.join();
   }
 }
+
+bool EngineThread::was_forked() const { return thread_.joinable() && process_ != ::getpid(); }
 
 bool EngineThread::is_current() const { return state_->thread_id == std::this_thread::get_id(); }
 

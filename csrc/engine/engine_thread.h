@@ -1,6 +1,8 @@
 // The one thread that runs forward passes, and the boxes through which requests and cancellations reach it.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -15,7 +17,8 @@ class EngineThread {
   explicit EngineThread(std::unique_ptr<EngineCore> core);
   ~EngineThread() { stop(); }
 
-  // Hands over requests, all at once; the first call starts the thread. Throws std::runtime_error after stop().
+  // Hands over requests, all at once; the first call starts the thread. Throws std::runtime_error after stop(), and in
+  // a process that was forked after the thread had started: threads do not live on there.
   void submit(std::vector<std::unique_ptr<Sequence>> sequences);
   void cancel(const std::vector<int64_t>& ids);
   // Cancels all requests and ends the thread.
@@ -26,9 +29,11 @@ class EngineThread {
   struct State;
   static void loop(State& state) noexcept;
   static bool iterate(State& state);
+  bool was_forked() const;
 
   std::shared_ptr<State> state_;  // lives until the thread has ended
   std::thread thread_;
+  pid_t process_ = 0;  // that started the thread
 };
 
 }  // namespace mixtral

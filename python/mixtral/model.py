@@ -1,10 +1,12 @@
 """The model for Python: load a checkpoint, get logits, generate, stream. The work is done in C++ (csrc)."""
 
 import atexit
+import operator
+import os
 import queue
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -31,7 +33,8 @@ Timings = _C.Timings
 TokenLogprob = _C.TokenLogprob
 Tokenizer = _C.Tokenizer
 
-Prompt = str | Sequence[int]
+# Text, or token ids: any integers, also as an array or tensor [N].
+Prompt = str | Sequence[int] | Tensor
 
 # The thread of an engine may call back into Python, so it must end before the interpreter does.
 _engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
@@ -75,6 +78,7 @@ class Mixtral:
         self.config: Config = model.config
         self.tokenizer = tokenizer
         self.timings: Timings | None = None
+        self._process: int | None = None  # that has used the model
 
     @classmethod
     def from_pretrained(
@@ -168,6 +172,7 @@ class Mixtral:
         Raises:
             ValueError: another dtype or rank, or an id outside the vocabulary.
         """
+        self._check_process()
         return self._model.forward(input_ids)
 
     def generate(
@@ -183,7 +188,7 @@ class Mixtral:
         stop: str | Sequence[str] | None = None,
         logprobs: int = 0,
         ignore_eos: bool = False,
-        on_text: Callable[[int, str], bool] | None = None,
+        on_text: Callable[[int, str], bool | None] | None = None,
         session: str | None = None,
     ) -> list[Generation]:
         """Continue each prompt; the prompts run as one batch, and a result does not depend on its neighbours.
@@ -191,19 +196,21 @@ class Mixtral:
         Threads may call this at the same time: their prompts run as one batch too.
 
         Args:
-            prompts: one prompt or a list of them. Text gets a BOS token in front; token ids are used as they are.
+            prompts: one prompt or several. Text gets a BOS token in front; token ids, integers of any type also as a
+                NumPy array or tensor [N] or [B, N], are used as they are.
             max_tokens: new tokens of each prompt, at most.
             temperature: 0 takes the most probable token.
             top_p: (0, 1]; sample from the fewest tokens with this probability together.
             top_k: sample from the k most probable tokens; 0: off.
             min_p: [0, 1]; drop tokens less probable than this share of the most probable one.
             repetition_penalty: > 0; tokens already seen become less likely above 1.
-            seed: of the random numbers; None: taken from the operating system.
+            seed: of the random numbers; None or -1: taken from the operating system.
             stop: generation ends before any of these texts.
             logprobs: 0: none; n: of each new token and of the n most likely at its place.
             ignore_eos: go on after the end-of-sequence token.
             on_text: called with (index of the prompt, text) as text becomes certain, on a thread of the engine. False
-                cancels that prompt; the others go on. It must not call ``generate``.
+                cancels that prompt; the others go on, and so does one whose call returns nothing. It must not call
+                ``generate``.
             session: keep the keys and values of this conversation in the cache. The session's next prompt computes
                 only what comes after the tokens that it shares with this one and its answer.
 
@@ -227,6 +234,7 @@ class Mixtral:
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
+        self._check_process()
         ids = [self._prompt_ids(prompt) for prompt in _prompt_list(prompts)]
         generations, self.timings = self._engine.generate(ids, params, session or "", on_text)
         return generations
@@ -244,6 +252,7 @@ class Mixtral:
         """
         if self.tokenizer is None:
             raise ValueError("stream: model expected a tokenizer, got none; use generate for token ids")
+        self._check_process()
         return self._pieces(self._prompt_ids(prompt), **options)
 
     def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = _C.CHUNK_SIZE) -> Score:
@@ -264,6 +273,7 @@ class Mixtral:
         """
         if self.tokenizer is None:
             raise ValueError("perplexity: model expected a tokenizer, got none")
+        self._check_process()
         return _C.score(self._model, self.tokenizer, text, ctx_size, chunk_size)
 
     def _pieces(self, prompt_ids: list[int], session: str | None = None, **options: object) -> Iterator[str]:
@@ -286,22 +296,52 @@ class Mixtral:
             self.timings = event.timings
         event.result()  # raises what ended the request
 
+    def _check_process(self) -> None:
+        """The threads of the engine and of torch do not live on in a fork: it would wait for them for ever."""
+        if self._process not in (None, os.getpid()):
+            raise RuntimeError(
+                "mixtral: this process was forked from one that had used the model; load the model here, or start "
+                'processes with the method "spawn"'
+            )
+        self._process = os.getpid()
+
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("generate: prompts expected token ids (the model has no tokenizer), got text")
         return self.tokenizer.encode(prompt, add_bos=True)
 
 
-def _sampling_params(stop: str | Sequence[str] | None = None, **fields: object) -> _C.SamplingParams:
-    return _C.SamplingParams(stop=[stop] if isinstance(stop, str) else list(stop or []), **fields)
+def _sampling_params(
+    stop: str | Sequence[str] | None = None, seed: int | None = None, **fields: object
+) -> _C.SamplingParams:
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    return _C.SamplingParams(stop=stops, seed=None if seed == -1 else seed, **fields)
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt or many -> many. A list whose first element is an int is one prompt of token ids."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+_PROMPTS = "prompts expected text, token ids, or several of these, got "
+
+
+def _prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or many -> many. A list whose first element is an integer is one prompt of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        hint = "; pass its input_ids" if isinstance(prompts, Mapping) else ""
+        raise TypeError(f"generate: {_PROMPTS}{type(prompts).__name__}{hint}")
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    one = len(prompts) > 0 and hasattr(prompts[0], "__index__") and getattr(prompts[0], "ndim", 0) == 0
     return [prompts] if one else prompts
+
+
+def _token_ids(prompt: Iterable[int]) -> list[int]:
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    try:
+        return [operator.index(token_id) for token_id in ids]
+    except TypeError:
+        shown = repr(prompt)[:60]
+        raise TypeError(f"generate: {_PROMPTS}{type(prompt).__name__} {shown}") from None
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:

@@ -57,6 +57,37 @@ def test_reads_the_prompt_from_flag_file_or_stdin(tmp_path):
     assert ok("generate", "-n", "4", stdin=file.read_bytes()) == from_flag
 
 
+def test_text_saved_on_windows_is_read_like_any_other(tmp_path):
+    expected = ok("tokenize", "-p", "Once upon\na time")
+    windows = b"\xef\xbb\xbfOnce upon\r\na time\r\n"
+    (tmp_path / "prompt.txt").write_bytes(windows)
+    assert ok("tokenize", "-f", tmp_path / "prompt.txt") == expected
+    assert ok("tokenize", stdin=windows) == expected
+    assert ok("tokenize", stdin=b"a\rb\r") == ok("tokenize", "-p", "a\rb\r")  # alone it is a character like any other
+
+
+def test_escapes_stand_for_characters_where_asked():
+    plain = ok("tokenize", "-p", "a\\nb")
+    escaped = ok("tokenize", "-e", "-p", r"a\nb\t\\\"\q")
+    assert escaped == ok("tokenize", "-p", 'a\nb\t\\"\\q') and escaped != plain
+    arguments = ["generate", "-p", "CHAPTER", "-n", "60", "--ignore-eos"]
+    before, newline, _ = ok_json(*arguments)["text"].partition("\n")
+    assert before and newline
+    stopped = ok_json(*arguments, "--stop", r"\n")
+    assert stopped["text"] == before and stopped["finish_reason"] == "stop"
+
+
+def test_new_tokens_nobody_asked_for_are_as_many_as_the_context_leaves():
+    result = ok_json("generate", "-p", "one two three", "-c", "16", "--ignore-eos")
+    assert len(result["prompt_token_ids"]) + len(result["token_ids"]) == 16
+
+
+def test_seed_minus_one_is_a_new_seed_each_time():
+    arguments = ["generate", "-p", "Once", "-n", "24", "--temp", "1.5", "--ignore-eos", "--seed"]
+    assert ok(*arguments, "-1") != ok(*arguments, "-1")
+    assert ok(*arguments, "7") == ok(*arguments, "7")
+
+
 def test_stop_string_ends_the_text_before_it():
     whole = ok_json("generate", "-p", "Once upon a time", "-n", "20", "--ignore-eos")["text"]
     stop = whole[len(whole) // 2 :][:3]
@@ -204,6 +235,8 @@ def test_chat_over_a_pipe_answers_line_by_line():
     assert len(once) > 1 and once.endswith(b"\n")
     assert ok(*arguments, stdin=b"Once upon a time\n/clear\nOnce upon a time") == 2 * once
     assert ok(*arguments, stdin=b"\n/bye\nOnce upon a time\n") == b""
+    assert ok(*arguments, stdin=b"\xef\xbb\xbf\r\n/exit\r\nOnce upon a time\r\n") == b""
+    assert ok(*arguments, stdin=b"Once upon a time\r\n") == ok(*arguments, stdin=b"Once upon a time\n")
     twice = mixtral(*arguments, "-v", stdin=b"Once upon a time\nOnce upon a time\n")
     first, second = (int(count) for count in re.findall(rb"prompt (\d+) tokens", twice.stderr))
     assert twice.stdout.startswith(once) and second > 2 * first  # the history goes in again

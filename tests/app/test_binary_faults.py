@@ -60,6 +60,16 @@ def model(tmp_path: Path) -> Path:
         (["generate", "-p", "a", "-f", "b"], ["exclude"]),
         (["generate", "-f", "/nonexistent/prompt"], ["/nonexistent/prompt"]),
         (["generate", "-p", "one two three", "-c", "6", "-n", "5"], ["--max-tokens 5", "context of 6"]),
+        (["generate", "-p", "word " * 30, "-c", "20"], ["prompt of", "does not fit the context of 20"]),
+        (["generate", "-p", "a", "-ngl", "99"], ["-ngl: use --device cuda"]),
+        (["generate", "-p", "a", "--repeat-penalty=2"], ["--repeat-penalty: use --repetition-penalty"]),
+        (["generate", "demo", "a prompt"], ["a prompt", "-p TEXT"]),
+        (["run", "demo"], ["mixtral chat or mixtral generate"]),
+        (["-m", "demo"], ["command", "generate -m"]),
+        (["generate", "-p", "a", "-n", "abc"], ["--max-tokens must be a number, got abc"]),
+        (["generate", "-p", "a", "-c", "-1"], ["--ctx-size: must be >= 0, got -1"]),
+        (["generate", "-p", "a", "-t", "5000"], ["--threads: must be in [0, 4096], got 5000"]),
+        (["generate", "-p", "a", "-s", "-2"], ["--seed must be -1 or in [0, 2^64), got -2"]),
         (["info", "one", "two"], ["two"]),
         (["bench", "--new-tokens", "1"], ["1"]),
         (["chat", "--min-p", "2"], ["min_p"]),
@@ -80,6 +90,10 @@ def test_too_long_prompt_names_both_lengths_before_the_weights_are_read(model):
     length = len(ok_json("tokenize", "-p", "word " * 50)["token_ids"])
     run = mixtral("generate", model, "-p", "word " * 50, "-n", "30", "-c", "60")
     assert_fails(run, 2, f"{length} tokens", "60 tokens")
+
+
+def test_utf16_is_named():
+    assert_fails(mixtral("tokenize", stdin="Hello".encode("utf-16")), 2, "stdin is UTF-16: save it as UTF-8")
 
 
 def test_missing_model_exits_with_3(tmp_path):

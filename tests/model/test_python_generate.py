@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,14 @@ def test_generate_takes_text_ids_one_or_many(demo):
     assert ids[0] == demo.tokenizer.bos_id
     expected = demo.generate(["Once"], max_tokens=8)[0]
     assert expected.prompt_token_ids == ids
-    for prompts in ("Once", ids, [ids], ["Once", ids], tuple(ids)):
+    arrays = (np.array(ids), np.array([ids, ids], dtype=np.int32), torch.tensor(ids), torch.tensor([ids, ids]))
+    lists = (
+        list(np.array(ids)),
+        list(torch.tensor(ids)),
+        [torch.tensor(ids), "Once"],
+        (text for text in ["Once", ids]),
+    )
+    for prompts in ("Once", ids, [ids], ["Once", ids], tuple(ids), *arrays, *lists):
         for out in demo.generate(prompts, max_tokens=8):
             assert (out.token_ids, out.text) == (expected.token_ids, expected.text)
     assert demo.generate([]) == []
@@ -269,3 +277,72 @@ except KeyboardInterrupt:
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=20)
     assert (out, process.returncode) == ("interrupted\n", 0)
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"Once", {"input_ids": [[1, 2]]}, [1.5, 2.5], [None], np.array([1.5])])
+def test_prompts_of_other_types_are_named(tiny, prompts):
+    with pytest.raises(TypeError, match="prompts expected text, token ids, or several of these, got ") as error:
+        tiny.generate(prompts)
+    assert ("input_ids" in str(error.value)) == isinstance(prompts, dict)
+
+
+def test_an_argument_of_another_type_is_named(tiny):
+    with pytest.raises(TypeError, match="max_tokens: not a value for this argument: None"):
+        tiny.generate([1], max_tokens=None)
+    with pytest.raises(TypeError, match="temperature: .*'hot'"):
+        tiny.generate([1], temperature="hot")
+
+
+def test_seed_minus_one_is_a_new_seed_each_time(tiny):
+    options = {"max_tokens": 20, "temperature": 1.0, "ignore_eos": True}
+    results = [tiny.generate([1], seed=-1, **options)[0].token_ids for _ in range(2)]
+    assert results[0] != results[1]
+
+
+def test_a_callback_that_returns_nothing_goes_on(demo):
+    pieces = []
+    out = demo.generate("Once", max_tokens=8, ignore_eos=True, on_text=lambda index, text: pieces.append(text))[0]
+    assert out.finish_reason == "length" and "".join(pieces) == out.text
+
+
+FORK = """
+import os, sys, torch, mixtral
+model = mixtral.Mixtral.from_pretrained({demo!r})
+model.generate("Once", max_tokens=2)
+child = os.fork()
+if child == 0:
+    uses = [lambda: model.generate("Once"), lambda: model.perplexity("Once"), lambda: next(model.stream("Once")),
+            lambda: model(torch.tensor([[1]])),
+            lambda: model._engine.generate([[1]], mixtral._C.SamplingParams(), "", None)]
+    for use in uses:
+        try:
+            use()
+        except RuntimeError as error:
+            assert "forked" in str(error), error
+            print("refused", flush=True)
+    sys.exit()
+_, status = os.waitpid(child, 0)
+assert status == 0
+assert model.generate("Once", max_tokens=2)[0].token_ids
+"""
+
+
+def run_script(script: str) -> str:
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
+
+
+def test_a_fork_of_a_used_model_raises_and_ends():
+    assert run_script(FORK.format(demo=str(DEMO))) == "refused\n" * 5
+
+
+def test_a_stream_left_open_ends_with_the_interpreter():
+    script = """
+import mixtral
+model = mixtral.Mixtral.from_pretrained({demo!r})
+stream = model.stream("Once", max_tokens=3000, ignore_eos=True)
+print(bool(next(stream)))
+"""
+    assert run_script(script.format(demo=str(DEMO))) == "True\n"
