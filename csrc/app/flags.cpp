@@ -119,6 +119,12 @@ CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params) {
   return max_tokens;
 }
 
+void add_prompt_cache(CLI::App& app, std::string& file) {
+  add_option(app, "--prompt-cache", file,
+             "Keep keys and values in this file, and compute only what it does not have; made if there is none")
+      ->type_name("FILE");
+}
+
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special) {
   return add_switch(app, "--parse-special", parse_special, "Read control tokens written in the prompt, such as </s>");
 }

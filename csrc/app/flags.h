@@ -39,6 +39,7 @@ CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtyp
 // Returns the option of params.max_tokens.
 CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);
+void add_prompt_cache(CLI::App& app, std::string& file);
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special);
 
 // Reads the prompt from -p, -f or stdin; of the last two one final newline is dropped. Throws std::invalid_argument

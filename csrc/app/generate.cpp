@@ -19,6 +19,7 @@ struct Flags {
   PromptFlags prompt;
   SamplingParams sampling;
   CLI::Option* max_tokens = nullptr;
+  std::string prompt_cache;  // a file
   bool json = false, parse_special = false;
 };
 
@@ -53,6 +54,7 @@ nlohmann::json logprobs_json(const std::vector<TokenLogprob>& logprobs, const To
 nlohmann::json timings_json(const Timings& timings, double load_seconds) {
   return {{"load_seconds", load_seconds},
           {"prompt_tokens", timings.prompt_tokens},
+          {"cached_tokens", timings.cached_tokens},
           {"prefill_seconds", timings.prefill_seconds},
           {"prefill_tokens_per_second", prefill_rate(timings)},
           {"new_tokens", timings.new_tokens},
@@ -88,9 +90,12 @@ void run(const Flags& flags) {
     if (!flags.json && pending_signal() == 0) write_out(piece);
     return pending_signal() == 0;
   };
+  load_prompt_cache(loaded.engine, flags.prompt_cache);
   Timings timings;
-  const Generation generation = loaded.engine.generate({ids}, {sampling}, on_text, &timings).front();
+  const Generation generation =
+      loaded.engine.generate({{ids, sampling, flags.prompt_cache}}, on_text, &timings).front();
   check_finished(generation);
+  save_prompt_cache(loaded.engine, flags.prompt_cache);
   if (flags.json) {
     print_json(generation, flags, tokenizer, timings, loaded.seconds);
   } else {
@@ -113,6 +118,7 @@ void add_generate(CLI::App& app) {
       ->check(in_range(0, 20))
       ->needs(json);
   add_parse_special(command, flags->parse_special);
+  add_prompt_cache(command, flags->prompt_cache);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);

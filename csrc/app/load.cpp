@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <set>
 #include <stdexcept>
+#include <system_error>
 #include <utility>
 
 #include "../checkpoint/folder.h"
@@ -78,6 +79,15 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.cuda_graph = !flags.no_cuda_graph;
   return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
           seconds_now() - start};
+}
+
+void load_prompt_cache(Engine& engine, const std::string& file) {
+  std::error_code ignored;
+  if (!file.empty() && std::filesystem::exists(file, ignored)) engine.load_session(file, file);
+}
+
+void save_prompt_cache(Engine& engine, const std::string& file) {
+  if (!file.empty()) engine.save_session(file, file);
 }
 
 }  // namespace mixtral::app

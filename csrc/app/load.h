@@ -29,4 +29,8 @@ struct LoadedEngine {
 // Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
 
+// The session of a --prompt-cache file has the file's name. Nothing happens without a name, or where no file is yet.
+void load_prompt_cache(Engine& engine, const std::string& file);
+void save_prompt_cache(Engine& engine, const std::string& file);
+
 }  // namespace mixtral::app

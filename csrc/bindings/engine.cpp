@@ -157,6 +157,8 @@ void bind_engine(py::module_& m) {
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("on_text"),
            py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
+      .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
+      .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
   m.attr("CHUNK_SIZE") = kChunkSize;
   m.def("score", &score_text, py::arg("model"), py::arg("tokenizer"), py::arg("text"), py::arg("ctx_size"),

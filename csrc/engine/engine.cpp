@@ -12,6 +12,7 @@
 #include "../checkpoint/from_pretrained.h"
 #include "../model/transformer.h"
 #include "engine_thread.h"
+#include "session_file.h"
 #include "threads.h"
 
 namespace mixtral {
@@ -194,6 +195,17 @@ std::vector<Generation> Engine::generate(const std::vector<std::vector<int64_t>>
   for (size_t i = 0; i < prompts.size(); ++i)
     requests.push_back({prompts[i], params.size() == 1 ? params[0] : params[i], ""});
   return generate(std::move(requests), on_text, timings, while_waiting);
+}
+
+void Engine::save_session(const std::string& session, const std::filesystem::path& file) {
+  SavedSession saved;
+  impl_->thread.run([&](EngineCore& core) { saved = core.save_session(session); });
+  write_session(saved, *impl_->model, file);
+}
+
+void Engine::load_session(const std::string& session, const std::filesystem::path& file) {
+  SavedSession saved = read_session(*impl_->model, impl_->options.page_size, file);
+  impl_->thread.run([&](EngineCore& core) { core.load_session(session, std::move(saved)); });
 }
 
 void Engine::stop() { impl_->thread.stop(); }

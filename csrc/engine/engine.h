@@ -74,6 +74,14 @@ class Engine {
                                    const std::vector<SamplingParams>& params, const OnText& on_text = nullptr,
                                    Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
 
+  // Writes what the cache holds of a session into a file (session_file.h), with which another process goes on to the
+  // same bits. Throws std::invalid_argument when no idle session has this name, std::runtime_error when the file cannot
+  // be written; the file is then as it was.
+  void save_session(const std::string& session, const std::filesystem::path& file);
+  // The session of a file, under the name `session`. Throws LoadError, also for a file of another model, and
+  // OutOfMemory.
+  void load_session(const std::string& session, const std::filesystem::path& file);
+
   // Cancels all requests, and ends the thread. The engine takes no more requests.
   void stop();
 

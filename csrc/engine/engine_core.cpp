@@ -46,6 +46,20 @@ void EngineCore::fail_all(const std::exception_ptr& error) {
   end_finished();
 }
 
+SavedSession EngineCore::save_session(const std::string& name) {
+  for (const Session& idle : sessions_.idle())
+    if (idle.name == name) return {idle.ids, runner_.cache().contents(idle.cache_id)};
+  throw std::invalid_argument("Engine: there is no idle session " + name);
+}
+
+void EngineCore::load_session(const std::string& name, SavedSession saved) {
+  drop(sessions_.take(name));
+  const int64_t pages = saved.contents.keys.at(0).size(0);
+  const int64_t needed = scheduler_.reserved_pages() + idle_pages_but("") + pages;
+  runner_.grow(needed, needed);
+  add_session({name, runner_.cache().add_sequence(saved.contents), std::move(saved.ids)});
+}
+
 void EngineCore::step() {
   admit();
   run_pass();
@@ -189,8 +203,12 @@ void EngineCore::keep_session(Sequence& sequence) {
   if (sequence.session.empty() || !usable) return;
   drop(sessions_.take(sequence.session));  // of a request that ended while this one ran
   sequence.ids.resize(static_cast<size_t>(sequence.computed));
-  sessions_.add({sequence.session, sequence.cache_id, std::move(sequence.ids)});
+  add_session({sequence.session, sequence.cache_id, std::move(sequence.ids)});
   sequence.cache_id = -1;
+}
+
+void EngineCore::add_session(Session session) {
+  sessions_.add(std::move(session));
   if (sessions_.idle().size() > max_sessions_) drop(sessions_.take_oldest_but(""));
 }
 

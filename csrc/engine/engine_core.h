@@ -11,6 +11,7 @@
 #include "model_runner.h"
 #include "scheduler.h"
 #include "sequence.h"
+#include "session_file.h"
 #include "sessions.h"
 
 namespace mixtral {
@@ -24,6 +25,10 @@ class EngineCore {
   void add(std::unique_ptr<Sequence> sequence);
   void cancel(int64_t id);  // does nothing if no request has this id
   bool idle() const { return sequences_.empty(); }
+  // The tokens, keys and values of an idle session. Throws std::invalid_argument when there is none of this name.
+  SavedSession save_session(const std::string& name);
+  // Makes an idle session of them, in the place of one of this name. Throws OutOfMemory.
+  void load_session(const std::string& name, SavedSession saved);
   // Admits requests that fit and runs one forward pass.
   void step();
   void cancel_all();
@@ -40,6 +45,7 @@ class EngineCore {
   void keep_session(Sequence& sequence);
   int64_t idle_pages_but(const std::string& session);
   bool drop(const std::optional<Session>& session);
+  void add_session(Session session);
 
   ModelRunner runner_;
   Scheduler scheduler_;

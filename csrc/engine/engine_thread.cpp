@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <future>
 #include <mutex>
 #include <stdexcept>
 #include <utility>
@@ -27,6 +28,7 @@ struct EngineThread::State {
   std::condition_variable changed;
   std::vector<std::unique_ptr<Sequence>> submitted;
   std::vector<int64_t> cancelled;  // ids
+  std::vector<std::packaged_task<void(EngineCore&)>> tasks;
   bool stopping = false;
 };
 
@@ -34,23 +36,36 @@ EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_
   state_->core = std::move(core);
 }
 
+// With the mutex held.
+void EngineThread::start() {
+  if (state_->stopping) throw std::runtime_error("Engine: stopped, it takes no more requests");
+  if (thread_.joinable()) return;
+  thread_ = std::thread([state = state_] { loop(*state); });
+  process_ = ::getpid();
+}
+
 void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
-  if (was_forked()) {
-    throw std::runtime_error(
-        "Engine: this process was forked from one that had used the model; load the model here, or start processes "
-        "with the method \"spawn\"");
-  }
+  check_process();
   if (!is_current()) release_idle_workers();  // the caller's
   const std::lock_guard lock(state_->mutex);
-  if (state_->stopping) throw std::runtime_error("Engine: stopped, it takes no more requests");
-  if (!thread_.joinable()) {
-    thread_ = std::thread([state = state_] { loop(*state); });
-    process_ = ::getpid();
-  }
+  start();
   auto& submitted = state_->submitted;
   submitted.reserve(submitted.size() + sequences.size());  // all of them or none
   for (auto& sequence : sequences) submitted.push_back(std::move(sequence));
   state_->changed.notify_one();
+}
+
+void EngineThread::run(const std::function<void(EngineCore&)>& task) {
+  check_process();
+  if (is_current()) throw std::logic_error("Engine: a callback must not wait for the engine");
+  std::future<void> done;
+  {
+    const std::lock_guard lock(state_->mutex);
+    start();
+    done = state_->tasks.emplace_back(task).get_future();
+    state_->changed.notify_one();
+  }
+  done.get();
 }
 
 void EngineThread::cancel(const std::vector<int64_t>& ids) {
@@ -78,6 +93,13 @@ void EngineThread::stop() {
   }
 }
 
+void EngineThread::check_process() const {
+  if (!was_forked()) return;
+  throw std::runtime_error(
+      "Engine: this process was forked from one that had used the model; load the model here, or start processes with "
+      "the method \"spawn\"");
+}
+
 bool EngineThread::was_forked() const { return thread_.joinable() && process_ != ::getpid(); }
 
 bool EngineThread::is_current() const { return state_->thread_id == std::this_thread::get_id(); }
@@ -97,11 +119,13 @@ void EngineThread::loop(State& state) noexcept {
 bool EngineThread::iterate(State& state) {
   std::vector<std::unique_ptr<Sequence>> submitted;
   std::vector<int64_t> cancelled;
+  std::vector<std::packaged_task<void(EngineCore&)>> tasks;
   bool stopping = false;
   {
     std::unique_lock lock(state.mutex);
     const auto has_work = [&] {
-      return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || state.stopping;
+      return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || !state.tasks.empty() ||
+             state.stopping;
     };
     if (!state.changed.wait_for(lock, kKeepsWorkers, has_work)) {
       release_idle_workers();
@@ -109,11 +133,13 @@ bool EngineThread::iterate(State& state) {
     }
     submitted.swap(state.submitted);
     cancelled.swap(state.cancelled);
+    tasks.swap(state.tasks);
     stopping = state.stopping;
   }
   const int threads = submitted.empty() ? 0 : submitted.back()->num_threads;
   for (auto& sequence : submitted) state.core->add(std::move(sequence));
   for (const int64_t id : cancelled) state.core->cancel(id);
+  for (auto& task : tasks) task(*state.core);
   if (stopping) {
     state.core->cancel_all();
     return false;

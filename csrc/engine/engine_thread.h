@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -21,6 +22,8 @@ class EngineThread {
   // a process that was forked after the thread had started: threads do not live on there.
   void submit(std::vector<std::unique_ptr<Sequence>> sequences);
   void cancel(const std::vector<int64_t>& ids);
+  // Runs `task` on the thread, between two passes, and waits for it. Throws what it throws.
+  void run(const std::function<void(EngineCore&)>& task);
   // Cancels all requests and ends the thread.
   void stop();
   bool is_current() const;  // called on this thread, that is by a callback
@@ -30,6 +33,8 @@ class EngineThread {
   static void loop(State& state) noexcept;
   static bool iterate(State& state);
   bool was_forked() const;
+  void check_process() const;
+  void start();
 
   std::shared_ptr<State> state_;  // lives until the thread has ended
   std::thread thread_;

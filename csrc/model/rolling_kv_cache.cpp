@@ -86,6 +86,41 @@ int64_t RollingKVCache::add_sequence() {
   return next_sequence_++;
 }
 
+RollingKVCache::Contents RollingKVCache::contents(int64_t sequence) const {
+  const Sequence& held = sequences_.at(sequence);
+  const auto pages =
+      torch::tensor(std::vector<int64_t>(held.pages.begin(), held.pages.end()), torch::kInt64).to(options_.device);
+  Contents contents{held.length, {}, {}};
+  for (const torch::Tensor& layer : keys_) contents.keys.push_back(layer.index_select(0, pages).cpu());
+  for (const torch::Tensor& layer : values_) contents.values.push_back(layer.index_select(0, pages).cpu());
+  return contents;
+}
+
+int64_t RollingKVCache::add_sequence(const Contents& contents) {
+  const int64_t count = contents.keys.at(0).size(0);
+  const auto visible = visible_pages(contents.length, 0);
+  require(count >= visible.end - visible.first && count <= visible.end,
+          "contents of " + std::to_string(contents.length) + " tokens must have " +
+              std::to_string(visible.end - visible.first) + " to " + std::to_string(visible.end) + " pages, got " +
+              std::to_string(count));
+  require(count <= static_cast<int64_t>(free_pages_.size()),
+          "the contents need " + std::to_string(count) + " pages, got " + std::to_string(free_pages_.size()) + " free");
+  Sequence sequence;
+  sequence.length = contents.length;
+  sequence.first = visible.end - count;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t page = free_pages_.back();
+    free_pages_.pop_back();
+    sequence.pages.push_back(page);
+    for (size_t layer = 0; layer < keys_.size(); ++layer) {
+      keys_[layer].select(0, page).copy_(contents.keys.at(layer).select(0, i));
+      values_[layer].select(0, page).copy_(contents.values.at(layer).select(0, i));
+    }
+  }
+  sequences_.emplace(next_sequence_, std::move(sequence));
+  return next_sequence_++;
+}
+
 RollingKVCache::Sequence& RollingKVCache::find(int64_t sequence) {
   const auto found = sequences_.find(sequence);
   require(found != sequences_.end(), "sequence must be one that was added, got " + std::to_string(sequence));

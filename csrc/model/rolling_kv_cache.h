@@ -52,6 +52,15 @@ class RollingKVCache {
 
   int64_t add_sequence();
   void remove_sequence(int64_t sequence);  // its pages go back to the pool
+  // What a sequence holds, to be kept outside the cache: its pages, on the CPU.
+  struct Contents {
+    int64_t length = 0;                       // tokens
+    std::vector<torch::Tensor> keys, values;  // per layer [pages,P,Nkv,D]: the last pages up to `length`
+  };
+  Contents contents(int64_t sequence) const;
+  // A new sequence with these contents. Throws std::runtime_error and changes nothing when the pool has too few pages
+  // or the contents have more or fewer than `length` tokens need.
+  int64_t add_sequence(const Contents& contents);
   // Forgets the tokens of a sequence from `length` on. Returns false and changes nothing when keys that the next query
   // would see are no longer held: they were behind the window.
   bool truncate(int64_t sequence, int64_t length);

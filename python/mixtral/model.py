@@ -255,6 +255,27 @@ class Mixtral:
         self._check_process()
         return self._pieces(self._prompt_ids(prompt), **options)
 
+    def save_session(self, session: str, path: str | PathLike[str]) -> None:
+        """Write the keys and values of a session of ``generate`` into a file; another process goes on with
+        ``load_session``, to the same bits on the same kind of processor.
+
+        Raises:
+            ValueError: no session of this name is idle.
+            RuntimeError: the file cannot be written; it is then as it was.
+        """
+        self._check_process()
+        self._engine.save_session(session, path)
+
+    def load_session(self, session: str, path: str | PathLike[str]) -> None:
+        """Read a session that ``save_session`` wrote; ``generate(..., session=session)`` goes on with it.
+
+        Raises:
+            LoadError: the file is damaged, or of another model, type or device.
+            MemoryError: the keys and values do not fit the device.
+        """
+        self._check_process()
+        self._engine.load_session(session, path)
+
     def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = _C.CHUNK_SIZE) -> Score:
         """How well the model predicts a text.
 

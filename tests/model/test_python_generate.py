@@ -346,3 +346,25 @@ stream = model.stream("Once", max_tokens=3000, ignore_eos=True)
 print(bool(next(stream)))
 """
     assert run_script(script.format(demo=str(DEMO))) == "True\n"
+
+
+def test_a_saved_session_goes_on_in_another_model_to_the_same_bits(tmp_path):
+    def windowed(window: int) -> mixtral.Mixtral:
+        return mixtral.Mixtral.from_config(tiny_config(window=window))
+
+    model = windowed(24)
+    prompt = [3 + i % 50 for i in range(70)]  # pages behind the window are gone
+    whole = model.generate(prompt, max_tokens=20, logprobs=1, ignore_eos=True)[0]
+    model.generate(prompt, max_tokens=8, session="s", ignore_eos=True)
+    model.save_session("s", tmp_path / "s.cache")
+    other = windowed(24)
+    other.load_session("t", tmp_path / "s.cache")
+    out = other.generate(prompt + whole.token_ids[:8], max_tokens=12, logprobs=1, session="t", ignore_eos=True)[0]
+    assert other.timings.cached_tokens == 77
+    assert out.token_ids == whole.token_ids[8:]
+    assert [p.logprob for p in out.logprobs] == [p.logprob for p in whole.logprobs[8:]]
+    with pytest.raises(ValueError, match="no idle session nobody"):
+        model.save_session("nobody", tmp_path / "x")
+    with pytest.raises(mixtral.LoadError, match="another model"):
+        windowed(25).load_session("s", tmp_path / "s.cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.cache"]
