@@ -179,8 +179,7 @@ torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tenso
   const auto scales = torch::empty({count, depth / kScaleGroup}, torch::kUInt8);
   for (int64_t k = 0; k < depth; k += kScaleGroup) {
     const int64_t after = k + kScaleGroup, rest = depth - after;
-    const auto step = ops::pack_weight(values.narrow(1, k, kScaleGroup).unsqueeze(0), "int4");
-    const auto group_scales = step.narrow(3, 0, kPackedRows).flatten();  // a step begins with those of its 32 rows
+    const auto group_scales = int4_scales(values.narrow(1, k, kScaleGroup));
     const auto errors = round_group(values, k, group_scales, factor);
     scales.select(1, k / kScaleGroup).copy_(group_scales);
     if (rest > 0)

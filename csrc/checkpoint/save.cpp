@@ -15,7 +15,7 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr size_t kProgressBytes = 64 << 20;
+constexpr size_t kWriteBytes = 64 << 20;  // at a time
 
 std::string header_of(const torch::OrderedDict<std::string, torch::Tensor>& parameters) {
   std::vector<StoredTensor> tensors;
@@ -36,8 +36,8 @@ void write_weights(const MixtralImpl& model, const fs::path& path, const Progres
   for (const auto& item : parameters) {
     const char* data = static_cast<const char*>(item.value().data_ptr());
     const size_t bytes = item.value().nbytes();
-    for (size_t begin = 0; begin < bytes; begin += kProgressBytes) {
-      const size_t count = std::min(kProgressBytes, bytes - begin);
+    for (size_t begin = 0; begin < bytes; begin += kWriteBytes) {
+      const size_t count = std::min(kWriteBytes, bytes - begin);
       file.write(data + begin, count);
       if (progress) progress(done += count, total);
     }

@@ -12,6 +12,7 @@
 #include "../checkpoint/from_pretrained.h"
 #include "../model/transformer.h"
 #include "engine_thread.h"
+#include "require.h"
 #include "session_file.h"
 #include "threads.h"
 
@@ -19,10 +20,6 @@ namespace mixtral {
 namespace {
 
 constexpr std::chrono::milliseconds kWakeUp{50};
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 Engine::Options checked(Engine::Options options, const Config& config) {
   const auto positive = [](const char* name, int64_t value) {

@@ -3,18 +3,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
+#include "require.h"
 #include "sampling.h"
 
 namespace mixtral {
 namespace {
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("score: " + message);
-}
 
 // logits f32 [T,vocab], targets [T] -> logprobs [T]: of targets[t] under row t.
 void gather_logprobs(const torch::Tensor& logits, const int64_t* targets, double* logprobs) {
@@ -32,9 +28,9 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
                                    const ScoreOptions& options) {
   const Config& config = model.config();
   const auto total = static_cast<int64_t>(ids.size());
-  require(total > 0, "text must not be empty");
-  require(options.ctx_size >= 0, "ctx_size must be >= 0, got " + std::to_string(options.ctx_size));
-  require(options.chunk_size > 0, "chunk_size must be > 0, got " + std::to_string(options.chunk_size));
+  require(total > 0, "score: text must not be empty");
+  require(options.ctx_size >= 0, "score: ctx_size must be >= 0, got " + std::to_string(options.ctx_size));
+  require(options.chunk_size > 0, "score: chunk_size must be > 0, got " + std::to_string(options.chunk_size));
   model.check_ids(&bos, 1);
   model.check_ids(ids.data(), total);
 

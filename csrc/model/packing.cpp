@@ -48,6 +48,11 @@ torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing) {
   return ops::pack_weight(rows.unsqueeze(0), quantize_argument(packing)).squeeze(0);
 }
 
+torch::Tensor int4_scales(const torch::Tensor& rows) {
+  // One group of depths is one step, which begins with the scales of its rows (ops/pack_weight/pack_weight.h).
+  return ops::pack_weight(rows.unsqueeze(0), "int4").narrow(3, 0, kPackedRows).flatten();
+}
+
 bool is_packed(const torch::Tensor& parameter) { return parameter.dim() == 4 || parameter.element_size() == 1; }
 
 ParameterAllocator::ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device,

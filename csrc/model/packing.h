@@ -20,6 +20,9 @@ torch::Tensor empty_parameter(const Parameter& parameter, torch::ScalarType dtyp
                               Packing packing);
 // rows [n, cols], n a multiple of 32 -> [n/32, ...]: the blocks of a packed parameter that they become.
 torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing);
+// The scales that packing to int4 gives the rows [n, kScaleGroup] of one group of depths: uint8 [n], as
+// ops::pack_weight takes them back.
+torch::Tensor int4_scales(const torch::Tensor& rows);
 // Whether a parameter is a packed matrix.
 bool is_packed(const torch::Tensor& parameter);
 

@@ -5,14 +5,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "../ops/host_device.h"
 #include "memory.h"
 
 namespace mixtral {
 namespace {
 
 constexpr const char* kName = "the key/value cache";  // in errors
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error("RollingKVCache: " + message);

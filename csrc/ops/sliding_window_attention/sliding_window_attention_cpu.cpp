@@ -33,11 +33,11 @@ template <typename T, typename Operand>
 class TileWorker {
  public:
   TileWorker(const AttentionProblem<T>& problem, MicroKernel<Operand> kernel, Scratch<Operand>& scratch)
-      : p_(problem),
+      : problem_(problem),
         multiply_(kernel),
-        group_(p_.num_heads / p_.num_kv_heads),
-        width_(round_up(p_.head_dim, kPanelColumns)),
-        rows_(group_ * std::min(p_.tile_tokens(), p_.tokens)),
+        group_(problem_.num_heads / problem_.num_kv_heads),
+        width_(round_up(problem_.head_dim, kPanelColumns)),
+        rows_(group_ * std::min(problem_.tile_tokens(), problem_.tokens)),
         q_(scratch.q.grow(rows_ * width_)),
         weights_(scratch.weights.grow(rows_ * kKeyBlock)),
         k_panels_(scratch.k_panels.grow(kKeyBlock * width_)),
@@ -53,7 +53,7 @@ class TileWorker {
     kv_head_ = kv_head;
     const int64_t tokens = tile.end - tile.begin;
     for (int64_t r = 0; r < tokens * group_; ++r) {
-      convert_row(p_.q + row_offset(r), p_.head_dim, width_, q_ + r * width_);
+      convert_row(problem_.q + row_offset(r), problem_.head_dim, width_, q_ + r * width_);
       states_[r] = SoftmaxState{};
     }
     std::fill_n(acc_, tokens * group_ * width_, 0.0f);
@@ -61,17 +61,17 @@ class TileWorker {
     for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) attend_block(block, tokens);
     for (int64_t r = 0; r < tokens * group_; ++r) {
       const float sum = sum_lanes(states_[r].sum), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key was seen
-      T* out = p_.out + row_offset(r);
-      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(acc_[r * width_ + d] * inverse);
+      T* out = problem_.out + row_offset(r);
+      for (int64_t d = 0; d < problem_.head_dim; ++d) out[d] = from_float<T>(acc_[r * width_ + d] * inverse);
     }
   }
 
  private:
   int64_t row_offset(int64_t r) const {
-    return ((tile_.begin + r / group_) * p_.num_heads + kv_head_ * group_ + r % group_) * p_.head_dim;
+    return ((tile_.begin + r / group_) * problem_.num_heads + kv_head_ * group_ + r % group_) * problem_.head_dim;
   }
 
-  KeyRange visible(int64_t token) const { return p_.visible(tile_.sequence, tile_.begin + token); }
+  KeyRange visible(int64_t token) const { return problem_.visible(tile_.sequence, tile_.begin + token); }
 
   // The keys of a block that `token` of the tile sees, counted from its start.
   KeyRange seen(int64_t block, int64_t token) const {
@@ -105,12 +105,12 @@ class TileWorker {
     std::fill_n(k_rows_, kKeyBlock, zeros_);
     std::fill_n(v_rows_, kKeyBlock, zeros_);
     for (int64_t j = keys.begin; j < keys.end;) {
-      int64_t row = p_.keys.row(tile_.sequence, block + j);
-      for (const int64_t run_end = j + std::min(keys.end - j, p_.keys.successive_keys(block + j)); j < run_end;
+      int64_t row = problem_.keys.row(tile_.sequence, block + j);
+      for (const int64_t run_end = j + std::min(keys.end - j, problem_.keys.successive_keys(block + j)); j < run_end;
            ++j, ++row) {
-        const int64_t offset = (row * p_.num_kv_heads + kv_head_) * p_.head_dim;
-        k_rows_[j] = operand_row(p_.k + offset, p_.head_dim, width_, copies_ + j * width_);
-        v_rows_[j] = operand_row(p_.v + offset, p_.head_dim, width_, copies_ + (kKeyBlock + j) * width_);
+        const int64_t offset = (row * problem_.num_kv_heads + kv_head_) * problem_.head_dim;
+        k_rows_[j] = operand_row(problem_.k + offset, problem_.head_dim, width_, copies_ + j * width_);
+        v_rows_[j] = operand_row(problem_.v + offset, problem_.head_dim, width_, copies_ + (kKeyBlock + j) * width_);
       }
     }
   }
@@ -132,7 +132,7 @@ class TileWorker {
       const int64_t count = std::min(kSoftmaxRows, row + rows - r);
       KeyRange ranges[kSoftmaxRows];
       for (int64_t i = 0; i < count; ++i) ranges[i] = seen(block, (r + i) / group_);
-      softmax_block(scores_ + r * kKeyBlock, ranges, count, p_.scale, states_ + r, weights_ + r * kKeyBlock,
+      softmax_block(scores_ + r * kKeyBlock, ranges, count, problem_.scale, states_ + r, weights_ + r * kKeyBlock,
                     acc_ + r * width_, width_);
     }
     pack_values(v_rows_, panel_begin, panel_end, width_, v_panels_);
@@ -142,7 +142,7 @@ class TileWorker {
                 v_panels_ + d * kKeyBlock + depth_begin * kPanelColumns, depth, acc_ + row * width_ + d, width_);
   }
 
-  const AttentionProblem<T>& p_;
+  const AttentionProblem<T>& problem_;
   const MicroKernel<Operand> multiply_;
   const int64_t group_, width_, rows_;
   Operand* const q_;                    // [rows, width]
