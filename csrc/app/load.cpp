@@ -39,6 +39,10 @@ Tokenizer load_tokenizer(const ModelFlags& flags) {
   return tokenizer;
 }
 
+void print_note(const Config& config) {
+  if (!config.note.empty()) write_err("mixtral: " + config.note + "\n");
+}
+
 WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
   return parse_weight_type(flags.dtype, config, flags.device);
 }
@@ -64,8 +68,9 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
-  return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
-          seconds_now() - start};
+  Engine engine = Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer));
+  print_note(engine.config());
+  return {std::move(engine), seconds_now() - start};
 }
 
 }  // namespace mixtral::app

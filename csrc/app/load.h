@@ -17,6 +17,8 @@ namespace mixtral::app {
 std::filesystem::path model_path(const ModelFlags& flags);
 // The model's; a line on stderr where its files disagree.
 Tokenizer load_tokenizer(const ModelFlags& flags);
+// A line on stderr about what is odd in the model's configuration.
+void print_note(const Config& config);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 

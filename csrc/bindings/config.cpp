@@ -1,11 +1,33 @@
 #include "../model/config.h"
 
 #include "../checkpoint/config_reader.h"
+#include "../checkpoint/generation_config.h"
 #include "bindings.h"
 
 namespace mixtral {
 
+namespace {
+
+// What generation_config.json says of sampling, as arguments of `generate`.
+py::dict sampling_defaults(const std::filesystem::path& folder) {
+  const GenerationConfig config = read_generation_config(folder);
+  py::dict values;
+  const auto put = [&values](const char* key, const auto& value) {
+    if (value) values[key] = *value;
+  };
+  put("temperature", config.effective_temperature());
+  put("top_p", config.top_p);
+  put("top_k", config.top_k);
+  put("min_p", config.min_p);
+  put("repetition_penalty", config.repetition_penalty);
+  return values;
+}
+
+}  // namespace
+
 void bind_config(py::module_& m) {
+  m.def("sampling_defaults", &sampling_defaults, py::arg("folder"),
+        "The sampling of generation_config.json as arguments of generate. Raises LoadError.");
   py::class_<Config>(m, "Config", "The architecture of a checkpoint. Sizes are counts; `window` is keys a query sees.")
       .def(py::init([](const py::kwargs& fields) {
              const Config config = from_kwargs<Config>(fields);
@@ -36,6 +58,7 @@ void bind_config(py::module_& m) {
       .def_readwrite("quantization", &Config::quantization)
       .def_readwrite("bos_token_id", &Config::bos_token_id)
       .def_readwrite("eos_token_ids", &Config::eos_token_ids)
+      .def_readwrite("note", &Config::note)
       .def_property_readonly("is_moe", &Config::is_moe)
       .def_property_readonly("total_parameters", &Config::total_parameters)
       .def_property_readonly("active_parameters", &Config::active_parameters, "Per token.")

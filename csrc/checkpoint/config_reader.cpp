@@ -7,6 +7,8 @@
 #include "../io/json.h"
 #include "../io/load_error.h"
 #include "../model/config_fields.h"
+#include "../text/tokenizer.h"
+#include "generation_config.h"
 
 // A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
 // are not the values of the published Mistral and Mixtral models (rms_norm_eps, sliding_window, rope_theta).
@@ -259,6 +261,15 @@ CheckpointLayout layout_of(const std::filesystem::path& folder) {
                                                        : CheckpointLayout::kConsolidated;
 }
 
+// params.json mostly leaves the end of a sequence to the tokenizer.
+void read_tokenizer_eos(const std::filesystem::path& folder, const json& params, Config& config) {
+  if (params.contains("eos_token_id") || !Tokenizer::in_folder(folder)) return;
+  try {
+    config.eos_token_ids = {Tokenizer(folder).eos_id()};
+  } catch (const LoadError&) {  // whoever needs the tokenizer says what is wrong with it
+  }
+}
+
 }  // namespace
 
 Config parse_config(const std::string& text, CheckpointLayout layout, const std::string& source) {
@@ -267,6 +278,7 @@ Config parse_config(const std::string& text, CheckpointLayout layout, const std:
   Config config =
       layout == CheckpointLayout::kHuggingFace ? read_hugging_face(fields, source) : read_consolidated(fields, source);
   read_common(fields, config);
+  drop_unknown_stop_ids(config);
   config.head_dim = fields.integer("head_dim", config.num_heads > 0 ? config.hidden_size / config.num_heads : 0);
   config.validate(source);
   return config;
@@ -275,7 +287,12 @@ Config parse_config(const std::string& text, CheckpointLayout layout, const std:
 Config read_config(const std::filesystem::path& folder) {
   const CheckpointLayout layout = layout_of(folder);
   const auto path = folder / (layout == CheckpointLayout::kHuggingFace ? "config.json" : "params.json");
-  return parse_config(read_text(path, kMaxConfigBytes), layout, path.string());
+  const std::string text = read_text(path, kMaxConfigBytes);
+  Config config = parse_config(text, layout, path.string());
+  if (layout == CheckpointLayout::kConsolidated) read_tokenizer_eos(folder, parse_json(text, path.string()), config);
+  add_stop_ids(read_generation_config(folder), config);
+  drop_unknown_stop_ids(config);
+  return config;
 }
 
 }  // namespace mixtral
