@@ -1,6 +1,4 @@
 // `mixtral chat`: a conversation. On a terminal a prompt, commands and Ctrl-C; from a pipe one message per line.
-#include "../text/chat_format.h"
-
 #include <poll.h>
 #include <unistd.h>
 
@@ -12,6 +10,7 @@
 #include <system_error>
 #include <utility>
 
+#include "../text/chat_format.h"
 #include "commands.h"
 #include "flags.h"
 #include "load.h"

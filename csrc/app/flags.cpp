@@ -71,8 +71,9 @@ void add_sampling_flags(CLI::App& app, SamplingParams& params) {
 }
 
 CLI::Option* add_chat_template(CLI::App& app, std::string& chat_template) {
-  return add_option(app, "--chat-template", chat_template,
-                    "Instead of the model's own: a file, mistral-v1, -v2, -v3, -v7, chatml, zephyr, llama-2, alpaca, vicuna")
+  return add_option(
+             app, "--chat-template", chat_template,
+             "Instead of the model's own: a file, mistral-v1, -v2, -v3, -v7, chatml, zephyr, llama-2, alpaca, vicuna")
       ->type_name("NAME|FILE");
 }
 

@@ -154,7 +154,8 @@ std::string stop_ids(const Config& config, const Text& text) {
 
 std::string sampling(const GenerationConfig& config) {
   std::string values;
-  for (const auto& [key, value] : sampling_json(config).items()) {
+  const nlohmann::json fields = sampling_json(config);
+  for (const auto& [key, value] : fields.items()) {
     values += (values.empty() ? "" : ", ") + key + " " + value.dump();
   }
   if (!values.empty()) values += " (generation_config.json; used with --generation-config)";
@@ -176,8 +177,8 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
                                 " key/value heads of " + number(config.head_dim));
   text += line("vocabulary", number(config.vocab_size));
   text += line("stop ids", stop_ids(config, of_text));
-  text += line("chat format", of_text.format ? of_text.format->name() + " (" + of_text.format->source() + ")"
-                                             : of_text.why_no_format);
+  text += line("chat format",
+               of_text.format ? of_text.format->name() + " (" + of_text.format->source() + ")" : of_text.why_no_format);
   if (const std::string values = sampling(of_text.generation); !values.empty()) text += line("sampling", values);
   text += line("window", window + " (" + config.window_source + ")");
   text += line("max position", number(config.max_position));

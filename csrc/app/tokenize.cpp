@@ -68,7 +68,8 @@ Tokens tokens_of(const Flags& flags, const Tokenizer& tokenizer, const std::stri
 
 std::string bos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   const std::string piece = tokenizer.piece(tokenizer.bos_id());
-  if (flags.chat && (tokens.ids.empty() || tokens.ids[0] != tokenizer.bos_id())) return "none: the chat format has none";
+  if (flags.chat && (tokens.ids.empty() || tokens.ids[0] != tokenizer.bos_id()))
+    return "none: the chat format has none";
   if (flags.chat) return piece + " once, before the first turn of the conversation";
   if (flags.no_bos) return "none: --no-bos was given";
   const std::string before = piece + " put before the text, once";
@@ -98,7 +99,8 @@ nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const Tok
     result["eos"] = eos_reason(flags, tokenizer, tokens);
     if (flags.chat) result["chat_format"] = format_of(tokens);
     result["left_as_text"] = nlohmann::json::array();
-    for (const int64_t id : tokens.left) result["left_as_text"].push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}});
+    for (const int64_t id : tokens.left)
+      result["left_as_text"].push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}});
   }
   return result;
 }

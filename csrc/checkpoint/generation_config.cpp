@@ -83,8 +83,8 @@ void add_stop_ids(const GenerationConfig& generation, Config& config) {
 
 void drop_unknown_stop_ids(Config& config) {
   std::vector<int64_t>& ids = config.eos_token_ids;
-  const auto unknown = std::stable_partition(ids.begin(), ids.end(),
-                                             [&](int64_t id) { return 0 <= id && id < config.vocab_size; });
+  const auto unknown =
+      std::stable_partition(ids.begin(), ids.end(), [&](int64_t id) { return 0 <= id && id < config.vocab_size; });
   for (auto id = unknown; id != ids.end(); ++id) {
     const std::string text = "eos_token_id " + std::to_string(*id) + " is outside the vocabulary of " +
                              std::to_string(config.vocab_size) + " tokens: it ends nothing";

@@ -16,7 +16,8 @@ struct ChatMessage {
 
 // Neighbouring messages of one role are joined by an empty line. `version`: whose format; the tokenizer must have its
 // control tokens. Throws std::invalid_argument, naming the message, for what mistral-common refuses: no message, an
-// unknown role, an empty answer, a system message right after an answer, or an end that leaves the model nothing to say.
+// unknown role, an empty answer, a system message right after an answer, or an end that leaves the model nothing to
+// say.
 std::vector<int64_t> apply_chat(const Tokenizer& tokenizer, TokenizerVersion version,
                                 const std::vector<ChatMessage>& messages);
 // In the format of the tokenizer's own version.

@@ -99,7 +99,8 @@ const std::vector<std::pair<std::string, std::string>>& named_chat_templates() {
        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"},
       {"vicuna",
        "{% set given = messages[0].role == 'system' %}"
-       "{{ bos_token + (messages[0].content if given else 'A chat between a curious user and an artificial intelligence "
+       "{{ bos_token + (messages[0].content if given else 'A chat between a curious user and an artificial "
+       "intelligence "
        "assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.') + ' ' }}"
        "{% for message in (messages[1:] if given else messages) %}"
        "{% if message.role == 'user' %}"
@@ -140,8 +141,8 @@ struct ChatFormat::Impl {
 
   // Whether the other format gives the same ids; a system message that this one refuses does not matter.
   bool agrees(const Impl& other) const {
-    const std::vector<ChatMessage> short_chat = {{"user", "Hello there"}};
-    const std::vector<ChatMessage> long_chat = {{"user", "Hi"}, {"assistant", "So?"}, {"user", "What is 2 + 2?"}};
+    const std::vector<ChatMessage> short_chat = {{"user", " Hello there\n"}};
+    const std::vector<ChatMessage> long_chat = {{"user", "Hi "}, {"assistant", "So?"}, {"user", "\nWhat is 2 + 2?"}};
     std::vector<ChatMessage> with_system = long_chat;
     with_system.insert(with_system.begin(), {"system", "Be brief."});
     if (try_encode(short_chat) != other.try_encode(short_chat)) return false;
@@ -222,7 +223,8 @@ std::string ChatFormat::end_of_answer() const {
   const std::vector<int64_t> ids = tokenizer.encode(word, false, false, /*parse_special=*/true);
   if (!ids.empty() && tokenizer.is_control(ids[0])) return tokenizer.piece(ids[0]);
   // A marker that is text; words, such as those of the next prompt, are none.
-  const bool marker = word.size() > 2 && (word[0] == '<' || word[0] == '[') && (word.back() == '>' || word.back() == ']');
+  const bool marker =
+      word.size() > 2 && (word[0] == '<' || word[0] == '[') && (word.back() == '>' || word.back() == ']');
   return marker ? word : "";
 }
 

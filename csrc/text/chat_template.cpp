@@ -58,8 +58,9 @@ std::string cut(const std::string& text) {
 }
 
 [[noreturn]] void fail(const std::string& file, const jinja::TemplateError& error) {
-  throw LoadError(file, "chat_template", std::string(error.what()) +
-                                             "; Python may know more of Jinja, and --chat-template NAME chooses a format");
+  throw LoadError(
+      file, "chat_template",
+      std::string(error.what()) + "; Python may know more of Jinja, and --chat-template NAME chooses a format");
 }
 
 }  // namespace
@@ -75,8 +76,7 @@ std::map<std::string, std::string> special_token_texts(const fs::path& folder) {
   const json config = read_if_there(folder / "tokenizer_config.json");
   const json map = read_if_there(folder / "special_tokens_map.json");
   std::map<std::string, std::string> texts;
-  for (const char* key :
-       {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
+  for (const char* key : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
     const json* source = config.contains(key) ? &config : map.contains(key) ? &map : nullptr;
     if (!source) continue;
     const json& value = source->at(key);

@@ -34,8 +34,8 @@ class ChatTemplate {
   // message is to be gone on with. `special_tokens`: as above. Throws
   // std::invalid_argument with the template's own words where it raises an exception, or does not show the message that
   // the model is to go on with; LoadError for other faults, among them a text of 16 MiB and too much work.
-  std::string render(const std::vector<ChatMessage>& messages,
-                     const std::map<std::string, std::string>& special_tokens, bool add_generation_prompt = true) const;
+  std::string render(const std::vector<ChatMessage>& messages, const std::map<std::string, std::string>& special_tokens,
+                     bool add_generation_prompt = true) const;
 
  private:
   struct Impl;

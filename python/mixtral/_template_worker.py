@@ -5,10 +5,12 @@ One JSON object a line. First {"path": sys.path}; then {"template", "variables"}
 """
 
 import json
+import signal
 import sys
 
 MEMORY = 512 << 20  # beyond what the process has before it renders
 OUTPUT = 16 << 20  # characters of one text
+ORPHAN_SECONDS = 10  # then it ends itself: whoever started it would have done so long before, and is gone
 
 
 def main() -> None:
@@ -18,7 +20,10 @@ def main() -> None:
     print("{}", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(render(request["template"], request["variables"])), flush=True)
+        signal.alarm(ORPHAN_SECONDS)
+        answer = render(request["template"], request["variables"])
+        signal.alarm(0)
+        print(json.dumps(answer), flush=True)
 
 
 def limit_memory() -> None:

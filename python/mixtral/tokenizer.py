@@ -33,8 +33,8 @@ class Tokenizer(_C.Tokenizer):
                 may know more roles, and more keys. "prefix": True on the last message, an assistant's: the model goes
                 on with it.
             chat_template: "mistral-v1", "mistral-v2", "mistral-v3", "mistral-v7", "chatml", "zephyr", "llama-2",
-                "alpaca", "vicuna", or a Jinja template: its file or its text; None: the folder's, and where it has none Mistral's
-                format for this tokenizer.
+                "alpaca", "vicuna", or a Jinja template, as its file or its text. None: the folder's, and where it has
+                none Mistral's format for this tokenizer.
 
         Raises:
             ValueError: what the format refuses, with the message or the template's own words; an unknown name; the

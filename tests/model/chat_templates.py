@@ -20,12 +20,6 @@ TEMPLATES = {
         "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
         "+ '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-        "{%- for message in messages %}\n    {%- if loop.first and message.role != 'system' %}\n"
-        "        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n"
-        "    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
-        "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
-        "message['content'] | trim + '<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\n",
         # Tools, of which a plain chat has none.
         "{%- macro schema(tool) %}{{ tool | tojson }}{% endmacro %}\n"
         "{%- if tools %}\n{{- '<|im_start|>system\\n' }}\n{%- for tool in tools %}\n{{- schema(tool) }}\n"
@@ -38,6 +32,12 @@ TEMPLATES = {
         "{%- for message in messages %}\n{%- if message.role in ['user', 'assistant'] or not loop.first %}\n"
         "{{- '<|im_start|>' + message.role }}\n{{- '\\n' + message.content + '<|im_end|>' + '\\n' }}\n{%- endif %}\n"
         "{%- endfor %}\n{%- if add_generation_prompt %}\n{{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
+        "{%- for message in messages %}\n    {%- if loop.first and message.role != 'system' %}\n"
+        "        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n"
+        "    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
+        "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+        "message['content'] | trim + '<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\n",
     ],
     "zephyr": [
         "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
@@ -101,16 +101,6 @@ TEMPLATES = {
         "{%- if add_generation_prompt -%}{{-'ASSISTANT:'-}}{%- endif -%}",
     ],
     "mistral-v1": [
-        "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-        "{{ ' ' + message['content'] + eos_token}}{% else %}"
-        "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
-        # Without the space before an answer: the first template of the published instruct models.
-        "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-        "{{ message['content'] + eos_token}}{% else %}"
-        "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
-        # Later ones take a system message.
         "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['content'] %}\n"
         "    {%- set loop_messages = messages[1:] %}\n{%- else %}\n    {%- set loop_messages = messages %}\n"
         "{%- endif %}\n\n{{- bos_token }}\n{%- for message in loop_messages %}\n"
@@ -123,6 +113,16 @@ TEMPLATES = {
         "    {%- elif message['role'] == 'assistant' %}\n        {{- ' ' + message['content'] + eos_token}}\n"
         "    {%- else %}\n        {{- raise_exception('Only user and assistant roles are supported') }}\n"
         "    {%- endif %}\n{%- endfor %}\n",
+        # The first published ones take no system message.
+        "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'] + eos_token}}{% else %}"
+        "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
+        # And have no space before an answer.
+        "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+        "{{ message['content'] + eos_token}}{% else %}"
+        "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
     ],
 }
 

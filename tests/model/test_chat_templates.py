@@ -11,12 +11,13 @@ from pathlib import Path
 import jinja2
 import mistral_common
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import mixtral
 from chat_templates import TEMPLATES, WITH_CONTROL_TOKENS, conversation
 from mixtral import _C
+from test_tokenizer_json import converted
 
 DATA = Path(mistral_common.__file__).parent / "data"
 FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
@@ -31,13 +32,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory):
     @cache
     def saved(version: str):
         folder = tmp_path_factory.mktemp(version)
-        shutil.copy(DATA / FILES[version], folder / "tokenizer.model")
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        theirs = AutoTokenizer.from_pretrained(folder)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        theirs = PreTrainedTokenizerFast(tokenizer_object=converted(version), **names)
         theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         theirs.save_pretrained(folder)
-        (folder / "tokenizer.model").unlink()
         return folder, theirs
 
     return saved
@@ -70,14 +68,16 @@ def test_ids_are_those_of_transformers(folders, tmp_path: Path, name: str, numbe
     binary = _C.ChatFormat(folder, ours, str(file))
     rng = random.Random(name + str(number))
     answered = 0
-    for _ in range(200):
+    count = 200 if number == 0 else 50
+    for _ in range(count):
         messages = conversation(rng)
         expected = ids_of(theirs, template, messages)
         assert or_none(binary.encode, messages) == expected, messages
         assert or_none(ours.apply_chat, messages, template) == expected, messages
         answered += expected is not None
-    assert answered >= 80
-    assert binary.name == (name if number == 0 else "custom") or (name, number) == ("chatml", 1)
+    assert answered >= count / 3
+    same = number == 0 or (name, number) in (("chatml", 1), ("chatml", 2))
+    assert binary.name == (name if same else "custom")
 
 
 def test_templates_with_control_tokens_and_tools(folders, tmp_path: Path) -> None:
@@ -106,7 +106,8 @@ def test_a_format_is_recognized_by_what_it_renders(folders, tmp_path: Path) -> N
         assert name_of(templates[0]) == name
     assert name_of(TEMPLATES["chatml"][1]) == "chatml"
     assert name_of(TEMPLATES["chatml"][0].replace("'<|im_end|>'", "' <|im_end|>'")) == "custom"
-    assert name_of(TEMPLATES["chatml"][2]) == "custom"
+    assert name_of(TEMPLATES["chatml"][3]) == "custom"
+    assert name_of(TEMPLATES["zephyr"][0].replace("message['content']", "message.content.strip()")) == "custom"
 
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "llama-2", "alpaca", "vicuna"])
@@ -215,7 +216,7 @@ def test_a_base_model_says_so(folders, tmp_path: Path) -> None:
         ),
         ("{% set n = namespace(x=[]) %}{% for a in range(99999) %}{% set n.x = [n.x] %}{% endfor %}x", None),
         ("{{ ''.__class__.__mro__ }}", "unsafe|not supported"),
-        ("{{ messages[0].content", "end of"),
+        ("{{ messages[0].content", "end"),
         ("{% include 'x' %}", "no loader|not supported"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested|recursion|line|ended"),
         ("{{ messages" + ".x" * 30000 + " }}", "nested|undefined|recursion|ended|seconds"),
@@ -298,7 +299,7 @@ def random_template(rng: random.Random) -> str:
 def test_the_binary_renders_as_jinja_or_refuses() -> None:
     rng = random.Random(7)
     rendered = 0
-    for _ in range(1500):
+    for _ in range(300):
         template, messages = random_template(rng), conversation(rng)
         try:
             ours = _C.ChatTemplate(template, "file").render(messages, {"bos_token": "<s>"})
@@ -307,4 +308,4 @@ def test_the_binary_renders_as_jinja_or_refuses() -> None:
         theirs = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, bos_token="<s>")
         assert ours == theirs[0][0], template
         rendered += 1
-    assert rendered > 300
+    assert rendered > 60

@@ -138,7 +138,8 @@ Value length(const Value& value, const Place& place) {
 
 List entries(const Dict& dict, const std::string& what) {
   List list;
-  for (const auto& [key, value] : dict) list.push_back(what == "items" ? List{key, value} : what == "keys" ? key : value);
+  for (const auto& [key, value] : dict)
+    list.push_back(what == "items" ? List{key, value} : what == "keys" ? key : value);
   return list;
 }
 

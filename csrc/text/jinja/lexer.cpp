@@ -134,8 +134,8 @@ class Lexer {
       while (at_ < source_.size() && is_name(source_[at_])) ++at_;
       push(Token::kName, source_.substr(begin, at_ - begin));
     } else {
-      for (const char* text : {"==", "!=", ">=", "<=", "//", "**", "+", "-", "*", "/", "%", "~", "[", "]", "(", ")", "{",
-                               "}", ".", ",", ":", "|", "=", "<", ">"}) {
+      for (const char* text : {"==", "!=", ">=", "<=", "//", "**", "+", "-", "*", "/", "%", "~", "[",
+                               "]",  "(",  ")",  "{",  "}",  ".",  ",", ":", "|", "=", "<", ">"}) {
         if (!at(text)) continue;
         push(Token::kOperator, text);
         at_ += tokens_.back().text.size();

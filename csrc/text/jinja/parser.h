@@ -26,15 +26,15 @@ struct Node {
     kFilter,       // operand, arguments; `text`: the filter
     kTest,         // operand, arguments; `text`: the test
     // Statements
-    kText,       // none; `value`
-    kPrint,      // expression
-    kBlock,      // statements
-    kIf,         // condition, block, other block
-    kFor,        // iterable, filter (a constant true if absent), block, block for no item; `names`
-    kSet,        // expression; `names`: the variable, or a namespace and its field
-    kSetBlock,   // block; `names`
-    kScope,      // block whose variables end with it
-    kMacro,      // none; `text`: the name
+    kText,      // none; `value`
+    kPrint,     // expression
+    kBlock,     // statements
+    kIf,        // condition, block, other block
+    kFor,       // iterable, filter (a constant true if absent), block, block for no item; `names`
+    kSet,       // expression; `names`: the variable, or a namespace and its field
+    kSetBlock,  // block; `names`
+    kScope,     // block whose variables end with it
+    kMacro,     // none; `text`: the name
     kBreak,
     kContinue,
   };

@@ -1,4 +1,5 @@
-// Text as Python's str treats it: by code points, with Unicode's white space. Bytes that are no UTF-8 count as one each.
+// Text as Python's str treats it: by code points, with Unicode's white space. Bytes that are no UTF-8 count as one
+// each.
 #pragma once
 
 #include <optional>

@@ -11,9 +11,9 @@ bool Value::truth() const {
 }
 
 const char* Value::type_name() const {
-  static constexpr const char* kNames[] = {"an undefined value", "none",         "a truth value", "a number",
-                                           "a string",           "a list",       "a dictionary",  "a namespace",
-                                           "the variable loop"};
+  static constexpr const char* kNames[] = {"an undefined value", "none",        "a truth value",
+                                           "a number",           "a string",    "a list",
+                                           "a dictionary",       "a namespace", "the variable loop"};
   return kNames[index()];
 }
 

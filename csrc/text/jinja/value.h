@@ -26,8 +26,9 @@ struct Loop {  // the variable `loop`
 };
 
 // Copies share what they hold. Only a namespace can change.
-struct Value : std::variant<Undefined, None, bool, int64_t, std::shared_ptr<const std::string>,
-                            std::shared_ptr<const List>, std::shared_ptr<const Dict>, std::shared_ptr<Namespace>, Loop> {
+struct Value
+    : std::variant<Undefined, None, bool, int64_t, std::shared_ptr<const std::string>, std::shared_ptr<const List>,
+                   std::shared_ptr<const Dict>, std::shared_ptr<Namespace>, Loop> {
   using variant::variant;
   Value(std::string text) : variant(std::make_shared<const std::string>(std::move(text))) {}
   Value(const char* text) : Value(std::string(text)) {}
