@@ -4,6 +4,7 @@
 
 #include "checkpoint/calibrate.h"
 #include "checkpoint/config_reader.h"
+#include "checkpoint/folder.h"
 #include "checkpoint/from_pretrained.h"
 #include "checkpoint/generation_config.h"
 #include "checkpoint/memory_plan.h"

@@ -149,6 +149,7 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model);
+  add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

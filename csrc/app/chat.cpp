@@ -206,6 +206,7 @@ void add_chat(CLI::App& app) {
   add_sampling_flags(command, flags->sampling);
   add_generation_config(command, flags->generation_config);
   add_model_flags(command, flags->model);
+  add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

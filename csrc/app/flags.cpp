@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../checkpoint/generation_config.h"
+#include "load.h"
 #include "terminal.h"
 
 namespace mixtral::app {
@@ -27,8 +28,15 @@ CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtyp
 }
 
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names) {
-  add_option(app, names, flags.model, "Folder of the checkpoint; without it, the bundled demo model")
+  add_option(app, names, flags.model,
+             "Folder of the checkpoint, or org/name in the Hugging Face cache; without it, the bundled demo model")
       ->type_name("FOLDER");
+}
+
+void add_loading_flags(CLI::App& app, ModelFlags& flags) {
+  add_option(app, "--lora", flags.lora, "Adapter of PEFT or mistral-finetune to merge into the weights")
+      ->type_name("FOLDER");
+  add_switch(app, "--check-weights", flags.check_weights, "Fail at a weight that is NaN or infinite");
 }
 
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names) {
@@ -93,7 +101,7 @@ void use_generation_config(const CLI::App& app, const std::filesystem::path& fol
   use("--min-p", config.min_p, params.min_p);
   use("--repetition-penalty", config.repetition_penalty, params.repetition_penalty);
   for (const std::string& key : config.unsupported) {
-    write_err("mixtral: generation_config.json: " + key + " is not supported and not used\n");
+    warn("generation_config.json: " + key + " is not supported and not used");
   }
 }
 

@@ -18,6 +18,8 @@ struct ModelFlags {
   int64_t threads = 0;   // 0: torch decides
   int64_t ctx_size = 0;  // 0: the model's
   int64_t chunk_size = kChunkSize;
+  std::string lora;  // folder of an adapter; empty: none
+  bool check_weights = false;
   bool verbose = false;
   bool no_cuda_graph = false;
 };
@@ -32,6 +34,7 @@ constexpr const char* kModelPathNames = "MODEL,-m,--model";  // as an argument o
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names = kModelPathNames);
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
 void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
+void add_loading_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 void add_sampling_flags(CLI::App& app, SamplingParams& params);
 // --chat-template: a name or a file; empty: the model's own.

@@ -109,6 +109,7 @@ void add_generate(CLI::App& app) {
       ->needs(json);
   add_parse_special(command, flags->parse_special);
   add_model_flags(command, flags->model);
+  add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

@@ -198,11 +198,10 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
 }
 
 void run(const Flags& flags) {
-  const Config config = read_config(model_path(flags.model));
+  const Config config = read_config(model_path(flags.model), warn);
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
   const Text text = text_of(model_path(flags.model));
-  print_note(config);
   write_out(flags.json ? json_line(to_json(config, memory, type, text))
                        : to_text(config, memory, type, flags.model.chunk_size, text));
 }

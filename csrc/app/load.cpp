@@ -1,9 +1,11 @@
 #include "load.h"
 
 #include <cstdlib>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
+#include "../checkpoint/folder.h"
 #include "../checkpoint/load_options.h"
 #include "../engine/threads.h"
 #include "report.h"
@@ -30,17 +32,18 @@ std::filesystem::path demo_model() {
 }  // namespace
 
 std::filesystem::path model_path(const ModelFlags& flags) {
-  return flags.model.empty() ? demo_model() : std::filesystem::path(flags.model);
+  return flags.model.empty() ? demo_model() : find_model(flags.model);
+}
+
+void warn(const std::string& message) {
+  static std::set<std::string> said;  // a model may be opened twice
+  if (said.insert(message).second) write_err("mixtral: warning: " + message + "\n");
 }
 
 Tokenizer load_tokenizer(const ModelFlags& flags) {
   Tokenizer tokenizer(model_path(flags));
-  if (!tokenizer.note().empty()) write_err("mixtral: " + tokenizer.note() + "\n");
+  if (!tokenizer.note().empty()) warn(tokenizer.note());
   return tokenizer;
-}
-
-void print_note(const Config& config) {
-  if (!config.note.empty()) write_err("mixtral: " + config.note + "\n");
 }
 
 WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
@@ -60,6 +63,9 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   LoadOptions load_options;
   load_options.device = flags.device;
   load_options.dtype = flags.dtype;
+  load_options.lora = flags.lora;
+  load_options.check_weights = flags.check_weights;
+  load_options.warn = warn;
   ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
@@ -68,9 +74,8 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
-  Engine engine = Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer));
-  print_note(engine.config());
-  return {std::move(engine), seconds_now() - start};
+  return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
+          seconds_now() - start};
 }
 
 }  // namespace mixtral::app

@@ -13,12 +13,12 @@
 
 namespace mixtral::app {
 
-// The folder given, or the demo model's.
+// The folder that MODEL means (checkpoint/folder.h), or the demo model's.
 std::filesystem::path model_path(const ModelFlags& flags);
-// The model's; a line on stderr where its files disagree.
+// One line on stderr; the same message once.
+void warn(const std::string& message);
+// The model's; warns where its files disagree.
 Tokenizer load_tokenizer(const ModelFlags& flags);
-// A line on stderr about what is odd in the model's configuration.
-void print_note(const Config& config);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 

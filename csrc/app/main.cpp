@@ -1,11 +1,10 @@
 // `mixtral <command> [MODEL] [flags]`: the program without Python.
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "../io/nearest.h"
 #include "commands.h"
 #include "errors.h"
 #include "library_exit.h"
@@ -15,32 +14,10 @@
 namespace mixtral::app {
 namespace {
 
-size_t edit_distance(const std::string& a, const std::string& b) {
-  std::vector<size_t> row(b.size() + 1);  // row[j]: a's first i letters to b's first j
-  std::iota(row.begin(), row.end(), size_t{0});
-  for (size_t i = 1; i <= a.size(); ++i) {
-    size_t diagonal = std::exchange(row[0], i);
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = row[j];
-      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
-    }
-  }
-  return row.back();
-}
-
 // ", did you mean X?" for the nearest candidate, or nothing when none is near.
 std::string hint(const std::string& word, const std::vector<std::string>& candidates) {
-  std::string nearest;
-  size_t best = word.size() / 3 + 2;
-  for (const std::string& candidate : candidates) {
-    const size_t distance = edit_distance(word, candidate);
-    if (distance < best) {
-      best = distance;
-      nearest = candidate;
-    }
-  }
-  return nearest.empty() ? "" : ", did you mean " + nearest + "?";
+  const std::string found = nearest(word, candidates);
+  return found.empty() ? "" : ", did you mean " + found + "?";
 }
 
 std::string unknown_argument(const CLI::App& command) {

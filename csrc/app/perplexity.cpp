@@ -115,6 +115,7 @@ void add_perplexity(CLI::App& app) {
             "Score the text again with weights of this type, and tell the difference");
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model, "-m,--model");
+  add_loading_flags(command, flags->model);
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
       "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n\n"

@@ -17,9 +17,9 @@ namespace mixtral::app {
 namespace {
 
 struct Flags {
-  std::string model, out, dtype;
+  ModelFlags model;
+  std::string out;
   std::string calibrate;  // path of a text; empty: nearest rounding
-  int64_t threads = 0;
 };
 
 std::string matrices_text(double matrices) { return std::to_string(std::llround(matrices)) + " matrices"; }
@@ -30,7 +30,8 @@ struct Text {
 };
 
 Text read_text(const Flags& flags, const Config& config, const std::filesystem::path& folder) {
-  if (flags.dtype != "int4") throw std::invalid_argument("--calibrate needs --dtype int4, got " + flags.dtype);
+  if (flags.model.dtype != "int4")
+    throw std::invalid_argument("--calibrate needs --dtype int4, got " + flags.model.dtype);
   if (!config.quantization.empty()) {
     throw std::invalid_argument("--calibrate needs a checkpoint that is not quantised, got " + config.quantization);
   }
@@ -48,24 +49,20 @@ Progress show_in(ProgressBar& bar) {
 }
 
 void run(const Flags& flags) {
-  ModelFlags model_flags;
-  model_flags.model = flags.model;
-  model_flags.dtype = flags.dtype;
-  model_flags.threads = flags.threads;
-  const std::filesystem::path folder = model_path(model_flags);
   check_unused(flags.out);  // before the model is read, which may take minutes
+  const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
   const Text text = flags.calibrate.empty() ? Text() : read_text(flags, config, folder);
-  LoadedEngine loaded = load_engine(model_flags, std::nullopt);
+  LoadedEngine loaded = load_engine(flags.model, std::nullopt);
   MixtralImpl& model = loaded.engine.model();
   if (!flags.calibrate.empty()) {
     ProgressBar bar("calibrating", matrices_text);
-    calibrate(model, folder, text.bos, text.ids, show_in(bar));
+    calibrate(model, folder, text.bos, text.ids, show_in(bar), flags.model.lora);
   }
   ProgressBar bar("writing", bytes_text);
   save_quantized(model, folder, flags.out, show_in(bar));
-  write_out(flags.out + ": " + flags.dtype + ", " +
+  write_out(flags.out + ": " + flags.model.dtype + ", " +
             bytes_text(weight_bytes(loaded.engine.config(), loaded.engine.weight_type())) + " of weights (from " +
             bytes_text(before) + ")\n");
 }
@@ -75,17 +72,21 @@ void run(const Flags& flags) {
 void add_quantize(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
   CLI::App& command = *app.add_subcommand("quantize", "Write a checkpoint with int8, fp8 or int4 weights");
-  command.add_option("MODEL", flags->model, "Folder of the checkpoint")->required()->type_name("FOLDER");
+  command.add_option("MODEL", flags->model.model, "Folder of the checkpoint, or org/name in the Hugging Face cache")
+      ->required()
+      ->type_name("FOLDER");
   command.add_option("OUT", flags->out, "Folder to write; it must not exist or be empty")
       ->required()
       ->type_name("FOLDER");
-  add_option(command, "--dtype", flags->dtype, "int8 and fp8: one scale a row; int4: one scale for every 32 weights")
+  add_option(command, "--dtype", flags->model.dtype,
+             "int8 and fp8: one scale a row; int4: one scale for every 32 weights")
       ->check(CLI::IsMember({"int8", "fp8", "int4"}))
       ->required();
   add_option(command, "--calibrate", flags->calibrate,
              "A text of the kind the model is for: int4 weights are rounded so that its results change least")
       ->type_name("FILE");
-  add_option(command, "-t,--threads", flags->threads, "CPU threads; 0: all cores")->check(CLI::Range(0, 4096));
+  add_loading_flags(command, flags->model);
+  add_option(command, "-t,--threads", flags->model.threads, "CPU threads; 0: all cores")->check(CLI::Range(0, 4096));
   command.footer(
       "--calibrate reads the whole text in one pass: some 50000 tokens are enough. For Mixtral 8x7B that takes 3 "
       "PFLOP\n"

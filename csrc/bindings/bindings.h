@@ -31,6 +31,11 @@ inline py::str to_str(const std::string& text) {
   return py::reinterpret_steal<py::str>(str);
 }
 
+// A Python warning at the caller's line, `level` frames up. Needs the GIL.
+inline void warn(const std::string& message, int level = 1) {
+  if (PyErr_WarnEx(PyExc_UserWarning, ("mixtral: " + message).c_str(), level) != 0) throw py::error_already_set();
+}
+
 // Keyword arguments to the fields of a bound struct.
 template <typename Struct>
 Struct from_kwargs(const py::kwargs& fields) {

@@ -1,6 +1,7 @@
 #include "../model/config.h"
 
 #include "../checkpoint/config_reader.h"
+#include "../checkpoint/folder.h"
 #include "../checkpoint/generation_config.h"
 #include "bindings.h"
 
@@ -35,8 +36,13 @@ void bind_config(py::module_& m) {
              return config;
            }),
            "Config(hidden_size=..., num_layers=..., ...). Raises LoadError for a missing or unfit field.")
-      .def_static("from_folder", &read_config, py::arg("folder"),
-                  "Reads config.json or params.json. Raises LoadError naming the field.")
+      .def_static(
+          "from_folder",
+          [](const std::filesystem::path& folder) {
+            return read_config(find_model(folder), [](const std::string& message) { warn(message); });
+          },
+          py::arg("folder"),
+          "Reads config.json or params.json. Raises LoadError naming the field; warns where weight files disagree.")
       .def_readwrite("hidden_size", &Config::hidden_size)
       .def_readwrite("intermediate_size", &Config::intermediate_size)
       .def_readwrite("num_layers", &Config::num_layers)
@@ -58,7 +64,6 @@ void bind_config(py::module_& m) {
       .def_readwrite("quantization", &Config::quantization)
       .def_readwrite("bos_token_id", &Config::bos_token_id)
       .def_readwrite("eos_token_ids", &Config::eos_token_ids)
-      .def_readwrite("note", &Config::note)
       .def_property_readonly("is_moe", &Config::is_moe)
       .def_property_readonly("total_parameters", &Config::total_parameters)
       .def_property_readonly("active_parameters", &Config::active_parameters, "Per token.")

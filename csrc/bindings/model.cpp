@@ -2,6 +2,7 @@
 // compile.
 #include <torch/extension.h>
 
+#include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
 #include "../model/transformer.h"
 #include "bindings.h"
@@ -10,11 +11,18 @@ namespace mixtral {
 namespace {
 
 std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
-                                  bool pack, const py::object& progress) {
+                                  bool pack, const std::filesystem::path& lora, bool check_weights,
+                                  const py::object& progress) {
   LoadOptions options;
   options.device = device.str();
   options.dtype = dtype;
   options.pack = pack;
+  options.lora = lora;
+  options.check_weights = check_weights;
+  options.warn = [](const std::string& message) {
+    const py::gil_scoped_acquire gil;
+    warn(message, 2);  // who called Mixtral.from_pretrained of model.py
+  };
   options.progress = [&progress](uint64_t done, uint64_t total) {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) {
@@ -47,9 +55,11 @@ py::dict named_parameters(const MixtralImpl& model) {
 }  // namespace
 
 void bind_model(py::module_& m) {
+  m.def("find_model", &find_model, py::arg("model"),
+        "The folder that a path or a name in the Hugging Face cache means.");
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
-                  py::arg("progress"))
+                  py::arg("lora"), py::arg("check_weights"), py::arg("progress"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())

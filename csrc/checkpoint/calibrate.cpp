@@ -86,11 +86,18 @@ torch::Tensor round_group(const torch::Tensor& rows, int64_t k, const torch::Ten
   return errors;
 }
 
+LoadOptions with_adapter(const std::filesystem::path& lora) {
+  LoadOptions options;
+  options.lora = lora;
+  return options;
+}
+
 // Calibrates every packed matrix just before its first product.
 class Calibrator : public ForwardObserver {
  public:
-  Calibrator(const MixtralImpl& model, const std::filesystem::path& source, const Progress& progress)
-      : checkpoint_(source, model.config()), progress_(progress) {
+  Calibrator(const MixtralImpl& model, const std::filesystem::path& source, const std::filesystem::path& lora,
+             const Progress& progress)
+      : checkpoint_(source, model.config(), with_adapter(lora)), progress_(progress) {
     const auto tensors = model.named_parameters();
     for (const Parameter& parameter : model_parameters(model.config())) {
       const torch::Tensor& tensor = tensors[parameter.name];
@@ -183,7 +190,7 @@ torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tenso
 }
 
 void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
-               const Progress& progress) {
+               const Progress& progress, const std::filesystem::path& lora) {
   const Config& config = model.config();
   if (model.weight_type().packing != Packing::kInt4 || !config.quantization.empty()) {
     throw std::invalid_argument("calibrate: model must be int4 and its checkpoint not quantised");
@@ -203,7 +210,7 @@ void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t 
   Batch batch = packed_batch(sequences, torch::kCPU);
   check_memory("calibrating", working_bytes(config, batch.input_ids.size(0)), "cpu");
 
-  Calibrator calibrator(model, source, progress);
+  Calibrator calibrator(model, source, lora, progress);
   batch.observer = &calibrator;
   const auto hidden = model.hidden_states(batch);  // [T,H]
   // The logits are not computed: they would be large. The inputs of lm_head are all here.

@@ -1,13 +1,16 @@
 #include "config_reader.h"
 
 #include <charconv>
-#include <initializer_list>
 
 #include "../io/file.h"
-#include "../io/json.h"
+#include "../io/file_kind.h"
+#include "../io/json_fields.h"
 #include "../io/load_error.h"
 #include "../model/config_fields.h"
 #include "../text/tokenizer.h"
+#include "contents.h"
+#include "files.h"
+#include "folder.h"
 #include "generation_config.h"
 
 // A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
@@ -20,78 +23,8 @@ using nlohmann::json;
 
 constexpr uint64_t kMaxConfigBytes = 1 << 20;
 
-// One JSON object of a configuration file, read key by key. A key whose value is null counts as absent.
-class Fields {
- public:
-  Fields(const json& object, const std::string& source) : object_(object), source_(source) {}
-
-  [[noreturn]] void fail(const std::string& key, const std::string& reason) const {
-    throw LoadError(source_, key, reason);
-  }
-
-  bool contains(const char* key) const { return object_.contains(key); }
-
-  const json* find(const char* key) const {
-    const auto found = object_.find(key);
-    return found == object_.end() || found->is_null() ? nullptr : &*found;
-  }
-
-  const json& at(const char* key) const {
-    const json* value = find(key);
-    if (!value) fail(key, contains(key) ? "must have a value, got null" : "is missing");
-    return *value;
-  }
-
-  int64_t as_integer(const char* key, const json& value) const {
-    // A number above 2^63 would wrap around in get<int64_t>.
-    const bool fits =
-        value.is_number_integer() && !(value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{INT64_MAX});
-    if (!fits) fail(key, "must be an integer, got " + shown(value));
-    return value;
-  }
-
-  int64_t integer(const char* key) const { return as_integer(key, at(key)); }
-  int64_t integer(const char* key, int64_t absent) const { return find(key) ? integer(key) : absent; }
-
-  double number(const char* key) const {
-    const json& value = at(key);
-    if (!value.is_number()) fail(key, "must be a number, got " + shown(value));
-    return value;
-  }
-
-  bool boolean(const char* key, bool absent) const {
-    const json* value = find(key);
-    if (value && !value->is_boolean()) fail(key, "must be true or false, got " + shown(*value));
-    return value ? value->get<bool>() : absent;
-  }
-
-  std::string string(const char* key) const {
-    const json& value = at(key);
-    if (!value.is_string()) fail(key, "must be a string, got " + shown(value));
-    return value;
-  }
-
-  Fields object(const char* key) const {
-    const json& value = at(key);
-    if (!value.is_object()) fail(key, "must be an object, got " + shown(value));
-    return Fields(value, source_);
-  }
-
-  // Features this model does not have: computing without them would give wrong numbers in silence.
-  void reject(std::initializer_list<const char*> keys) const {
-    for (const char* key : keys) {
-      const json* value = find(key);
-      if (value && *value != false) fail(key, "is not supported, got " + shown(*value));
-    }
-  }
-
- private:
-  const json& object_;
-  const std::string& source_;
-};
-
 // An integer, decimal digits, or one window per layer, which must all agree.
-int64_t parse_window(const Fields& fields, const char* key, const json& value) {
+int64_t parse_window(const JsonFields& fields, const char* key, const json& value) {
   if (value.is_array() && !value.empty()) {
     for (const json& layer : value) {
       if (layer != value.front()) fields.fail(key, "must be the same in every layer, got " + shown(value));
@@ -114,7 +47,7 @@ int64_t parse_window(const Fields& fields, const char* key, const json& value) {
   return window;
 }
 
-void read_window(const Fields& fields, const char* key, const std::string& source, Config& config) {
+void read_window(const JsonFields& fields, const char* key, const std::string& source, Config& config) {
   const json* value = fields.find(key);
   config.window = value ? parse_window(fields, key, *value) : 0;
   const std::string file = std::filesystem::path(source).filename().string();
@@ -123,10 +56,10 @@ void read_window(const Fields& fields, const char* key, const std::string& sourc
 }
 
 // transformers v5 writes rope_parameters, v4 wrote rope_theta and rope_scaling.
-double read_rope_theta(const Fields& fields) {
+double read_rope_theta(const JsonFields& fields) {
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     if (!fields.find(key)) continue;
-    const Fields rope = fields.object(key);
+    const JsonFields rope = fields.object(key);
     for (const char* type : {"rope_type", "type"}) {
       if (rope.find(type) && rope.string(type) != "default") {
         fields.fail(key, "must have rope_type \"default\", got " + shown(rope.at(type)));
@@ -145,7 +78,7 @@ double read_rope_theta(const Fields& fields) {
   return theta;
 }
 
-std::string read_dtype(const Fields& fields, const std::string& absent) {
+std::string read_dtype(const JsonFields& fields, const std::string& absent) {
   const char* key = fields.find("dtype") ? "dtype" : "torch_dtype";
   if (!fields.find(key)) return absent;
   const std::string dtype = fields.string(key);
@@ -155,22 +88,27 @@ std::string read_dtype(const Fields& fields, const std::string& absent) {
   return dtype;
 }
 
-// Only the format that save_quantized writes.
-std::string read_quantization(const Fields& fields) {
+// Only the format that save_quantized writes, and wrote before as a "quant_method".
+std::string read_quantization(const JsonFields& fields) {
   const char* key = "quantization_config";
   if (!fields.find(key)) return "";
-  const Fields quantization = fields.object(key);
-  const bool ours = quantization.find("quant_method") && quantization.at("quant_method") == "mixtral";
-  const std::string dtype = ours ? quantization.string("dtype") : "";
+  const JsonFields quantization = fields.object(key);
+  const char* name = quantization.find("format") ? "format" : "quant_method";
+  if (!quantization.find(name) || quantization.at(name) != "mixtral") {
+    const char* method = quantization.find("quant_method") ? "quant_method" : name;
+    fields.fail(key, (quantization.find(method) ? shown(quantization.at(method)) : "a quantisation without a name") +
+                         " is not supported: take the checkpoint that is not quantised; `mixtral quantize` makes it "
+                         "small");
+  }
+  const std::string dtype = quantization.string("dtype");
   if (dtype != "int8" && dtype != "fp8" && dtype != "int4") {
-    fields.fail(key, "must have quant_method \"mixtral\" and dtype \"int8\", \"fp8\" or \"int4\", got " +
-                         shown(fields.at(key)));
+    fields.fail(key, "must have dtype \"int8\", \"fp8\" or \"int4\", got " + shown(fields.at(key)));
   }
   return dtype;
 }
 
 // The keys that both kinds of file share: the router's variants and the special tokens.
-void read_common(const Fields& fields, Config& config) {
+void read_common(const JsonFields& fields, Config& config) {
   config.renormalize = fields.boolean("norm_topk_prob", true);
   if (fields.find("router_dtype")) {
     const std::string dtype = fields.string("router_dtype");
@@ -188,7 +126,7 @@ void read_common(const Fields& fields, Config& config) {
   }
 }
 
-Config read_hugging_face(const Fields& fields, const std::string& source) {
+Config read_hugging_face(const JsonFields& fields, const std::string& source) {
   fields.reject({"attention_bias", "mlp_bias", "layer_types"});
   const std::string type = fields.string("model_type");
   if (type != "mixtral" && type != "mistral") {
@@ -217,21 +155,24 @@ Config read_hugging_face(const Fields& fields, const std::string& source) {
   return config;
 }
 
-Config read_consolidated(const Fields& fields, const std::string& source) {
-  fields.reject({"quantization", "vision_encoder", "yarn", "rope_scaling", "lora"});
+Config read_consolidated(const JsonFields& fields, const std::string& source) {
+  // "lora", where mistral-finetune has left it, says how the weights were trained.
+  fields.reject({"quantization", "vision_encoder", "yarn", "rope_scaling"});
   if (fields.find("model_type") && fields.string("model_type") != "transformer") {
     fields.fail("model_type", "must be \"transformer\", got " + shown(fields.at("model_type")));
   }
   Config config;
   config.layout = CheckpointLayout::kConsolidated;
-  const auto either = [&](const Fields& in, const char* key, const char* alias) { return in.find(key) ? key : alias; };
+  const auto either = [&](const JsonFields& in, const char* key, const char* alias) {
+    return in.find(key) ? key : alias;
+  };
   // The first release (December 2023) has the names of config.json.
   for (const IntegerField& field : {kHiddenSize, kIntermediateSize, kNumLayers, kNumHeads, kNumKvHeads, kVocabSize}) {
     config.*field.member = fields.integer(fields.find(field.hugging_face) ? field.hugging_face : field.consolidated);
   }
   config.max_position = fields.integer(either(fields, "max_seq_len", "max_position_embeddings"), 32768);
   const bool nested = fields.find("moe");
-  const Fields moe = nested ? fields.object("moe") : fields;
+  const JsonFields moe = nested ? fields.object("moe") : fields;
   const char* num_experts = either(moe, "num_experts", "num_local_experts");
   if (nested || fields.find(num_experts)) {
     config.num_experts = moe.integer(num_experts);
@@ -246,52 +187,75 @@ Config read_consolidated(const Fields& fields, const std::string& source) {
   return config;
 }
 
-// A folder may hold both layouts, as Mistral's own repositories do: the one whose weights are there, config.json first.
-CheckpointLayout layout_of(const std::filesystem::path& folder) {
-  std::error_code ignored;
-  const auto exists = [&](const char* name) { return std::filesystem::exists(folder / name, ignored); };
-  if (!std::filesystem::is_directory(folder, ignored)) throw LoadError(folder.string(), "", "is not a folder");
-  const bool weights = exists("model.safetensors") || exists("model.safetensors.index.json");
-  const bool consolidated = exists("consolidated.safetensors") || exists("consolidated.safetensors.index.json");
-  if (!exists("config.json") && !exists("params.json")) {
-    throw LoadError(folder.string(), "", "holds neither config.json nor params.json");
+// An end of sequence outside the vocabulary is no token that the model can write.
+void drop_unknown_eos(Config& config, const std::string& source, const Warn& warn) {
+  std::vector<int64_t> known;
+  for (const int64_t id : config.eos_token_ids) {
+    if (0 <= id && id < config.vocab_size) {
+      known.push_back(id);
+    } else if (warn) {
+      warn(source + ": eos_token_id: " + std::to_string(id) + " is not in the vocabulary of " +
+           std::to_string(config.vocab_size) + " and is left out");
+    }
   }
-  const bool prefer_consolidated = exists("params.json") && consolidated && !weights;
-  return exists("config.json") && !prefer_consolidated ? CheckpointLayout::kHuggingFace
-                                                       : CheckpointLayout::kConsolidated;
+  config.eos_token_ids = known;
 }
 
 // params.json mostly leaves the end of a sequence to the tokenizer.
-void read_tokenizer_eos(const std::filesystem::path& folder, const json& params, Config& config) {
-  if (params.contains("eos_token_id") || !Tokenizer::in_folder(folder)) return;
+void read_tokenizer_eos(const std::filesystem::path& folder, Config& config) {
+  if (!Tokenizer::in_folder(folder)) return;
   try {
     config.eos_token_ids = {Tokenizer(folder).eos_id()};
   } catch (const LoadError&) {  // whoever needs the tokenizer says what is wrong with it
   }
 }
 
-}  // namespace
-
-Config parse_config(const std::string& text, CheckpointLayout layout, const std::string& source) {
-  const json object = parse_json(text, source);
-  const Fields fields(object, source);
+Config read_fields(const JsonFields& fields, CheckpointLayout layout, const std::string& source) {
   Config config =
       layout == CheckpointLayout::kHuggingFace ? read_hugging_face(fields, source) : read_consolidated(fields, source);
   read_common(fields, config);
-  drop_unknown_stop_ids(config);
   config.head_dim = fields.integer("head_dim", config.num_heads > 0 ? config.hidden_size / config.num_heads : 0);
+  return config;
+}
+
+// Files that cannot be read are no matter here: the loader says what is wrong with them.
+std::vector<TensorFile> files_if_any(const std::filesystem::path& folder, CheckpointLayout layout) {
+  try {
+    return open_files(folder, layout);
+  } catch (const LoadError&) {
+    return {};
+  }
+}
+
+}  // namespace
+
+Config parse_config(const std::string& text, CheckpointLayout layout, const std::string& source, const Warn& warn) {
+  const json object = parse_json(text, source);
+  Config config = read_fields(JsonFields(object, source), layout, source);
+  drop_unknown_eos(config, source, warn);
   config.validate(source);
   return config;
 }
 
-Config read_config(const std::filesystem::path& folder) {
-  const CheckpointLayout layout = layout_of(folder);
-  const auto path = folder / (layout == CheckpointLayout::kHuggingFace ? "config.json" : "params.json");
-  const std::string text = read_text(path, kMaxConfigBytes);
-  Config config = parse_config(text, layout, path.string());
-  if (layout == CheckpointLayout::kConsolidated) read_tokenizer_eos(folder, parse_json(text, path.string()), config);
-  add_stop_ids(read_generation_config(folder), config);
-  drop_unknown_stop_ids(config);
+Config read_config(const std::filesystem::path& folder, const Warn& warn) {
+  const CheckpointLayout layout = layout_of(folder, warn);
+  const std::string source =
+      (folder / (layout == CheckpointLayout::kHuggingFace ? "config.json" : "params.json")).string();
+  check_kind(File(source));
+  const json object = parse_json(read_text(source, kMaxConfigBytes), source);
+  const JsonFields fields(object, source);
+  Config config = read_fields(fields, layout, source);
+  // Who downloads consolidated.safetensors may take config.json with it, and leave params.json.
+  const bool other = !has_weights(folder, layout) && has_weights(folder, CheckpointLayout::kConsolidated);
+  if (other) config.layout = CheckpointLayout::kConsolidated;
+  if (config.quantization.empty()) {
+    const bool dtype_is_said = fields.find("dtype") || fields.find("torch_dtype");
+    correct_by_contents(config, dtype_is_said, files_if_any(folder, config.layout), source, warn);
+  }
+  if (layout == CheckpointLayout::kConsolidated && !fields.find("eos_token_id")) read_tokenizer_eos(folder, config);
+  drop_unknown_eos(config, source, warn);
+  add_stop_ids(read_generation_config(folder), config, warn);
+  config.validate(source);
   return config;
 }
 

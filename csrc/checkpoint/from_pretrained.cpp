@@ -8,6 +8,7 @@
 #include "../model/memory.h"
 #include "../model/transformer.h"
 #include "config_reader.h"
+#include "folder.h"
 #include "memory_plan.h"
 #include "weights.h"
 
@@ -24,10 +25,11 @@ torch::Device find_device(const std::string& name) {
 
 }  // namespace
 
-Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
+Mixtral from_pretrained(const std::filesystem::path& model_folder, const LoadOptions& options) {
+  const std::filesystem::path folder = find_model(model_folder);
   const torch::Device device = find_device(options.device);
-  const Config config = read_config(folder);
-  const Checkpoint checkpoint(folder, config);
+  const Config config = read_config(folder, options.warn);
+  const Checkpoint checkpoint(folder, config, options);
   const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
   // Torch ends the process when memory runs out inside an op, so the check counts the temporary memory of packing too.
   check_fits("the weights of " + folder.string(), config, type, options.device);

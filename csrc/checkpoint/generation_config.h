@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../model/config.h"
+#include "load_options.h"
 
 namespace mixtral {
 
@@ -26,9 +27,7 @@ struct GenerationConfig {
 // All empty where the folder has no such file. Throws LoadError.
 GenerationConfig read_generation_config(const std::filesystem::path& folder);
 
-// Adds the stop ids of generation_config.json to the configuration's own.
-void add_stop_ids(const GenerationConfig& generation, Config& config);
-// Takes out the stop ids that no token can have, and says so in the note: such a checkpoint works all the same.
-void drop_unknown_stop_ids(Config& config);
+// Adds the stop ids of generation_config.json to the configuration's own, but for those that no token can have.
+void add_stop_ids(const GenerationConfig& generation, Config& config, const Warn& warn);
 
 }  // namespace mixtral

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <string>
 
@@ -10,11 +11,17 @@ namespace mixtral {
 // Called during long work: units done, units in all. It may throw to end the work.
 using Progress = std::function<void(uint64_t done, uint64_t total)>;
 
+// Called with one line about something odd in a model's files that does not keep them from being used.
+using Warn = std::function<void(const std::string& message)>;
+
 struct LoadOptions {
   std::string device = "cpu";   // "cpu", "cuda" or "cuda:N"
   std::string dtype = "auto";   // as in parse_weight_type
   Progress progress = nullptr;  // in bytes
   bool pack = true;             // false: parameters have the shapes of model/parameters.h; slower on the CPU
+  std::filesystem::path lora;   // an adapter to merge (lora.h): a folder, or a name as of find_model; empty: none
+  bool check_weights = false;   // true: a value that is not finite is a LoadError
+  Warn warn = nullptr;
 };
 
 }  // namespace mixtral

@@ -17,6 +17,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr size_t kProgressBytes = 64 << 20;
+constexpr uint64_t kMaxCarriedBytes = 16 << 20;  // a larger file is no description
 
 // A file being written; any failure is an exception.
 class Output {
@@ -113,16 +114,28 @@ fs::path folder_path(const fs::path& folder) {
   return path.has_filename() ? path : path.parent_path();
 }
 
+// Not weights, nor what describes them; not what a version control system or a downloader has left.
+bool is_carried(const fs::directory_entry& entry) {
+  std::error_code ignored;
+  if (!entry.is_regular_file(ignored)) return false;  // follows links: the files of a Hugging Face cache are some
+  const std::string name = entry.path().filename().string(), extension = entry.path().extension().string();
+  if (name.rfind("tokenizer", 0) == 0) return true;
+  for (const char* weights : {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"})
+    if (extension == weights) return false;
+  for (const char* written : {"config.json", "params.json", "quantize_config.json", "adapter_config.json"})
+    if (name == written) return false;
+  return name.front() != '.' && name.find(".index.json") == std::string::npos && extension != ".incomplete" &&
+         entry.file_size(ignored) <= kMaxCarriedBytes;
+}
+
 void write_folder(const MixtralImpl& model, const fs::path& source, const fs::path& folder, const Progress& progress) {
   NewFolder incomplete(folder);
   Config config = model.config();
   config.quantization = model.weight_type().name();
   config.dtype = "bfloat16";
   write_text(incomplete.path() / "config.json", config_json(config));
-  for (const auto& entry : fs::directory_iterator(source)) {
-    if (entry.is_regular_file() && entry.path().filename().string().rfind("tokenizer", 0) == 0)
-      fs::copy_file(entry.path(), incomplete.path() / entry.path().filename());
-  }
+  for (const auto& entry : fs::directory_iterator(source))
+    if (is_carried(entry)) fs::copy_file(entry.path(), incomplete.path() / entry.path().filename());
   write_weights(model, incomplete.path() / "model.safetensors", progress);
   incomplete.finish();
 }
@@ -155,7 +168,7 @@ std::string config_json(const Config& config) {
     result["num_experts_per_tok"] = config.top_k;
   }
   if (!config.quantization.empty())
-    result["quantization_config"] = {{"quant_method", "mixtral"}, {"dtype", config.quantization}};
+    result["quantization_config"] = {{"format", "mixtral"}, {"dtype", config.quantization}};
   return result.dump(2) + "\n";
 }
 

@@ -1,9 +1,10 @@
 // Writing a quantised model into a folder that from_pretrained reads without converting, at the speed of the disk.
 //
-// config.json is in Hugging Face's spelling, with {"quantization_config": {"quant_method": "mixtral", "dtype":
-// "int4"}}. model.safetensors holds every parameter under its own name (model/parameters.h), matrices as packed blocks:
-// I8 for int8, F8_E4M3 for fp8, U8 for int4, in the format of csrc/ops/pack_weight/pack_weight.h. Tokenizer files are
-// copied.
+// config.json is in Hugging Face's spelling, with {"quantization_config": {"format": "mixtral", "dtype": "int4"}}:
+// without a "quant_method", which transformers needs, it refuses the folder instead of filling a model with random
+// values. model.safetensors holds every parameter under its own name (model/parameters.h), matrices as packed blocks:
+// I8 for int8, F8_E4M3 for fp8, U8 for int4, in the format of csrc/ops/pack_weight/pack_weight.h. The small files of
+// the source come along: tokenizer, chat template, generation_config.json, licence, README.
 #pragma once
 
 #include <filesystem>

@@ -3,89 +3,22 @@
 #include <algorithm>
 #include <numeric>
 #include <set>
+#include <stdexcept>
 
 #include "../io/json.h"
 #include "../io/load_error.h"
-#include "../io/safetensors.h"
+#include "../io/nearest.h"
+#include "files.h"
+#include "folder.h"
 
 namespace mixtral {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kMaxIndexBytes = 100'000'000;
+const std::string kTakeOriginal = ": take the checkpoint that is not quantised; `mixtral quantize` makes it small";
 constexpr uint64_t kStagingBytes = 4 << 20;
 constexpr uint64_t kProgressBytes = 64 << 20;
-
-std::string shape_string(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
-  return text + "]";
-}
-
-// ---- from a folder to open files
-
-// `weight_map` of an index: tensor name -> shard name. A shard is a file beside the index, never a path elsewhere.
-std::map<std::string, std::string> read_index(const fs::path& path) {
-  const auto index = parse_json(read_text(path, kMaxIndexBytes), path.string());
-  const auto found = index.find("weight_map");
-  if (found == index.end() || !found->is_object() || found->empty()) {
-    throw LoadError(path.string(), "weight_map", "must be an object with at least one tensor");
-  }
-  std::map<std::string, std::string> shards;
-  for (const auto& [tensor, shard] : found->items()) {
-    const std::string name = shard.is_string() ? shard.get<std::string>() : "";
-    if (name.empty() || name == "." || name == ".." ||
-        name.find_first_of(std::string("/\\\0", 3)) != std::string::npos) {
-      throw LoadError(path.string(), tensor, "must be in a file beside the index, got " + shown(shard));
-    }
-    shards[tensor] = name;
-  }
-  return shards;
-}
-
-// Every tensor is where the index says, and nowhere else.
-void check_index(const fs::path& path, const std::map<std::string, std::string>& shards,
-                 const std::vector<TensorFile>& files) {
-  size_t found = 0;
-  for (const TensorFile& file : files) {
-    const std::string name = fs::path(file.path()).filename().string();
-    for (const auto& [tensor, entry] : file.entries()) {
-      const auto listed = shards.find(tensor);
-      if (listed == shards.end() || listed->second != name) {
-        throw LoadError(file.path(), tensor, "is in this file, but the index does not say so");
-      }
-      ++found;
-    }
-  }
-  if (found == shards.size()) return;
-  for (const auto& [tensor, shard] : shards) {
-    const bool present = std::any_of(files.begin(), files.end(), [&, &tensor = tensor](const TensorFile& file) {
-      return file.entries().count(tensor) > 0;
-    });
-    if (!present) throw LoadError(path.string(), tensor, "is in the index, but not in the file that it names");
-  }
-}
-
-std::vector<TensorFile> open_files(const fs::path& folder, CheckpointLayout layout) {
-  const std::string stem = layout == CheckpointLayout::kConsolidated ? "consolidated" : "model";
-  const fs::path single = folder / (stem + ".safetensors");
-  const fs::path index = folder / (stem + ".safetensors.index.json");
-  std::vector<TensorFile> files;
-  if (fs::exists(index)) {
-    const auto shards = read_index(index);
-    std::set<std::string> names;
-    for (const auto& [tensor, shard] : shards) names.insert(shard);
-    for (const std::string& name : names) files.push_back(open_safetensors(folder / name));
-    check_index(index, shards, files);
-  } else if (fs::exists(single)) {
-    files.push_back(open_safetensors(single));
-  } else {
-    throw LoadError(folder.string(), "",
-                    "holds neither " + single.filename().string() + " nor " + index.filename().string());
-  }
-  return files;
-}
 
 // ---- from tensors to slices
 
@@ -95,10 +28,28 @@ torch::ScalarType scalar_type(const TensorFile& file, const WeightSlice& slice, 
     if (entry.dtype == expected) return *slice.packed;
     throw LoadError(file.path(), slice.tensor, "dtype must be " + expected + ", got " + entry.dtype);
   }
-  if (entry.dtype == "F32") return torch::kFloat32;
-  if (entry.dtype == "BF16") return torch::kBFloat16;
-  if (entry.dtype == "F16") return torch::kFloat16;
+  if (const auto type = float_type(entry.dtype)) return *type;
   throw LoadError(file.path(), slice.tensor, "dtype must be F32, BF16 or F16, got " + entry.dtype);
+}
+
+bool ends_in(const std::string& name, const std::string& end) {
+  return name.size() > end.size() && name.compare(name.size() - end.size() - 1, std::string::npos, "." + end) == 0;
+}
+
+// Why a tensor is missing: it has another prefix or a similar name, or is quantised in a way of others.
+std::string missing(const std::string& tensor, const std::map<std::string, size_t>& where) {
+  if (where.count(tensor.substr(0, tensor.rfind('.')) + ".qweight")) {
+    return "tensor is missing: the weights are quantised by AWQ or GPTQ, which is not supported" + kTakeOriginal;
+  }
+  const std::string tail = tensor.rfind("model.", 0) == 0 ? tensor.substr(6) : tensor;
+  std::vector<std::string> names;
+  std::string near;
+  for (const auto& [name, file] : where) {
+    names.push_back(name);
+    if (near.empty() && (ends_in(name, tail) || ends_in(tensor, name))) near = name;
+  }
+  if (near.empty()) near = nearest(tensor, names);
+  return "tensor is missing" + (near.empty() ? "" : "; the nearest name in the files is " + shown(near));
 }
 
 // A tensor inside a layer that the model does not have (a bias, an expert or a layer too many) would be left out of the
@@ -109,9 +60,11 @@ void check_unexpected(const TensorFile& file, const std::set<std::string>& expec
   for (const auto& [tensor, entry] : file.entries()) {
     const size_t tail = tensor.size() - std::min(tensor.size(), rotary_table.size());
     const bool in_layer = tensor.rfind("layers.", 0) == 0 || tensor.rfind("model.layers.", 0) == 0;
-    if (in_layer && !expected.count(tensor) && tensor.compare(tail, std::string::npos, rotary_table) != 0) {
-      throw LoadError(file.path(), tensor, "is not part of the model that the configuration describes");
-    }
+    if (!in_layer || expected.count(tensor) || tensor.compare(tail, std::string::npos, rotary_table) == 0) continue;
+    if (tensor.find(".lora_A.") != std::string::npos || tensor.find(".lora_B.") != std::string::npos)
+      throw LoadError(file.path(), tensor,
+                      "is of an adapter that was not merged into the weights before they were saved");
+    throw LoadError(file.path(), tensor, "is not part of the model that the configuration describes");
   }
 }
 
@@ -120,7 +73,8 @@ void check_unexpected(const TensorFile& file, const std::set<std::string>& expec
 // Reads runs of rows, and reports progress about every kProgressBytes.
 class RowReader {
  public:
-  RowReader(const Progress& progress, uint64_t total) : progress_(progress), total_(total) {}
+  RowReader(const Progress& progress, uint64_t total, const Adapter* adapter, bool check_finite)
+      : progress_(progress), total_(total), adapter_(adapter), check_finite_(check_finite) {}
 
   // out: the rows of the parameter that the slice becomes, [rows,cols], on any device; or, with packing, their packed
   // blocks [rows/32,...].
@@ -130,14 +84,22 @@ class RowReader {
     const int64_t group = std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), block);
     const int64_t row_bytes = slice.cols() * static_cast<int64_t>(c10::elementSize(type));
     const int64_t step = std::max<int64_t>(kStagingBytes / (row_bytes * group), 1) * group;
-    const bool direct = out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0 && block == 1;
+    const bool changed = adapter_ && adapter_->changes(slice.parameter);
+    const bool direct =
+        out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0 && block == 1 && !changed;
     for (int64_t row = 0; row < rows; row += step) {
       const int64_t count = std::min(step, rows - row), bytes = count * row_bytes;
       const torch::Tensor part = out.narrow(0, row / block, count / block);
       void* to = direct ? part.data_ptr() : staging(bytes);
       file.read(entry.begin + static_cast<uint64_t>(row * row_bytes), to, static_cast<uint64_t>(bytes));
+      if (check_finite_ && !slice.packed)
+        check_finite(file, slice, torch::from_blob(to, {count, slice.cols()}, type), row);
       if (!direct) {
-        const auto source = in_order(torch::from_blob(to, {count, slice.cols()}, type), slice.interleaved_head_dim);
+        auto source = half_split(torch::from_blob(to, {count, slice.cols()}, type), slice.interleaved_head_dim);
+        if (changed) {
+          source = source.to(torch::kFloat32);
+          adapter_->merge_into(source, slice.parameter, slice.first_row + row);
+        }
         part.copy_(packing == Packing::kNone ? source : pack(file, slice, source, packing, out.scalar_type()));
       }
       report(static_cast<uint64_t>(bytes));
@@ -145,11 +107,16 @@ class RowReader {
   }
 
  private:
-  // rows [n,cols], rotary pairs brought to the half-split order
-  static torch::Tensor in_order(const torch::Tensor& rows, int64_t interleaved_head_dim) {
-    if (interleaved_head_dim == 0) return rows;
-    const int64_t half = interleaved_head_dim / 2, cols = rows.size(1);
-    return rows.view({-1, half, 2, cols}).transpose(1, 2).reshape({-1, cols});
+  // rows [n,cols], the first of which is `first_row` of the tensor
+  static void check_finite(const TensorFile& file, const WeightSlice& slice, const torch::Tensor& rows,
+                           int64_t first_row) {
+    const torch::Tensor wrong = torch::isfinite(rows).logical_not_();
+    if (!wrong.any().item<bool>()) return;
+    const torch::Tensor place = wrong.nonzero()[0];  // [2]
+    const auto row = place[0].item<int64_t>(), col = place[1].item<int64_t>();
+    throw LoadError(file.path(), slice.tensor,
+                    std::string("holds ") + (rows[row][col].isnan().item<bool>() ? "NaN" : "inf") + " in row " +
+                        std::to_string(first_row + row) + ", column " + std::to_string(col));
   }
 
   static torch::Tensor pack(const TensorFile& file, const WeightSlice& slice, const torch::Tensor& rows,
@@ -173,6 +140,8 @@ class RowReader {
 
   const Progress& progress_;
   const uint64_t total_;
+  const Adapter* const adapter_;  // null: none
+  const bool check_finite_;
   uint64_t done_ = 0, reported_ = 0;
   torch::Tensor staging_;
 };
@@ -194,10 +163,37 @@ const char* safetensors_dtype(torch::ScalarType type) {
   }
 }
 
-Checkpoint::Checkpoint(const fs::path& folder, const Config& config) : files_(open_files(folder, config.layout)) {
+std::optional<torch::ScalarType> float_type(const std::string& safetensors_dtype) {
+  if (safetensors_dtype == "F32") return torch::kFloat32;
+  if (safetensors_dtype == "BF16") return torch::kBFloat16;
+  if (safetensors_dtype == "F16") return torch::kFloat16;
+  return std::nullopt;
+}
+
+std::string shape_string(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
+  return text + "]";
+}
+
+torch::Tensor half_split(const torch::Tensor& rows, int64_t interleaved_head_dim) {
+  if (interleaved_head_dim == 0) return rows;
+  const int64_t half = interleaved_head_dim / 2, cols = rows.size(1);
+  return rows.view({-1, half, 2, cols}).transpose(1, 2).reshape({-1, cols});
+}
+
+Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadOptions& options)
+    : files_(open_files(folder, config.layout, options.warn)), check_finite_(options.check_weights) {
+  if (!options.lora.empty() && !config.quantization.empty()) {
+    throw std::invalid_argument("lora needs a checkpoint that is not quantised, got " + config.quantization +
+                                ": quantise the original with `mixtral quantize MODEL OUT --lora FOLDER`");
+  }
+  if (!options.lora.empty()) adapter_.emplace(find_model(options.lora), config);
   std::map<std::string, size_t> where;  // tensor -> index of its file
+  std::map<std::string, size_t> twice;  // the same of a second one
   for (size_t f = 0; f < files_.size(); ++f) {
-    for (const auto& [tensor, entry] : files_[f].entries()) where[tensor] = f;
+    for (const auto& [tensor, entry] : files_[f].entries())
+      if (!where.emplace(tensor, f).second) twice[tensor] = f;
   }
   const bool merged = where.count("model.layers.0.mlp.experts.gate_up_proj") > 0;
   const WeightNames names = !config.quantization.empty()                       ? WeightNames::kParameters
@@ -207,13 +203,20 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config) : files_(op
   std::set<std::string> expected;
   for (WeightSlice& slice : weight_slices(config, names)) {
     const auto found = where.find(slice.tensor);
-    if (found == where.end()) throw LoadError(folder.string(), slice.tensor, "tensor is missing");
+    if (found == where.end()) throw LoadError(folder.string(), slice.tensor, missing(slice.tensor, where));
     const TensorFile& file = files_[found->second];
+    if (const auto second = twice.find(slice.tensor); second != twice.end())
+      throw LoadError(file.path(), slice.tensor, "is in " + files_[second->second].path() + " too");
     const TensorEntry& entry = file.entries().at(slice.tensor);
+    if (where.count(slice.tensor + ".absmax"))
+      throw LoadError(file.path(), slice.tensor,
+                      "is quantised by bitsandbytes, which is not supported" + kTakeOriginal);
     scalar_type(file, slice, entry);
     if (entry.shape != slice.shape) {
+      const std::string empty =
+          entry.begin == entry.end ? ": DeepSpeed ZeRO-3 saved it without gathering it first" : "";
       throw LoadError(file.path(), slice.tensor,
-                      "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape));
+                      "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape) + empty);
     }
     expected.insert(slice.tensor);
     sources_.push_back({found->second, entry, std::move(slice)});
@@ -233,7 +236,7 @@ uint64_t Checkpoint::bytes() const {
 void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                            const Progress& progress) const {
   const torch::NoGradGuard no_grad;
-  RowReader reader(progress, bytes());
+  RowReader reader(progress, bytes(), adapter_ ? &*adapter_ : nullptr, check_finite_);
   for (const auto& [file, entry, slice] : sources_) {
     const torch::Tensor* const wanted = parameters.find(slice.parameter);
     if (!wanted) continue;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "../model/libtorch.h"
 #include "../model/packing.h"
 #include "load_options.h"
+#include "lora.h"
 #include "weight_names.h"
 
 namespace mixtral {
@@ -19,16 +21,28 @@ namespace mixtral {
 // The name that a parameter's type has in the files of a quantised model.
 const char* safetensors_dtype(torch::ScalarType type);
 
+// "F32", "BF16" or "F16", else nothing.
+std::optional<torch::ScalarType> float_type(const std::string& safetensors_dtype);
+
+// "[32000, 4096]"
+std::string shape_string(const std::vector<int64_t>& shape);
+
+// rows [n,cols] of whole heads, rotary pairs (0,1), (2,3), ... brought to the half-split order. 0: they have it
+// already.
+torch::Tensor half_split(const torch::Tensor& rows, int64_t interleaved_head_dim);
+
 // A checkpoint whose files are open and whose tensors all exist with the shapes that `config` asks for.
 class Checkpoint {
  public:
-  // Hugging Face (v4 or v5 names, one file or shards with an index) or consolidated. Throws LoadError.
-  Checkpoint(const std::filesystem::path& folder, const Config& config);
+  // Hugging Face (v4 or v5 names, one file or shards) or consolidated, with the adapter, if there is one, merged into
+  // what is read. Throws LoadError; std::invalid_argument for an adapter over quantised weights.
+  Checkpoint(const std::filesystem::path& folder, const Config& config, const LoadOptions& options = {});
 
   uint64_t bytes() const;  // to be read
 
   // Fills the given parameters, all or some, in place, converting dtype and layout, packing and quantising through a
-  // small staging buffer. Progress is in bytes of the whole checkpoint.
+  // small staging buffer. Progress is in bytes of the whole checkpoint. Throws LoadError for a value that is not
+  // finite, if the options ask for that or it is to be quantised.
   void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                  const Progress& progress) const;
 
@@ -41,6 +55,8 @@ class Checkpoint {
   };
   std::vector<TensorFile> files_;
   std::vector<Source> sources_;  // in file order
+  std::optional<Adapter> adapter_;
+  const bool check_finite_;
 };
 
 }  // namespace mixtral

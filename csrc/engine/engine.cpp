@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
 #include "../model/transformer.h"
 #include "engine_thread.h"
@@ -141,7 +142,7 @@ Engine Engine::from_pretrained(const std::filesystem::path& folder, const LoadOp
 }
 
 Engine Engine::from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options) {
-  return from_pretrained(folder, load, options, tokenizer_in(folder));
+  return from_pretrained(folder, load, options, tokenizer_in(find_model(folder)));
 }
 
 Engine Engine::from_pretrained(const std::filesystem::path& folder, const LoadOptions& load, Options options,

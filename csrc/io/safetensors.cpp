@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "file_kind.h"
 #include "json.h"
 #include "load_error.h"
 
@@ -14,6 +15,7 @@ using nlohmann::json;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr size_t kMaxTensors = 65536;
 constexpr size_t kMaxRank = 8;
+constexpr uint64_t kMaxFileBytes = uint64_t{1} << 62;
 
 // 0 for a type that is unknown or, like most floats of 8 bits and less, of no use here.
 uint64_t dtype_bytes(const std::string& dtype) {
@@ -27,8 +29,8 @@ uint64_t dtype_bytes(const std::string& dtype) {
 // Every check of one tensor's header entry that needs no other tensor.
 class EntryParser {
  public:
-  EntryParser(const std::string& file, const std::string& name, uint64_t data_begin, uint64_t data_bytes)
-      : file_(file), name_(name), data_begin_(data_begin), data_bytes_(data_bytes) {}
+  EntryParser(const std::string& file, const std::string& name, uint64_t data_begin)
+      : file_(file), name_(name), data_begin_(data_begin) {}
 
   TensorEntry parse(const json& value) const {
     check(value.is_object(), "must be an object, got ", value);
@@ -50,8 +52,7 @@ class EntryParser {
         offsets.is_array() && offsets.size() == 2 && offsets[0].is_number_unsigned() && offsets[1].is_number_unsigned(),
         "data_offsets must be two sizes, got ", offsets);
     const uint64_t begin = offsets[0], end = offsets[1];
-    check(begin <= end && end <= data_bytes_,
-          "data_offsets must rise and stay within the " + std::to_string(data_bytes_) + " data bytes, got ", offsets);
+    check(begin <= end && end <= kMaxFileBytes, "data_offsets must rise and stay below 2^62, got ", offsets);
     check(end - begin == bytes, "data_offsets must span " + std::to_string(bytes) + " bytes, got ", offsets);
     entry.begin = data_begin_ + begin;
     entry.end = data_begin_ + end;
@@ -70,7 +71,7 @@ class EntryParser {
 
   const std::string& file_;
   const std::string& name_;
-  const uint64_t data_begin_, data_bytes_;
+  const uint64_t data_begin_;
 };
 
 void check_metadata(const std::string& file, const json& metadata) {
@@ -78,6 +79,11 @@ void check_metadata(const std::string& file, const json& metadata) {
   if (!metadata.is_object() || !std::all_of(metadata.begin(), metadata.end(), is_string)) {
     throw LoadError(file, "__metadata__", "must be an object of strings, got " + shown(metadata));
   }
+}
+
+std::string cut_short(uint64_t expected, uint64_t got) {
+  return "is cut short: must have " + std::to_string(expected) + " bytes, got " + std::to_string(got) +
+         "; download it again";
 }
 
 // The tensors cover the data exactly: no hole, no overlap, nothing behind the last one.
@@ -97,7 +103,8 @@ void check_coverage(const std::string& file, const std::map<std::string, TensorE
     }
     next = named->second.end;
   }
-  if (next != file_bytes) {
+  if (next > file_bytes) throw LoadError(file, "", cut_short(next, file_bytes));
+  if (next < file_bytes) {
     throw LoadError(file, "",
                     "must end with its last tensor at byte " + std::to_string(next) + ", got " +
                         std::to_string(file_bytes) + " bytes");
@@ -105,17 +112,19 @@ void check_coverage(const std::string& file, const std::map<std::string, TensorE
 }
 
 std::string read_header(const File& file) {
+  check_kind(file);
   unsigned char prefix[8];
   if (file.size() < sizeof prefix)
     throw LoadError(file.path(), "", "must have at least 8 bytes, got " + std::to_string(file.size()));
   file.read(0, prefix, sizeof prefix);
   uint64_t bytes = 0;
   for (int i = 7; i >= 0; --i) bytes = bytes << 8 | prefix[i];
-  if (bytes > kMaxHeaderBytes || bytes > file.size() - sizeof prefix) {
+  if (bytes > kMaxHeaderBytes) {
     throw LoadError(file.path(), "",
-                    "header length must fit the file of " + std::to_string(file.size()) +
-                        " bytes and be at most 100000000, got " + std::to_string(bytes));
+                    "is no safetensors file: its header cannot have " + std::to_string(bytes) + " bytes");
   }
+  if (bytes > file.size() - sizeof prefix)
+    throw LoadError(file.path(), "", cut_short(sizeof prefix + bytes, file.size()));
   std::string header(bytes, '\0');
   file.read(sizeof prefix, header.data(), bytes);
   return header;
@@ -136,7 +145,7 @@ TensorFile open_safetensors(const std::filesystem::path& path) {
     if (name == "__metadata__") {
       check_metadata(file.path(), value);
     } else {
-      entries[name] = EntryParser(file.path(), name, data_begin, file.size() - data_begin).parse(value);
+      entries[name] = EntryParser(file.path(), name, data_begin).parse(value);
     }
   }
   check_coverage(file.path(), entries, data_begin, file.size());

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "file.h"
+#include "load_error.h"
 
 namespace mixtral {
 
@@ -24,6 +25,17 @@ class TensorFile {
 
   const std::string& path() const { return file_.path(); }
   const std::map<std::string, TensorEntry>& entries() const { return entries_; }
+
+  // Gives every tensor the name that `to_new` makes of its own. Throws LoadError when two would have the same.
+  template <typename F>
+  void rename(F to_new) {
+    std::map<std::string, TensorEntry> renamed;
+    for (auto& [name, entry] : entries_) {
+      if (!renamed.emplace(to_new(name), entry).second)
+        throw LoadError(path(), name, "occurs twice, under two prefixes");
+    }
+    entries_ = std::move(renamed);
+  }
 
   // Reads `bytes` bytes from absolute `offset`. Throws LoadError when the file has become shorter.
   void read(uint64_t offset, void* out, uint64_t bytes) const { file_.read(offset, out, bytes); }

@@ -36,8 +36,7 @@ struct Config {
   std::string dtype = "bfloat16";  // of the checkpoint: "float32", "bfloat16" or "float16"
   std::string quantization;        // of its matrices (save.h): "int8", "fp8", "int4", or empty
   int64_t bos_token_id = 1;
-  std::vector<int64_t> eos_token_ids = {2};  // each ends a generation
-  std::string note;                          // what is odd about the files and harmless, in one line; mostly empty
+  std::vector<int64_t> eos_token_ids = {2};
 
   bool is_moe() const { return num_experts > 0; }
 

@@ -62,7 +62,7 @@ struct Tokenizer::Impl {
     }
     bos_id = require_control("<s>", path);
     eos_id = require_control("</s>", path);
-    version = wanted ? *wanted : version_of_name(path.filename().string()).value_or(version_of_content());
+    version = wanted ? *wanted : version_of(path.filename().string());
     if (version != TokenizerVersion::kV1) {
       require_control("[INST]", path);
       require_control("[/INST]", path);
@@ -91,6 +91,16 @@ struct Tokenizer::Impl {
     const auto found = control_ids.find(piece);
     if (found == control_ids.end()) throw LoadError(path.string(), piece, "control token is missing");
     return found->second;
+  }
+
+  // That of the name, where the control tokens allow it: mistral-finetune calls every file tokenizer.model.v3.
+  TokenizerVersion version_of(const std::string& name) {
+    const TokenizerVersion content = version_of_content();
+    const TokenizerVersion named = version_of_name(name).value_or(content);
+    const auto differ_in = [&](TokenizerVersion v) { return (named == v) != (content == v); };
+    if (!differ_in(TokenizerVersion::kV1) && !differ_in(TokenizerVersion::kV7)) return named;
+    if (note.empty()) note = name + " holds a tokenizer of version " + to_string(content) + ", which is used";
+    return content;
   }
 
   // All versions have the same control ids, and name the unused ones "[control_8]". So the names identify the version.

@@ -20,8 +20,8 @@ class Tokenizer {
 
   // `path`: a tokenizer.model or tokenizer.json file, or a folder that holds one. tokenizer.model.v3 goes before
   // tokenizer.model, and that before tokenizer.json; a folder's added tokens come from all its tokenizer files.
-  // Without `version` it is read from the file name ("tokenizer.model.v3"), else from the control tokens in the file.
-  // Throws LoadError when a file is not valid, or no BPE with byte fallback.
+  // Without `version` it is read from the file name ("tokenizer.model.v3"), else, or where the name cannot be right,
+  // from the control tokens in the file. Throws LoadError when a file is not valid, or no BPE with byte fallback.
   explicit Tokenizer(const std::filesystem::path& path, std::optional<TokenizerVersion> version = std::nullopt);
 
   // Control tokens written in the text, such as "[INST]" or "</s>", stay text unless `parse_special`; added tokens that

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../io/file.h"
+#include "../io/file_kind.h"
 #include "../io/json.h"
 #include "../io/load_error.h"
 #include "sentencepiece_file.h"
@@ -23,9 +24,8 @@ constexpr uint64_t kMaxConfigBytes = uint64_t{8} << 20;
 std::string read_file(const fs::path& path) {
   std::error_code error;
   if (!fs::is_regular_file(path, error)) throw LoadError(path.string(), "", "not a file");
-  std::string bytes = read_text(path, kMaxTokenizerBytes);
-  if (bytes.empty()) throw LoadError(path.string(), "", "is empty");
-  return bytes;
+  check_kind(File(path));
+  return read_text(path, kMaxTokenizerBytes);
 }
 
 Vocabulary read_sentencepiece(const fs::path& path) {

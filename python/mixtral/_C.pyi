@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 
@@ -27,7 +28,6 @@ class Config:
     quantization: str
     bos_token_id: int
     eos_token_ids: list[int]
-    note: str
     @property
     def is_moe(self) -> bool: ...
     @property
@@ -152,6 +152,8 @@ class Score:
     @property
     def bits_per_byte(self) -> float: ...
 
+def find_model(model: str | PathLike[str]) -> Path: ...
+
 class Mixtral:
     @staticmethod
     def from_pretrained(
@@ -159,6 +161,8 @@ class Mixtral:
         device: torch.device,
         dtype: str,
         pack: bool,
+        lora: str | PathLike[str],
+        check_weights: bool,
         progress: Callable[[int, int], None] | None,
     ) -> Mixtral: ...
     @staticmethod

@@ -87,18 +87,24 @@ class Mixtral:
         dtype: str | torch.dtype = "auto",
         *,
         pack: bool = True,
+        lora: str | PathLike[str] | None = None,
+        check_weights: bool = False,
         progress: Callable[[int, int], None] | None = None,
         **options: int | bool,
     ) -> "Mixtral":
         """Load a Hugging Face folder, a Mistral consolidated one, or one that ``mixtral quantize`` wrote.
 
+        Warns where the files disagree in a way that does not keep them from being used.
+
         Args:
-            path: the folder.
+            path: the folder, or the "org/name" of one in the local Hugging Face cache; nothing is downloaded.
             device: "cpu", "cuda" or "cuda:N".
             dtype: of the weights: "float32", "bfloat16", "float16"; quantised while they are read: "int8" or
                 "fp8" (one scale a row) or "int4" (one for every 32 weights); "auto": as in the files.
             pack: on the CPU, keep matrices in the layout that the kernels read fastest (``ops.pack_weight``). False: as
                 in Hugging Face, so that ``named_parameters`` gives [rows, columns]. Results are the same bit for bit.
+            lora: folder of an adapter of PEFT or mistral-finetune, which is merged into the weights in float32.
+            check_weights: raise LoadError for a weight that is NaN or infinite.
             progress: called with (bytes read, bytes in all).
             options: those of the constructor.
 
@@ -106,13 +112,16 @@ class Mixtral:
             LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason.
             MemoryError: the weights do not fit the device.
             RuntimeError: there is no such CUDA device.
-            ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint.
+            ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint;
+                ``lora`` with a quantised checkpoint.
         """
-        model = _C.Mixtral.from_pretrained(path, torch.device(device), _dtype_name(dtype), pack, progress)
-        if model.config.note:
-            warnings.warn(f"mixtral: {path}: {model.config.note}", stacklevel=2)
-        result = cls(model, _tokenizer_in(Path(path)), **options)
-        result.sampling_defaults = _C.sampling_defaults(path)
+        folder = _C.find_model(path)
+        device = torch.device(device)
+        model = _C.Mixtral.from_pretrained(
+            folder, device, _dtype_name(dtype), pack, lora or "", check_weights, progress
+        )
+        result = cls(model, _tokenizer_in(folder), **options)
+        result.sampling_defaults = _C.sampling_defaults(folder)
         return result
 
     @classmethod

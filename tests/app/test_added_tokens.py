@@ -106,7 +106,7 @@ def test_files_that_disagree_are_told_in_one_line(model: Path, tmp_path: Path) -
     (both / "added_tokens.json").write_text(json.dumps({"<x>": 300}))
     run = mixtral("tokenize", both, "-p", "a")
     assert run.returncode == 0
-    assert run.stderr == b'mixtral: the added token "<x>" (300) does not fit the vocabulary\n'
+    assert run.stderr == b'mixtral: warning: the added token "<x>" (300) does not fit the vocabulary\n'
 
 
 def test_python_reads_the_same_folder(speaker: Path, tmp_path: Path) -> None:

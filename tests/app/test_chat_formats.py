@@ -167,7 +167,9 @@ def test_sampling_defaults_are_used_on_request(copy: Path) -> None:
     write(no_repeat_ngram_size=3)
     run = mixtral("generate", copy, "-p", "Once", "-n", "1", "--generation-config")
     assert run.returncode == 0
-    assert run.stderr == b"mixtral: generation_config.json: no_repeat_ngram_size is not supported and not used\n"
+    assert (
+        run.stderr == b"mixtral: warning: generation_config.json: no_repeat_ngram_size is not supported and not used\n"
+    )
     write(temperature="hot")
     run = mixtral("generate", copy, "-p", "Once", "-n", "1")
     assert run.returncode == 3 and b'temperature: must be a number, got "hot"' in run.stderr
@@ -175,12 +177,17 @@ def test_sampling_defaults_are_used_on_request(copy: Path) -> None:
 
 def test_a_stop_id_outside_the_vocabulary_is_a_warning(copy: Path) -> None:
     edit_config(copy, eos_token_id=[2, 5000])
-    warning = "eos_token_id 5000 is outside the vocabulary of 4098 tokens: it ends nothing"
-    for command in (("info", copy), ("generate", copy, "-p", "Once", "-n", "1")):
-        run = mixtral(*command)
-        assert run.returncode == 0 and run.stderr.decode() == f"mixtral: {warning}\n"
-    with pytest.warns(UserWarning, match=warning):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [4097, 6000]}))
+    warnings = [
+        f"config.json: eos_token_id: {token} is not in the vocabulary of 4098 and is left out" for token in (5000, 6000)
+    ]
+    for command in (("info", copy), ("generate", copy, "-p", "Once", "-n", "1"), ("chat", copy, "-n", "1")):
+        run = mixtral(*command, stdin=b"Hello\n")
+        assert run.returncode == 0 and run.stderr.count(b"\n") == 2
+        assert all(warning in run.stderr.decode() for warning in warnings)
+    with pytest.warns(UserWarning) as caught:
         model = package.Mixtral.from_pretrained(copy)
+    assert all(any(warning in str(each.message) for each in caught) for warning in warnings)
     assert model.config.eos_token_ids == [2, 4097]
 
 

@@ -98,15 +98,6 @@ TEST(Config, ReadsBothTransformersSpellings) {
   EXPECT_EQ(mixtral({{"eos_token_id", "[2,32,7]"}}).eos_token_ids, (std::vector<int64_t>{2, 32, 7}));
 }
 
-TEST(Config, StopIdsOutsideTheVocabularyAreANote) {
-  const Config config = mixtral({{"eos_token_id", "[2,32000,-1]"}});
-  EXPECT_EQ(config.eos_token_ids, std::vector<int64_t>{2});
-  EXPECT_EQ(config.note,
-            "eos_token_id 32000 is outside the vocabulary of 32000 tokens: it ends nothing; "
-            "eos_token_id -1 is outside the vocabulary of 32000 tokens: it ends nothing");
-  EXPECT_EQ(mixtral().note, "");
-}
-
 TEST(Config, ReadsSwitchRouter) {
   const Config config =
       mixtral({{"norm_topk_prob", "false"}, {"num_experts_per_tok", "1"}, {"router_dtype", "\"model\""}});
@@ -226,8 +217,7 @@ TEST(Config, RejectsWhatTheModelCannotCompute) {
       [] {
         mixtral({{"quantization_config", R"({"bits":4})"}});
       },
-      "quantization_config: must have quant_method \"mixtral\" and dtype \"int8\", \"fp8\" or \"int4\", got "
-      "{\"bits\":4}");
+      "quantization_config: a quantisation without a name is not supported: take the checkpoint that is not quantised");
   expect_load_error(
       [] {
         mixtral({{"torch_dtype", "\"float8\""}});
@@ -235,6 +225,28 @@ TEST(Config, RejectsWhatTheModelCannotCompute) {
       "torch_dtype: must be float32, bfloat16 or float16");
   expect_load_error([] { params({{"vision_encoder", "{}"}}); }, "vision_encoder: is not supported");
   EXPECT_NO_THROW(mixtral({{"rope_scaling", "null"}, {"attention_bias", "false"}}));
+}
+
+TEST(Config, LeavesOutAnEndOfSequenceThatTheVocabularyDoesNotHave) {
+  std::vector<std::string> said;
+  const auto warn = [&](const std::string& message) { said.push_back(message); };
+  const std::string text = json_text(kMixtral8x7B, {{"eos_token_id", "[2,32000,-1]"}});
+  const Config config = parse_config(text, CheckpointLayout::kHuggingFace, "c", warn);
+  EXPECT_EQ(config.eos_token_ids, std::vector<int64_t>{2});
+  ASSERT_EQ(said.size(), 2u);
+  EXPECT_EQ(said[0], "c: eos_token_id: 32000 is not in the vocabulary of 32000 and is left out");
+}
+
+TEST(Config, ReadsTheQuantisationsThatItWritesAndWrote) {
+  for (const char* name : {"format", "quant_method"}) {
+    const std::string value = std::string("{\"") + name + R"(":"mixtral","dtype":"int4"})";
+    EXPECT_EQ(mixtral({{"quantization_config", value}}).quantization, "int4");
+  }
+  expect_load_error(
+      [] {
+        mixtral({{"quantization_config", R"({"format":"mixtral","dtype":"int3"})"}});
+      },
+      "quantization_config: must have dtype \"int8\", \"fp8\" or \"int4\", got ");
 }
 
 TEST(Config, ChoosesTheLayoutWhoseWeightsAreThere) {

@@ -53,20 +53,44 @@ TEST(Safetensors, ReadsEightBitFloats) {
 }
 
 TEST(Safetensors, RejectsBadHeaderLengths) {
-  for (size_t n = 0; n < 8; ++n) expect_rejected(std::string(n, 'x'), "at least 8 bytes");
+  expect_rejected("", "is empty: download it again");
+  for (size_t n = 1; n < 8; ++n) expect_rejected(std::string(n, 'x'), "at least 8 bytes");
   const auto with_length = [](uint64_t length) {
     std::string bytes = safetensors(kHeader, kData);
     for (int i = 0; i < 8; ++i) bytes[i] = static_cast<char>(length >> (8 * i) & 0xff);
     return bytes;
   };
   const int64_t before = peak_memory();
-  for (const uint64_t length : {uint64_t{1} << 63, ~uint64_t{0}, uint64_t{100'000'001}, uint64_t{99'999'999}}) {
-    expect_rejected(with_length(length), "header length must fit");
+  for (const uint64_t length : {uint64_t{1} << 63, ~uint64_t{0}, uint64_t{100'000'001}}) {
+    expect_rejected(with_length(length), "header cannot have " + std::to_string(length) + " bytes");
   }
+  expect_rejected(with_length(99'999'999), "is cut short: must have 100000007 bytes, got ");
   EXPECT_LT(peak_memory() - before, 1 << 20);
   expect_rejected(with_length(0), "is not a JSON object");
   expect_rejected(with_length(kHeader.size() + 1), "not valid JSON");
   expect_rejected(with_length(kHeader.size() - 1), "not valid JSON");
+}
+
+TEST(Safetensors, SaysWhatAFileIsThatIsNoSafetensors) {
+  const std::string pages[] = {"<!DOCTYPE html><p>401</p>", "\n  <html><body>", "<?xml version='1.0'?><Error>"};
+  for (const std::string& page : pages) expect_rejected(page, "is a web page, not the file itself");
+  expect_rejected("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "git lfs pull");
+  expect_rejected(std::string("GGUF\x03\0\0\0\0\0\0\0", 12), "is a GGUF file");
+  expect_rejected("PK\x03\x04 and more", "is a zip archive");
+  for (const char* pickle : {"\x80\x02}q\x01.....", "\x80\x04\x95\x10....."})
+    expect_rejected(pickle, "is a Python pickle");
+  expect_rejected(R"({"weight_map": {}})", "is no safetensors file");
+}
+
+// Header lengths whose bytes look like the beginning of a pickle.
+TEST(Safetensors, TakesNoHeaderLengthForAPickle) {
+  const TempFolder folder;
+  for (const size_t length : {0x280, 0x480}) {
+    const std::string bytes = safetensors(kHeader + std::string(length - kHeader.size(), ' '), kData);
+    ASSERT_EQ(bytes[0], '\x80');
+    write_file(folder / "m.safetensors", bytes);
+    EXPECT_EQ(open_safetensors(folder / "m.safetensors").entries().size(), 3u);
+  }
 }
 
 TEST(Safetensors, RejectsBadJson) {
@@ -126,7 +150,9 @@ TEST(Safetensors, RejectsHolesOverlapsAndTrailingBytes) {
   expect_rejected(two(3, 8, "12345678"), "b: data must begin at byte");
   expect_rejected(two(0, 4, "1234"), "data must begin at byte");
   expect_rejected(two(4, 7, "12345678"), "must end with its last tensor");
-  expect_rejected(two(4, 8, "1234567"), "data_offsets must rise and stay within");
+  const size_t whole = two(4, 8, "12345678").size();
+  expect_rejected(two(4, 8, "1234567"),
+                  "is cut short: must have " + std::to_string(whole) + " bytes, got " + std::to_string(whole - 1));
 }
 
 TEST(Safetensors, OpensRegularFilesOnly) {

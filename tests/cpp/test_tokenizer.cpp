@@ -282,6 +282,18 @@ TEST_F(TokenizerTest, VersionComesFromTheArgumentThenTheNameThenTheFile) {
   EXPECT_THROW(parse_tokenizer_version("v4"), std::invalid_argument);
 }
 
+TEST_F(TokenizerTest, AVersionInTheNameMustFitTheControlTokens) {
+  const std::string v1_file = small_model().bytes(), v2_file = small_model({"[INST]", "[/INST]"}).bytes();
+  for (const char* name : {"tokenizer.model.v3", "tokenizer.model.v7"}) {
+    const Tokenizer tokenizer(write(v1_file, name));
+    EXPECT_EQ(tokenizer.version(), TokenizerVersion::kV1);
+    EXPECT_EQ(tokenizer.note(), std::string(name) + " holds a tokenizer of version v1, which is used");
+  }
+  EXPECT_EQ(Tokenizer(write(v2_file, "tokenizer.model.v1")).version(), TokenizerVersion::kV2);
+  EXPECT_EQ(Tokenizer(write(v2_file, "tokenizer.model.v7")).version(), TokenizerVersion::kV2);
+  EXPECT_EQ(Tokenizer(write(v2_file, "tokenizer.model.v3")).note(), "");
+}
+
 TEST_F(TokenizerTest, AFolderGivesItsNewestTokenizer) {
   EXPECT_THROW(Tokenizer{folder_}, LoadError);
   write(small_model().bytes());
@@ -294,7 +306,7 @@ TEST_F(TokenizerTest, AFolderGivesItsNewestTokenizer) {
 TEST_F(TokenizerTest, MissingAndSpecialFilesAreLoadErrors) {
   EXPECT_THROW(Tokenizer(folder_ / "absent"), LoadError);
   EXPECT_THROW(Tokenizer("/dev/zero"), LoadError);
-  EXPECT_EQ(load_error(""), ": is empty");
+  EXPECT_EQ(load_error(""), ": is empty: download it again");
   write("x");
   std::filesystem::resize_file(folder_ / "tokenizer.model", (32 << 20) + 1);
   EXPECT_THROW(Tokenizer{folder_}, LoadError);
