@@ -175,16 +175,23 @@ void check_format(const ChatFormat& format, const std::string& system) {
   format.encode(messages);
 }
 
+// A model that was taught the format ends its answers so, whether or not its files name it as a stop id.
+void stop_at_end_of_answer(const ChatFormat& format, const Engine& engine, SamplingParams& sampling) {
+  const std::string end = format.end_of_answer();
+  const std::vector<int64_t>& known = engine.config().eos_token_ids;
+  const std::optional<int64_t> id = engine.tokenizer()->control_id(end);
+  const bool is_known = id && std::find(known.begin(), known.end(), *id) != known.end();
+  if (!end.empty() && !is_known && !sampling.ignore_eos) sampling.stop.push_back(end);
+}
+
 void run(const CLI::App& command, Flags flags) {
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const Tokenizer tokenizer = load_tokenizer(flags.model);
   const ChatFormat format(model_path(flags.model), tokenizer, flags.chat_template);
   check_format(format, flags.system);
-  // A model that was taught this format ends its answers so, whether or not its files name it as a stop id.
-  const std::string end = format.end_of_answer();
-  if (!end.empty() && !flags.sampling.ignore_eos) flags.sampling.stop.push_back(end);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  stop_at_end_of_answer(format, loaded.engine, flags.sampling);
   const bool interactive = stdin_is_terminal();
   if (interactive) {
     make_sigint_stop_the_answer();

@@ -15,11 +15,10 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr uint64_t kMaxTemplateBytes = uint64_t{1} << 18;
-constexpr const char* kVersionNames = "mistral-";  // "mistral-v3"
 constexpr TokenizerVersion kVersions[] = {TokenizerVersion::kV1, TokenizerVersion::kV2, TokenizerVersion::kV3,
                                           TokenizerVersion::kV7};
 
-std::string name_of(TokenizerVersion version) { return kVersionNames + to_string(version); }
+std::string name_of(TokenizerVersion version) { return "mistral-" + to_string(version); }
 
 std::optional<TokenizerVersion> version_named(const std::string& name) {
   for (const TokenizerVersion version : kVersions) {
@@ -136,7 +135,26 @@ struct ChatFormat::Impl {
       return encode(messages);
     } catch (const std::invalid_argument&) {
       return std::nullopt;
+    } catch (const LoadError&) {
+      return std::nullopt;
     }
+  }
+
+  // The first word that the template puts behind an answer; empty if none, or if it shows no answer.
+  std::string word_after_answer() const {
+    const std::string answer = "An answer.";
+    std::string text;
+    try {
+      text = jinja->render({{"user", "Hi"}, {"assistant", answer}}, special_tokens, /*add_generation_prompt=*/false);
+    } catch (const std::invalid_argument&) {
+      return "";
+    } catch (const LoadError&) {
+      return "";
+    }
+    const size_t place = text.rfind(answer);
+    if (place == std::string::npos) return "";
+    const size_t begin = std::min(text.find_first_not_of(" \n", place + answer.size()), text.size());
+    return text.substr(begin, text.find_first_of(" \n", begin) - begin);
   }
 
   // Whether the other format gives the same ids; a system message that this one refuses does not matter.
@@ -152,7 +170,13 @@ struct ChatFormat::Impl {
   }
 
   // The known format with the same ids: a template is recognised by what it renders, not by how it is written.
+  // Throws LoadError where it renders nothing.
   std::string recognized() const {
+    try {
+      encode({{"user", "Hi"}});
+    } catch (const std::invalid_argument&) {  // its own words, for whoever chats
+      return "custom";
+    }
     Impl other = *this;
     for (const auto& [known, text] : named_chat_templates()) {
       other.jinja = ChatTemplate({text, known});
@@ -213,13 +237,7 @@ bool ChatFormat::reads_control_tokens() const { return impl_->jinja.has_value();
 std::string ChatFormat::end_of_answer() const {
   const Tokenizer& tokenizer = impl_->tokenizer;
   if (!impl_->jinja) return tokenizer.piece(tokenizer.eos_id());
-  const std::string answer = "An answer.";
-  const std::string text = impl_->jinja->render({{"user", "Hi"}, {"assistant", answer}}, impl_->special_tokens,
-                                                /*add_generation_prompt=*/false);
-  const size_t place = text.rfind(answer);
-  if (place == std::string::npos) return "";
-  const size_t begin = std::min(text.find_first_not_of(" \n", place + answer.size()), text.size());
-  const std::string word = text.substr(begin, text.find_first_of(" \n", begin) - begin);
+  const std::string word = impl_->word_after_answer();
   const std::vector<int64_t> ids = tokenizer.encode(word, false, false, /*parse_special=*/true);
   if (!ids.empty() && tokenizer.is_control(ids[0])) return tokenizer.piece(ids[0]);
   // A marker that is text; words, such as those of the next prompt, are none.

@@ -70,7 +70,8 @@ class _Worker:
 
     def ask(self, request: dict[str, object]) -> dict[str, str]:
         with self._lock:
-            if self._process is None or self._owner != os.getpid():  # a fork has the parent's pipes
+            alive = self._process is not None and self._process.poll() is None
+            if not alive or self._owner != os.getpid():  # a fork has the parent's pipes
                 self._start()
             answer = self._exchange(request, SECONDS)
         if answer is None:

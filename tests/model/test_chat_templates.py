@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import mixtral
 from chat_templates import TEMPLATES, WITH_CONTROL_TOKENS, conversation
-from mixtral import _C
+from mixtral import _C, chat_template
 from test_tokenizer_json import converted
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -239,6 +241,26 @@ def test_hostile_templates_end_in_an_error(folders, template: str, reason: str |
             render()
         assert error.value.item == "chat_template"
     assert tokenizer.apply_chat(HELLO, "{{ messages[0].content }}") == tokenizer.encode("Hello")
+
+
+def test_threads_forks_and_a_dead_process(folders) -> None:
+    """The process that renders serves all threads, and one that somebody ended is replaced; a fork starts its own."""
+    tokenizer = mixtral.Tokenizer(folders("v1")[0])
+
+    def ids(number: int) -> list[int]:
+        return tokenizer.apply_chat([{"role": "user", "content": str(number)}], "{{ messages[0].content * 3 }}")
+
+    expected = [tokenizer.encode(str(number) * 3) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ids, range(40))) == expected
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [ids(number) for number in range(5)] == expected[:5] else 1)
+    assert [ids(number) for number in range(40)] == expected
+    assert os.waitpid(child, 0)[1] == 0
+    chat_template._worker._process.kill()
+    chat_template._worker._process.wait()
+    assert ids(7) == expected[7]
 
 
 def random_template(rng: random.Random) -> str:
