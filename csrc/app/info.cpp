@@ -176,14 +176,14 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   text += line("attention", number(config.num_heads) + " query heads, " + number(config.num_kv_heads) +
                                 " key/value heads of " + number(config.head_dim));
   text += line("vocabulary", number(config.vocab_size));
-  text += line("stop ids", stop_ids(config, of_text));
-  text += line("chat format",
-               of_text.format ? of_text.format->name() + " (" + of_text.format->source() + ")" : of_text.why_no_format);
-  if (const std::string values = sampling(of_text.generation); !values.empty()) text += line("sampling", values);
   text += line("window", window + " (" + config.window_source + ")");
   text += line("max position", number(config.max_position));
   text += line("parameters", billions(parameters));
   text += line("active", billions(config.active_parameters()) + " per token");
+  text += line("stop ids", stop_ids(config, of_text));
+  text += line("chat format",
+               of_text.format ? of_text.format->name() + " (" + of_text.format->source() + ")" : of_text.why_no_format);
+  if (const std::string values = sampling(of_text.generation); !values.empty()) text += line("sampling", values);
   text += line("dtype", type.name() + " (checkpoint: " + stored_dtype(config) + ")");
   text += line("weights", bytes_text(memory.weights) + "; float32 " + size_of(bytes_of(config, "float32")) +
                               ", bfloat16 and float16 " + size_of(bytes_of(config, "bfloat16")) + ", int8 and fp8 " +

@@ -96,7 +96,7 @@ TEST(Jinja, HostileTemplatesEndInAnError) {
     chain += " ~ a";
     tests += "{% elif a %}";
   }
-  ends("{{ " + deep + " }}", "nested too deeply");
+  ends("{{ " + deep + "1" + std::string(100000, ')') + " }}", "nested too deeply");
   ends(chain + " }}", "nested too deeply");
   ends(tests + "{% endif %}", "nested too deeply");
 }
