@@ -48,7 +48,7 @@ void bind_chat(py::module_& m) {
           py::arg("messages"), py::arg("special_tokens"), py::arg("add_generation_prompt") = true,
           "Raises LoadError; ValueError with the template's words where it raises an exception.");
   py::class_<ChatFormat>(m, "ChatFormat", "How the binary makes ids of a conversation.")
-      .def(py::init<const std::filesystem::path&, Tokenizer, const std::string&>(), py::arg("folder"),
+      .def(py::init<const std::filesystem::path&, const Tokenizer&, const std::string&>(), py::arg("folder"),
            py::arg("tokenizer"), py::arg("wanted") = "",
            "wanted: a name or a file; empty: what the folder says. Raises LoadError, ValueError.")
       .def(

@@ -191,7 +191,7 @@ struct ChatFormat::Impl {
   }
 };
 
-ChatFormat::ChatFormat(const fs::path& folder, Tokenizer tokenizer, const std::string& wanted) {
+ChatFormat::ChatFormat(const fs::path& folder, const Tokenizer& tokenizer, const std::string& wanted) {
   Impl impl{tokenizer, wanted, "--chat-template", {}, variables(folder, tokenizer)};
   std::error_code error;
   if (!wanted.empty()) {
@@ -210,9 +210,9 @@ ChatFormat::ChatFormat(const fs::path& folder, Tokenizer tokenizer, const std::s
     } else {
       throw std::invalid_argument("chat template must be a file or one of " + all_names() + ", got " + wanted);
     }
-  } else if (std::optional<ChatTemplateText> found = find_chat_template(folder)) {
+  } else if (const std::optional<ChatTemplateText> found = find_chat_template(folder)) {
     impl.source = fs::path(found->file).filename().string();
-    impl.jinja = ChatTemplate(std::move(*found));
+    impl.jinja = ChatTemplate(*found);
     impl.name = impl.recognized();
   } else if (tokenizer.version() == TokenizerVersion::kV1 && fs::exists(folder / "config.json", error)) {
     throw std::invalid_argument(folder.string() + ": has no chat template: it is a base model, which continues text " +

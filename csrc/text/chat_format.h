@@ -23,7 +23,7 @@ class ChatFormat {
   // of the tokenizer's version. Throws LoadError for a template that the binary cannot render; std::invalid_argument
   // for a name that is unknown, and for the folder of a base model: one with config.json, no template and no control
   // tokens for a chat.
-  ChatFormat(const std::filesystem::path& folder, Tokenizer tokenizer, const std::string& wanted = "");
+  ChatFormat(const std::filesystem::path& folder, const Tokenizer& tokenizer, const std::string& wanted = "");
 
   // The ids of the prompt. Control tokens written in a template's messages are read, as transformers does it. Throws
   // std::invalid_argument for what the format refuses, LoadError as ChatTemplate::render does.

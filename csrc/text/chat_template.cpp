@@ -91,7 +91,7 @@ struct ChatTemplate::Impl {
   jinja::Node root;
 };
 
-ChatTemplate::ChatTemplate(ChatTemplateText source) {
+ChatTemplate::ChatTemplate(const ChatTemplateText& source) {
   if (source.text.size() > kMaxTemplateBytes) throw LoadError(source.file, "chat_template", "has more than 256 KiB");
   try {
     impl_ = std::make_shared<const Impl>(Impl{source.file, jinja::parse(source.text)});

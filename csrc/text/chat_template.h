@@ -28,7 +28,7 @@ std::map<std::string, std::string> special_token_texts(const std::filesystem::pa
 class ChatTemplate {
  public:
   // Throws LoadError: what is no Jinja, or a part of it that the binary does not know.
-  explicit ChatTemplate(ChatTemplateText source);
+  explicit ChatTemplate(const ChatTemplateText& source);
 
   // The text of the conversation; with `add_generation_prompt` up to where the model's answer begins, unless the last
   // message is to be gone on with. `special_tokens`: as above. Throws
