@@ -60,6 +60,9 @@ TEST(Jinja, WhatIsNotKnownIsRefusedByName) {
   EXPECT_EQ(rendered("{% macro f(x) %}{{ x }}{% endmacro %}a"), "a");
   EXPECT_EQ(rendered("{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}"),
             "error: line 1: calling the macro f is not supported");
+  EXPECT_EQ(rendered("{% if strftime_now is defined and cycler and not foo is defined %}a{% endif %}"), "a");
+  EXPECT_EQ(rendered("{{ range }}"), "error: line 1: printing a namespace is not supported");
+  EXPECT_EQ(rendered("{{ cycler(1) }}"), "error: line 1: calling cycler is not supported");
   EXPECT_EQ(rendered("{% include 'x' %}"), "error: line 1: the tag include is not supported");
   EXPECT_EQ(rendered("{{ messages }}"), "error: line 1: printing a list is not supported");
   EXPECT_EQ(rendered("{{ missing.x }}"), "error: line 1: \"x\" of an undefined value");

@@ -272,7 +272,7 @@ def random_template(rng: random.Random) -> str:
                "selectattr('role', 'equalto', 'user')|list"]  # fmt: skip
     methods = ["strip()", "lstrip()", "rstrip()", "split()[0]", "split('e', 1)[-1]", "title()", "startswith(' ')"]
     leaves = ["messages", "m", "loop", "bos_token", "tools", "x", "'a'", '"b\\n"', "1", "0", "true", "none", "[]",
-              "messages[0].role", "m.content", "m['role']", "loop.index0", "loop.last", "ns.x", "missing"]  # fmt: skip
+              "range", "m.content", "m['role']", "loop.index0", "loop.last", "ns.x", "missing"]  # fmt: skip
 
     def value(depth: int = 0) -> str:
         if depth > 2 or rng.random() < 0.3:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <ctime>
 #include <optional>
+#include <set>
 
 #include "error.h"
 #include "python_text.h"
@@ -217,6 +218,12 @@ Value call_method(const Value& value, const std::string& name, const Arguments& 
   place.unsupported("the method " + name + " of " + value.type_name());
 }
 
+bool is_function(const std::string& name) {
+  static const std::set<std::string> names = {"namespace", "range",  "raise_exception", "strftime_now", "dict",
+                                              "lipsum",    "cycler", "joiner",          "self"};
+  return names.count(name) != 0;
+}
+
 Value call_function(const std::string& name, const Arguments& arguments, const Place& place) {
   if (name == "namespace") {
     if (!arguments.values.empty()) place.unsupported("namespace() with these arguments");
@@ -252,7 +259,7 @@ Value call_function(const std::string& name, const Arguments& arguments, const P
     if (size == 0 && !format.empty()) place.unsupported("this format of strftime_now");
     return std::string(text, size);
   }
-  place.fail("the function " + name + " is unknown");
+  place.unsupported("calling " + name);
 }
 
 }  // namespace mixtral::jinja

@@ -141,7 +141,8 @@ class Lexer {
         at_ += tokens_.back().text.size();
         return c == '(' || c == '[' || c == '{' ? 1 : c == ')' || c == ']' || c == '}' ? -1 : 0;
       }
-      fail(std::string("unexpected character ") + c);
+      const std::string_view character = characters(std::string_view(source_).substr(at_, 4)).front();
+      fail("unexpected character " + std::string(character));
     }
     return 0;
   }

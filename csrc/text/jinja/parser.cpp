@@ -197,9 +197,11 @@ class Parser {
 
   Node macro() {
     const std::string text = name();
-    while (token().kind != Token::kBlockEnd) {
-      if (token().kind == Token::kEnd) fail("a tag has no end");
-      ++at_;
+    expect("(");
+    while (!take(")")) {
+      name();
+      if (take("=")) expression();
+      if (!is(")")) expect(",");
     }
     end_tag();
     const int loops = std::exchange(loops_, 0);

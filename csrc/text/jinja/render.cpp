@@ -59,7 +59,7 @@ class Renderer {
         print(captured(node.children[0]), node);
         return Flow::kNext;
       case Node::kMacro:
-        scopes_.back()[node.text] = std::make_shared<Namespace>();  // neither printed nor called
+        scopes_.back()[node.text] = callable();
         return Flow::kNext;
       case Node::kBreak:
         return Flow::kBreak;
@@ -132,13 +132,22 @@ class Renderer {
 
   // ---- expressions
 
-  Value variable(const std::string& name) const {
+  const Value* find_variable(const std::string& name) const {
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
       const auto found = scope->find(name);
-      if (found != scope->end()) return found->second;
+      if (found != scope->end()) return &found->second;
     }
-    return {};
+    return nullptr;
   }
+
+  Value variable(const std::string& name) const {
+    const Value* found = find_variable(name);
+    if (found) return *found;
+    return is_function(name) ? callable() : Value();
+  }
+
+  // A macro or a function that is not called: it is defined and true, and nothing else can be done with it.
+  static Value callable() { return std::make_shared<Namespace>(); }
 
   Value evaluate(const Node& node) {
     budget_.spend(1, node.line);
@@ -284,7 +293,7 @@ class Renderer {
       return call_method(object, function.text, arguments(node), place(node));
     }
     if (function.kind != Node::kName) place(node).unsupported("a call of an expression");
-    if (!variable(function.text).is_undefined()) place(node).unsupported("calling the macro " + function.text);
+    if (find_variable(function.text)) place(node).unsupported("calling the macro " + function.text);
     return call_function(function.text, arguments(node), place(node));
   }
 
