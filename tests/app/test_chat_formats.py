@@ -191,6 +191,23 @@ def test_a_stop_id_outside_the_vocabulary_is_a_warning(copy: Path) -> None:
     assert model.config.eos_token_ids == [2, 4097]
 
 
+def test_without_stop_ids_in_params_json_the_tokenizer_has_one(tmp_path: Path) -> None:
+    sizes = dict(dim=64, n_layers=1, head_dim=16, hidden_dim=48, n_heads=4, n_kv_heads=2, norm_eps=1e-5)
+    (tmp_path / "params.json").write_text(json.dumps({**sizes, "vocab_size": 4096}))
+    assert package.Config.from_folder(tmp_path).eos_token_ids == [2]
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["</s>"], vocabulary["<s>"] = vocabulary["<s>"], vocabulary["</s>"]
+    for token in tokenizer["added_tokens"]:
+        token["id"] = vocabulary[token["content"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert package.Config.from_folder(tmp_path).eos_token_ids == [1]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert ok_json("info", tmp_path)["eos_token_ids"] == [1, 7]
+    (tmp_path / "params.json").write_text(json.dumps({**sizes, "vocab_size": 4096, "eos_token_id": 5}))
+    assert ok_json("info", tmp_path)["eos_token_ids"] == [5, 1, 7]
+
+
 def test_a_base_model_is_told_what_to_do(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     for command in (("chat", copy), ("tokenize", copy, "--chat", "-p", "a")):
