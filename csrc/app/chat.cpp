@@ -1,6 +1,4 @@
 // `mixtral chat`: a conversation. On a terminal a prompt, commands and Ctrl-C; from a pipe one message per line.
-#include "../text/chat.h"
-
 #include <poll.h>
 #include <unistd.h>
 
@@ -12,6 +10,7 @@
 #include <system_error>
 #include <utility>
 
+#include "../text/chat_format.h"
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
@@ -32,7 +31,8 @@ constexpr const char* kSession = "chat";  // each turn computes only its new tok
 struct Flags {
   ModelFlags model;
   SamplingParams sampling;
-  std::string system;
+  std::string system, chat_template;
+  bool generation_config = false;
 };
 
 // Reads lines of stdin. std::getline would not return when a signal comes.
@@ -83,7 +83,10 @@ class LineReader {
 
 class Conversation {
  public:
-  Conversation(const Flags& flags, LoadedEngine& loaded) : flags_(flags), loaded_(loaded) { clear(); }
+  Conversation(const Flags& flags, const ChatFormat& format, LoadedEngine& loaded)
+      : flags_(flags), format_(format), loaded_(loaded) {
+    clear();
+  }
 
   void clear() {
     messages_.clear();
@@ -129,7 +132,7 @@ class Conversation {
   // The ids of the conversation; the oldest turns go when there is no room for at least one new token.
   std::vector<int64_t> fit_context() {
     for (;;) {
-      std::vector<int64_t> ids = apply_chat(*loaded_.engine.tokenizer(), messages_);
+      std::vector<int64_t> ids = format_.encode(messages_);
       const auto length = static_cast<int64_t>(ids.size());
       if (length < context()) return ids;
       const auto first_turn = messages_.begin() + (flags_.system.empty() ? 0 : 1);
@@ -142,6 +145,7 @@ class Conversation {
   }
 
   const Flags& flags_;
+  const ChatFormat& format_;
   LoadedEngine& loaded_;
   std::vector<ChatMessage> messages_;
 };
@@ -164,16 +168,36 @@ void converse(Conversation& conversation, bool interactive) {
   if (interactive) write_err("\n");
 }
 
-void run(const Flags& flags) {
+// What the model's format does not take is told before the weights are read.
+void check_format(const ChatFormat& format, const std::string& system) {
+  std::vector<ChatMessage> messages = {{"user", "Hi"}};
+  if (!system.empty()) messages.insert(messages.begin(), {"system", system});
+  format.encode(messages);
+}
+
+// A model that was taught the format ends its answers so, whether or not its files name it as a stop id.
+void stop_at_end_of_answer(const ChatFormat& format, const Engine& engine, SamplingParams& sampling) {
+  const std::string end = format.end_of_answer();
+  const std::vector<int64_t>& known = engine.config().eos_token_ids;
+  const std::optional<int64_t> id = engine.tokenizer()->control_id(end);
+  const bool is_known = id && std::find(known.begin(), known.end(), *id) != known.end();
+  if (!end.empty() && !is_known && !sampling.ignore_eos) sampling.stop.push_back(end);
+}
+
+void run(const CLI::App& command, Flags flags) {
+  if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const Tokenizer tokenizer = load_tokenizer(flags.model);
+  const ChatFormat format(model_path(flags.model), tokenizer, flags.chat_template);
+  check_format(format, flags.system);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  stop_at_end_of_answer(format, loaded.engine, flags.sampling);
   const bool interactive = stdin_is_terminal();
   if (interactive) {
     make_sigint_stop_the_answer();
     write_err("/help shows the commands\n");
   }
-  Conversation conversation(flags, loaded);
+  Conversation conversation(flags, format, loaded);
   converse(conversation, interactive);
 }
 
@@ -185,15 +209,19 @@ void add_chat(CLI::App& app) {
   flags->sampling.temperature = 0.7;
   CLI::App& command = *app.add_subcommand("chat", "Talk to an instruct model");
   add_option(command, "--system", flags->system, "Instructions for the whole conversation");
+  add_chat_template(command, flags->chat_template);
   add_sampling_flags(command, flags->sampling);
+  add_generation_config(command, flags->generation_config);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"
-      "  echo \"Hello\" | mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --temp 0");
-  command.callback([flags] { run(*flags); });
+      "  echo \"Hello\" | mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --temp 0\n"
+      "  mixtral chat ./Mixtral-8x7B-v0.1 --chat-template chatml\n"
+      "The format is that of the model's chat template: docs/chat_formats.md.");
+  command.callback([flags, &command] { run(command, *flags); });
 }
 
 }  // namespace mixtral::app

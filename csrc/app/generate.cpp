@@ -17,7 +17,7 @@ struct Flags {
   ModelFlags model;
   PromptFlags prompt;
   SamplingParams sampling;
-  bool json = false, parse_special = false;
+  bool json = false, parse_special = false, generation_config = false;
 };
 
 // The engine checks this too, but only after the weights are read.
@@ -66,7 +66,8 @@ void print_json(const Generation& generation, const Flags& flags, const Tokenize
   write_out(json_line(result));
 }
 
-void run(const Flags& flags) {
+void run(const CLI::App& command, Flags flags) {
+  if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const std::string prompt = read_prompt(flags.prompt);
   const std::filesystem::path folder = model_path(flags.model);
@@ -100,6 +101,7 @@ void add_generate(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("generate", "Continue a text");
   add_prompt_flags(command, flags->prompt);
   add_sampling_flags(command, flags->sampling);
+  add_generation_config(command, flags->generation_config);
   CLI::Option* json = add_switch(command, "--json", flags->json, "One JSON object instead of a stream of text");
   add_option(command, "--logprobs", flags->sampling.logprobs,
              "With --json: log-probability of each token and of the N most likely")
@@ -114,7 +116,7 @@ void add_generate(CLI::App& app) {
       "  mixtral generate -p \"Once upon a time\" -n 64\n"
       "  mixtral generate ./Mixtral-8x7B-v0.1 -f prompt.txt --temp 0.8 --top-p 0.9 --seed 1\n"
       "  echo \"Once\" | mixtral generate --json --logprobs 5");
-  command.callback([flags] { run(*flags); });
+  command.callback([flags, &command] { run(command, *flags); });
 }
 
 }  // namespace mixtral::app
