@@ -94,6 +94,7 @@ void add_quantize(CLI::App& app) {
       "Examples:\n"
       "  mixtral quantize ./Mixtral-8x7B-v0.1 ./Mixtral-8x7B-v0.1-int4 --dtype int4\n"
       "  mixtral quantize ./Mixtral-8x7B-v0.1 ./Mixtral-8x7B-v0.1-int4 --dtype int4 --calibrate book.txt\n"
+      "  mixtral quantize ./Mixtral-8x7B-v0.1 ./Mixtral-8x7B-tuned-int4 --dtype int4 --lora ./adapter\n"
       "  mixtral perplexity ./Mixtral-8x7B-v0.1 book.txt --dtype int4 --compare-dtype bfloat16");
   command.callback([flags] { run(*flags); });
 }

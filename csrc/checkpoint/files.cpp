@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 
+#include "../io/file_kind.h"
 #include "../io/json.h"
 #include "../io/load_error.h"
 #include "../io/safetensors.h"
@@ -20,6 +21,7 @@ constexpr uint64_t kMaxIndexBytes = 16 << 20;
 
 // `weight_map` of an index: tensor name -> shard name. A shard is a file beside the index, never a path elsewhere.
 std::map<std::string, std::string> read_index(const fs::path& path) {
+  check_kind(File(path));
   const auto index = parse_json(read_text(path, kMaxIndexBytes), path.string());
   const auto found = index.find("weight_map");
   if (found == index.end() || !found->is_object() || found->empty()) {

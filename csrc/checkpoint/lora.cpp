@@ -96,14 +96,13 @@ class AdapterReader {
     return nullptr;
   }
 
-  // f32, in the shape of the file
+  // In type and shape of the file.
   torch::Tensor values(const std::string& tensor) const {
     const TensorEntry& entry = file_.entries().at(tensor);
     const auto type = float_type(entry.dtype);
     if (!type) fail(tensor, "dtype must be F32, BF16 or F16, got " + entry.dtype);
-    torch::Tensor stored = torch::empty(entry.shape, *type);
+    const torch::Tensor stored = torch::empty(entry.shape, *type);
     file_.read(entry.begin, stored.data_ptr(), entry.end - entry.begin);
-    stored = stored.to(torch::kFloat32);
     if (!torch::isfinite(stored).all().item<bool>()) fail(tensor, "must be finite, got inf or NaN");
     return stored;
   }
@@ -118,9 +117,10 @@ class AdapterReader {
       fail(tensor, "changes the embeddings, which are the lm_head too: that is not supported");
   }
 
-  void push(const WeightSlice& slice, int64_t first_row, const torch::Tensor& left, const torch::Tensor& right) {
+  void push(const WeightSlice& slice, int64_t first_row, const torch::Tensor& left, const torch::Tensor& right,
+            double scale) {
     adapter_.changes_[slice.parameter].push_back(
-        {slice.first_row + first_row, left.contiguous(), right.contiguous(), {}});
+        {slice.first_row + first_row, left.contiguous(), right.contiguous(), scale, {}});
   }
 
   void replace(const std::string& tensor, std::string name) {
@@ -128,9 +128,14 @@ class AdapterReader {
     const WeightSlice* slice = find(name);
     if (!slice) fail_unknown(tensor, name);
     check_embeddings(tensor, *slice);
+    const auto& shape = file_.entries().at(tensor).shape;
+    if (slice->rows() == config_.vocab_size && shape.size() == 2 && shape[0] > slice->rows()) {
+      fail(tensor, "has " + std::to_string(shape[0]) + " rows for a vocabulary of " + std::to_string(slice->rows()) +
+                       ": adapters that add tokens are not supported; save the model after PEFT's merge_and_unload()");
+    }
     check_shape(tensor, slice->shape);
     const auto rows = half_split(values(tensor).view({slice->rows(), slice->cols()}), slice->interleaved_head_dim);
-    adapter_.changes_[slice->parameter].push_back({slice->first_row, {}, {}, rows});
+    adapter_.changes_[slice->parameter].push_back({slice->first_row, {}, {}, 0, rows});
   }
 
   void add(std::string module, const Pair& pair) {
@@ -141,15 +146,15 @@ class AdapterReader {
     if (!slice) fail_unknown(pair.a, module + ".weight");
     check_embeddings(pair.a, *slice);
     const int64_t rank = rank_of(pair.a, 1);
-    const auto scale = static_cast<float>(lora_.scale(module, rank));
+    const double scale = lora_.scale(module, rank);
     if (pair.embedding) {  // [r,vocab] and [H,r]
       check_shape(pair.a, {rank, slice->rows()});
       check_shape(pair.b, {slice->cols(), rank});
-      return push(*slice, 0, values(pair.a).t() * scale, values(pair.b).t());
+      return push(*slice, 0, values(pair.a).t(), values(pair.b).t(), scale);
     }
     check_shape(pair.a, {rank, slice->cols()});
     check_shape(pair.b, {slice->rows(), rank});
-    push(*slice, 0, half_split(values(pair.b), slice->interleaved_head_dim) * scale, values(pair.a));
+    push(*slice, 0, half_split(values(pair.b), slice->interleaved_head_dim), values(pair.a), scale);
   }
 
   int64_t rank_of(const std::string& a, int64_t experts) const {
@@ -173,12 +178,12 @@ class AdapterReader {
       const bool plain = ends == std::vector<int64_t>{rows, cols}, swapped = ends == std::vector<int64_t>{cols, rows};
       if (!plain && !swapped) continue;
       const bool swap = plain && swapped ? lora_.swapped_experts : swapped;
-      const auto scale = static_cast<float>(lora_.scale(module + name, rank));
+      const double scale = lora_.scale(module + name, rank);
       const auto parts_a = values(pair.a).view({config_.num_experts, rank, -1});
       const auto parts_b = values(pair.b).view({-1, rank, config_.num_experts});
       for (int64_t e = 0; e < config_.num_experts; ++e) {
-        const auto part_a = parts_a[e], part_b = parts_b.select(2, e) * scale;  // [r,in], [out,r]
-        push(slice, e * rows, swap ? part_a.t() : part_b, swap ? part_b.t() : part_a);
+        const auto part_a = parts_a[e], part_b = parts_b.select(2, e);  // [r,in], [out,r]
+        push(slice, e * rows, swap ? part_a.t() : part_b, swap ? part_b.t() : part_a, scale);
       }
       return;
     }
@@ -211,7 +216,7 @@ void Adapter::merge_into(const torch::Tensor& rows, const std::string& parameter
     if (change.whole.defined()) {
       part.copy_(own(change.whole));
     } else {
-      part.addmm_(own(change.left), change.right);
+      part.addmm_(own(change.left).to(torch::kFloat32), change.right.to(torch::kFloat32), 1, change.scale);
     }
   }
 }

@@ -2,8 +2,8 @@
 //
 // Names are those of PEFT over a Hugging Face model, or of mistral-finetune: "<module>.lora_A.weight" [r,in] and
 // "<module>.lora_B.weight" [out,r] for a matrix [out,in]. An expert parameter of transformers 5, [E,out,in], has A [E
-// r, in] and B [out, r E]: row e r + i of A and column i E + e of B belong to expert e; PEFT before 0.19 swapped in and
-// out. Any other tensor is a whole parameter that was trained (modules_to_save) and takes the place of the
+// r, in] and B [out, r E]: row e r + i of A and column i E + e of B belong to expert e; PEFT before 0.19.1 swapped in
+// and out. Any other tensor is a whole parameter that was trained (modules_to_save) and takes the place of the
 // checkpoint's.
 #pragma once
 
@@ -30,11 +30,12 @@ class Adapter {
   void merge_into(const torch::Tensor& rows, const std::string& parameter, int64_t first_row) const;
 
  private:
-  // Rows from `first_row` on of one parameter.
+  // Rows from `first_row` on of one parameter. Tensors have the types of the file.
   struct Change {
     int64_t first_row;
-    torch::Tensor left, right;  // f32 [n,r] and [r,cols], whose product is added
-    torch::Tensor whole;        // or f32 [n,cols], which takes the rows' place
+    torch::Tensor left, right;  // [n,r] and [r,cols], whose product, times the scale, is added
+    double scale;
+    torch::Tensor whole;  // or [n,cols], which takes the rows' place
   };
   std::map<std::string, std::vector<Change>> changes_;  // by parameter
 

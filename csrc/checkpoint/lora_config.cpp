@@ -2,7 +2,9 @@
 
 #include <cctype>
 #include <cmath>
+#include <cstdio>
 #include <stdexcept>
+#include <tuple>
 
 #include "../io/file.h"
 #include "../io/file_kind.h"
@@ -38,12 +40,12 @@ std::vector<std::pair<std::string, double>> read_pattern(const JsonFields& field
   return patterns;
 }
 
-// "0.18.1" is before 0.19, and so is no version at all: it is written since 0.18.
-bool before_0_19(const JsonFields& fields) {
+// The version is written since 0.18: none is before 0.19.1.
+bool before_0_19_1(const JsonFields& fields) {
   if (!fields.find("peft_version")) return true;
-  int major = 0, minor = 0;
-  if (std::sscanf(fields.string("peft_version").c_str(), "%d.%d", &major, &minor) != 2) return true;
-  return major == 0 && minor < 19;
+  int major = 0, minor = 0, patch = 0;
+  std::sscanf(fields.string("peft_version").c_str(), "%9d.%9d.%9d", &major, &minor, &patch);
+  return std::tuple(major, minor, patch) < std::tuple(0, 19, 1);
 }
 
 LoraConfig read_peft(const fs::path& folder) {
@@ -77,7 +79,7 @@ LoraConfig read_peft(const fs::path& folder) {
   config.use_rslora = fields.boolean("use_rslora", false);
   config.rank_pattern = read_pattern(fields, "rank_pattern");
   config.alpha_pattern = read_pattern(fields, "alpha_pattern");
-  config.swapped_experts = before_0_19(fields);
+  config.swapped_experts = before_0_19_1(fields);
   return config;
 }
 
@@ -163,7 +165,9 @@ std::string adapter_advice(const fs::path& folder) {
   return ": give the model that it was made for" + base + ", and this folder to --lora";
 }
 
-LoraConfig read_lora_config(const fs::path& folder) {
+LoraConfig read_lora_config(const fs::path& path) {
+  const bool is_weights = path.filename() == "lora.safetensors" || path.filename() == "adapter_model.safetensors";
+  const fs::path folder = is_weights ? path.parent_path() : path;
   if (file_exists(folder / "adapter_config.json")) return read_peft(folder);
   if (file_exists(folder / "lora.safetensors")) return read_mistral(folder);
   throw LoadError(

@@ -15,7 +15,7 @@ struct LoraConfig {
   double rank = 0, alpha = 0;
   bool use_rslora = false;
   std::vector<std::pair<std::string, double>> rank_pattern, alpha_pattern;
-  // PEFT before 0.19 took the two last dimensions of an expert parameter the other way round.
+  // PEFT before 0.19.1 took the two last dimensions of an expert parameter the other way round.
   bool swapped_experts = false;
   double scaling = 0;  // mistral-finetune: the factor itself; rank and alpha are 0
 
@@ -24,9 +24,10 @@ struct LoraConfig {
   double scale(const std::string& module, int64_t rank) const;
 };
 
-// `folder`: of PEFT (adapter_config.json, adapter_model.safetensors) or of mistral-finetune (lora.safetensors, and the
-// scaling in params.json, else 2). Throws LoadError, also for variants of LoRA that are more than W + s B A.
-LoraConfig read_lora_config(const std::filesystem::path& folder);
+// `path`: the folder, or the weights in it, of PEFT (adapter_config.json, adapter_model.safetensors) or of
+// mistral-finetune (lora.safetensors, and the scaling in params.json, else 2). Throws LoadError, also for variants of
+// LoRA that are more than W + s B A.
+LoraConfig read_lora_config(const std::filesystem::path& path);
 
 // For messages, where an adapter is given as a model: ": give the model that it was made for (org/name), and this
 // folder to --lora", the name if adapter_config.json has one.

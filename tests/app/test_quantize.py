@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoConfig, MixtralForCausalLM
 
 import mixtral as python_mixtral
 from binary import BINARY, DEMO, edit_config, environment, mixtral, ok, ok_json
@@ -75,67 +75,6 @@ def test_folder_holds_config_weights_and_the_small_files(quantized):
     for name, weight in load(quantized).named_parameters().items():
         assert torch.equal(tensors.pop(name), weight), name
     assert not tensors
-
-
-def test_small_files_come_along_and_weights_do_not(tmp_path):
-    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
-    kept = {
-        "generation_config.json": "{}",
-        "chat_template.jinja": "{{ messages }}",
-        "special_tokens_map.json": "{}",
-        "added_tokens.json": "{}",
-        "LICENSE": "free",
-        "notes.txt": "notes",
-    }
-    left = ["consolidated.00.pth", "pytorch_model.bin", "x.gguf", "params.json", ".gitattributes", "model.incomplete"]
-    left += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
-    for name in left:
-        (model / name).write_text("left behind")
-    for name, text in kept.items():
-        (model / name).write_text(text)
-    (model / "large.txt").write_bytes(bytes((16 << 20) + 1))
-    (model / "folder").mkdir()
-    (model / "LICENSE").rename(tmp_path / "blob")  # as in a Hugging Face cache
-    (model / "LICENSE").symlink_to(tmp_path / "blob")
-    (model / "gone.txt").symlink_to(tmp_path / "nowhere")
-    run = quantize(model, tmp_path / "out")
-    assert run.returncode == 0, run.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in DEMO.iterdir()} | kept.keys()
-    for name, text in kept.items():
-        assert (tmp_path / "out" / name).read_text() == text
-    assert not (tmp_path / "out" / "LICENSE").is_symlink()
-
-
-def test_transformers_refuses_the_folder(quantized):
-    """It would fill a model with random values where it does not know the kind of quantisation."""
-    for model in (AutoModelForCausalLM, MixtralForCausalLM):
-        with pytest.raises(ValueError, match="quant_method"):
-            model.from_pretrained(quantized)
-
-
-def test_an_adapter_is_merged_before_rounding(tmp_path):
-    """As quantising the merged checkpoint; `quantize` and loading agree; over quantised weights it is refused."""
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 192) * 0.1, torch.randn(192, 2) * 0.1
-    name = "model.layers.1.self_attn.q_proj"
-    tensors = load_file(DEMO / "model.safetensors")
-    merged = Path(shutil.copytree(DEMO, tmp_path / "merged"))
-    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + 4 / 2 * b @ a
-    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
-    lora = tmp_path / "lora"
-    lora.mkdir()
-    adapter = {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-    save_file(adapter, lora / "adapter_model.safetensors")
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
-    for dtype in ("int8", "int4"):
-        ok("quantize", DEMO, tmp_path / dtype, "--dtype", dtype, "--lora", lora)
-        stored = load(tmp_path / dtype)
-        assert torch.equal(stored(IDS), python_mixtral.Mixtral.from_pretrained(DEMO, dtype=dtype, lora=lora)(IDS))
-        assert torch.allclose(stored(IDS), load(merged, dtype)(IDS), atol=1e-2)
-        assert not torch.allclose(stored(IDS), load(DEMO, dtype)(IDS), atol=1e-2)
-    assert_fails(mixtral("generate", tmp_path / "int4", "-p", "a", "--lora", lora), 2, "lora", "got int4", "quantize")
-    with pytest.raises(ValueError, match="not quantised, got int4"):
-        python_mixtral.Mixtral.from_pretrained(tmp_path / "int4", lora=lora)
 
 
 FIELDS = [name for name, member in vars(python_mixtral.Config).items() if isinstance(member, property)]

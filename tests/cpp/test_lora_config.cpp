@@ -60,7 +60,9 @@ TEST(LoraConfig, KnowsTheLayoutOfItsVersion) {
   };
   EXPECT_TRUE(swapped(""));
   EXPECT_TRUE(swapped(R"(,"peft_version":"0.18.1")"));
-  EXPECT_FALSE(swapped(R"(,"peft_version":"0.19.0")"));
+  EXPECT_TRUE(swapped(R"(,"peft_version":"0.19.0")"));
+  EXPECT_FALSE(swapped(R"(,"peft_version":"0.19.1")"));
+  EXPECT_FALSE(swapped(R"(,"peft_version":"0.20.0.dev0")"));
   EXPECT_FALSE(swapped(R"(,"peft_version":"1.0.0.dev0")"));
 }
 
@@ -70,7 +72,8 @@ TEST(LoraConfig, TakesTheScalingOfMistralFinetune) {
   write_file(folder / "lora.safetensors", "");
   EXPECT_DOUBLE_EQ(read_lora_config(folder.path()).scale("layers.0.attention.wq", 64), 2);
   write_file(folder / "params.json", R"({"dim":64,"lora":{"enable":true,"rank":64,"scaling":0.5}})");
-  EXPECT_DOUBLE_EQ(read_lora_config(folder.path()).scale("layers.0.attention.wq", 64), 0.5);
+  for (const auto& path : {folder.path(), folder / "lora.safetensors"})
+    EXPECT_DOUBLE_EQ(read_lora_config(path).scale("layers.0.attention.wq", 64), 0.5);
 }
 
 TEST(Nearest, IsTheNameWithTheFewestChanges) {
