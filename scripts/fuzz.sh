@@ -24,7 +24,7 @@ run() {  # TARGET
   local limits=(-rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=5 -max_len=8192 -print_final_stats=1)
   local how=(-max_total_time="$seconds") new=build/fuzz/corpus/$1
   if [[ ! $seconds ]]; then
-    how=(-seed=1 -runs=2000) new=build/fuzz/same_each_time/$1
+    how=(-seed=1 -runs=2000 -use_cmp=0) new=build/fuzz/same_each_time/$1  # where numbers are compared depends on addresses
     rm -rf "$new"
   fi
   mkdir -p "$new"
