@@ -3,7 +3,8 @@
 # scripts/setup.sh test.
 #   scripts/fuzz.sh                      every target of tests/fuzz on the same 2000 inputs each time
 #   scripts/fuzz.sh SECONDS [TARGET...]  a campaign: each target, or those named, for that long
-# A campaign keeps inputs that reach new code in build/fuzz/corpus/TARGET. What fails lies in build/fuzz/findings; again:
+# A campaign keeps inputs that reach new code in build/fuzz/corpus/TARGET. What fails lies in build/fuzz/findings; to run
+# it again:
 #   build/fuzz/bin/fuzz_TARGET build/fuzz/findings/TARGET-...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,8 +29,8 @@ run() {  # TARGET
     rm -rf "$new"
   fi
   mkdir -p "$new"
-  if "${fixed_addresses[@]}" "build/fuzz/bin/fuzz_$1" "${limits[@]}" "${how[@]}" -artifact_prefix="$PWD/build/fuzz/findings/$1-" \
-    "$new" "$PWD/tests/fuzz/corpus/$1" >"$log" 2>&1; then
+  if "${fixed_addresses[@]}" "build/fuzz/bin/fuzz_$1" "${limits[@]}" "${how[@]}" \
+    -artifact_prefix="$PWD/build/fuzz/findings/$1-" "$new" "$PWD/tests/fuzz/corpus/$1" >"$log" 2>&1; then
     echo "fuzz: $1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") inputs, no findings"
   else
     tail -n 60 "$log" >&2

@@ -47,7 +47,10 @@ inline std::filesystem::path folder() {
 
 // Writes a file of that folder.
 inline std::filesystem::path write(const std::string& name, std::string_view bytes) {
-  std::ofstream(folder() / name, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream file(folder() / name, std::ios::binary);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  file.close();
+  check(file.good(), "the input can be written to a file");
   return folder() / name;
 }
 
