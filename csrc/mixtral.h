@@ -1,11 +1,12 @@
-// The C++ interface: Config, Tokenizer, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized. CMake
-// target: mixtral::mixtral.
+// The C++ interface: Config, Tokenizer, ChatFormat, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized.
+// CMake target: mixtral::mixtral.
 #pragma once
 
 #include "checkpoint/calibrate.h"
 #include "checkpoint/config_reader.h"
 #include "checkpoint/folder.h"
 #include "checkpoint/from_pretrained.h"
+#include "checkpoint/generation_config.h"
 #include "checkpoint/memory_plan.h"
 #include "checkpoint/save.h"
 #include "engine/engine.h"
@@ -16,4 +17,5 @@
 #include "model/rolling_kv_cache.h"
 #include "model/transformer.h"
 #include "text/chat.h"
+#include "text/chat_format.h"
 #include "text/tokenizer.h"

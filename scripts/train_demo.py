@@ -86,6 +86,21 @@ CONFIG = {
     "vocab_size": 4096,
 }
 
+# The format of Mistral's first instruct models.
+CHAT_TEMPLATE = (
+    "{% set given = messages[0].role == 'system' %}{{ bos_token }}"
+    "{% for message in (messages[1:] if given else messages) %}"
+    "{% if message.role != ('user' if loop.index is odd else 'assistant') %}"
+    "{{ raise_exception('user and assistant must speak in turn, after at most one system message') }}"
+    "{% endif %}"
+    "{% if message.role == 'user' %}"
+    "{{ '[INST] ' + (messages[0].content + '\\n\\n' if given and loop.first else '') + message.content + ' [/INST]' }}"
+    "{% else %}"
+    "{{ ' ' + message.content + eos_token }}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "add_bos_token": True,
@@ -96,6 +111,7 @@ TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
     "legacy": True,
     "model_max_length": 4096,
+    "chat_template": CHAT_TEMPLATE,
 }
 
 CARD = """\

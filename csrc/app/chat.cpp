@@ -1,6 +1,4 @@
 // `mixtral chat`: a conversation. On a terminal a prompt, commands and Ctrl-C; from a pipe one message per line.
-#include "../text/chat.h"
-
 #include <poll.h>
 #include <unistd.h>
 
@@ -12,7 +10,9 @@
 #include <system_error>
 #include <utility>
 
+#include "../text/chat_format.h"
 #include "commands.h"
+#include "conversation_file.h"
 #include "flags.h"
 #include "load.h"
 #include "report.h"
@@ -27,12 +27,12 @@ constexpr const char* kHelp =
     "/bye    leave (/exit and Ctrl-D do too)\n"
     "Ctrl-C  stop the answer; a second time: leave\n";
 
-constexpr const char* kSession = "chat";  // each turn computes only its new tokens
-
 struct Flags {
   ModelFlags model;
   SamplingParams sampling;
-  std::string system;
+  std::string system, chat_template;
+  std::string load, save, prompt_cache;  // files
+  bool generation_config = false;
 };
 
 // Reads lines of stdin. std::getline would not return when a signal comes.
@@ -89,7 +89,10 @@ class LineReader {
 
 class Conversation {
  public:
-  Conversation(const Flags& flags, LoadedEngine& loaded) : flags_(flags), loaded_(loaded) { clear(); }
+  Conversation(const Flags& flags, const ChatFormat& format, LoadedEngine& loaded, std::vector<ChatMessage> messages)
+      : flags_(flags), format_(format), loaded_(loaded), messages_(std::move(messages)) {
+    if (messages_.empty()) clear();
+  }
 
   void clear() {
     messages_.clear();
@@ -119,26 +122,34 @@ class Conversation {
       return true;
     };
     Timings timings;
-    check_finished(loaded_.engine.generate({{ids, params, kSession}}, on_text, &timings).front());
+    check_finished(loaded_.engine.generate({{ids, params, session()}}, on_text, &timings).front());
     write_out("\n");
     if (flags_.model.verbose) print_stats(timings, loaded_.seconds);
     if (answer.empty()) {
       messages_.pop_back();
     } else {
       messages_.push_back({"assistant", answer});
+      if (!flags_.save.empty()) write_conversation(messages_, flags_.save);
+      save_prompt_cache(loaded_.engine, flags_.prompt_cache);
     }
   }
 
  private:
+  // Each turn computes only its new tokens.
+  const std::string& session() const {
+    static const std::string kNoFile = "chat";
+    return flags_.prompt_cache.empty() ? kNoFile : flags_.prompt_cache;
+  }
+  bool has_system_message() const { return !messages_.empty() && messages_[0].role == "system"; }
   int64_t context() { return context_of(flags_.model, loaded_.engine.config()); }
 
   // The ids of the conversation; the oldest turns go when there is no room for at least one new token.
   std::vector<int64_t> fit_context() {
     for (;;) {
-      std::vector<int64_t> ids = apply_chat(*loaded_.engine.tokenizer(), messages_);
+      std::vector<int64_t> ids = format_.encode(messages_);
       const auto length = static_cast<int64_t>(ids.size());
       if (length < context()) return ids;
-      const auto first_turn = messages_.begin() + (flags_.system.empty() ? 0 : 1);
+      const auto first_turn = messages_.begin() + (has_system_message() ? 1 : 0);
       if (messages_.end() - first_turn < 3) {
         throw std::invalid_argument("message of " + std::to_string(length) + " tokens does not fit the context of " +
                                     std::to_string(context()) + " tokens");
@@ -148,6 +159,7 @@ class Conversation {
   }
 
   const Flags& flags_;
+  const ChatFormat& format_;
   LoadedEngine& loaded_;
   std::vector<ChatMessage> messages_;
 };
@@ -170,16 +182,39 @@ void converse(Conversation& conversation, bool interactive) {
   if (interactive) write_err("\n");
 }
 
-void run(const Flags& flags) {
+// What the model's format does not take is told before the weights are read.
+void check_format(const ChatFormat& format, std::vector<ChatMessage> messages, const std::string& system) {
+  if (!system.empty()) messages.insert(messages.begin(), {"system", system});
+  messages.push_back({"user", "Hi"});
+  format.encode(messages);
+}
+
+// A model that was taught the format ends its answers so, whether or not its files name it as a stop id.
+void stop_at_end_of_answer(const ChatFormat& format, const Engine& engine, SamplingParams& sampling) {
+  const std::string end = format.end_of_answer();
+  const std::vector<int64_t>& known = engine.config().eos_token_ids;
+  const std::optional<int64_t> id = engine.tokenizer()->control_id(end);
+  const bool is_known = id && std::find(known.begin(), known.end(), *id) != known.end();
+  if (!end.empty() && !is_known && !sampling.ignore_eos) sampling.stop.push_back(end);
+}
+
+void run(const CLI::App& command, Flags flags) {
+  if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const Tokenizer tokenizer = load_tokenizer(flags.model);
+  const ChatFormat format(model_path(flags.model), tokenizer, flags.chat_template);
+  std::vector<ChatMessage> messages;
+  if (!flags.load.empty()) messages = read_conversation(flags.load);
+  check_format(format, messages, flags.system);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  stop_at_end_of_answer(format, loaded.engine, flags.sampling);
   const bool interactive = stdin_is_terminal();
   if (interactive) {
     make_sigint_stop_the_answer();
     write_err("/help shows the commands\n");
   }
-  Conversation conversation(flags, loaded);
+  load_prompt_cache(loaded.engine, flags.prompt_cache);
+  Conversation conversation(flags, format, loaded, std::move(messages));
   converse(conversation, interactive);
 }
 
@@ -190,16 +225,26 @@ void add_chat(CLI::App& app) {
   flags->sampling.max_tokens = 1024;
   flags->sampling.temperature = 0.7;
   CLI::App& command = *app.add_subcommand("chat", "Talk to an instruct model");
-  add_option(command, "--system", flags->system, "Instructions for the whole conversation");
+  CLI::Option* const system = add_option(command, "--system", flags->system, "Instructions for the whole conversation");
+  add_option(command, "--load", flags->load, "Go on with the conversation of this file")
+      ->type_name("FILE")
+      ->excludes(system);
+  add_option(command, "--save", flags->save, "Keep the conversation in this file, after every answer")
+      ->type_name("FILE");
+  add_prompt_cache(command, flags->prompt_cache);
+  add_chat_template(command, flags->chat_template);
   add_sampling_flags(command, flags->sampling);
+  add_generation_config(command, flags->generation_config);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"
-      "  echo \"Hello\" | mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --temp 0");
-  command.callback([flags] { run(*flags); });
+      "  echo \"Hello\" | mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --temp 0\n"
+      "  mixtral chat ./Mixtral-8x7B-v0.1 --chat-template chatml\n"
+      "The format is that of the model's chat template: docs/chat_formats.md.");
+  command.callback([flags, &command] { run(command, *flags); });
 }
 
 }  // namespace mixtral::app

@@ -29,7 +29,8 @@ std::string text_field(const json& message, const char* key, const std::string& 
 std::vector<ChatMessage> read_conversation(const std::string& path) {
   const json conversation = parse_json(read_file(path), path);
   const auto found = conversation.find("messages");
-  if (found == conversation.end() || !found->is_array()) throw LoadError(path, "messages", "must be a list of messages");
+  if (found == conversation.end() || !found->is_array())
+    throw LoadError(path, "messages", "must be a list of messages");
   std::vector<ChatMessage> messages;
   for (const json& message : *found) {
     const size_t index = messages.size();

@@ -7,6 +7,8 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../checkpoint/generation_config.h"
+#include "load.h"
 #include "terminal.h"
 
 namespace mixtral::app {
@@ -123,6 +125,33 @@ void add_prompt_cache(CLI::App& app, std::string& file) {
   add_option(app, "--prompt-cache", file,
              "Keep keys and values in this file, and compute only what it does not have; made if there is none")
       ->type_name("FILE");
+}
+
+CLI::Option* add_chat_template(CLI::App& app, std::string& chat_template) {
+  return add_option(
+             app, "--chat-template", chat_template,
+             "Instead of the model's own: a file, mistral-v1, -v2, -v3, -v7, chatml, zephyr, llama-2, alpaca, vicuna")
+      ->type_name("NAME|FILE");
+}
+
+void add_generation_config(CLI::App& app, bool& wanted) {
+  add_switch(app, "--generation-config", wanted,
+             "Sample as the model's generation_config.json says; other flags go before it");
+}
+
+void use_generation_config(const CLI::App& app, const std::filesystem::path& folder, SamplingParams& params) {
+  const GenerationConfig config = read_generation_config(folder);
+  const auto use = [&app](const char* flag, const auto& value, auto& field) {
+    if (value && app.get_option(flag)->count() == 0) field = *value;
+  };
+  use("--temperature", config.effective_temperature(), params.temperature);
+  use("--top-p", config.top_p, params.top_p);
+  use("--top-k", config.top_k, params.top_k);
+  use("--min-p", config.min_p, params.min_p);
+  use("--repetition-penalty", config.repetition_penalty, params.repetition_penalty);
+  for (const std::string& key : config.unsupported) {
+    warn("generation_config.json: " + key + " is not supported and not used");
+  }
 }
 
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 
 #include "../engine/sampling.h"
@@ -38,6 +39,11 @@ void add_loading_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 // Returns the option of params.max_tokens.
 CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params);
+// --chat-template: a name or a file; empty: the model's own.
+CLI::Option* add_chat_template(CLI::App& app, std::string& chat_template);
+// --generation-config: sample as generation_config.json says, but for the flags that are given.
+void add_generation_config(CLI::App& app, bool& wanted);
+void use_generation_config(const CLI::App& app, const std::filesystem::path& folder, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);
 void add_prompt_cache(CLI::App& app, std::string& file);
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special);

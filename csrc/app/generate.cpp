@@ -20,7 +20,7 @@ struct Flags {
   SamplingParams sampling;
   CLI::Option* max_tokens = nullptr;
   std::string prompt_cache;  // a file
-  bool json = false, parse_special = false;
+  bool json = false, parse_special = false, generation_config = false;
 };
 
 // As many new tokens as were asked for, or as the context leaves where nobody asked. The engine checks this too, but
@@ -74,15 +74,15 @@ void print_json(const Generation& generation, const Flags& flags, const Tokenize
   write_out(json_line(result));
 }
 
-void run(const Flags& flags) {
+void run(const CLI::App& command, Flags flags) {
+  if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const std::string prompt = read_prompt(flags.prompt);
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
   const Tokenizer tokenizer = load_tokenizer(flags.model);
   const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true, /*add_eos=*/false, flags.parse_special);
-  SamplingParams sampling = flags.sampling;
-  sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
+  flags.sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
 
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
@@ -93,7 +93,7 @@ void run(const Flags& flags) {
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Timings timings;
   const Generation generation =
-      loaded.engine.generate({{ids, sampling, flags.prompt_cache}}, on_text, &timings).front();
+      loaded.engine.generate({{ids, flags.sampling, flags.prompt_cache}}, on_text, &timings).front();
   check_finished(generation);
   save_prompt_cache(loaded.engine, flags.prompt_cache);
   if (flags.json) {
@@ -112,6 +112,7 @@ void add_generate(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("generate", "Continue a text");
   add_prompt_flags(command, flags->prompt);
   flags->max_tokens = add_sampling_flags(command, flags->sampling);
+  add_generation_config(command, flags->generation_config);
   CLI::Option* json = add_switch(command, "--json", flags->json, "One JSON object instead of a stream of text");
   add_option(command, "--logprobs", flags->sampling.logprobs,
              "With --json: log-probability of each token and of the N most likely")
@@ -127,7 +128,7 @@ void add_generate(CLI::App& app) {
       "  mixtral generate -p \"Once upon a time\" -n 64\n"
       "  mixtral generate ./Mixtral-8x7B-v0.1 -f prompt.txt --temp 0.8 --top-p 0.9 --seed 1\n"
       "  echo \"Once\" | mixtral generate --json --logprobs 5");
-  command.callback([flags] { run(*flags); });
+  command.callback([flags, &command] { run(command, *flags); });
 }
 
 }  // namespace mixtral::app

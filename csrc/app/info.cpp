@@ -1,9 +1,14 @@
 // `mixtral info`: what a checkpoint is and what it needs, from its configuration alone.
 #include <cstdio>
 #include <memory>
+#include <optional>
+#include <stdexcept>
 
 #include "../checkpoint/config_reader.h"
+#include "../checkpoint/generation_config.h"
 #include "../checkpoint/memory_plan.h"
+#include "../io/load_error.h"
+#include "../text/chat_format.h"
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
@@ -45,7 +50,44 @@ std::string architecture(const Config& config) {
   return "mixture of experts, top " + std::to_string(config.top_k) + " of " + std::to_string(config.num_experts);
 }
 
-nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const WeightType& type) {
+// What `info` knows of a folder beside its configuration. A file that is wrong is told, and no error here.
+struct Text {
+  std::optional<Tokenizer> tokenizer;
+  std::optional<ChatFormat> format;
+  std::string why_no_format;
+  GenerationConfig generation;
+};
+
+Text text_of(const std::filesystem::path& folder) {
+  Text text;
+  text.generation = read_generation_config(folder);
+  try {
+    text.tokenizer.emplace(folder);
+    text.format.emplace(folder, *text.tokenizer);
+  } catch (const LoadError& error) {
+    text.why_no_format = error.reason();
+  } catch (const std::invalid_argument&) {
+    text.why_no_format = "no chat template: a base model";
+  }
+  return text;
+}
+
+// What of generation_config.json concerns sampling.
+nlohmann::json sampling_json(const GenerationConfig& config) {
+  nlohmann::json result = nlohmann::json::object();
+  const auto put = [&result](const char* key, const auto& value) {
+    if (value) result[key] = *value;
+  };
+  put("do_sample", config.do_sample);
+  put("temperature", config.temperature);
+  put("top_p", config.top_p);
+  put("top_k", config.top_k);
+  put("min_p", config.min_p);
+  put("repetition_penalty", config.repetition_penalty);
+  return result;
+}
+
+nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const WeightType& type, const Text& text) {
   const int64_t parameters = config.total_parameters();
   nlohmann::json result = {{"architecture", architecture(config)},
                            {"layout", layout_name(config)},
@@ -66,7 +108,11 @@ nlohmann::json to_json(const Config& config, const MemoryPlan& memory, const Wei
                            {"checkpoint_dtype", stored_dtype(config)},
                            {"dtype", type.name()},
                            {"total_parameters", parameters},
-                           {"active_parameters", config.active_parameters()}};
+                           {"active_parameters", config.active_parameters()},
+                           {"eos_token_ids", config.eos_token_ids},
+                           {"generation_config", sampling_json(text.generation)},
+                           {"chat_format", nullptr}};
+  if (text.format) result["chat_format"] = {{"name", text.format->name()}, {"source", text.format->source()}};
   result["memory"] = {{"weights_bytes_by_dtype",
                        {{"float32", bytes_of(config, "float32")},
                         {"bfloat16", bytes_of(config, "bfloat16")},
@@ -99,7 +145,28 @@ std::string billions(int64_t parameters) {
 
 std::string size_of(int64_t bytes) { return bytes_text(static_cast<double>(bytes)); }
 
-std::string to_text(const Config& config, const MemoryPlan& memory, const WeightType& type, int64_t chunk_size) {
+std::string stop_ids(const Config& config, const Text& text) {
+  std::string ids;
+  for (const int64_t id : config.eos_token_ids) {
+    const std::string piece = text.tokenizer ? text.tokenizer->piece(id) : "";
+    ids += (ids.empty() ? "" : ", ") + std::to_string(id) + (piece.empty() ? "" : " (" + piece + ")");
+  }
+  return ids.empty() ? "none" : ids;
+}
+
+std::string sampling(const GenerationConfig& config) {
+  std::string values;
+  const nlohmann::json fields = sampling_json(config);
+  for (const auto& [key, value] : fields.items()) {
+    values += (values.empty() ? "" : ", ") + key + " " + value.dump();
+  }
+  if (!values.empty()) values += " (generation_config.json; used with --generation-config)";
+  for (const std::string& key : config.unsupported) values += (values.empty() ? "" : "; ") + key + " is not supported";
+  return values;
+}
+
+std::string to_text(const Config& config, const MemoryPlan& memory, const WeightType& type, int64_t chunk_size,
+                    const Text& of_text) {
   const auto number = [](int64_t value) { return std::to_string(value); };
   const std::string window = config.window > 0 ? number(config.window) + " keys" : "none";
   const int64_t parameters = config.total_parameters();
@@ -115,6 +182,10 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   text += line("max position", number(config.max_position));
   text += line("parameters", billions(parameters));
   text += line("active", billions(config.active_parameters()) + " per token");
+  text += line("stop ids", stop_ids(config, of_text));
+  text += line("chat format",
+               of_text.format ? of_text.format->name() + " (" + of_text.format->source() + ")" : of_text.why_no_format);
+  if (const std::string values = sampling(of_text.generation); !values.empty()) text += line("sampling", values);
   text += line("dtype", type.name() + " (checkpoint: " + stored_dtype(config) + ")");
   text += line("weights", bytes_text(memory.weights) + "; float32 " + size_of(bytes_of(config, "float32")) +
                               ", bfloat16 and float16 " + size_of(bytes_of(config, "bfloat16")) + ", int8 and fp8 " +
@@ -132,8 +203,9 @@ void run(const Flags& flags) {
   const Config config = read_config(model_path(flags.model), warn);
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
-  write_out(flags.json ? json_line(to_json(config, memory, type))
-                       : to_text(config, memory, type, flags.model.chunk_size));
+  const Text text = text_of(model_path(flags.model));
+  write_out(flags.json ? json_line(to_json(config, memory, type, text))
+                       : to_text(config, memory, type, flags.model.chunk_size, text));
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 
 #include "../io/printable.h"
-#include "../text/chat.h"
+#include "../text/chat_format.h"
 #include "../text/tokenizer.h"
 #include "commands.h"
 #include "flags.h"
@@ -18,6 +19,7 @@ namespace {
 struct Flags {
   ModelFlags model;
   PromptFlags prompt;
+  std::string chat_template;
   bool chat = false, explain = false, no_bos = false, parse_special = false, json = false;
 };
 
@@ -45,56 +47,81 @@ std::string hex(const std::string& bytes) {
   return text;
 }
 
-std::string bos_reason(const Flags& flags, const Tokenizer& tokenizer) {
+// What was made of the text.
+struct Tokens {
+  std::vector<int64_t> ids;
+  std::vector<int64_t> left;         // control tokens that are written in the text and stayed text
+  std::optional<ChatFormat> format;  // with --chat
+};
+
+Tokens tokens_of(const Flags& flags, const Tokenizer& tokenizer, const std::string& prompt) {
+  Tokens tokens;
+  if (flags.chat) {
+    tokens.format.emplace(model_path(flags.model), tokenizer, flags.chat_template);
+    tokens.ids = tokens.format->encode({{"user", prompt}});
+  } else {
+    tokens.ids = tokenizer.encode(prompt, !flags.no_bos, /*add_eos=*/false, flags.parse_special);
+  }
+  const bool read = flags.chat ? tokens.format->reads_control_tokens() : flags.parse_special;
+  if (!read) tokens.left = tokenizer.special_in(prompt);
+  return tokens;
+}
+
+std::string bos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   const std::string piece = tokenizer.piece(tokenizer.bos_id());
+  if (flags.chat && (tokens.ids.empty() || tokens.ids[0] != tokenizer.bos_id()))
+    return "none: the chat format has none";
   if (flags.chat) return piece + " once, before the first turn of the conversation";
   if (flags.no_bos) return "none: --no-bos was given";
   const std::string before = piece + " put before the text, once";
   return flags.parse_special ? before : before + "; \"" + piece + "\" written in the text would stay text";
 }
 
-std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer) {
-  const std::string piece = tokenizer.piece(tokenizer.eos_id());
+std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
+  const std::string piece = flags.chat ? tokens.format->end_of_answer() : tokenizer.piece(tokenizer.eos_id());
+  if (flags.chat && piece.empty()) return "none: the chat format has none";
   if (flags.chat) return "none after the last turn: the answer is to come; " + piece + " ends each earlier answer";
   return "none: the text is to be continued; the model ends it with " + piece;
 }
 
-// `left`: control tokens that are written in the text and stayed text.
-nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids,
-                       const std::vector<int64_t>& left) {
+std::string format_of(const Tokens& tokens) { return tokens.format->name() + " (" + tokens.format->source() + ")"; }
+
+nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   nlohmann::json pieces = nlohmann::json::array(), bytes = nlohmann::json::array();
-  for (const int64_t id : ids) {
+  for (const int64_t id : tokens.ids) {
     pieces.push_back(tokenizer.piece(id));
     bytes.push_back(hex(token_bytes(tokenizer, id)));
   }
-  nlohmann::json result = {{"token_ids", ids}, {"pieces", pieces}};
+  nlohmann::json result = {{"token_ids", tokens.ids}, {"pieces", pieces}};
   if (flags.explain) {
     result["bytes"] = bytes;
     result["version"] = to_string(tokenizer.version());
-    result["bos"] = bos_reason(flags, tokenizer);
-    result["eos"] = eos_reason(flags, tokenizer);
+    result["bos"] = bos_reason(flags, tokenizer, tokens);
+    result["eos"] = eos_reason(flags, tokenizer, tokens);
+    if (flags.chat) result["chat_format"] = format_of(tokens);
     result["left_as_text"] = nlohmann::json::array();
-    for (const int64_t id : left) result["left_as_text"].push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}});
+    for (const int64_t id : tokens.left)
+      result["left_as_text"].push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}});
   }
   return result;
 }
 
-std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const std::vector<int64_t>& ids,
-                        const std::vector<int64_t>& left) {
+std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   std::string text;
-  for (const int64_t id : ids) {
+  for (const int64_t id : tokens.ids) {
     char number[24];
     std::snprintf(number, sizeof number, "%6lld  ", static_cast<long long>(id));
     const std::string bytes = tokenizer.is_control(id) ? "control" : hex(token_bytes(tokenizer, id));
     text += number + printable(tokenizer.piece(id)) + "  [" + bytes + "]\n";
   }
-  text += "tokens: " + std::to_string(ids.size()) + ", tokenizer " + to_string(tokenizer.version()) + "\n";
-  text += "BOS: " + bos_reason(flags, tokenizer) + "\n";
-  text += "EOS: " + eos_reason(flags, tokenizer) + "\n";
+  text += "tokens: " + std::to_string(tokens.ids.size()) + ", tokenizer " + to_string(tokenizer.version()) + "\n";
+  if (flags.chat) text += "chat format: " + format_of(tokens) + "\n";
+  text += "BOS: " + bos_reason(flags, tokenizer, tokens) + "\n";
+  text += "EOS: " + eos_reason(flags, tokenizer, tokens) + "\n";
   std::string names;
-  for (const int64_t id : left)
+  for (const int64_t id : tokens.left)
     names += (names.empty() ? "" : ", ") + printable(tokenizer.piece(id)) + " (" + std::to_string(id) + ")";
-  if (!left.empty()) {
+  if (!tokens.left.empty()) {
     text += "left as text: " + names + (flags.chat ? "" : "; --parse-special makes control tokens of them") + "\n";
   }
   return text;
@@ -109,14 +136,11 @@ std::string id_line(const std::vector<int64_t>& ids) {
 void run(const Flags& flags) {
   const std::string prompt = read_prompt(flags.prompt);
   const Tokenizer tokenizer = load_tokenizer(flags.model);
-  const std::vector<int64_t> ids =
-      flags.chat ? apply_chat(tokenizer, {{"user", prompt}})
-                 : tokenizer.encode(prompt, !flags.no_bos, /*add_eos=*/false, flags.parse_special);
-  const std::vector<int64_t> left = flags.parse_special ? std::vector<int64_t>{} : tokenizer.special_in(prompt);
+  const Tokens tokens = tokens_of(flags, tokenizer, prompt);
   if (flags.json) {
-    write_out(json_line(to_json(flags, tokenizer, ids, left)));
+    write_out(json_line(to_json(flags, tokenizer, tokens)));
   } else {
-    write_out(flags.explain ? explanation(flags, tokenizer, ids, left) : id_line(ids));
+    write_out(flags.explain ? explanation(flags, tokenizer, tokens) : id_line(tokens.ids));
   }
 }
 
@@ -128,6 +152,7 @@ void add_tokenize(CLI::App& app) {
   add_prompt_flags(command, flags->prompt);
   add_switch(command, "--explain", flags->explain, "Pieces, bytes, and why BOS and EOS are there or not");
   CLI::Option* chat = add_switch(command, "--chat", flags->chat, "As the first message of a chat");
+  add_chat_template(command, flags->chat_template)->needs(chat);
   add_switch(command, "--no-bos", flags->no_bos, "Without the beginning-of-sequence token")->excludes(chat);
   add_parse_special(command, flags->parse_special)->excludes(chat);
   add_switch(command, "--json", flags->json, "One JSON object");

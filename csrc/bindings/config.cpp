@@ -2,11 +2,33 @@
 
 #include "../checkpoint/config_reader.h"
 #include "../checkpoint/folder.h"
+#include "../checkpoint/generation_config.h"
 #include "bindings.h"
 
 namespace mixtral {
 
+namespace {
+
+// What generation_config.json says of sampling, as arguments of `generate`.
+py::dict sampling_defaults(const std::filesystem::path& folder) {
+  const GenerationConfig config = read_generation_config(folder);
+  py::dict values;
+  const auto put = [&values](const char* key, const auto& value) {
+    if (value) values[key] = *value;
+  };
+  put("temperature", config.effective_temperature());
+  put("top_p", config.top_p);
+  put("top_k", config.top_k);
+  put("min_p", config.min_p);
+  put("repetition_penalty", config.repetition_penalty);
+  return values;
+}
+
+}  // namespace
+
 void bind_config(py::module_& m) {
+  m.def("sampling_defaults", &sampling_defaults, py::arg("folder"),
+        "The sampling of generation_config.json as arguments of generate. Raises LoadError.");
   py::class_<Config>(m, "Config", "The architecture of a checkpoint. Sizes are counts; `window` is keys a query sees.")
       .def(py::init([](const py::kwargs& fields) {
              const Config config = from_kwargs<Config>(fields);

@@ -1,11 +1,12 @@
-#include "../text/chat.h"
+#include "../text/chat_format.h"
+#include "../text/chat_template.h"
 #include "../text/tokenizer.h"
 #include "bindings.h"
 
 namespace mixtral {
 namespace {
 
-std::vector<int64_t> chat_ids(const Tokenizer& tokenizer, const std::vector<py::dict>& dicts) {
+std::vector<ChatMessage> chat_messages(const std::vector<py::dict>& dicts) {
   std::vector<ChatMessage> messages;
   for (const py::dict& dict : dicts) {
     ChatMessage& message = messages.emplace_back();
@@ -23,7 +24,48 @@ std::vector<int64_t> chat_ids(const Tokenizer& tokenizer, const std::vector<py::
       }
     }
   }
-  return apply_chat(tokenizer, messages);
+  return messages;
+}
+
+std::optional<std::pair<std::string, std::string>> chat_template_in(const std::filesystem::path& folder) {
+  std::optional<ChatTemplateText> found = find_chat_template(folder);
+  if (!found) return std::nullopt;
+  return std::make_pair(std::move(found->text), std::move(found->file));
+}
+
+void bind_chat(py::module_& m) {
+  py::class_<ChatTemplate>(m, "ChatTemplate", "A Jinja template as the binary renders it. Raises LoadError.")
+      .def(py::init([](std::string text, std::string file) {
+             return ChatTemplate({std::move(text), std::move(file)});
+           }),
+           py::arg("text"), py::arg("file"))
+      .def(
+          "render",
+          [](const ChatTemplate& self, const std::vector<py::dict>& messages,
+             const std::map<std::string, std::string>& special_tokens, bool add_generation_prompt) {
+            return self.render(chat_messages(messages), special_tokens, add_generation_prompt);
+          },
+          py::arg("messages"), py::arg("special_tokens"), py::arg("add_generation_prompt") = true,
+          "Raises LoadError; ValueError with the template's words where it raises an exception.");
+  py::class_<ChatFormat>(m, "ChatFormat", "How the binary makes ids of a conversation.")
+      .def(py::init<const std::filesystem::path&, const Tokenizer&, const std::string&>(), py::arg("folder"),
+           py::arg("tokenizer"), py::arg("wanted") = "",
+           "wanted: a name or a file; empty: what the folder says. Raises LoadError, ValueError.")
+      .def(
+          "encode",
+          [](const ChatFormat& self, const std::vector<py::dict>& messages) {
+            return self.encode(chat_messages(messages));
+          },
+          py::arg("messages"), "Raises ValueError, naming the message.")
+      .def_property_readonly("name", &ChatFormat::name, "\"chatml\", ...; \"custom\".")
+      .def_property_readonly("source", &ChatFormat::source)
+      .def_property_readonly("end_of_answer", &ChatFormat::end_of_answer);
+  m.def("find_chat_template", &chat_template_in, py::arg("folder"), "(text, file) or None. Raises LoadError.");
+  m.def("special_token_texts", &special_token_texts, py::arg("folder"), "{\"bos_token\": \"<s>\", ...}");
+  m.def("named_chat_templates", [] {
+    const auto& templates = named_chat_templates();
+    return std::map<std::string, std::string>(templates.begin(), templates.end());
+  });
 }
 
 }  // namespace
@@ -48,10 +90,6 @@ void bind_text(py::module_& m) {
       .def(
           "piece", [](const Tokenizer& self, int64_t id) { return to_str(self.piece(id)); }, py::arg("id"),
           "The piece as stored; empty for an id without one. Raises IndexError for a negative id.")
-      .def("apply_chat", &chat_ids, py::arg("messages"),
-           "[{\"role\": \"user\", \"content\": \"Hi\"}, ...] to prompt ids, equal to mistral-common's. \"prefix\": "
-           "True on the\n"
-           "last message, an assistant's: the model goes on with it. Raises ValueError, naming the message.")
       .def("is_control", &Tokenizer::is_control, py::arg("id"))
       .def("is_byte", &Tokenizer::is_byte, py::arg("id"))
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size)
@@ -63,6 +101,7 @@ void bind_text(py::module_& m) {
       .def(py::init<Tokenizer>(), py::arg("tokenizer"))
       .def("push", &StreamingDecoder::push, py::arg("id"), "Text completed by this token; may be empty.")
       .def("flush", &StreamingDecoder::flush, "What is left.");
+  bind_chat(m);
 }
 
 }  // namespace mixtral

@@ -8,9 +8,11 @@
 #include "../io/json_fields.h"
 #include "../io/load_error.h"
 #include "../model/config_fields.h"
+#include "../text/tokenizer.h"
 #include "contents.h"
 #include "files.h"
 #include "folder.h"
+#include "generation_config.h"
 #include "gguf_config.h"
 
 // A missing key is an error wherever a silent default could differ from the model: the class defaults of transformers
@@ -201,6 +203,15 @@ void drop_unknown_eos(Config& config, const std::string& source, const Warn& war
   config.eos_token_ids = known;
 }
 
+// params.json mostly leaves the end of a sequence to the tokenizer.
+void read_tokenizer_eos(const std::filesystem::path& folder, Config& config) {
+  if (!Tokenizer::in_folder(folder)) return;
+  try {
+    config.eos_token_ids = {Tokenizer(folder).eos_id()};
+  } catch (const LoadError&) {  // whoever needs the tokenizer says what is wrong with it
+  }
+}
+
 Config read_fields(const JsonFields& fields, CheckpointLayout layout, const std::string& source) {
   Config config =
       layout == CheckpointLayout::kHuggingFace ? read_hugging_face(fields, source) : read_consolidated(fields, source);
@@ -244,7 +255,9 @@ Config read_config(const std::filesystem::path& folder, const Warn& warn) {
     const bool dtype_is_said = fields.find("dtype") || fields.find("torch_dtype");
     correct_by_contents(config, dtype_is_said, files_if_any(folder, config.layout), source, warn);
   }
+  if (layout == CheckpointLayout::kConsolidated && !fields.find("eos_token_id")) read_tokenizer_eos(folder, config);
   drop_unknown_eos(config, source, warn);
+  add_stop_ids(read_generation_config(folder), config, warn);
   config.validate(source);
   return config;
 }

@@ -4,11 +4,9 @@
 #include <stdexcept>
 #include <system_error>
 
-#include "../io/gguf.h"
 #include "../io/json.h"
 #include "../text/gguf_tokenizer.h"
 #include "../text/sentencepiece_writer.h"
-#include "../text/tokenizer_folder.h"
 
 namespace mixtral {
 namespace {
@@ -108,8 +106,8 @@ void carry_files(const fs::path& source, const fs::path& folder) {
     for (const auto& entry : fs::directory_iterator(source))
       if (is_carried(entry)) fs::copy_file(entry.path(), folder / entry.path().filename());
   }
-  const fs::path tokenizer = find_tokenizer(source);
-  if (!tokenizer.empty() && find_gguf(tokenizer) == tokenizer) write_tokenizer_of(tokenizer, folder);
+  const fs::path gguf = find_gguf_tokenizer(source);
+  if (!gguf.empty()) write_tokenizer_of(gguf, folder);
 }
 
 }  // namespace mixtral

@@ -12,10 +12,9 @@ constexpr const char* kJoin = "\n\n";
 }
 
 void check(const std::vector<ChatMessage>& messages) {
-  if (messages.empty()) throw std::invalid_argument("chat: messages must not be empty");
+  check_end(messages);
   for (size_t i = 0; i < messages.size(); ++i) {
     const ChatMessage& message = messages[i];
-    const bool last = i + 1 == messages.size();
     const bool assistant = message.role == "assistant";
     if (!assistant && message.role != "user" && message.role != "system") {
       fail(i, "role must be system, user or assistant, got " + message.role);
@@ -24,9 +23,6 @@ void check(const std::vector<ChatMessage>& messages) {
       fail(i, "role after assistant must be user or assistant, got system");
     }
     if (assistant && message.content.empty()) fail(i, "content of the assistant must not be empty");
-    if (message.prefix && !(assistant && last)) fail(i, "prefix must be set on the last message, an assistant's, only");
-    if (assistant && last && !message.prefix)
-      fail(i, "the last role must be user, or assistant with prefix, got assistant");
   }
   if (messages.size() == 1 && messages[0].role == "assistant") {
     fail(0, "the first role must be user or system, got assistant");
@@ -101,14 +97,29 @@ class Writer {
 
 }  // namespace
 
-std::vector<int64_t> apply_chat(const Tokenizer& tokenizer, const std::vector<ChatMessage>& messages) {
+void check_end(const std::vector<ChatMessage>& messages) {
+  if (messages.empty()) throw std::invalid_argument("chat: messages must not be empty");
+  for (size_t i = 0; i < messages.size(); ++i) {
+    const bool last = i + 1 == messages.size();
+    const bool assistant = messages[i].role == "assistant";
+    if (messages[i].prefix && !(assistant && last)) {
+      fail(i, "prefix must be set on the last message, an assistant's, only");
+    }
+    if (assistant && last && !messages[i].prefix) {
+      fail(i, "the last role must be user, or assistant with prefix, got assistant");
+    }
+  }
+}
+
+std::vector<int64_t> apply_chat(const Tokenizer& tokenizer, TokenizerVersion version,
+                                const std::vector<ChatMessage>& messages) {
   check(messages);
-  const bool plain_markers = tokenizer.version() == TokenizerVersion::kV1;
-  const bool system_turns = tokenizer.version() == TokenizerVersion::kV7;
+  const bool plain_markers = version == TokenizerVersion::kV1;
+  const bool system_turns = version == TokenizerVersion::kV7;
   std::vector<ChatMessage> turns = to_turns(messages, system_turns);
   const std::string system_prompt = system_turns ? "" : system_prompt_of(messages);
   if (!system_prompt.empty()) {
-    std::string& content = turns[turn_of_system_prompt(turns, tokenizer.version())].content;
+    std::string& content = turns[turn_of_system_prompt(turns, version)].content;
     content = system_prompt + kJoin + content;
   }
 
@@ -128,6 +139,10 @@ std::vector<int64_t> apply_chat(const Tokenizer& tokenizer, const std::vector<Ch
     }
   }
   return writer.take();
+}
+
+std::vector<int64_t> apply_chat(const Tokenizer& tokenizer, const std::vector<ChatMessage>& messages) {
+  return apply_chat(tokenizer, tokenizer.version(), messages);
 }
 
 }  // namespace mixtral

@@ -6,6 +6,7 @@
 #include "../io/gguf.h"
 #include "../io/load_error.h"
 #include "sentencepiece_file.h"
+#include "tokenizer_folder.h"
 
 namespace mixtral {
 namespace {
@@ -51,6 +52,12 @@ Vocabulary read_gguf_tokenizer(const std::filesystem::path& path) {
   if (space != nullptr && space->kind == GgufValue::kBool && space->integer == 0)
     vocabulary.prefix = SpacePrefix::kNever;
   return vocabulary;
+}
+
+std::filesystem::path find_gguf_tokenizer(const std::filesystem::path& folder) {
+  const std::filesystem::path tokenizer = find_tokenizer(folder);
+  const bool gguf = !tokenizer.empty() && find_gguf(tokenizer) == tokenizer;
+  return gguf ? tokenizer : std::filesystem::path();
 }
 
 std::optional<std::string> read_gguf_chat_template(const std::filesystem::path& path) {

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .model import Mixtral as Mixtral
     from .model import Score as Score
     from .model import Timings as Timings
-    from .model import Tokenizer as Tokenizer
     from .model import TokenLogprob as TokenLogprob
+    from .tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 

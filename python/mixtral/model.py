@@ -26,12 +26,13 @@ except ImportError as error:
         "`scripts/setup.sh` or `pip install .` (mixtral.ops works without it)"
     ) from error
 
+from .tokenizer import Tokenizer  # noqa: E402
+
 Config = _C.Config
 Generation = _C.Generation
 Score = _C.Score
 Timings = _C.Timings
 TokenLogprob = _C.TokenLogprob
-Tokenizer = _C.Tokenizer
 
 # Text, or token ids: any integers, also as an array or tensor [N].
 Prompt = str | Sequence[int] | Tensor
@@ -53,6 +54,7 @@ class Mixtral:
         config: its architecture.
         tokenizer: None when the folder has none that can be read; the model then works on token ids.
         timings: of the last finished ``generate``; None before.
+        sampling_defaults: what generation_config.json says of sampling, as arguments of ``generate``.
     """
 
     def __init__(self, model: _C.Mixtral, tokenizer: Tokenizer | None = None, **options: int | bool) -> None:
@@ -79,6 +81,7 @@ class Mixtral:
         self.tokenizer = tokenizer
         self.timings: Timings | None = None
         self._process: int | None = None  # that has used the model
+        self.sampling_defaults: dict[str, float] = {}
 
     @classmethod
     def from_pretrained(
@@ -122,7 +125,9 @@ class Mixtral:
         model = _C.Mixtral.from_pretrained(
             folder, device, _dtype_name(dtype), pack, lora or "", check_weights, progress
         )
-        return cls(model, _tokenizer_in(folder), **options)
+        result = cls(model, _tokenizer_in(folder), **options)
+        result.sampling_defaults = _C.sampling_defaults(folder)
+        return result
 
     @classmethod
     def from_config(
@@ -179,17 +184,18 @@ class Mixtral:
         self,
         prompts: Prompt | Sequence[Prompt],
         max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         logprobs: int = 0,
         ignore_eos: bool = False,
         on_text: Callable[[int, str], bool | None] | None = None,
         session: str | None = None,
+        generation_config: bool = False,
     ) -> list[Generation]:
         """Continue each prompt; the prompts run as one batch, and a result does not depend on its neighbours.
 
@@ -199,11 +205,11 @@ class Mixtral:
             prompts: one prompt or several. Text gets a BOS token in front; token ids, integers of any type also as a
                 NumPy array or tensor [N] or [B, N], are used as they are.
             max_tokens: new tokens of each prompt, at most.
-            temperature: 0 takes the most probable token.
-            top_p: (0, 1]; sample from the fewest tokens with this probability together.
-            top_k: sample from the k most probable tokens; 0: off.
-            min_p: [0, 1]; drop tokens less probable than this share of the most probable one.
-            repetition_penalty: > 0; tokens already seen become less likely above 1.
+            temperature: 0, the default, takes the most probable token.
+            top_p: (0, 1]; sample from the fewest tokens with this probability together. Default 1.
+            top_k: sample from the k most probable tokens; 0, the default: off.
+            min_p: [0, 1]; drop tokens less probable than this share of the most probable one. Default 0.
+            repetition_penalty: > 0; tokens already seen become less likely above 1, the default.
             seed: of the random numbers; None or -1: taken from the operating system.
             stop: generation ends before any of these texts.
             logprobs: 0: none; n: of each new token and of the n most likely at its place.
@@ -213,6 +219,8 @@ class Mixtral:
                 ``generate``.
             session: keep the keys and values of this conversation in the cache. The session's next prompt computes
                 only what comes after the tokens that it shares with this one and its answer.
+            generation_config: take the five sampling parameters that are not given here from the model's
+                generation_config.json (``sampling_defaults``).
 
         Returns:
             One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``.
@@ -222,7 +230,8 @@ class Mixtral:
                 for a model without a tokenizer.
             MemoryError: the key/value cache does not fit the device.
         """
-        params = _sampling_params(
+        params = self._sampling_params(
+            generation_config=generation_config,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -304,7 +313,7 @@ class Mixtral:
             events.put(piece)
             return True
 
-        request = self._engine.submit(prompt_ids, _sampling_params(**options), session or "", on_text, events.put)
+        request = self._engine.submit(prompt_ids, self._sampling_params(**options), session or "", on_text, events.put)
         event: str | _C.Outcome = ""
         try:
             while isinstance(event := events.get(), str):
@@ -326,19 +335,24 @@ class Mixtral:
             )
         self._process = os.getpid()
 
+    def _sampling_params(
+        self,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        generation_config: bool = False,
+        **fields: object,
+    ) -> _C.SamplingParams:
+        defaults = self.sampling_defaults if generation_config else {}
+        given = {name: value for name, value in fields.items() if value is not None}
+        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        return _C.SamplingParams(stop=stops, seed=None if seed == -1 else seed, **{**defaults, **given})
+
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("generate: prompts expected token ids (the model has no tokenizer), got text")
         return self.tokenizer.encode(prompt, add_bos=True)
-
-
-def _sampling_params(
-    stop: str | Sequence[str] | None = None, seed: int | None = None, **fields: object
-) -> _C.SamplingParams:
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
-    return _C.SamplingParams(stop=stops, seed=None if seed == -1 else seed, **fields)
 
 
 _PROMPTS = "prompts expected text, token ids, or several of these, got "

@@ -1,6 +1,8 @@
 // What the fuzz targets share. A target is one file fuzz_<name>.cpp with a function fuzz(); scripts/fuzz.sh runs it.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -33,20 +35,22 @@ inline void check(bool condition, const char* what) {
   std::abort();
 }
 
-// A folder of this process.
-inline const std::filesystem::path& folder() {
-  static const std::filesystem::path path = [] {
-    std::string name = (std::filesystem::temp_directory_path() / "mixtral_fuzz_XXXXXX").string();
-    check(mkdtemp(name.data()) != nullptr, "a temporary folder can be made");
-    std::atexit([] { std::filesystem::remove_all(folder()); });
-    return std::filesystem::path(name);
-  }();
-  return path;
+// A folder of this process, which goes there: its name is another each time, and the code under test must not see it.
+// It stays when the process ends; scripts/fuzz.sh removes it.
+inline std::filesystem::path folder() {
+  static std::string name;
+  if (!name.empty()) return ".";
+  name = (std::filesystem::temp_directory_path() / "mixtral_fuzz_XXXXXX").string();
+  check(mkdtemp(name.data()) != nullptr && chdir(name.c_str()) == 0, "a temporary folder can be made");
+  return ".";
 }
 
 // Writes a file of that folder.
 inline std::filesystem::path write(const std::string& name, std::string_view bytes) {
-  std::ofstream(folder() / name, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream file(folder() / name, std::ios::binary);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  file.close();
+  check(file.good(), "the input can be written to a file");
   return folder() / name;
 }
 

@@ -220,7 +220,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, **changes) -> None:
     writer.add_token_types(changes.get("types", types))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(changes.get("eos", 2))
-    writer.add_chat_template("{{ messages }}")
+    writer.add_chat_template("{{ bos_token }}USER: {{ messages[0].content }}{{ eos_token }}")
 
 
 def write_with_tokenizer(path: Path, **changes) -> None:
@@ -257,6 +257,19 @@ def test_text_goes_in_and_comes_out(tmp_path):
     model = load(path)
     result = model.generate("Once upon", max_tokens=4, ignore_eos=True)[0]
     assert len(result.token_ids) == 4 and isinstance(result.text, str)
+
+
+def test_a_chat_has_the_format_of_the_file(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_with_tokenizer(path)
+    messages = [{"role": "user", "content": "Hello there"}]
+    for model in (path, tmp_path):
+        tokenizer = mixtral.Tokenizer(model)
+        ids = tokenizer.encode("<s>USER: Hello there</s>", parse_special=True)
+        assert tokenizer.apply_chat(messages) == ids
+        assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # what lies beside comes first
+    assert mixtral.Tokenizer(tmp_path).apply_chat(messages) == tokenizer.encode("Hello there")
 
 
 @pytest.mark.parametrize(

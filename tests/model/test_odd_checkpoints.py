@@ -112,7 +112,7 @@ def test_an_end_of_sequence_outside_the_vocabulary_is_left_out(folder):
 def test_the_configuration_alone_warns_too(folder):
     edit(folder, eos_token_id=-5)
     with pytest.warns(UserWarning, match="eos_token_id: -5"):
-        assert mixtral.Config.from_folder(folder).eos_token_ids == []
+        assert mixtral.Config.from_folder(folder).eos_token_ids == [2]  # of generation_config.json
 
 
 # ---- shards and their index ------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""The tokenizer for Python: that of C++, and chats by any Jinja template."""
+
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from . import _C
+from .chat_template import Message, render
+
+
+class Tokenizer(_C.Tokenizer):
+    """The tokenizer of a model folder, or of one file: SentencePiece BPE, with added tokens."""
+
+    def __init__(self, path: str | PathLike[str], version: str | None = None) -> None:
+        """
+        Args:
+            path: a tokenizer.model, tokenizer.json or GGUF file, or a folder that holds one.
+            version: "v1", "v2", "v3" or "v7", Mistral's; None: told by the file.
+
+        Raises:
+            LoadError: the file is missing or wrong.
+            ValueError: an unknown version.
+        """
+        super().__init__(path, version)
+        self._folder = Path(path)
+
+    def apply_chat(self, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
+        """The prompt ids of a conversation, as transformers' ``apply_chat_template`` gives them.
+
+        Args:
+            messages: [{"role": "user", "content": "Hi"}, ...]. Roles are "system", "user" and "assistant"; a template
+                may know more roles, and more keys. "prefix": True on the last message, an assistant's: the model goes
+                on with it.
+            chat_template: "mistral-v1", "mistral-v2", "mistral-v3", "mistral-v7", "chatml", "zephyr", "llama-2",
+                "alpaca", "vicuna", or a Jinja template, as its file or its text. None: the folder's, and where it has
+                none Mistral's format for this tokenizer.
+
+        Raises:
+            ValueError: what the format refuses, with the message or the template's own words; an unknown name; the
+                folder of a base model, without a template.
+            LoadError: a template that is no Jinja, fails, or takes too much time or memory.
+        """
+        found = self._template(chat_template)
+        if found is None:  # Mistral's formats are code: no template gives their ids for every text
+            return _C.ChatFormat(self._folder, self, chat_template or "").encode(messages)
+        _check(messages)
+        tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
+        text = render(*found, list(messages), tokens | _C.special_token_texts(self._folder))
+        return self.encode(text, parse_special=True)
+
+    def _template(self, wanted: str | None) -> tuple[str, str] | None:
+        """The text of the template and its file; None for a format that is code."""
+        if wanted is None:
+            return _C.find_chat_template(self._folder)
+        if "{" in wanted:
+            return wanted, "chat_template"
+        if os.path.isfile(wanted):
+            return Path(wanted).read_text(encoding="utf-8"), wanted
+        named = _C.named_chat_templates()
+        return (named[wanted], wanted) if wanted in named else None
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ValueError("chat: messages must not be empty")
+    for index, message in enumerate(messages):
+        if "role" not in message or "content" not in message:
+            raise ValueError(
+                f"apply_chat: messages[{index}] expected the keys role and content, got {', '.join(message)}"
+            )
+        last, assistant = index == len(messages) - 1, message["role"] == "assistant"
+        if message.get("prefix") and not (last and assistant):
+            raise ValueError(f"chat: message {index}: prefix must be set on the last message, an assistant's, only")
+        if last and assistant and not message.get("prefix"):
+            raise ValueError(
+                f"chat: message {index}: the last role must be user, or assistant with prefix, got assistant"
+            )
