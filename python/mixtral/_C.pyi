@@ -200,17 +200,19 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         session: str,
-        on_text: Callable[[int, str], bool] | None,
+        on_text: Callable[[int, str], bool | None] | None,
     ) -> tuple[list[Generation], Timings]: ...
     def submit(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
         session: str,
-        on_text: Callable[[str], bool],
+        on_text: Callable[[str], bool | None],
         on_end: Callable[[Outcome], None],
     ) -> int: ...
     def cancel(self, id: int) -> None: ...
+    def save_session(self, session: str, file: str | PathLike[str]) -> None: ...
+    def load_session(self, session: str, file: str | PathLike[str]) -> None: ...
     def stop(self) -> None: ...
 
 CHUNK_SIZE: int
