@@ -28,9 +28,8 @@ struct Flags {
 int64_t new_tokens(const Flags& flags, int64_t prompt_tokens, int64_t context) {
   const int64_t wanted = flags.sampling.max_tokens;
   const bool asked = flags.max_tokens->count() > 0;
-  if (asked ? prompt_tokens + wanted <= context : prompt_tokens < context) {
-    return std::min(wanted, context - prompt_tokens);
-  }
+  const int64_t room = context - prompt_tokens;
+  if (room > 0 && (wanted <= room || !asked)) return std::min(wanted, room);
   throw std::invalid_argument("prompt of " + std::to_string(prompt_tokens) + " tokens" +
                               (asked ? " and --max-tokens " + std::to_string(wanted) + " do" : " does") +
                               " not fit the context of " + std::to_string(context) + " tokens");

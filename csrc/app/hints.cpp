@@ -42,6 +42,8 @@ constexpr ForeignFlag kForeignFlags[] = {
     {"--hf-repo", "name the model as the first argument"},
     {"-ctk", "the cache has the type of the activations"},
     {"--cache-type-k", "the cache has the type of the activations"},
+    {"-p", "messages come from stdin, a line each"},
+    {"--prompt", "messages come from stdin, a line each"},
     {"-no-cnv", kLeaveOut},
     {"--no-cnv", kLeaveOut},
     {"-fa", kLeaveOut},

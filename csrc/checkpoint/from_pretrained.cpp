@@ -17,6 +17,7 @@ namespace {
 
 torch::Device find_device(const std::string& name) {
   const torch::Device device(name);
+  if (!device.is_cpu() && !device.is_cuda()) throw std::invalid_argument("device must be cpu or cuda, got " + name);
   if (device.is_cuda() && !at::hasCUDA()) {
     throw std::runtime_error("device " + name + ": this build or this machine has no CUDA device; use cpu");
   }

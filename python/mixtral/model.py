@@ -352,6 +352,7 @@ class Mixtral:
             return _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("generate: prompts expected token ids (the model has no tokenizer), got text")
+        prompt.encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError, says where it is
         return self.tokenizer.encode(prompt, add_bos=True)
 
 

@@ -64,6 +64,8 @@ def model(tmp_path: Path) -> Path:
         (["generate", "-p", "a", "-ngl", "99"], ["-ngl: use --device cuda"]),
         (["generate", "-p", "a", "--repeat-penalty=2"], ["--repeat-penalty: use --repetition-penalty"]),
         (["generate", "demo", "a prompt"], ["a prompt", "-p TEXT"]),
+        (["chat", "-p", "Hello"], ["-p: messages come from stdin"]),
+        (["generate", "-p", "a", "-n", "99999999999999999999"], ["do not fit the context"]),
         (["run", "demo"], ["mixtral chat or mixtral generate"]),
         (["-m", "demo"], ["command", "generate -m"]),
         (["generate", "-p", "a", "-n", "abc"], ["--max-tokens must be a number, got abc"]),

@@ -41,6 +41,11 @@ def test_loading_may_be_the_first_use_of_cuda():
         assert expected in result.stderr, result.stderr
 
 
+def test_a_device_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got mps"):
+        mixtral.Mixtral.from_pretrained(DEMO, device="mps")
+
+
 HEADS_OF_FAST_KERNELS = dict(hidden_size=256, intermediate_size=128, head_dim=128, dtype="bfloat16")
 
 

@@ -286,6 +286,11 @@ def test_prompts_of_other_types_are_named(tiny, prompts):
     assert ("input_ids" in str(error.value)) == isinstance(prompts, dict)
 
 
+def test_a_lone_surrogate_is_named(demo):
+    with pytest.raises(ValueError, match="position 1: surrogates not allowed"):
+        demo.generate("a\ud800b")
+
+
 def test_an_argument_of_another_type_is_named(tiny):
     with pytest.raises(TypeError, match="max_tokens: not a value for this argument: 'many'"):
         tiny.generate([1], max_tokens="many")
