@@ -18,7 +18,7 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct BenchFlags {
   ModelFlags model;
   int64_t prompt_tokens = 256, new_tokens = 64, batch = 1, repeat = 3;
   bool json = false;
@@ -59,7 +59,7 @@ int64_t peak_memory_bytes() {
   return 0;
 }
 
-Result measure(const Flags& flags) {
+Result measure(const BenchFlags& flags) {
   // All prompts advance together: no pass mixes prefill and decode.
   Engine::Options options;
   options.max_batch = flags.batch;
@@ -92,7 +92,7 @@ Result measure(const Flags& flags) {
   return result;
 }
 
-nlohmann::json to_json(const Flags& flags, const Result& result, const Config& config) {
+nlohmann::json to_json(const BenchFlags& flags, const Result& result, const Config& config) {
   return {{"model", model_path(flags.model).string()},
           {"device", flags.model.device},
           {"dtype", weight_type_of(flags.model, config).name()},
@@ -110,7 +110,7 @@ nlohmann::json to_json(const Flags& flags, const Result& result, const Config& c
           {"peak_memory_bytes", result.peak_memory}};
 }
 
-std::string to_text(const Flags& flags, const Result& result) {
+std::string to_text(const BenchFlags& flags, const Result& result) {
   char text[600];
   std::snprintf(text, sizeof text,
                 "load      %10.2f s\n"
@@ -126,7 +126,7 @@ std::string to_text(const Flags& flags, const Result& result) {
   return text;
 }
 
-void run(const Flags& flags) {
+void run(const BenchFlags& flags) {
   const Config config = read_config(model_path(flags.model));
   const Result result = measure(flags);
   write_out(flags.json ? json_line(to_json(flags, result, config)) : to_text(flags, result));
@@ -135,7 +135,7 @@ void run(const Flags& flags) {
 }  // namespace
 
 void add_bench(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<BenchFlags>();
   CLI::App& command = *app.add_subcommand("bench", "Measure load time, tokens per second and memory");
   add_option(command, "--prompt-tokens", flags->prompt_tokens, "Length of each random prompt")
       ->check(at_least(1))

@@ -27,7 +27,7 @@ constexpr const char* kHelp =
     "/bye    leave (/exit and Ctrl-D do too)\n"
     "Ctrl-C  stop the answer; a second time: leave\n";
 
-struct Flags {
+struct ChatFlags {
   ModelFlags model;
   SamplingParams sampling;
   std::string system, chat_template;
@@ -89,7 +89,7 @@ class LineReader {
 
 class Conversation {
  public:
-  Conversation(const Flags& flags, const ChatFormat& format, LoadedEngine& loaded, std::vector<ChatMessage> messages)
+  Conversation(const ChatFlags& flags, const ChatFormat& format, LoadedEngine& loaded, std::vector<ChatMessage> messages)
       : flags_(flags), format_(format), loaded_(loaded), messages_(std::move(messages)) {
     if (messages_.empty()) clear();
   }
@@ -158,7 +158,7 @@ class Conversation {
     }
   }
 
-  const Flags& flags_;
+  const ChatFlags& flags_;
   const ChatFormat& format_;
   LoadedEngine& loaded_;
   std::vector<ChatMessage> messages_;
@@ -198,7 +198,7 @@ void stop_at_end_of_answer(const ChatFormat& format, const Engine& engine, Sampl
   if (!end.empty() && !is_known && !sampling.ignore_eos) sampling.stop.push_back(end);
 }
 
-void run(const CLI::App& command, Flags flags) {
+void run(const CLI::App& command, ChatFlags flags) {
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const Tokenizer tokenizer = load_tokenizer(flags.model);
@@ -221,7 +221,7 @@ void run(const CLI::App& command, Flags flags) {
 }  // namespace
 
 void add_chat(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<ChatFlags>();
   flags->sampling.max_tokens = 1024;
   flags->sampling.temperature = 0.7;
   CLI::App& command = *app.add_subcommand("chat", "Talk to an instruct model");

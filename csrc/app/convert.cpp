@@ -13,12 +13,12 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct ConvertFlags {
   ModelFlags model;
   std::string out;
 };
 
-void run(const Flags& flags) {
+void run(const ConvertFlags& flags) {
   LoadOptions options;
   options.dtype = flags.model.dtype;
   options.lora = flags.model.lora;
@@ -37,7 +37,7 @@ void run(const Flags& flags) {
 }  // namespace
 
 void add_convert(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<ConvertFlags>();
   CLI::App& command = *app.add_subcommand("convert", "Write a checkpoint as a Hugging Face folder with safetensors");
   command
       .add_option("MODEL", flags->model.model,

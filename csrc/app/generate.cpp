@@ -14,7 +14,7 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct GenerateFlags {
   ModelFlags model;
   PromptFlags prompt;
   SamplingParams sampling;
@@ -25,7 +25,7 @@ struct Flags {
 
 // As many new tokens as were asked for, or as the context leaves where nobody asked. The engine checks this too, but
 // only after the weights are read.
-int64_t new_tokens(const Flags& flags, int64_t prompt_tokens, int64_t context) {
+int64_t new_tokens(const GenerateFlags& flags, int64_t prompt_tokens, int64_t context) {
   const int64_t wanted = flags.sampling.max_tokens;
   const bool asked = flags.max_tokens->count() > 0;
   const int64_t room = context - prompt_tokens;
@@ -62,7 +62,7 @@ nlohmann::json timings_json(const Timings& timings, double load_seconds) {
           {"peak_pages", timings.peak_pages}};
 }
 
-void print_json(const Generation& generation, const Flags& flags, const Tokenizer& tokenizer, const Timings& timings,
+void print_json(const Generation& generation, const GenerateFlags& flags, const Tokenizer& tokenizer, const Timings& timings,
                 double load_seconds) {
   nlohmann::json result = {{"text", generation.text},
                            {"prompt_token_ids", generation.prompt_token_ids},
@@ -73,7 +73,7 @@ void print_json(const Generation& generation, const Flags& flags, const Tokenize
   write_out(json_line(result));
 }
 
-void run(const CLI::App& command, Flags flags) {
+void run(const CLI::App& command, GenerateFlags flags) {
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const std::string prompt = read_prompt(flags.prompt);
@@ -106,7 +106,7 @@ void run(const CLI::App& command, Flags flags) {
 }  // namespace
 
 void add_generate(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<GenerateFlags>();
   flags->sampling.max_tokens = 128;
   CLI::App& command = *app.add_subcommand("generate", "Continue a text");
   add_prompt_flags(command, flags->prompt);

@@ -18,7 +18,7 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct InfoFlags {
   ModelFlags model;
   bool json = false;
 };
@@ -199,7 +199,7 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   return text;
 }
 
-void run(const Flags& flags) {
+void run(const InfoFlags& flags) {
   const Config config = read_config(model_path(flags.model), warn);
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
@@ -211,7 +211,7 @@ void run(const Flags& flags) {
 }  // namespace
 
 void add_info(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<InfoFlags>();
   CLI::App& command = *app.add_subcommand("info", "Show architecture, parameters and memory need; needs no weights");
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model);

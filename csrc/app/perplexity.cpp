@@ -15,21 +15,21 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct PerplexityFlags {
   ModelFlags model;
   std::vector<std::string> paths;  // [MODEL] FILE
   std::string compare_dtype;       // empty: no comparison
   bool json = false;
 };
 
-struct Result {
+struct Scored {
   std::string dtype;
   Score score;
   double seconds;  // without loading
 };
 
 // Frees the weights before it returns: a second model may need the memory.
-Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& tokenizer, const std::string& text) {
+Scored measure(const ModelFlags& flags, const Config& config, const Tokenizer& tokenizer, const std::string& text) {
   LoadedEngine loaded = load_engine(flags, tokenizer);
   ProgressBar bar("scoring", tokens_text);
   ScoreOptions options;
@@ -45,11 +45,11 @@ Result measure(const ModelFlags& flags, const Config& config, const Tokenizer& t
 }
 
 // In per cent of `other`'s bits per byte: positive when `result` predicts the text less well.
-double difference_percent(const Result& result, const Result& other) {
+double difference_percent(const Scored& result, const Scored& other) {
   return 100 * (result.score.bits_per_byte() / other.score.bits_per_byte() - 1);
 }
 
-nlohmann::json to_json(const Result& result) {
+nlohmann::json to_json(const Scored& result) {
   return {{"dtype", result.dtype},
           {"tokens", result.score.tokens},
           {"bytes", result.score.bytes},
@@ -59,7 +59,7 @@ nlohmann::json to_json(const Result& result) {
           {"seconds", result.seconds}};
 }
 
-std::string to_text(const Result& result) {
+std::string to_text(const Scored& result) {
   char text[400];
   std::snprintf(text, sizeof text,
                 "dtype           %12s\n"
@@ -74,7 +74,7 @@ std::string to_text(const Result& result) {
   return text;
 }
 
-void run(Flags& flags) {
+void run(PerplexityFlags& flags) {
   if (flags.paths.size() > 2) throw std::invalid_argument("unexpected argument " + flags.paths[2]);
   const std::string file = flags.paths.back();
   if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
@@ -84,13 +84,13 @@ void run(Flags& flags) {
   const Config config = read_config(folder);
   const Tokenizer tokenizer = load_tokenizer(flags.model);
 
-  const Result result = measure(flags.model, config, tokenizer, text);
+  const Scored result = measure(flags.model, config, tokenizer, text);
   nlohmann::json json = to_json(result);
   std::string report = to_text(result);
   if (!flags.compare_dtype.empty()) {
     ModelFlags other_model = flags.model;
     other_model.dtype = flags.compare_dtype;
-    const Result other = measure(other_model, config, tokenizer, text);
+    const Scored other = measure(other_model, config, tokenizer, text);
     const double difference = difference_percent(result, other);
     json["compared_with"] = to_json(other);
     json["bits_per_byte_difference_percent"] = difference;
@@ -105,7 +105,7 @@ void run(Flags& flags) {
 }  // namespace
 
 void add_perplexity(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<PerplexityFlags>();
   CLI::App& command = *app.add_subcommand("perplexity", "Measure how well a model predicts a text");
   command.add_option("FILE", flags->paths, "The text, and before it the folder of the checkpoint")
       ->option_text("[MODEL] FILE")

@@ -17,7 +17,7 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct QuantizeFlags {
   ModelFlags model;
   std::string out;
   std::string calibrate;  // path of a text; empty: nearest rounding
@@ -25,12 +25,12 @@ struct Flags {
 
 std::string matrices_text(double matrices) { return std::to_string(std::llround(matrices)) + " matrices"; }
 
-struct Text {
+struct CalibrationText {
   int64_t bos = 0;
   std::vector<int64_t> ids;
 };
 
-Text read_text(const Flags& flags, const Config& config, const std::filesystem::path& folder) {
+CalibrationText read_text(const QuantizeFlags& flags, const Config& config, const std::filesystem::path& folder) {
   if (flags.model.dtype != "int4")
     throw std::invalid_argument("--calibrate needs --dtype int4, got " + flags.model.dtype);
   if (!config.quantization.empty()) {
@@ -49,12 +49,12 @@ Progress show_in(ProgressBar& bar) {
   };
 }
 
-void run(const Flags& flags) {
+void run(const QuantizeFlags& flags) {
   check_unused(flags.out);  // before the model is read, which may take minutes
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
-  const Text text = flags.calibrate.empty() ? Text() : read_text(flags, config, folder);
+  const CalibrationText text = flags.calibrate.empty() ? CalibrationText() : read_text(flags, config, folder);
   LoadedEngine loaded = load_engine(flags.model, std::nullopt);
   MixtralImpl& model = loaded.engine.model();
   if (!flags.calibrate.empty()) {
@@ -71,7 +71,7 @@ void run(const Flags& flags) {
 }  // namespace
 
 void add_quantize(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<QuantizeFlags>();
   CLI::App& command = *app.add_subcommand("quantize", "Write a checkpoint with int8, fp8 or int4 weights");
   command
       .add_option("MODEL", flags->model.model,

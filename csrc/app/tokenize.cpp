@@ -16,7 +16,7 @@
 namespace mixtral::app {
 namespace {
 
-struct Flags {
+struct TokenizeFlags {
   ModelFlags model;
   PromptFlags prompt;
   std::string chat_template;
@@ -54,7 +54,7 @@ struct Tokens {
   std::optional<ChatFormat> format;  // with --chat
 };
 
-Tokens tokens_of(const Flags& flags, const Tokenizer& tokenizer, const std::string& prompt) {
+Tokens tokens_of(const TokenizeFlags& flags, const Tokenizer& tokenizer, const std::string& prompt) {
   Tokens tokens;
   if (flags.chat) {
     tokens.format.emplace(model_path(flags.model), tokenizer, flags.chat_template);
@@ -67,7 +67,7 @@ Tokens tokens_of(const Flags& flags, const Tokenizer& tokenizer, const std::stri
   return tokens;
 }
 
-std::string bos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
+std::string bos_reason(const TokenizeFlags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   const std::string piece = tokenizer.piece(tokenizer.bos_id());
   if (flags.chat && (tokens.ids.empty() || tokens.ids[0] != tokenizer.bos_id()))
     return "none: the chat format has none";
@@ -77,7 +77,7 @@ std::string bos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tok
   return flags.parse_special ? before : before + "; \"" + piece + "\" written in the text would stay text";
 }
 
-std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
+std::string eos_reason(const TokenizeFlags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   const std::string piece = flags.chat ? tokens.format->end_of_answer() : tokenizer.piece(tokenizer.eos_id());
   if (flags.chat && piece.empty()) return "none: the chat format has none";
   if (flags.chat) return "none after the last turn: the answer is to come; " + piece + " ends each earlier answer";
@@ -86,7 +86,7 @@ std::string eos_reason(const Flags& flags, const Tokenizer& tokenizer, const Tok
 
 std::string format_of(const Tokens& tokens) { return tokens.format->name() + " (" + tokens.format->source() + ")"; }
 
-nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
+nlohmann::json to_json(const TokenizeFlags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   nlohmann::json pieces = nlohmann::json::array(), bytes = nlohmann::json::array();
   for (const int64_t id : tokens.ids) {
     pieces.push_back(tokenizer.piece(id));
@@ -106,7 +106,7 @@ nlohmann::json to_json(const Flags& flags, const Tokenizer& tokenizer, const Tok
   return result;
 }
 
-std::string explanation(const Flags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
+std::string explanation(const TokenizeFlags& flags, const Tokenizer& tokenizer, const Tokens& tokens) {
   std::string text;
   for (const int64_t id : tokens.ids) {
     char number[24];
@@ -133,7 +133,7 @@ std::string id_line(const std::vector<int64_t>& ids) {
   return text + "\n";
 }
 
-void run(const Flags& flags) {
+void run(const TokenizeFlags& flags) {
   const std::string prompt = read_prompt(flags.prompt);
   const Tokenizer tokenizer = load_tokenizer(flags.model);
   const Tokens tokens = tokens_of(flags, tokenizer, prompt);
@@ -147,7 +147,7 @@ void run(const Flags& flags) {
 }  // namespace
 
 void add_tokenize(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<TokenizeFlags>();
   CLI::App& command = *app.add_subcommand("tokenize", "Show the token ids of a text");
   add_prompt_flags(command, flags->prompt);
   add_switch(command, "--explain", flags->explain, "Pieces, bytes, and why BOS and EOS are there or not");
