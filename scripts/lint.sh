@@ -17,11 +17,13 @@ tidy() {
   xargs -r -d '\n' -P "$(nproc)" -I FILE clang-tidy --quiet FILE "$@" 2> >(grep -v 'warnings\? generated\.$' >&2)
 }
 
-# Clang cannot read GCC's precompiled headers.
+# With a command for each file, and without GCC's precompiled headers, which clang cannot read.
 with_build() {
   local commands
   commands=$(mktemp -d)
-  sed 's/-Winvalid-pch -include [^ ]*cmake_pch.hxx//' build/compile_commands.json >"$commands/compile_commands.json"
+  cmake -S . -B "$commands" -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DMIXTRAL_CUDA=OFF \
+    -DMIXTRAL_UNITY_BUILD=OFF >/dev/null
+  sed -i 's/-Winvalid-pch -include [^ ]*cmake_pch.hxx//' "$commands/compile_commands.json"
   tidy -p "$commands" --extra-arg=-Wno-unknown-warning-option
   local result=$?
   rm -r "$commands"

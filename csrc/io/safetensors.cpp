@@ -13,8 +13,6 @@ namespace {
 using nlohmann::json;
 
 constexpr uint64_t kMaxHeaderBytes = 16 << 20;  // a tensor takes about 100
-constexpr size_t kMaxTensors = 65536;
-constexpr size_t kMaxRank = 8;
 constexpr uint64_t kMaxFileBytes = uint64_t{1} << 62;
 
 // 0 for a type that is unknown or, like most floats of 8 bits and less, of no use here.
@@ -40,7 +38,7 @@ class EntryParser {
     entry.dtype = dtype;
     const json& shape = field(value, "shape");
     uint64_t bytes = dtype_bytes(entry.dtype);
-    check(shape.is_array() && shape.size() <= kMaxRank, "shape must be an array of at most 8 sizes, got ", shape);
+    check(shape.is_array() && shape.size() <= kMaxTensorRank, "shape must be an array of at most 8 sizes, got ", shape);
     for (const json& size : shape) {
       check(size.is_number_unsigned() && size.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()},
             "shape must hold sizes in [0, 2^63), got ", shape);

@@ -1,6 +1,7 @@
 // A file of named tensors, whatever its format: what it holds, where each tensor's bytes lie, and a way to read them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -11,6 +12,10 @@
 #include "load_error.h"
 
 namespace mixtral {
+
+// Files with more are refused.
+inline constexpr size_t kMaxTensors = 65536;
+inline constexpr size_t kMaxTensorRank = 8;
 
 struct TensorEntry {
   std::string dtype;  // in safetensors' words: "F32", "BF16", "F16", ...

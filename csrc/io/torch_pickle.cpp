@@ -19,8 +19,6 @@ using Kind = PickleValue::Kind;
 using Members = std::map<std::string, ZipMember>;
 
 constexpr uint64_t kMaxPickleBytes = 16 << 20;
-constexpr size_t kMaxTensors = 65536;
-constexpr size_t kMaxRank = 8;
 constexpr std::string_view kRebuildTensor = "torch._utils._rebuild_tensor_v2";
 constexpr std::string_view kRebuildParameter = "torch._utils._rebuild_parameter";
 
@@ -107,7 +105,7 @@ class StateDict {
     TensorEntry entry;
     entry.dtype = type->dtype;
     uint64_t bytes = type->bytes, begin = 0, end = 0;
-    check(shape.items.size() <= kMaxRank, name, "shape must have at most 8 sizes");
+    check(shape.items.size() <= kMaxTensorRank, name, "shape must have at most 8 sizes");
     for (size_t d = 0; d < shape.items.size(); ++d) {
       const PickleValue& size = pickle_.item(shape, d);
       check(size.kind == Kind::kNumber && size.number >= 0, name, "shape must hold sizes in [0, 2^63)");

@@ -9,7 +9,7 @@ namespace mixtral {
 namespace {
 
 constexpr int32_t kNoPiece = -1;
-constexpr uint32_t kEnd = UINT32_MAX;
+constexpr uint32_t kNone = UINT32_MAX;
 
 uint64_t pair_key(int64_t left, int64_t right) {
   return static_cast<uint64_t>(left) << 32 | static_cast<uint64_t>(static_cast<uint32_t>(right));
@@ -87,7 +87,7 @@ std::vector<Bpe::Symbol> Bpe::symbols_of(std::string_view text) const {
   symbols.reserve(text.size());
   const auto add = [&](size_t begin, size_t size, int32_t id, bool frozen) {
     const auto index = static_cast<uint32_t>(symbols.size());
-    symbols.push_back({static_cast<uint32_t>(begin), static_cast<uint32_t>(size), index == 0 ? kEnd : index - 1,
+    symbols.push_back({static_cast<uint32_t>(begin), static_cast<uint32_t>(size), index == 0 ? kNone : index - 1,
                        index + 1, id, frozen});
   };
   for (size_t i = 0; i < text.size();) {
@@ -105,7 +105,7 @@ std::vector<Bpe::Symbol> Bpe::symbols_of(std::string_view text) const {
     add(i, size, id, !whole || (ranked_ && id == kNoPiece));
     i += size;
   }
-  if (!symbols.empty()) symbols.back().next = kEnd;
+  if (!symbols.empty()) symbols.back().next = kNone;
   return symbols;
 }
 
@@ -113,7 +113,7 @@ void Bpe::encode(std::string_view text, std::vector<int64_t>& ids) const {
   std::vector<Symbol> symbols = symbols_of(text);
   std::vector<Candidate> candidates;  // a heap
   const auto consider = [&](uint32_t left) {
-    if (left == kEnd || symbols[left].next == kEnd) return false;
+    if (left == kNone || symbols[left].next == kNone) return false;
     const Symbol &a = symbols[left], &b = symbols[symbols[left].next];
     const Joined piece = joined(text, a, b);
     if (piece.id >= 0) candidates.push_back({order_of(piece.cost, left), a.size + b.size, piece.id});
@@ -126,19 +126,19 @@ void Bpe::encode(std::string_view text, std::vector<int64_t>& ids) const {
     std::pop_heap(candidates.begin(), candidates.end());
     candidates.pop_back();
     Symbol& left = symbols[best.left()];
-    if (left.size == 0 || left.next == kEnd) continue;
+    if (left.size == 0 || left.next == kNone) continue;
     Symbol& right = symbols[left.next];
     if (left.size + right.size != best.size) continue;
     left.size = best.size;
     left.id = best.id;
     left.next = right.next;
     right.size = 0;
-    if (left.next != kEnd) symbols[left.next].previous = best.left();
+    if (left.next != kNone) symbols[left.next].previous = best.left();
     for (const uint32_t first : {left.previous, best.left()}) {
       if (consider(first)) std::push_heap(candidates.begin(), candidates.end());
     }
   }
-  for (uint32_t i = symbols.empty() ? kEnd : 0; i != kEnd; i = symbols[i].next) {
+  for (uint32_t i = symbols.empty() ? kNone : 0; i != kNone; i = symbols[i].next) {
     const Symbol& symbol = symbols[i];
     if (symbol.id != kNoPiece) {
       ids.push_back(symbol.id);

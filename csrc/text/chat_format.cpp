@@ -14,7 +14,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kMaxTemplateBytes = uint64_t{1} << 18;
 constexpr TokenizerVersion kVersions[] = {TokenizerVersion::kV1, TokenizerVersion::kV2, TokenizerVersion::kV3,
                                           TokenizerVersion::kV7};
 

@@ -19,7 +19,6 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr uint64_t kMaxConfigBytes = uint64_t{8} << 20;
-constexpr uint64_t kMaxTemplateBytes = uint64_t{1} << 18;
 // Put behind the message that the model goes on with, and cut off again, as transformers does it.
 constexpr std::string_view kCut = "CONTINUE_FINAL_MESSAGE_TAG ";
 

@@ -1,6 +1,7 @@
 // The chat template of a model folder, and what it is given. The template is Jinja: jinja/ renders what it knows of it.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -11,6 +12,8 @@
 #include "chat.h"
 
 namespace mixtral {
+
+inline constexpr uint64_t kMaxTemplateBytes = uint64_t{1} << 18;
 
 struct ChatTemplateText {
   std::string text;

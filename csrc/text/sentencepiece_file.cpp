@@ -11,7 +11,6 @@
 namespace mixtral {
 namespace {
 
-constexpr size_t kMaxPieceBytes = 1024;
 constexpr uint64_t kBpe = 2;  // TrainerSpec.ModelType
 
 // One field of a protobuf message.

@@ -17,17 +17,16 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMaxTextBytes = size_t{1} << 30;
 constexpr size_t kMaxNoteBytes = 1024;
-constexpr std::string_view kSpace = "\xE2\x96\x81";        // U+2581
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
 std::string with_marks(std::string_view text) {
   std::string out;
-  out.reserve(text.size() + kSpace.size());
-  for (const char c : text) c == ' ' ? out += kSpace : out += c;
+  out.reserve(text.size() + kSpaceMark.size());
+  for (const char c : text) c == ' ' ? out += kSpaceMark : out += c;
   return out;
 }
 
-bool starts_with_mark(std::string_view text) { return text.substr(0, kSpace.size()) == kSpace; }
+bool starts_with_mark(std::string_view text) { return text.substr(0, kSpaceMark.size()) == kSpaceMark; }
 
 }  // namespace
 
@@ -122,7 +121,7 @@ struct Tokenizer::Impl {
   // What the normalizer, if there is one, does to text and to the tokens looked for in it.
   std::string normalize(std::string_view text) const {
     if (!normalizes) return std::string(text);
-    return (prefix == SpacePrefix::kEvery ? std::string(kSpace) : "") + with_marks(text);
+    return (prefix == SpacePrefix::kEvery ? std::string(kSpaceMark) : "") + with_marks(text);
   }
 
   std::string marked(std::string_view text, bool first) const {
@@ -130,13 +129,13 @@ struct Tokenizer::Impl {
     const bool prepend = prefix == SpacePrefix::kEvery || (prefix == SpacePrefix::kFirst && first) ||
                          (prefix == SpacePrefix::kEveryUnlessThere && !starts_with_mark(out)) ||
                          (prefix == SpacePrefix::kFirstUnlessThere && first && !starts_with_mark(out));
-    if (prepend) out.insert(0, kSpace);
+    if (prepend) out.insert(0, kSpaceMark);
     return out;
   }
 
   void encode_marked(std::string_view text, std::vector<int64_t>& ids) const {
     while (splits_at_spaces && !text.empty()) {
-      const size_t space = std::min(text.find(kSpace, 1), text.size());
+      const size_t space = std::min(text.find(kSpaceMark, 1), text.size());
       bpe.encode(text.substr(0, space), ids);
       text.remove_prefix(space);
     }
@@ -214,9 +213,9 @@ std::string StreamingDecoder::push(int64_t id) {
   if (piece.type == PieceType::kControl || piece.type == PieceType::kNone) return text;
   std::string_view rest = piece.type == PieceType::kUnknown ? tokenizer_.impl_->unknown_surface : piece.text;
   if (at_start_ && tokenizer_.impl_->prefix != SpacePrefix::kNever && starts_with_mark(rest))
-    rest.remove_prefix(kSpace.size());
+    rest.remove_prefix(kSpaceMark.size());
   at_start_ = false;
-  for (size_t space; (space = rest.find(kSpace)) != rest.npos; rest.remove_prefix(space + kSpace.size())) {
+  for (size_t space; (space = rest.find(kSpaceMark)) != rest.npos; rest.remove_prefix(space + kSpaceMark.size())) {
     text.append(rest.substr(0, space)) += ' ';
   }
   return text.append(rest);

@@ -13,9 +13,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kMaxPieceBytes = 1024;
-constexpr const char* kSpace = "\xE2\x96\x81";  // U+2581
-
 class Parser {
  public:
   Parser(const std::string& text, const std::string& file) : file_(file), json_(read_tokenizer_json(text, file)) {}
@@ -94,10 +91,10 @@ class Parser {
   void read_spaces() {
     bool prepends = false, replaces = false;
     for (const json& step : steps_of(json_.rest.value("normalizer", json()), "normalizers")) {
-      if (is_type(step, "Prepend") && step.value("prepend", json()) == kSpace && !prepends) {
+      if (is_type(step, "Prepend") && step.value("prepend", json()) == kSpaceMark && !prepends) {
         prepends = true;
       } else if (is_type(step, "Replace") && step.value("pattern", json()) == json{{"String", " "}} &&
-                 step.value("content", json()) == kSpace) {
+                 step.value("content", json()) == kSpaceMark) {
         replaces = true;
       } else {
         fail("normalizer", "must prepend U+2581 or replace spaces by it, got " + type_of(step));
@@ -114,7 +111,7 @@ class Parser {
   }
 
   void read_metaspace(const json& step, bool prepends) {
-    if (step.value("replacement", json()) != kSpace) fail("pre_tokenizer", "Metaspace must replace by U+2581");
+    if (step.value("replacement", json()) != kSpaceMark) fail("pre_tokenizer", "Metaspace must replace by U+2581");
     const json scheme = step.value("prepend_scheme", json());
     const json adds = step.value("add_prefix_space", json());
     const json split = step.value("split", json());

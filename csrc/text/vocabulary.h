@@ -12,6 +12,9 @@ namespace mixtral {
 
 // Of a file. Loading this many takes less than 64 MiB beside the file.
 inline constexpr int64_t kMaxTokens = 1 << 18;
+inline constexpr size_t kMaxPieceBytes = 1024;
+
+inline constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  // U+2581, which stands for a space in pieces
 
 // 1 to 6: the values of `SentencePiece.Type` in sentencepiece_model.proto. kNone: an id without a piece. kAdded: text
 // that is a token of its own and no part of the vocabulary that text is merged from.
