@@ -89,7 +89,8 @@ class LineReader {
 
 class Conversation {
  public:
-  Conversation(const ChatFlags& flags, const ChatFormat& format, LoadedEngine& loaded, std::vector<ChatMessage> messages)
+  Conversation(const ChatFlags& flags, const ChatFormat& format, LoadedEngine& loaded,
+               std::vector<ChatMessage> messages)
       : flags_(flags), format_(format), loaded_(loaded), messages_(std::move(messages)) {
     if (messages_.empty()) clear();
   }

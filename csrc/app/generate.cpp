@@ -62,8 +62,8 @@ nlohmann::json timings_json(const Timings& timings, double load_seconds) {
           {"peak_pages", timings.peak_pages}};
 }
 
-void print_json(const Generation& generation, const GenerateFlags& flags, const Tokenizer& tokenizer, const Timings& timings,
-                double load_seconds) {
+void print_json(const Generation& generation, const GenerateFlags& flags, const Tokenizer& tokenizer,
+                const Timings& timings, double load_seconds) {
   nlohmann::json result = {{"text", generation.text},
                            {"prompt_token_ids", generation.prompt_token_ids},
                            {"token_ids", generation.token_ids},
