@@ -24,6 +24,7 @@ PAGE = """# Benchmarks
 | all ops, and the model on older instruction sets | `python benchmarks/run_all.py` |
 | one op | `python benchmarks/bench_<op>.py --record` |
 | models against transformers and llama.cpp | `python benchmarks/bench_model.py --models mini,mid,wide2 --record` |
+| GGUF files against llama.cpp | `python benchmarks/compare_gguf.py --record` |
 | ops and plug-in on later versions of torch and transformers | `scripts/check_torch_versions.sh` |
 """
 # README's lines: what the processor could use, the record, the case.
