@@ -18,7 +18,7 @@ namespace {
 using Kind = PickleValue::Kind;
 using Members = std::map<std::string, ZipMember>;
 
-constexpr uint64_t kMaxPickleBytes = 16 << 20;
+constexpr uint64_t kMaxPickleBytes = 4 << 20;
 constexpr std::string_view kRebuildTensor = "torch._utils._rebuild_tensor_v2";
 constexpr std::string_view kRebuildParameter = "torch._utils._rebuild_parameter";
 
@@ -167,7 +167,7 @@ class StateDict {
 };
 
 std::string read_member(const File& file, const std::string& name, const ZipMember& member) {
-  if (member.end - member.begin > kMaxPickleBytes) throw LoadError(file.path(), name, "must have at most 16 MiB");
+  if (member.end - member.begin > kMaxPickleBytes) throw LoadError(file.path(), name, "must have at most 4 MiB");
   std::string bytes(member.end - member.begin, '\0');
   file.read(member.begin, bytes.data(), bytes.size());
   return bytes;

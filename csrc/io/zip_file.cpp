@@ -18,7 +18,7 @@ constexpr uint32_t kEnd = 0x06054b50, kEnd64 = 0x06064b50, kLocator64 = 0x07064b
 constexpr uint32_t kDirectoryRecord = 0x02014b50, kLocalHeader = 0x04034b50;
 constexpr uint64_t kEndBytes = 22, kLocatorBytes = 20, kEnd64Bytes = 56, kLocalHeaderBytes = 30;
 constexpr uint64_t kMaxCommentBytes = 65535;
-constexpr uint64_t kMaxDirectoryBytes = 16 << 20;
+constexpr uint64_t kMaxDirectoryBytes = 4 << 20;
 constexpr uint32_t kIn64 = 0xffffffff;  // the number stands in the zip64 field
 const std::string kItem = "zip directory";
 
@@ -128,7 +128,7 @@ ZipMember locate(const File& file, const Record& record) {
 
 std::map<std::string, ZipMember> read_zip_directory(const File& file) {
   const Directory directory = find_directory(file);
-  if (directory.bytes > kMaxDirectoryBytes) throw LoadError(file.path(), kItem, "must have at most 16 MiB");
+  if (directory.bytes > kMaxDirectoryBytes) throw LoadError(file.path(), kItem, "must have at most 4 MiB");
   const std::string bytes = read_at(file, directory.offset, directory.bytes);
   ByteReader reader(bytes, file.path(), kItem);
   std::map<std::string, ZipMember> members;
