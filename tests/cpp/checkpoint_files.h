@@ -76,6 +76,31 @@ void for_each_bit_flip(const std::filesystem::path& path, const std::string& byt
   }
 }
 
+// Calls `load` on every prefix of the file, then on the file with each bit flipped: it loads or is a LoadError; any
+// other exception fails the test, and a signal ends it. No prefix loads; a flip in one of the `data_bytes` of the
+// tensors does.
+template <typename Load>
+void expect_damage_survived(const std::filesystem::path& path, const std::string& valid, size_t data_bytes, Load load) {
+  int accepted = 0, rejected = 0;
+  const auto count = [&] {
+    try {
+      load();
+      ++accepted;
+    } catch (const LoadError&) {
+      ++rejected;
+    }
+  };
+  write_file(path, valid);
+  for (size_t n = valid.size(); n-- > 0;) {
+    std::filesystem::resize_file(path, n);
+    count();
+  }
+  EXPECT_EQ(accepted, 0);
+  for_each_bit_flip(path, valid, 8 * valid.size(), count);
+  EXPECT_GE(accepted, static_cast<int>(8 * data_bytes));
+  EXPECT_GT(rejected, static_cast<int>(valid.size()));
+}
+
 // Peak resident memory of this process since it started or last called peak_memory_from_now(), in bytes.
 inline int64_t peak_memory() {
   std::ifstream status("/proc/self/status");

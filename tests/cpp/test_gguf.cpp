@@ -230,41 +230,28 @@ TEST(Gguf, FindsTheFileOfAFolder) {
   expect_load_error([&] { find_gguf(folder.path()); }, "holds several .gguf files: name one of them");
 }
 
-// Accepted or LoadError: any other exception fails the test, and a signal ends it.
 TEST(Gguf, SurvivesEveryTruncationAndBitFlip) {
   const TempFolder folder;
   const auto path = folder / "m.gguf";
   const std::string valid = gguf(kMetadata, kInfos, kData);
-  int accepted = 0, rejected = 0;
-  const auto load = [&] {
-    try {
-      const GgufFile file = open_gguf(path);
-      for (const auto& [name, found] : file.tensors.entries()) {
-        const std::string data = read(file.tensors, name);
-        std::vector<float> out(1024);
-        if (is_ggml_quantized(found.dtype)) {
-          dequantize_ggml(found.dtype, reinterpret_cast<const uint8_t*>(data.data()), found.shape.back(), out.data());
-        }
+  testing::expect_damage_survived(path, valid, kData.size(), [&] {
+    const GgufFile file = open_gguf(path);
+    for (const auto& [name, found] : file.tensors.entries()) {
+      const std::string data = read(file.tensors, name);
+      std::vector<float> out(1024);
+      if (is_ggml_quantized(found.dtype)) {
+        dequantize_ggml(found.dtype, reinterpret_cast<const uint8_t*>(data.data()), found.shape.back(), out.data());
       }
-      ++accepted;
-      for (const char* key : {"texts", "floats", "ints"}) {
+    }
+    for (const char* key : {"texts", "floats", "ints"}) {
+      try {  // a key holds one of the three kinds, and the others are refused
         file.texts(key);
         file.numbers(key);
         file.integers(key);
+      } catch (const LoadError&) {
       }
-    } catch (const LoadError&) {
-      ++rejected;
     }
-  };
-  write_file(path, valid);
-  for (size_t n = valid.size(); n-- > 0;) {
-    std::filesystem::resize_file(path, n);
-    load();
-  }
-  EXPECT_EQ(accepted, 0);
-  testing::for_each_bit_flip(path, valid, 8 * valid.size(), load);
-  EXPECT_GE(accepted, static_cast<int>(8 * kData.size()));  // a flip in the data is another tensor
-  EXPECT_GT(rejected, static_cast<int>(valid.size()));
+  });
 }
 
 }  // namespace

@@ -243,33 +243,17 @@ TEST(Safetensors, ReadsTensorsPastFourAndEightGiB) {
   EXPECT_EQ(std::string(bytes, 5), "eight");
 }
 
-// Accepted or LoadError: any other exception fails the test, and a signal ends it.
 TEST(Safetensors, SurvivesEveryTruncationAndBitFlip) {
   const TempFolder folder;
   const auto path = folder / "m.safetensors";
   const std::string valid = safetensors(kHeader, kData);
-  int accepted = 0, rejected = 0;
-  const auto load = [&] {
-    try {
-      const TensorFile file = open_safetensors(path);
-      for (const auto& [name, entry] : file.entries()) {
-        std::string data(entry.end - entry.begin, '\0');
-        file.read(entry.begin, data.data(), data.size());
-      }
-      ++accepted;
-    } catch (const LoadError&) {
-      ++rejected;
+  testing::expect_damage_survived(path, valid, kData.size(), [&] {
+    const TensorFile file = open_safetensors(path);
+    for (const auto& [name, entry] : file.entries()) {
+      std::string data(entry.end - entry.begin, '\0');
+      file.read(entry.begin, data.data(), data.size());
     }
-  };
-  write_file(path, valid);
-  for (size_t n = valid.size(); n-- > 0;) {
-    std::filesystem::resize_file(path, n);
-    load();
-  }
-  EXPECT_EQ(accepted, 0);
-  testing::for_each_bit_flip(path, valid, 8 * valid.size(), load);
-  EXPECT_GE(accepted, static_cast<int>(8 * kData.size()));  // a flip in the data is another tensor
-  EXPECT_GT(rejected, static_cast<int>(valid.size()));
+  });
 }
 
 }  // namespace
