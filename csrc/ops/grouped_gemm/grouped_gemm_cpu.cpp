@@ -1,7 +1,7 @@
 // A chunk of rows of one expert is multiplied with a few 32-column panels of its weights at a time. The depth is cut
 // into slices: the panels of a slice stay in the cache while all rows of the chunk are multiplied with them, and f32
 // sums are kept from slice to slice. Each weight is read from memory once per chunk. A few rows, as in decoding, are
-// multiplied with quantised weights directly, without a panel (multiply_row.h).
+// multiplied with packed weights directly, without a panel (weight_kernels.h).
 //
 // Operands are bf16 if the weights are and the instruction set has products of bf16, f32 otherwise.
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include "../cpu/buffer.h"
 #include "../cpu/matmul.h"
 #include "../cpu/simd.h"
-#include "../pack_weight/multiply_row.h"
+#include "../pack_weight/weight_kernels.h"
 #include "../swiglu/swiglu_value.h"
 #include "gemm_work.h"
 #include "grouped_gemm.h"
@@ -83,12 +83,7 @@ class Multiplication {
   Multiplication(const GroupedGemm<T>& gemm, int64_t expert, int64_t row, int64_t count)
       : gemm_(gemm), expert_(expert), count_(count), a_(gemm.a + row * gemm.b.depth), sum_rows_(count) {
     const int64_t depth = gemm.b.depth;
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (count == 1) row_kernel_ = row_kernel(gemm.b.format);
-      if (count <= kMaxFewRows) few_rows_kernel_ = few_rows_kernel(gemm.b.format);
-    }
-    if (row_kernel_) widen_row();
-    if (row_kernel_ || few_rows_kernel_) return;
+    if (choose_rows_kernel()) return;
     const bool few = count <= kFewRows;
     rows_in_place_ = few && std::is_same_v<T, Operand> && depth % kStepDepth == 0;
     panels_in_place_ = gemm.b.format == WeightFormat::kPacked && std::is_same_v<T, Operand>;
@@ -105,22 +100,37 @@ class Multiplication {
   // Sums [panels, sum_rows, 32] of the products with the panels at `columns`.
   const float* multiply(const int64_t* columns, int64_t panels) const {
     float* sums = thread_scratch<Operand>().sums.grow(panels * sum_rows_ * kPanelColumns);
-    row_kernel_ || few_rows_kernel_ ? sum_few_rows(columns, panels, sums) : sum_rows(columns, panels, sums);
+    f32_rows_ || bf16_rows_ ? sum_few_rows(columns, panels, sums) : sum_rows(columns, panels, sums);
     if (gemm_.b.format == WeightFormat::kInt8)
       for (int64_t i = 0; i < panels; ++i) scale_columns(columns[i], sums + i * sum_rows_ * kPanelColumns);
     return sums;
   }
 
  private:
-  // By the kernels that read blocks of quantised weights.
+  // Whether there is a kernel that takes so few rows and the packed block itself.
+  bool choose_rows_kernel() {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (gemm_.b.format == WeightFormat::kPlain) return false;
+      const WeightKernels& kernels = weight_kernels(gemm_.b.format);
+      if (count_ <= kernels.most_f32_rows) {
+        f32_rows_ = kernels.f32_rows;
+        float* copy = thread_scratch<float>().rows.grow(count_ * gemm_.b.depth);
+        for_cpu_isa([&] { copy_rows(a_, gemm_.b.depth, count_, gemm_.b.depth, copy); });
+      } else if (count_ <= kernels.most_bf16_rows) {
+        bf16_rows_ = kernels.bf16_rows;
+      }
+    }
+    return f32_rows_ || bf16_rows_;
+  }
+
   void sum_few_rows(const int64_t* columns, int64_t panels, float* sums) const {
-    const float* row = thread_scratch<float>().rows.at(0);
+    const float* rows = f32_rows_ ? thread_scratch<float>().rows.at(0) : nullptr;
     for (int64_t i = 0; i < panels; ++i, sums += count_ * kPanelColumns) {
       const char* block = packed_block(gemm_.b, expert_, columns[i]);
-      if (row_kernel_) {
-        row_kernel_(block, row, gemm_.b.depth, sums);
+      if (f32_rows_) {
+        f32_rows_(block, rows, count_, gemm_.b.depth, sums);
       } else if constexpr (std::is_same_v<T, BFloat16>) {
-        few_rows_kernel_(block, a_, count_, gemm_.b.depth, sums);
+        bf16_rows_(block, a_, count_, gemm_.b.depth, sums);
       }
     }
   }
@@ -146,13 +156,6 @@ class Multiplication {
       for (int64_t r = 0; r < count_; ++r, sums += kPanelColumns)
         for (int64_t j = 0; j < kPanelColumns; ++j) sums[j] = sums[j] / kInt8Unit * scales[j];
     });
-  }
-
-  // The one row as f32, for row_kernel_.
-  void widen_row() const {
-    const int64_t depth = gemm_.b.depth;
-    float* copy = thread_scratch<float>().rows.grow(depth);
-    for_cpu_isa([&] { copy_rows(a_, depth, 1, depth, copy); });
   }
 
   // All rows, slice by slice, into this thread's buffer.
@@ -197,8 +200,8 @@ class Multiplication {
   const int64_t expert_, count_;
   const T* a_;
   int64_t sum_rows_, slice_;
-  RowKernel row_kernel_ = nullptr;
-  FewRowsKernel few_rows_kernel_ = nullptr;
+  RowsKernel<float> f32_rows_ = nullptr;
+  RowsKernel<BFloat16> bf16_rows_ = nullptr;
   MicroKernel<Operand> kernel_ = nullptr;
   TileKernel tile_kernel_ = nullptr;
   bool rows_in_place_, panels_in_place_;

@@ -1,9 +1,9 @@
-// Quantised blocks (pack_weight.h) in AVX-512 registers. Half h of a step is sixteen registers, one for each
-// pair of depths: [16 columns][2] bf16, as in the rows of an AMX tile (cpu/amx.h).
+// Packed blocks (pack_weight.h) in AVX-512 registers: half a step, sixteen columns, at a time. A register holds one
+// pair of depths, [16 columns][2], as in the rows of an AMX tile (cpu/amx.h): of bf16 or, for int8, of 16-bit integers.
+// `even` and `odd` make f32 of them, `bf16` a pair of bf16.
 #pragma once
 
 #include "../cpu/isa.h"
-#include "../cpu/matmul.h"
 #include "../cpu/prefetch.h"
 #include "dequantize.h"
 #include "pack_weight.h"
@@ -12,92 +12,173 @@
 
 #include <immintrin.h>
 
-namespace mixtral {
+namespace mixtral::avx512 {
 
-inline constexpr int64_t kHalfPairs = 16;
+inline constexpr int kGroupPairs = 4;  // pairs of depths that are made at a time
+inline constexpr int kGroups = kStepDepth / (2 * kGroupPairs);
 
-// The values are q * 2^16.
-struct Int8Block {
-  static constexpr int64_t kStepBytes = kStepElements, kHalfBytes = kStepBytes / 2;
-  struct Half {
-    const char* pairs;
-
-    // The sixteen columns at the even and at the odd depth of pair p, which is 32 bits: q in the upper 16, zeros below.
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 even(int64_t p) const {
-      return _mm512_cvtepi32_ps(_mm512_slli_epi32(words(p), 16));
-    }
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512 odd(int64_t p) const {
-      return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-    }
-
-    // All pairs.
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
-#pragma GCC unroll 16
-      for (int64_t p = 0; p < kHalfPairs; ++p) {
-        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(p)), 16);
-        _mm512_storeu_si512(to + p * 32, _mm512_or_si512(low, _mm512_castps_si512(odd(p))));
-      }
-    }
-
-   private:
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i words(int64_t p) const {
-      return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + p * 32)));
-    }
-  };
-
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
-    const char* at = steps + step * kStepBytes + h * kHalfBytes;
-    cpu::prefetch_ahead<kHalfBytes>(at);
-    return {at};
-  }
-
-  const char* steps;
+struct Pairs {
+  __m512i pair[kGroupPairs];
 };
 
-struct Int4Block {
-  static constexpr int64_t kHalfBytes = (kInt4StepBytes - kBlockRows) / 2;
-  struct Half {
-    const char* words;  // of four groups of four pairs
-    __m512i scales;     // of each column, in all four bytes
+MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i upper_halves(__m512i pair) {
+  return _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
 
-    // All pairs. A look-up uses the lowest five bits of its index. With the lowest bit of the scale in front of every
-    // second nibble, one shift brings each of the others into place.
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void store(cpu::BFloat16* to) const {
-      constexpr int kSelect = 0xca;  // a ? b : c
-      const __m512i nibble = _mm512_set1_epi8(15), table_row = _mm512_slli_epi32(scales, 4);
+// What bf16, fp8 and int4 share: pairs of bf16.
+struct Bf16Pairs {
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512 even(__m512i pair) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+  }
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512 odd(__m512i pair) {
+    return _mm512_castsi512_ps(upper_halves(pair));
+  }
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512i bf16(__m512i pair) { return pair; }
+};
+
+// Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
+
+class Bf16Half : public Bf16Pairs {
+ public:
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Bf16Half(const char* block, int64_t, int64_t step, int64_t h)
+      : next_(block + (2 * step + h) * kBytes) {}
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() {
+    at_ = next_;
+    cpu::prefetch_ahead<kBytes>(at_);
+    next_ += 2 * kBytes;
+  }
+
+  // Group g of the step.
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
+    Pairs out;
 #pragma GCC unroll 4
-      for (int64_t group = 0; group < 4; ++group, to += 4 * 32) {
-        const __m512i word = _mm512_loadu_si512(words + group * 64);
-        const __m512i even = _mm512_ternarylogic_epi32(nibble, word, table_row, kSelect);
-        const __m512i odd = _mm512_ternarylogic_epi32(nibble, _mm512_srli_epi32(word, 4), table_row, kSelect);
-        _mm512_storeu_si512(to, values(even));
-        _mm512_storeu_si512(to + 32, values(odd));
-        _mm512_storeu_si512(to + 64, values(_mm512_srli_epi16(even, 8)));
-        _mm512_storeu_si512(to + 96, values(_mm512_srli_epi16(odd, 8)));
-      }
-    }
+    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = _mm512_loadu_si512(at_ + (g * kGroupPairs + p) * 64);
+    return out;
+  }
 
-   private:
-    MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i values(__m512i index) const {
-      const __m512i powers = _mm512_sub_epi16(_mm512_srli_epi16(scales, 9), _mm512_set1_epi16(64));
-      return _mm512_add_epi16(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(kInt4Levels)),
-                              _mm512_slli_epi16(powers, 7));
-    }
-  };
+ private:
+  static constexpr int64_t kBytes = kStepElements;
+  const char *at_ = nullptr, *next_;
+};
 
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Half half(int64_t step, int64_t h) const {
-    const char* at = steps + step * kInt4StepBytes;
-    cpu::prefetch_ahead<kHalfBytes + kBlockRows>(at + h * kHalfBytes);
+// The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
+class Int8Half {
+ public:
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Int8Half(const char* block, int64_t, int64_t step, int64_t h)
+      : next_(block + (2 * step + h) * kBytes) {}
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() {
+    at_ = next_;
+    cpu::prefetch_ahead<kBytes>(at_);
+    next_ += 2 * kBytes;
+  }
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
+    Pairs out;
+#pragma GCC unroll 4
+    for (int p = 0; p < kGroupPairs; ++p) {
+      const char* at = at_ + (g * kGroupPairs + p) * 32;
+      out.pair[p] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    }
+    return out;
+  }
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512 even(__m512i pair) {
+    return _mm512_cvtepi32_ps(_mm512_slli_epi32(pair, 16));
+  }
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512 odd(__m512i pair) {
+    return _mm512_cvtepi32_ps(upper_halves(pair));
+  }
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE static __m512i bf16(__m512i pair) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(pair)), 16);
+    return _mm512_or_si512(low, _mm512_castps_si512(odd(pair)));
+  }
+
+ private:
+  static constexpr int64_t kBytes = kStepElements / 2;
+  const char *at_ = nullptr, *next_;
+};
+
+// A look-up uses the lowest five bits of its index: the parity of the scale and a nibble.
+class Int4Half : public Bf16Pairs {
+ public:
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Int4Half(const char* block, int64_t, int64_t step, int64_t h)
+      : next_(block + step * kInt4StepBytes), h_(h) {}
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() {
+    at_ = next_ + kBlockRows + h_ * kBytes;
+    cpu::prefetch_ahead<kBytes + kBlockRows>(at_);
     const __m512i four_times =
         _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
                          0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
-    const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + h);
-    return {at + kBlockRows + h * kHalfBytes, _mm512_shuffle_epi8(_mm512_broadcast_i32x4(scales), four_times)};
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next_) + h_);
+    const __m512i scales = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), four_times);
+    const __m512i powers = _mm512_sub_epi16(_mm512_srli_epi16(scales, 9), _mm512_set1_epi16(64));
+    exponents_ = _mm512_slli_epi16(powers, 7);
+    table_row_ = _mm512_slli_epi32(scales, 4);
+    next_ += kInt4StepBytes;
   }
 
-  const char* steps;
+  // With the lowest bit of the scale in front of every second nibble, one shift brings each of the others into place.
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
+    constexpr int kSelect = 0xca;  // a ? b : c
+    const __m512i nibble = _mm512_set1_epi8(15), word = _mm512_loadu_si512(at_ + g * 64);
+    const __m512i even = _mm512_ternarylogic_epi32(nibble, word, table_row_, kSelect);
+    const __m512i odd = _mm512_ternarylogic_epi32(nibble, _mm512_srli_epi32(word, 4), table_row_, kSelect);
+    return {{values(even), values(odd), values(_mm512_srli_epi16(even, 8)), values(_mm512_srli_epi16(odd, 8))}};
+  }
+
+ private:
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i values(__m512i index) const {
+    return _mm512_add_epi16(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(kInt4Levels)), exponents_);
+  }
+
+  static constexpr int64_t kBytes = (kInt4StepBytes - kBlockRows) / 2;
+  const char *at_ = nullptr, *next_;
+  const int64_t h_;
+  __m512i exponents_, table_row_;
 };
 
-}  // namespace mixtral
+// Blocks of fp8 hold rows. Each half of a step is turned into pairs in memory, which stays in L1.
+class Fp8Half : public Bf16Pairs {
+ public:
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Fp8Half(const char* block, int64_t depth, int64_t step, int64_t h)
+      : block_(block), depth_(depth), next_(step), h_(h) {}
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() { dequantize_fp8_half(block_, depth_, next_++, h_, made_); }
+
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
+    Pairs out;
+#pragma GCC unroll 4
+    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = _mm512_loadu_si512(made_ + (g * kGroupPairs + p) * 32);
+    return out;
+  }
+
+ private:
+  const char* block_;
+  const int64_t depth_;
+  int64_t next_;
+  const int64_t h_;
+  alignas(64) BFloat16 made_[kStepElements / 2];
+};
+
+// The pairs of a step of half a block as bf16, [16 pairs][16 columns][2].
+template <typename Half>
+MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void store_step(Half& half, BFloat16* to) {
+  half.begin_step();
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    const Pairs pairs = half.pairs(g);
+#pragma GCC unroll 4
+    for (int p = 0; p < kGroupPairs; ++p, to += 32) _mm512_storeu_si512(to, Half::bf16(pairs.pair[p]));
+  }
+}
+
+// A panel of a half's format (weight_kernels.h).
+template <typename Half>
+MIXTRAL_TARGET_AVX512 void bf16_panel(const char* block, int64_t depth, int64_t step, int64_t steps, BFloat16* out);
+
+}  // namespace mixtral::avx512
 
 #endif

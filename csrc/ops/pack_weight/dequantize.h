@@ -1,4 +1,4 @@
-// Steps of a quantised block (pack_weight.h) as bf16 panels in pair order.
+// What kernels for several instruction sets need to make bf16 values of quantised blocks (pack_weight.h).
 #pragma once
 
 #include "pack_weight.h"
@@ -11,10 +11,7 @@ inline constexpr uint16_t kInt4Levels[2 * 16] = {0xc0f0, 0xc0d0, 0xc0b0, 0xc090,
                                                  0xc12a, 0xc113, 0xc0f9, 0xc0cc, 0xc09e, 0xc062, 0xc008, 0xbf35,
                                                  0x3f35, 0x4008, 0x4062, 0x409e, 0x40cc, 0x40f9, 0x4113, 0x412a};
 
-// Steps from depth k on of a block, whose rows are `depth` long -> out [steps, 1024]: the values of int4 and fp8, and
-// of int8 q * kInt8Unit.
-void dequantize_int8(const char* block, int64_t k, int64_t steps, BFloat16* out);
-void dequantize_fp8(const char* block, int64_t depth, int64_t k, int64_t steps, BFloat16* out);
-void dequantize_int4(const char* block, int64_t k, int64_t steps, BFloat16* out);
+// Half h, sixteen rows, of a step of an fp8 block whose rows are `depth` long -> out [16 pairs][16 columns][2].
+void dequantize_fp8_half(const char* block, int64_t depth, int64_t step, int64_t h, BFloat16* out);
 
 }  // namespace mixtral

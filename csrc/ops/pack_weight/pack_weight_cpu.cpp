@@ -6,9 +6,9 @@
 
 #include "../cpu/matmul.h"
 #include "../cpu/simd.h"
-#include "dequantize.h"
 #include "pack_weight.h"
 #include "packed_value.h"
+#include "weight_kernels.h"
 
 namespace mixtral {
 
@@ -211,8 +211,8 @@ void launch_unpack_weight_cpu(const char* packed, WeightFormat format, int64_t d
         if (format == WeightFormat::kInt8)
           for (int64_t j = 0; j < kBlockRows; ++j)
             for (int64_t d = 0; d < kStepDepth; ++d) dequantized[pair_index(j, d)] = int8_value(block, depth, j, k + d);
-        if (format == WeightFormat::kFp8) dequantize_fp8(block, depth, k, 1, dequantized);
-        if (format == WeightFormat::kInt4) dequantize_int4(block, k, 1, dequantized);
+        if (format == WeightFormat::kFp8 || format == WeightFormat::kInt4)
+          weight_kernels(format).bf16_panel(block, depth, k / kStepDepth, 1, dequantized);
         if (format != WeightFormat::kPacked) step = dequantized;
       }
       for (int64_t j = 0; j < kBlockRows; ++j)

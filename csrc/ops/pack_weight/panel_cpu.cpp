@@ -6,8 +6,8 @@
 #include "../cpu/matmul.h"
 #include "../cpu/simd.h"
 #include "../cpu/transpose.h"
-#include "dequantize.h"
 #include "pack_weight.h"
+#include "weight_kernels.h"
 
 namespace mixtral {
 
@@ -81,15 +81,9 @@ const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t col
     return scratch;
   }
   const char* block = packed_block(weight, expert, column);
-  if (weight.format == WeightFormat::kInt8) {
-    dequantize_int8(block, k, steps, scratch);
-  } else if (weight.format == WeightFormat::kFp8) {
-    dequantize_fp8(block, weight.depth, k, steps, scratch);
-  } else if (weight.format == WeightFormat::kInt4) {
-    dequantize_int4(block, k, steps, scratch);
-  } else {
-    return reinterpret_cast<const BFloat16*>(block) + k * kPanelColumns;
-  }
+  const auto make = weight_kernels(weight.format).bf16_panel;
+  if (make == nullptr) return reinterpret_cast<const BFloat16*>(block) + k * kPanelColumns;
+  make(block, weight.depth, k / kStepDepth, steps, scratch);
   return scratch;
 }
 
@@ -104,6 +98,11 @@ const float* load_floats(const WeightView& weight, int64_t expert, int64_t colum
     for (int64_t s = 0; s < steps; ++s)
       transpose_step(weight, expert, column, k + s * kStepDepth, scratch + s * kStepElements);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto make = weight.format == WeightFormat::kPlain ? nullptr : weight_kernels(weight.format).f32_panel;
+    if (make) {
+      make(packed_block(weight, expert, column), weight.depth, k / kStepDepth, steps, scratch);
+      return scratch;
+    }
     for (int64_t s = 0; s < steps; ++s) {
       BFloat16 pairs[kStepElements];
       const BFloat16* step = load_pairs(weight, expert, column, k + s * kStepDepth, kStepDepth, pairs);

@@ -1,6 +1,11 @@
+// Weights are decoded by AVX-512 and multiplied by the tile unit. One row of int8 is multiplied by AVX-512 in the tile
+// unit's order: to decode into memory would take longer.
 #include "../cpu/amx.h"
+#include "../cpu/matmul.h"
 #include "blocks_avx512.h"
-#include "multiply_row.h"
+#include "weight_kernels.h"
+
+#if defined(__x86_64__)
 
 namespace mixtral {
 
@@ -8,21 +13,28 @@ using namespace cpu;
 
 namespace {
 
-#if defined(__x86_64__)
-// In the order of the tile unit (cpu/amx.h): in each step the even depths, the odd depths, and then both into the sum.
-// Values are used in the registers where they were made.
-MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_steps(const Int8Block& block, const float* row,
+using namespace avx512;
+
+// In each step the even depths, the odd depths, and then both into the sum (cpu/amx.h). Values are used in the
+// registers where they were made.
+MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_steps(const char* block, const float* row,
                                                                          int64_t depth, float* sums) {
+  Int8Half halves[2] = {{block, depth, 0, 0}, {block, depth, 0, 1}};
   __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int64_t step = 0; step < depth / kStepDepth; ++step, row += kStepDepth) {
+  for (int64_t k = 0; k < depth; k += kStepDepth, row += kStepDepth) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const auto half = block.half(step, h);
+      halves[h].begin_step();
       __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-#pragma GCC unroll 16
-      for (int p = 0; p < kHalfPairs; ++p) {
-        even = _mm512_fmadd_ps(_mm512_set1_ps(row[2 * p]), half.even(p), even);
-        odd = _mm512_fmadd_ps(_mm512_set1_ps(row[2 * p + 1]), half.odd(p), odd);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        const Pairs pairs = halves[h].pairs(g);
+        const float* at = row + g * 2 * kGroupPairs;
+#pragma GCC unroll 4
+        for (int p = 0; p < kGroupPairs; ++p, at += 2) {
+          even = _mm512_fmadd_ps(_mm512_set1_ps(at[0]), Int8Half::even(pairs.pair[p]), even);
+          odd = _mm512_fmadd_ps(_mm512_set1_ps(at[1]), Int8Half::odd(pairs.pair[p]), odd);
+        }
       }
       sum[h] = _mm512_add_ps(sum[h], _mm512_add_ps(even, odd));
     }
@@ -41,25 +53,24 @@ class SubnormalsAreZero {
   const unsigned saved_;
 };
 
-void multiply_row(const char* block, const float* row, int64_t depth, float* sums) {
+void multiply_int8_row(const char* block, const float* row, int64_t, int64_t depth, float* sums) {
   const SubnormalsAreZero mode;  // for the call: within one function, a compiler may move arithmetic out of it
-  multiply_steps({block}, row, depth, sums);
+  multiply_steps(block, row, depth, sums);
 }
 
 // One step is multiplied while the values of the next are made: a tile load waits until its values have left the store
 // buffer. The sums stay in tiles.
-template <typename Block>
-MIXTRAL_TARGET_AMX void multiply_few_rows(const char* data, const BFloat16* a, int64_t rows, int64_t depth,
-                                          float* sums) {
+template <typename Half>
+MIXTRAL_TARGET_AMX void multiply_rows(const char* block, const BFloat16* a, int64_t rows, int64_t depth, float* sums) {
   alignas(64) BFloat16 made[4][kStepElements];  // several, so that making values does not wait for a tile load
-  const Block block{data};
+  Half halves[2] = {{block, depth, 0, 0}, {block, depth, 0, 1}};
   const int64_t steps = depth / kStepDepth;
   set_tile_rows(rows);
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t next = 0; next <= steps; ++next) {
     if (next < steps)
-      for (int64_t h = 0; h < 2; ++h) block.half(next, h).store(made[next % 4] + h * kTileElements);
+      for (int h = 0; h < 2; ++h) store_step(halves[h], made[next % 4] + h * kTileElements);
     if (next == 0) continue;
     const BFloat16* values = made[(next - 1) % 4];
     asm volatile("" : : "r"(values) : "memory");  // GCC's tile loads do not say that they read memory
@@ -72,26 +83,16 @@ MIXTRAL_TARGET_AMX void multiply_few_rows(const char* data, const BFloat16* a, i
   _tile_stored(0, sums, kPanelColumns * sizeof(float));
   _tile_stored(1, sums + 16, kPanelColumns * sizeof(float));
 }
-#endif
 
 }  // namespace
 
-RowKernel row_kernel(WeightFormat format) {
-#if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAmx && format == WeightFormat::kInt8) return multiply_row;
-#endif
-  (void)format;
-  return nullptr;
-}
-
-FewRowsKernel few_rows_kernel(WeightFormat format) {
-#if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAmx) {
-    if (format == WeightFormat::kInt8) return multiply_few_rows<Int8Block>;
-    if (format == WeightFormat::kInt4) return multiply_few_rows<Int4Block>;
-  }
-#endif
-  return nullptr;
-}
+const WeightKernels kAmxWeightKernels[kPackedFormats] = {
+    {nullptr, 0, nullptr, 0, nullptr, nullptr},  // bf16: in place, by the micro-kernel
+    {multiply_int8_row, 1, multiply_rows<Int8Half>, kTileRows, nullptr, bf16_panel<Int8Half>},
+    {nullptr, 0, nullptr, 0, nullptr, bf16_panel<Fp8Half>},
+    {nullptr, 0, multiply_rows<Int4Half>, kTileRows, nullptr, bf16_panel<Int4Half>},
+};
 
 }  // namespace mixtral
+
+#endif

@@ -1,0 +1,195 @@
+// Packed blocks (pack_weight.h) in AVX2 registers: half a step, sixteen columns, at a time. A register holds pairs of
+// depths of eight columns, [8 columns][2], of bf16 or, for int8, of 16-bit integers. `even` and `odd` make f32 of them.
+#pragma once
+
+#include "../cpu/isa.h"
+#include "../cpu/prefetch.h"
+#include "dequantize.h"
+#include "pack_weight.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+namespace mixtral::avx2 {
+
+inline constexpr int kVectors = 2;     // of eight columns
+inline constexpr int kGroupPairs = 4;  // pairs of depths that are made at a time
+inline constexpr int kGroups = kStepDepth / (2 * kGroupPairs);
+
+struct Pairs {
+  __m256i pair[kGroupPairs];
+};
+
+MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i load(const void* at) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(at));
+}
+
+MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i upper_halves(__m256i pair) {
+  return _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+
+// What bf16, fp8 and int4 share: pairs of bf16.
+struct Bf16Pairs {
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 even(__m256i pair) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+  }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 odd(__m256i pair) { return _mm256_castsi256_ps(upper_halves(pair)); }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256i bf16(__m256i pair) { return pair; }
+};
+
+// Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
+
+class Bf16Half : public Bf16Pairs {
+ public:
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Bf16Half(const char* block, int64_t, int64_t step, int64_t h)
+      : next_(block + (2 * step + h) * kBytes) {}
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
+    at_ = next_;
+    cpu::prefetch_ahead<kBytes>(at_);
+    next_ += 2 * kBytes;
+  }
+
+  // Vector v of group g of the step.
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
+    Pairs out;
+#pragma GCC unroll 4
+    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = load(at_ + (g * kGroupPairs + p) * 64 + v * 32);
+    return out;
+  }
+
+ private:
+  static constexpr int64_t kBytes = kStepElements;
+  const char *at_ = nullptr, *next_;
+};
+
+// The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
+class Int8Half {
+ public:
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Int8Half(const char* block, int64_t, int64_t step, int64_t h)
+      : next_(block + (2 * step + h) * kBytes) {}
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
+    at_ = next_;
+    cpu::prefetch_ahead<kBytes>(at_);
+    next_ += 2 * kBytes;
+  }
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
+    Pairs out;
+#pragma GCC unroll 4
+    for (int p = 0; p < kGroupPairs; ++p) {
+      const char* at = at_ + (g * kGroupPairs + p) * 32 + v * 16;
+      out.pair[p] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    }
+    return out;
+  }
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 even(__m256i pair) {
+    return _mm256_cvtepi32_ps(_mm256_slli_epi32(pair, 16));
+  }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 odd(__m256i pair) { return _mm256_cvtepi32_ps(upper_halves(pair)); }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256i bf16(__m256i pair) {
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even(pair)), 16);
+    return _mm256_or_si256(low, _mm256_castps_si256(odd(pair)));
+  }
+
+ private:
+  static constexpr int64_t kBytes = kStepElements / 2;
+  const char *at_ = nullptr, *next_;
+};
+
+// The two bytes of each of kInt4Levels: [scale is odd][byte][n], twice, for the two halves of a register.
+struct Int4LevelBytes {
+  alignas(32) uint8_t at[2][2][32];
+};
+constexpr Int4LevelBytes int4_level_bytes() {
+  Int4LevelBytes out{};
+  for (int odd = 0; odd < 2; ++odd)
+    for (int byte = 0; byte < 2; ++byte)
+      for (int n = 0; n < 32; ++n)
+        out.at[odd][byte][n] = static_cast<uint8_t>(kInt4Levels[odd * 16 + n % 16] >> (8 * byte));
+  return out;
+}
+inline constexpr Int4LevelBytes kInt4LevelBytes = int4_level_bytes();
+
+// A look-up of bytes has sixteen entries, so a level takes four: its two bytes, for an even and for an odd scale. The
+// exponent of the scale is added to the finished pairs.
+class Int4Half : public Bf16Pairs {
+ public:
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Int4Half(const char* block, int64_t, int64_t step, int64_t h)
+      : next_(block + step * kInt4StepBytes), h_(h) {}
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
+    at_ = next_ + kBlockRows + h_ * kBytes;
+    cpu::prefetch_ahead<kBytes>(at_);
+    // Each scale twice, for the two depths of a pair; of four columns a half, twice again.
+    const __m128i twice = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const __m128i scales = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next_ + h_ * 16 + v * 8));
+      const __m128i bytes = _mm_shuffle_epi8(scales, twice);
+      const __m256i powers = _mm256_srli_epi16(_mm256_cvtepu8_epi16(bytes), 1);
+      exponents_[v] = _mm256_slli_epi16(_mm256_sub_epi16(powers, _mm256_set1_epi16(64)), 7);
+      is_odd_[v] = _mm256_slli_epi16(_mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50), 7);
+    }
+    next_ += kInt4StepBytes;
+  }
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
+    // The four bytes of a column have the nibbles of pairs 0 and 1, and of 2 and 3, at even depths, then at odd ones.
+    // Bytes of the same pairs are brought side by side, pairs 0 and 1 of all columns first.
+    const __m256i side_by_side =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i bytes = _mm256_shuffle_epi8(load(at_ + g * 64 + v * 32), side_by_side);
+    const __m256i even = _mm256_and_si256(bytes, nibble);  // pairs 0 and 2
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    const __m256i even_low = level_bytes(0, even, v), even_high = level_bytes(1, even, v);
+    const __m256i odd_low = level_bytes(0, odd, v), odd_high = level_bytes(1, odd, v);
+    return {{_mm256_add_epi16(_mm256_unpacklo_epi8(even_low, even_high), exponents_[v]),
+             _mm256_add_epi16(_mm256_unpacklo_epi8(odd_low, odd_high), exponents_[v]),
+             _mm256_add_epi16(_mm256_unpackhi_epi8(even_low, even_high), exponents_[v]),
+             _mm256_add_epi16(_mm256_unpackhi_epi8(odd_low, odd_high), exponents_[v])}};
+  }
+
+ private:
+  // Byte `byte` of the levels of `n`.
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i level_bytes(int byte, __m256i n, int v) const {
+    return _mm256_blendv_epi8(_mm256_shuffle_epi8(load(kInt4LevelBytes.at[0][byte]), n),
+                              _mm256_shuffle_epi8(load(kInt4LevelBytes.at[1][byte]), n), is_odd_[v]);
+  }
+
+  static constexpr int64_t kBytes = (kInt4StepBytes - kBlockRows) / 2;
+  const char *at_ = nullptr, *next_;
+  const int64_t h_;
+  __m256i exponents_[kVectors], is_odd_[kVectors];
+};
+
+// Blocks of fp8 hold rows. Each half of a step is turned into pairs in memory, which stays in L1.
+class Fp8Half : public Bf16Pairs {
+ public:
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Fp8Half(const char* block, int64_t depth, int64_t step, int64_t h)
+      : block_(block), depth_(depth), next_(step), h_(h) {}
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() { dequantize_fp8_half(block_, depth_, next_++, h_, made_); }
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
+    Pairs out;
+#pragma GCC unroll 4
+    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = load(made_ + (g * kGroupPairs + p) * 32 + v * 16);
+    return out;
+  }
+
+ private:
+  const char* block_;
+  const int64_t depth_;
+  int64_t next_;
+  const int64_t h_;
+  alignas(32) BFloat16 made_[kStepElements / 2];
+};
+
+}  // namespace mixtral::avx2
+
+#endif
