@@ -167,18 +167,25 @@ class Int4Half : public Bf16Pairs {
   __m256i exponents_[kVectors], is_odd_[kVectors];
 };
 
-// Blocks of fp8 hold rows. Each half of a step is turned into pairs in memory, which stays in L1.
+// Blocks of fp8 hold rows. Their pairs are made in memory, which stays in L1, for two steps at a time.
 class Fp8Half : public Bf16Pairs {
  public:
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Fp8Half(const char* block, int64_t depth, int64_t step, int64_t h)
       : block_(block), depth_(depth), next_(step), h_(h) {}
 
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() { dequantize_fp8_half(block_, depth_, next_++, h_, made_); }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
+    at_ = at_ == made_[0] ? made_[1] : made_[0];
+    if (at_ == made_[0]) {
+      const int64_t left = depth_ / kStepDepth - next_;
+      dequantize_fp8_half(block_, depth_, next_, left < 2 ? left : 2, h_, made_[0]);
+      next_ += 2;
+    }
+  }
 
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
     Pairs out;
 #pragma GCC unroll 4
-    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = load(made_ + (g * kGroupPairs + p) * 32 + v * 16);
+    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = load(at_ + (g * kGroupPairs + p) * 32 + v * 16);
     return out;
   }
 
@@ -187,7 +194,8 @@ class Fp8Half : public Bf16Pairs {
   const int64_t depth_;
   int64_t next_;
   const int64_t h_;
-  alignas(32) BFloat16 made_[kStepElements / 2];
+  const BFloat16* at_ = nullptr;
+  alignas(32) BFloat16 made_[2][kStepElements / 2];
 };
 
 }  // namespace mixtral::avx2

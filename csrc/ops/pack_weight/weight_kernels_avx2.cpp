@@ -126,7 +126,7 @@ MIXTRAL_TARGET_AVX2 void bf16_panel(const char* block, int64_t depth, int64_t st
   }
 }
 
-constexpr int64_t kMostRows = 8;
+constexpr int64_t kMostRows = 16;
 
 }  // namespace
 

@@ -11,6 +11,18 @@ namespace {
 
 using namespace avx512;
 
+// The products of one depth of kRows rows, `depth` apart, with 32 columns.
+template <int kRows>
+MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void add_products(const float* a, int64_t depth, __m512 left, __m512 right,
+                                                       __m512 (&sum)[kRows][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 value = _mm512_set1_ps(a[r * depth]);
+    sum[r][0] = _mm512_fmadd_ps(value, left, sum[r][0]);
+    sum[r][1] = _mm512_fmadd_ps(value, right, sum[r][1]);
+  }
+}
+
 // kRows rows of a [kRows, depth] times a block -> sums [kRows, 32].
 template <typename Half, int kRows>
 MIXTRAL_TARGET_AVX512 __attribute__((noinline)) void multiply_rows(const char* block, const float* a, int64_t depth,
@@ -25,21 +37,15 @@ MIXTRAL_TARGET_AVX512 __attribute__((noinline)) void multiply_rows(const char* b
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) halves[h].begin_step();
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          const Pairs pairs = halves[h].pairs(g);
-          const float* at = a + k + g * 2 * kGroupPairs;
+      for (int g = 0; g < kGroups; ++g) {
+        const Pairs left = halves[0].pairs(g), right = halves[1].pairs(g);
+        const float* at = a + k + g * 2 * kGroupPairs;
 #pragma GCC unroll 4
-          for (int p = 0; p < kGroupPairs; ++p, at += 2) {
-            const __m512 even = Half::even(pairs.pair[p]), odd = Half::odd(pairs.pair[p]);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) sum[r][h] = _mm512_fmadd_ps(_mm512_set1_ps(at[r * depth]), even, sum[r][h]);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-              sum[r][h] = _mm512_fmadd_ps(_mm512_set1_ps(at[r * depth + 1]), odd, sum[r][h]);
-          }
+        for (int p = 0; p < kGroupPairs; ++p, at += 2) {
+          add_products<kRows>(at, depth, Half::even(left.pair[p]), Half::even(right.pair[p]), sum);
+          add_products<kRows>(at + 1, depth, Half::odd(left.pair[p]), Half::odd(right.pair[p]), sum);
         }
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)

@@ -12,10 +12,18 @@ namespace {
 
 using namespace avx512;
 
-MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE __m512 add_products(__m512 sum, const BFloat16* two, __m512i pair) {
-  int32_t bits;
-  std::memcpy(&bits, two, sizeof bits);
-  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)pair);
+// The products of one pair of depths of kRows rows, `depth` apart, with 32 columns.
+template <int kRows>
+MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void add_products(const BFloat16* a, int64_t depth, __m512i left,
+                                                            __m512i right, __m512 (&sum)[kRows][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    int32_t two;
+    std::memcpy(&two, a + r * depth, sizeof two);
+    const auto value = (__m512bh)_mm512_set1_epi32(two);
+    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, (__m512bh)left);
+    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, (__m512bh)right);
+  }
 }
 
 // kRows rows of a [kRows, depth] times a block -> sums [kRows, 32].
@@ -32,18 +40,13 @@ MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_rows(const ch
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) halves[h].begin_step();
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          const Pairs pairs = halves[h].pairs(g);
-          const BFloat16* at = a + k + g * 2 * kGroupPairs;
+      for (int g = 0; g < kGroups; ++g) {
+        const Pairs left = halves[0].pairs(g), right = halves[1].pairs(g);
+        const BFloat16* at = a + k + g * 2 * kGroupPairs;
 #pragma GCC unroll 4
-          for (int p = 0; p < kGroupPairs; ++p, at += 2) {
-            const __m512i pair = Half::bf16(pairs.pair[p]);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) sum[r][h] = add_products(sum[r][h], at + r * depth, pair);
-          }
-        }
+        for (int p = 0; p < kGroupPairs; ++p, at += 2)
+          add_products<kRows>(at, depth, Half::bf16(left.pair[p]), Half::bf16(right.pair[p]), sum);
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)

@@ -21,7 +21,7 @@ void int8_panel(const char* block, int64_t, int64_t step, int64_t steps, BFloat1
 
 void fp8_panel(const char* block, int64_t depth, int64_t step, int64_t steps, BFloat16* out) {
   for (int64_t s = step; s < step + steps; ++s)
-    for (int64_t h = 0; h < 2; ++h, out += kStepElements / 2) dequantize_fp8_half(block, depth, s, h, out);
+    for (int64_t h = 0; h < 2; ++h, out += kStepElements / 2) dequantize_fp8_half(block, depth, s, 1, h, out);
 }
 
 void int4_panel(const char* block, int64_t, int64_t first, int64_t steps, BFloat16* out) {
