@@ -4,7 +4,8 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/prefetch.h"
-#include "dequantize.h"
+#include "fp8_rows.h"
+#include "int4_levels.h"
 #include "pack_weight.h"
 
 #if defined(__x86_64__)
@@ -167,35 +168,53 @@ class Int4Half : public Bf16Pairs {
   __m256i exponents_[kVectors], is_odd_[kVectors];
 };
 
-// Blocks of fp8 hold rows. Their pairs are made in memory, which stays in L1, for two steps at a time.
+// An e4m3 number has the bits of its bf16 value, shifted and with another bias of the exponent; the scale adds to the
+// exponent. A subnormal's two bytes are looked up by their places in the table.
 class Fp8Half : public Bf16Pairs {
  public:
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Fp8Half(const char* block, int64_t depth, int64_t step, int64_t h)
-      : block_(block), depth_(depth), next_(step), h_(h) {}
-
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
-    at_ = at_ == made_[0] ? made_[1] : made_[0];
-    if (at_ == made_[0]) {
-      const int64_t left = depth_ / kStepDepth - next_;
-      dequantize_fp8_half(block_, depth_, next_, left < 2 ? left : 2, h_, made_[0]);
-      next_ += 2;
+      : rows_(block, depth, step, h) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256i bits = load(rows_.scales() + v * 32);
+      const __m256i twice = _mm256_or_si256(upper_halves(bits), _mm256_srli_epi32(bits, 16));
+      exponents_[v] = _mm256_sub_epi16(twice, _mm256_set1_epi16(127 << 7));
     }
   }
 
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() { rows_.begin_step(); }
+
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
-    Pairs out;
-#pragma GCC unroll 4
-    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = load(at_ + (g * kGroupPairs + p) * 32 + v * 16);
-    return out;
+    // Of a column's four bytes, the first two and the last two as the upper bytes of 16-bit words.
+    const __m256i first =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+    const __m256i last =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
+    const __m256i low = load(rows_.depths(2 * g) + v * 32), high = load(rows_.depths(2 * g + 1) + v * 32);
+    return {{bf16_values(_mm256_shuffle_epi8(low, first), v), bf16_values(_mm256_shuffle_epi8(low, last), v),
+             bf16_values(_mm256_shuffle_epi8(high, first), v), bf16_values(_mm256_shuffle_epi8(high, last), v)}};
   }
 
  private:
-  const char* block_;
-  const int64_t depth_;
-  int64_t next_;
-  const int64_t h_;
-  const BFloat16* at_ = nullptr;
-  alignas(32) BFloat16 made_[2][kStepElements / 2];
+  // words: e4m3 in the upper bytes
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i bf16_values(__m256i words, int v) const {
+    const __m256i multiples = _mm256_broadcastsi128_si256(  // of 2^-9, from 0 to 7
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m256i magnitude = _mm256_and_si256(_mm256_srli_epi16(words, 4), _mm256_set1_epi16(0x7f << 4));
+    const __m256i place = _mm256_mullo_epi16(_mm256_srli_epi16(magnitude, 4), _mm256_set1_epi16(0x0202));
+    const __m256i subnormal = _mm256_shuffle_epi8(multiples, _mm256_add_epi16(place, _mm256_set1_epi16(0x0100)));
+    const __m256i normal = _mm256_add_epi16(magnitude, _mm256_set1_epi16((127 - 7) << 7));
+    const __m256i is_subnormal = _mm256_cmpgt_epi16(_mm256_set1_epi16(8 << 4), magnitude);
+    const __m256i unscaled = _mm256_blendv_epi8(normal, subnormal, is_subnormal);
+    const __m256i is_zero = _mm256_cmpeq_epi16(magnitude, _mm256_setzero_si256());
+    const __m256i scaled = _mm256_add_epi16(unscaled, _mm256_andnot_si256(is_zero, exponents_[v]));
+    const __m256i is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f << 4));
+    const __m256i value = _mm256_blendv_epi8(scaled, _mm256_set1_epi16(0x7fc0), is_nan);
+    return _mm256_or_si256(value, _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0x8000))));
+  }
+
+  Fp8Rows rows_;
+  __m256i exponents_[kVectors];
 };
 
 }  // namespace mixtral::avx2

@@ -5,7 +5,8 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/prefetch.h"
-#include "dequantize.h"
+#include "fp8_rows.h"
+#include "int4_levels.h"
 #include "pack_weight.h"
 
 #if defined(__x86_64__)
@@ -140,35 +141,51 @@ class Int4Half : public Bf16Pairs {
   __m512i exponents_, table_row_;
 };
 
-// Blocks of fp8 hold rows. Their pairs are made in memory, which stays in L1, for two steps at a time.
+// An e4m3 number has the bits of its bf16 value, shifted and with another bias of the exponent; the scale adds to the
+// exponent. Subnormals are looked up.
 class Fp8Half : public Bf16Pairs {
  public:
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Fp8Half(const char* block, int64_t depth, int64_t step, int64_t h)
-      : block_(block), depth_(depth), next_(step), h_(h) {}
-
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() {
-    at_ = at_ == made_[0] ? made_[1] : made_[0];
-    if (at_ == made_[0]) {
-      const int64_t left = depth_ / kStepDepth - next_;
-      dequantize_fp8_half(block_, depth_, next_, left < 2 ? left : 2, h_, made_[0]);
-      next_ += 2;
-    }
+      : rows_(block, depth, step, h) {
+    const __m512i bits = _mm512_loadu_si512(rows_.scales());
+    const __m512i twice = _mm512_or_si512(upper_halves(bits), _mm512_srli_epi32(bits, 16));
+    exponents_ = _mm512_sub_epi16(twice, _mm512_set1_epi16(127 << 7));
   }
 
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() { rows_.begin_step(); }
+
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
-    Pairs out;
-#pragma GCC unroll 4
-    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = _mm512_loadu_si512(at_ + (g * kGroupPairs + p) * 32);
-    return out;
+    // Of a column's four bytes, the first two and the last two as the upper bytes of 16-bit words.
+    const __m512i first =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+    const __m512i last =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
+    const __m512i low = _mm512_loadu_si512(rows_.depths(2 * g)), high = _mm512_loadu_si512(rows_.depths(2 * g + 1));
+    return {{bf16_values(_mm512_shuffle_epi8(low, first)), bf16_values(_mm512_shuffle_epi8(low, last)),
+             bf16_values(_mm512_shuffle_epi8(high, first)), bf16_values(_mm512_shuffle_epi8(high, last))}};
   }
 
  private:
-  const char* block_;
-  const int64_t depth_;
-  int64_t next_;
-  const int64_t h_;
-  const BFloat16* at_ = nullptr;
-  alignas(64) BFloat16 made_[2][kStepElements / 2];
+  // words: e4m3 in the upper bytes
+  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE __m512i bf16_values(__m512i words) const {
+    const __m512i multiples = _mm512_zextsi128_si512(  // of 2^-9, from 0 to 7
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m512i magnitude = _mm512_and_si512(_mm512_srli_epi16(words, 4), _mm512_set1_epi16(0x7f << 4));
+    const __m512i normal = _mm512_add_epi16(magnitude, _mm512_set1_epi16((127 - 7) << 7));
+    const __mmask32 is_subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8 << 4));
+    const __m512i unscaled =
+        _mm512_mask_permutexvar_epi16(normal, is_subnormal, _mm512_srli_epi16(magnitude, 4), multiples);
+    const __mmask32 is_not_zero = _mm512_test_epi16_mask(magnitude, magnitude);
+    const __m512i scaled = _mm512_mask_add_epi16(unscaled, is_not_zero, unscaled, exponents_);
+    const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f << 4));
+    const __m512i value = _mm512_mask_mov_epi16(scaled, is_nan, _mm512_set1_epi16(0x7fc0));
+    constexpr int kOrSecondAndThird = 0xf8;  // a | b & c
+    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+    return _mm512_ternarylogic_epi32(value, words, sign, kOrSecondAndThird);
+  }
+
+  Fp8Rows rows_;
+  __m512i exponents_;
 };
 
 // The pairs of a step of half a block as bf16, [16 pairs][16 columns][2].

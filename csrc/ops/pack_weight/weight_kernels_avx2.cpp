@@ -133,7 +133,7 @@ constexpr int64_t kMostRows = 16;
 const WeightKernels kAvx2WeightKernels[kPackedFormats] = {
     {f32_rows<Bf16Half>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
     {f32_rows<Int8Half>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
-    {f32_rows<Fp8Half>, kMostRows, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
+    {f32_rows<Fp8Half>, 4, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
     {f32_rows<Int4Half>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
 };
 

@@ -87,7 +87,7 @@ MIXTRAL_TARGET_AVX512 void f32_panel(const char* block, int64_t depth, int64_t s
   }
 }
 
-constexpr int64_t kMostRows = 16;
+constexpr int64_t kMostRows = 64;
 
 }  // namespace
 
@@ -106,7 +106,7 @@ template void avx512::bf16_panel<Int4Half>(const char*, int64_t, int64_t, int64_
 const WeightKernels kAvx512WeightKernels[kPackedFormats] = {
     {f32_rows<Bf16Half>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
     {f32_rows<Int8Half>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
-    {f32_rows<Fp8Half>, kMostRows, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
+    {f32_rows<Fp8Half>, 8, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
     {f32_rows<Int4Half>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
 };
 

@@ -2,7 +2,8 @@
 #include <cstring>
 
 #include "../cpu/simd.h"
-#include "dequantize.h"
+#include "e4m3.h"
+#include "int4_levels.h"
 #include "weight_kernels.h"
 
 namespace mixtral {
@@ -20,8 +21,14 @@ void int8_panel(const char* block, int64_t, int64_t step, int64_t steps, BFloat1
 }
 
 void fp8_panel(const char* block, int64_t depth, int64_t step, int64_t steps, BFloat16* out) {
-  for (int64_t s = step; s < step + steps; ++s)
-    for (int64_t h = 0; h < 2; ++h, out += kStepElements / 2) dequantize_fp8_half(block, depth, s, 1, h, out);
+  const auto* values = reinterpret_cast<const uint8_t*>(block) + step * kStepDepth;
+  const auto* scales = reinterpret_cast<const float*>(block + depth * kBlockRows);
+  for (int64_t s = 0; s < steps; ++s, values += kStepDepth, out += kStepElements)
+    for (int64_t j = 0; j < kBlockRows; ++j)
+      for (int64_t d = 0; d < kStepDepth; ++d) {
+        const uint32_t bits = float_to_bits(from_e4m3(values[j * depth + d]) * scales[j]);  // a bf16 value
+        out[pair_index(j, d)] = BFloat16(static_cast<uint16_t>(bits >> 16), BFloat16::from_bits());
+      }
 }
 
 void int4_panel(const char* block, int64_t, int64_t first, int64_t steps, BFloat16* out) {
