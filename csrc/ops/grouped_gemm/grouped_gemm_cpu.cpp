@@ -124,14 +124,12 @@ class Multiplication {
   }
 
   void sum_few_rows(const int64_t* columns, int64_t panels, float* sums) const {
-    const float* rows = f32_rows_ ? thread_scratch<float>().rows.at(0) : nullptr;
-    for (int64_t i = 0; i < panels; ++i, sums += count_ * kPanelColumns) {
-      const char* block = packed_block(gemm_.b, expert_, columns[i]);
-      if (f32_rows_) {
-        f32_rows_(block, rows, count_, gemm_.b.depth, sums);
-      } else if constexpr (std::is_same_v<T, BFloat16>) {
-        bf16_rows_(block, a_, count_, gemm_.b.depth, sums);
-      }
+    const char* blocks[kMaxPanels];
+    for (int64_t i = 0; i < panels; ++i) blocks[i] = packed_block(gemm_.b, expert_, columns[i]);
+    if (f32_rows_) {
+      f32_rows_(blocks, panels, thread_scratch<float>().rows.at(0), count_, gemm_.b.depth, sums);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      bf16_rows_(blocks, panels, a_, count_, gemm_.b.depth, sums);
     }
   }
 

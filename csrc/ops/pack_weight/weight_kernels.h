@@ -15,9 +15,10 @@
 
 namespace mixtral {
 
-// sums [rows, 32] = a [rows, depth] * block. The values of a are bf16 ones, whatever their type.
+// sums [count, rows, 32] = a [rows, depth] * blocks [count]. The values of a are bf16 ones, whatever their type.
 template <typename Operand>
-using RowsKernel = void (*)(const char* block, const Operand* a, int64_t rows, int64_t depth, float* sums);
+using RowsKernel = void (*)(const char* const* blocks, int64_t count, const Operand* a, int64_t rows, int64_t depth,
+                            float* sums);
 
 // Steps [step, step + steps) of a block whose rows are `depth` long -> out [steps, 1024], in the order of a panel of
 // the operand's type. Values of int8 are q * kInt8Unit.

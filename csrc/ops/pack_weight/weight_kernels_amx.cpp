@@ -53,9 +53,9 @@ class SubnormalsAreZero {
   const unsigned saved_;
 };
 
-void multiply_int8_row(const char* block, const float* row, int64_t, int64_t depth, float* sums) {
-  const SubnormalsAreZero mode;  // for the call: within one function, a compiler may move arithmetic out of it
-  multiply_steps(block, row, depth, sums);
+void int8_row(const char* const* blocks, int64_t count, const float* row, int64_t, int64_t depth, float* sums) {
+  const SubnormalsAreZero mode;  // for the calls: within one function, a compiler may move arithmetic out of it
+  for (int64_t i = 0; i < count; ++i) multiply_steps(blocks[i], row, depth, sums + i * kPanelColumns);
 }
 
 // One step is multiplied while the values of the next are made: a tile load waits until its values have left the store
@@ -84,13 +84,18 @@ MIXTRAL_TARGET_AMX void multiply_rows(const char* block, const BFloat16* a, int6
   _tile_stored(1, sums + 16, kPanelColumns * sizeof(float));
 }
 
+template <typename Half>
+void bf16_rows(const char* const* blocks, int64_t count, const BFloat16* a, int64_t rows, int64_t depth, float* sums) {
+  for (int64_t i = 0; i < count; ++i) multiply_rows<Half>(blocks[i], a, rows, depth, sums + i * rows * kPanelColumns);
+}
+
 }  // namespace
 
 const WeightKernels kAmxWeightKernels[kPackedFormats] = {
     {nullptr, 0, nullptr, 0, nullptr, nullptr},  // bf16: in place, by the micro-kernel
-    {multiply_int8_row, 1, multiply_rows<Int8Half>, kTileRows, nullptr, bf16_panel<Int8Half>},
+    {int8_row, 1, bf16_rows<Int8Half>, kTileRows, nullptr, bf16_panel<Int8Half>},
     {nullptr, 0, nullptr, 0, nullptr, bf16_panel<Fp8Half>},
-    {nullptr, 0, multiply_rows<Int4Half>, kTileRows, nullptr, bf16_panel<Int4Half>},
+    {nullptr, 0, bf16_rows<Int4Half>, kTileRows, nullptr, bf16_panel<Int4Half>},
 };
 
 }  // namespace mixtral

@@ -78,11 +78,18 @@ MIXTRAL_TARGET_AVX2 __attribute__((noinline)) void multiply_rows(const char* blo
 }
 
 template <typename Half>
-void f32_rows(const char* block, const float* a, int64_t rows, int64_t depth, float* sums) {
-  for (; rows >= 4; rows -= 4, a += 4 * depth, sums += 4 * kPanelColumns) multiply_rows<Half, 4>(block, a, depth, sums);
-  if (rows == 3) multiply_rows<Half, 3>(block, a, depth, sums);
-  if (rows == 2) multiply_rows<Half, 2>(block, a, depth, sums);
-  if (rows == 1) multiply_rows<Half, 1>(block, a, depth, sums);
+void f32_rows(const char* const* blocks, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t r = 0;
+    const auto multiply = [&](auto kernel, int64_t tile) {
+      kernel(blocks[i], a + r * depth, depth, sums + (i * rows + r) * kPanelColumns);
+      r += tile;
+    };
+    while (rows - r >= 4) multiply(multiply_rows<Half, 4>, 4);
+    if (rows - r == 3) multiply(multiply_rows<Half, 3>, 3);
+    if (rows - r == 2) multiply(multiply_rows<Half, 2>, 2);
+    if (rows - r == 1) multiply(multiply_rows<Half, 1>, 1);
+  }
 }
 
 // out [depth][32 columns]

@@ -11,60 +11,90 @@ namespace {
 
 using namespace avx512;
 
-// The products of one depth of kRows rows, `depth` apart, with 32 columns.
-template <int kRows>
-MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void add_products(const float* a, int64_t depth, __m512 left, __m512 right,
-                                                       __m512 (&sum)[kRows][2]) {
+// The products of one depth of kRows rows, `depth` apart, with kHalves times sixteen columns.
+template <int kRows, int kHalves>
+MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void add_products(const float* a, int64_t depth, const __m512 (&weights)[kHalves],
+                                                       __m512 (&sum)[kRows][kHalves]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const __m512 value = _mm512_set1_ps(a[r * depth]);
-    sum[r][0] = _mm512_fmadd_ps(value, left, sum[r][0]);
-    sum[r][1] = _mm512_fmadd_ps(value, right, sum[r][1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kHalves; ++i) sum[r][i] = _mm512_fmadd_ps(value, weights[i], sum[r][i]);
   }
 }
 
-// kRows rows of a [kRows, depth] times a block -> sums [kRows, 32].
-template <typename Half, int kRows>
-MIXTRAL_TARGET_AVX512 __attribute__((noinline)) void multiply_rows(const char* block, const float* a, int64_t depth,
-                                                                   float* sums) {
-  Half halves[2] = {{block, depth, 0, 0}, {block, depth, 0, 1}};
+// kRows rows of a [kRows, depth] times kBlocks blocks -> sums [kRows, 32] of each, `stride` apart.
+template <typename Half, int kRows, int kBlocks>
+MIXTRAL_TARGET_AVX512 __attribute__((noinline)) void multiply_rows(const char* const* blocks, int64_t block_stride,
+                                                                   const float* a, int64_t depth, float* sums,
+                                                                   int64_t stride) {
+  constexpr int kHalves = 2 * kBlocks;
+  const char* last = blocks[(kBlocks - 1) * block_stride];
+  Half halves[4] = {{blocks[0], depth, 0, 0}, {blocks[0], depth, 0, 1}, {last, depth, 0, 0}, {last, depth, 0, 1}};
   for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
-    __m512 sum[kRows][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    __m512 sum[kRows][kHalves];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; ++i) sum[r][i] = _mm512_setzero_ps();
     const int64_t end = std::min(depth, begin + kChainDepth);
     for (int64_t k = begin; k < end; k += kStepDepth) {
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) halves[h].begin_step();
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
-        const Pairs left = halves[0].pairs(g), right = halves[1].pairs(g);
+        Pairs pairs[kHalves];
+#pragma GCC unroll 4
+        for (int i = 0; i < kHalves; ++i) pairs[i] = halves[i].pairs(g);
         const float* at = a + k + g * 2 * kGroupPairs;
 #pragma GCC unroll 4
         for (int p = 0; p < kGroupPairs; ++p, at += 2) {
-          add_products<kRows>(at, depth, Half::even(left.pair[p]), Half::even(right.pair[p]), sum);
-          add_products<kRows>(at + 1, depth, Half::odd(left.pair[p]), Half::odd(right.pair[p]), sum);
+          __m512 even[kHalves], odd[kHalves];
+#pragma GCC unroll 4
+          for (int i = 0; i < kHalves; ++i) {
+            even[i] = Half::even(pairs[i].pair[p]);
+            odd[i] = Half::odd(pairs[i].pair[p]);
+          }
+          add_products(at, depth, even, sum);
+          add_products(at + 1, depth, odd, sum);
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        float* to = sums + r * kPanelColumns + h * 16;
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; ++i) {
+        float* to = sums + i / 2 * stride + r * kPanelColumns + i % 2 * 16;
         const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
-        _mm512_storeu_ps(to, _mm512_add_ps(before, sum[r][h]));
+        _mm512_storeu_ps(to, _mm512_add_ps(before, sum[r][i]));
       }
   }
 }
 
+// One row: two blocks at a time, since the sums of one wait for each other. Each half of the blocks is read in order.
 template <typename Half>
-void f32_rows(const char* block, const float* a, int64_t rows, int64_t depth, float* sums) {
-  for (; rows >= 8; rows -= 8, a += 8 * depth, sums += 8 * kPanelColumns) multiply_rows<Half, 8>(block, a, depth, sums);
-  for (; rows >= 4; rows -= 4, a += 4 * depth, sums += 4 * kPanelColumns) multiply_rows<Half, 4>(block, a, depth, sums);
-  if (rows == 3) multiply_rows<Half, 3>(block, a, depth, sums);
-  if (rows == 2) multiply_rows<Half, 2>(block, a, depth, sums);
-  if (rows == 1) multiply_rows<Half, 1>(block, a, depth, sums);
+void f32_row(const char* const* blocks, int64_t count, const float* a, int64_t depth, float* sums) {
+  const int64_t pairs = count / 2;
+  for (int64_t i = 0; i < pairs; ++i)
+    multiply_rows<Half, 1, 2>(blocks + i, pairs, a, depth, sums + i * kPanelColumns, pairs * kPanelColumns);
+  if (count % 2 == 1) multiply_rows<Half, 1, 1>(blocks + count - 1, 0, a, depth, sums + (count - 1) * kPanelColumns, 0);
+}
+
+template <typename Half>
+void f32_rows(const char* const* blocks, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
+  if (rows == 1) return f32_row<Half>(blocks, count, a, depth, sums);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t r = 0;
+    const auto multiply = [&](auto kernel, int64_t tile) {
+      kernel(blocks + i, 0, a + r * depth, depth, sums + (i * rows + r) * kPanelColumns, 0);
+      r += tile;
+    };
+    while (rows - r >= 8) multiply(multiply_rows<Half, 8, 1>, 8);
+    if (rows - r >= 4) multiply(multiply_rows<Half, 4, 1>, 4);
+    if (rows - r == 3) multiply(multiply_rows<Half, 3, 1>, 3);
+    if (rows - r == 2) multiply(multiply_rows<Half, 2, 1>, 2);
+    if (rows - r == 1) multiply(multiply_rows<Half, 1, 1>, 1);
+  }
 }
 
 // out [depth][32 columns]

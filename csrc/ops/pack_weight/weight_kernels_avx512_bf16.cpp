@@ -12,60 +12,89 @@ namespace {
 
 using namespace avx512;
 
-// The products of one pair of depths of kRows rows, `depth` apart, with 32 columns.
-template <int kRows>
-MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void add_products(const BFloat16* a, int64_t depth, __m512i left,
-                                                            __m512i right, __m512 (&sum)[kRows][2]) {
+// The products of one pair of depths of kRows rows, `depth` apart, with kHalves times sixteen columns.
+template <int kRows, int kHalves>
+MIXTRAL_TARGET_AVX512_BF16 MIXTRAL_INLINE void add_products(const BFloat16* a, int64_t depth,
+                                                            const __m512i (&weights)[kHalves],
+                                                            __m512 (&sum)[kRows][kHalves]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     int32_t two;
     std::memcpy(&two, a + r * depth, sizeof two);
-    const auto value = (__m512bh)_mm512_set1_epi32(two);
-    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, (__m512bh)left);
-    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, (__m512bh)right);
+    const auto values = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 4
+    for (int i = 0; i < kHalves; ++i) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], values, (__m512bh)weights[i]);
   }
 }
 
-// kRows rows of a [kRows, depth] times a block -> sums [kRows, 32].
-template <typename Half, int kRows>
-MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_rows(const char* block, const BFloat16* a,
-                                                                        int64_t depth, float* sums) {
-  Half halves[2] = {{block, depth, 0, 0}, {block, depth, 0, 1}};
+// kRows rows of a [kRows, depth] times kBlocks blocks -> sums [kRows, 32] of each, `stride` apart.
+template <typename Half, int kRows, int kBlocks>
+MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_rows(const char* const* blocks, int64_t block_stride,
+                                                                        const BFloat16* a, int64_t depth, float* sums,
+                                                                        int64_t stride) {
+  constexpr int kHalves = 2 * kBlocks;
+  const char* last = blocks[(kBlocks - 1) * block_stride];
+  Half halves[4] = {{blocks[0], depth, 0, 0}, {blocks[0], depth, 0, 1}, {last, depth, 0, 0}, {last, depth, 0, 1}};
   for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
-    __m512 sum[kRows][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    __m512 sum[kRows][kHalves];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; ++i) sum[r][i] = _mm512_setzero_ps();
     const int64_t end = std::min(depth, begin + kChainDepth);
     for (int64_t k = begin; k < end; k += kStepDepth) {
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) halves[h].begin_step();
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
-        const Pairs left = halves[0].pairs(g), right = halves[1].pairs(g);
+        Pairs pairs[kHalves];
+#pragma GCC unroll 4
+        for (int i = 0; i < kHalves; ++i) pairs[i] = halves[i].pairs(g);
         const BFloat16* at = a + k + g * 2 * kGroupPairs;
 #pragma GCC unroll 4
-        for (int p = 0; p < kGroupPairs; ++p, at += 2)
-          add_products<kRows>(at, depth, Half::bf16(left.pair[p]), Half::bf16(right.pair[p]), sum);
+        for (int p = 0; p < kGroupPairs; ++p, at += 2) {
+          __m512i weights[kHalves];
+#pragma GCC unroll 4
+          for (int i = 0; i < kHalves; ++i) weights[i] = Half::bf16(pairs[i].pair[p]);
+          add_products(at, depth, weights, sum);
+        }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        float* to = sums + r * kPanelColumns + h * 16;
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; ++i) {
+        float* to = sums + i / 2 * stride + r * kPanelColumns + i % 2 * 16;
         const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
-        _mm512_storeu_ps(to, _mm512_add_ps(before, sum[r][h]));
+        _mm512_storeu_ps(to, _mm512_add_ps(before, sum[r][i]));
       }
   }
 }
 
+// One row: two blocks at a time, since the sums of one wait for each other. Each half of the blocks is read in order.
 template <typename Half>
-void bf16_rows(const char* block, const BFloat16* a, int64_t rows, int64_t depth, float* sums) {
-  for (; rows >= 8; rows -= 8, a += 8 * depth, sums += 8 * kPanelColumns) multiply_rows<Half, 8>(block, a, depth, sums);
-  for (; rows >= 4; rows -= 4, a += 4 * depth, sums += 4 * kPanelColumns) multiply_rows<Half, 4>(block, a, depth, sums);
-  if (rows == 3) multiply_rows<Half, 3>(block, a, depth, sums);
-  if (rows == 2) multiply_rows<Half, 2>(block, a, depth, sums);
-  if (rows == 1) multiply_rows<Half, 1>(block, a, depth, sums);
+void bf16_row(const char* const* blocks, int64_t count, const BFloat16* a, int64_t depth, float* sums) {
+  const int64_t pairs = count / 2;
+  for (int64_t i = 0; i < pairs; ++i)
+    multiply_rows<Half, 1, 2>(blocks + i, pairs, a, depth, sums + i * kPanelColumns, pairs * kPanelColumns);
+  if (count % 2 == 1) multiply_rows<Half, 1, 1>(blocks + count - 1, 0, a, depth, sums + (count - 1) * kPanelColumns, 0);
+}
+
+template <typename Half>
+void bf16_rows(const char* const* blocks, int64_t count, const BFloat16* a, int64_t rows, int64_t depth, float* sums) {
+  if (rows == 1) return bf16_row<Half>(blocks, count, a, depth, sums);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t r = 0;
+    const auto multiply = [&](auto kernel, int64_t tile) {
+      kernel(blocks + i, 0, a + r * depth, depth, sums + (i * rows + r) * kPanelColumns, 0);
+      r += tile;
+    };
+    while (rows - r >= 8) multiply(multiply_rows<Half, 8, 1>, 8);
+    if (rows - r >= 4) multiply(multiply_rows<Half, 4, 1>, 4);
+    if (rows - r == 3) multiply(multiply_rows<Half, 3, 1>, 3);
+    if (rows - r == 2) multiply(multiply_rows<Half, 2, 1>, 2);
+    if (rows - r == 1) multiply(multiply_rows<Half, 1, 1>, 1);
+  }
 }
 
 constexpr int64_t kMostRows = 64;
