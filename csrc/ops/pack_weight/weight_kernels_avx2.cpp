@@ -32,8 +32,8 @@ MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void multiply_tile(const char* block, int64_t
     for (int64_t k = begin; k < end; k += kStepDepth) {
 #pragma GCC unroll 2
       for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 1
+      for (int g = 0; g < kGroups; ++g)  // not unrolled: the loop has to fit the cache of decoded instructions
 #pragma GCC unroll 2
         for (int i = 0; i < kHalves; ++i)
 #pragma GCC unroll 2
