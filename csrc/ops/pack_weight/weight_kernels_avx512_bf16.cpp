@@ -45,7 +45,7 @@ MIXTRAL_TARGET_AVX512_BF16 __attribute__((noinline)) void multiply_rows(const ch
     for (int64_t k = begin; k < end; k += kStepDepth) {
 #pragma GCC unroll 4
       for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
-#pragma GCC unroll 4
+#pragma GCC unroll 1
       for (int g = 0; g < kGroups; ++g) {
         Pairs pairs[kHalves];
 #pragma GCC unroll 4
