@@ -121,12 +121,31 @@ def record_text(record: dict, rows: list[dict]) -> str:
     return head + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
 
 
+def cpu_field(name: str) -> str:
+    """Of the first processor in /proc/cpuinfo; empty where it has no such field."""
+    match = re.search(rf"^{name}\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match.group(1) if match else ""
+
+
 def device_name(device: str) -> str:
-    """The processor's or GPU's own name."""
+    """The GPU's own name, or the processor's, with its family where the name has no number: "AMD EPYC" is many."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return match.group(1) if match else platform.processor()
+    name = cpu_field("model name") or platform.processor()
+    numbered = re.search(r"\d", name) or not cpu_field("cpu family")
+    return name if numbered else f"{name} (family {cpu_field('cpu family')}, model {cpu_field('model')})"
+
+
+def native_isa() -> str:
+    """What MIXTRAL_CPU_ISA is by default on this processor (csrc/ops/cpu/isa.cpp)."""
+    flags = set(cpu_field("flags").split())
+    if not {"avx2", "fma", "f16c", "bmi2"} <= flags:
+        return "baseline"
+    if not {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+        return "avx2"
+    if "amx_bf16" in flags:
+        return "amx"
+    return "avx512_bf16" if "avx512_bf16" in flags and cpu_field("vendor_id") != "GenuineIntel" else "avx512"
 
 
 def main(name: str, run: Callable[[Bench], None], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
