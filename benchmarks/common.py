@@ -96,7 +96,10 @@ class Bench:
             self.write()
 
     def write(self, folder: Path = RECORDS) -> None:
-        """Write the record ``<folder>/<date>-<device>-<name>.json``."""
+        """Write the record ``<folder>/<date>-<device>-<name>.json``.
+
+        Other cases that runs of the same commit have left in it stay, so that a long record can be made in parts.
+        """
         date = datetime.date.today().isoformat()
         device = device_name(self.device)
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
@@ -111,6 +114,11 @@ class Bench:
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{date}-{slug}-{self.name}.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if before.get("commit") == record["commit"]:
+            cases = {row["case"] for row in rows}
+            rows = [row for row in before["rows"] if row["case"] not in cases] + rows
+            record["versions"] = before["versions"] | record["versions"]
         path.write_text(record_text(record, rows))
         print(f"wrote {path}")
 
