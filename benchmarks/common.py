@@ -96,7 +96,10 @@ class Bench:
             self.write()
 
     def write(self, folder: Path = RECORDS) -> None:
-        """Write the record ``<folder>/<date>-<device>-<name>.json``."""
+        """Write the record ``<folder>/<date>-<device>-<name>.json``.
+
+        Other cases that runs of the same commit have left in it stay, so that a long record can be made in parts.
+        """
         date = datetime.date.today().isoformat()
         device = device_name(self.device)
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
@@ -111,6 +114,11 @@ class Bench:
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{date}-{slug}-{self.name}.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if before.get("commit") == record["commit"]:
+            cases = {row["case"] for row in rows}
+            rows = [row for row in before["rows"] if row["case"] not in cases] + rows
+            record["versions"] = before["versions"] | record["versions"]
         path.write_text(record_text(record, rows))
         print(f"wrote {path}")
 
@@ -121,12 +129,31 @@ def record_text(record: dict, rows: list[dict]) -> str:
     return head + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
 
 
+def cpu_field(name: str) -> str:
+    """Of the first processor in /proc/cpuinfo; empty where it has no such field."""
+    match = re.search(rf"^{name}\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match.group(1) if match else ""
+
+
 def device_name(device: str) -> str:
-    """The processor's or GPU's own name."""
+    """The GPU's own name, or the processor's, with its family where the name has no number: "AMD EPYC" is many."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return match.group(1) if match else platform.processor()
+    name = cpu_field("model name") or platform.processor()
+    numbered = re.search(r"\d", name) or not cpu_field("cpu family")
+    return name if numbered else f"{name} (family {cpu_field('cpu family')}, model {cpu_field('model')})"
+
+
+def native_isa() -> str:
+    """What MIXTRAL_CPU_ISA is by default on this processor (csrc/ops/cpu/isa.cpp)."""
+    flags = set(cpu_field("flags").split())
+    if not {"avx2", "fma", "f16c", "bmi2"} <= flags:
+        return "baseline"
+    if not {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+        return "avx2"
+    if "amx_bf16" in flags:
+        return "amx"
+    return "avx512_bf16" if "avx512_bf16" in flags and cpu_field("vendor_id") != "GenuineIntel" else "avx512"
 
 
 def main(name: str, run: Callable[[Bench], None], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:

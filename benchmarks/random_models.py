@@ -70,6 +70,7 @@ class Shape:
 
 SHAPES = {
     "mini": Shape(hidden=512, layers=8, heads=8, kv_heads=2, head_dim=64, intermediate=1792),
+    "small": Shape(hidden=1536, layers=6, heads=12, kv_heads=4, head_dim=128, intermediate=5376),
     "mid": Shape(hidden=2048, layers=8, heads=16, kv_heads=4, head_dim=128, intermediate=7168),
     "wide2": Shape(hidden=4096, layers=2, heads=32, kv_heads=8, head_dim=128, intermediate=14336),
 }

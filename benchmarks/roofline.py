@@ -1,10 +1,15 @@
 """Bounds: no operation is faster than its least traffic and its useful arithmetic allow."""
 
+import ctypes
 import functools
 import statistics
+import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -102,3 +107,34 @@ def measure_matmul_rate(device: str, dtype: torch.dtype) -> float:
         candidates.append(lambda: ops.grouped_gemm(a, packed, offs))
     fastest = min(_seconds(function, device) for function in candidates for _ in range(30))
     return 2 * rows * columns * depth / fastest / 1e9
+
+
+@functools.cache
+def _fma_library(isa: str) -> ctypes.CDLL:
+    level = {"baseline": "x86-64", "avx2": "x86-64-v3"}.get(isa, "x86-64-v4")
+    with tempfile.TemporaryDirectory() as folder:
+        path, source = Path(folder) / "fma_peak.so", Path(__file__).parent / "fma_peak.c"
+        subprocess.run(["cc", "-O3", f"-march={level}", "-shared", "-fPIC", "-o", path, source], check=True)
+        library = ctypes.CDLL(str(path))
+    library.multiply_add.argtypes = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)]
+    library.multiply_add.restype = ctypes.c_double
+    return library
+
+
+def measure_fma_peak(threads: int, isa: str) -> float:
+    """GFLOP/s of f32 multiply-adds in the registers of an instruction set, a name of MIXTRAL_CPU_ISA: no product of f32
+    or f16 is faster, nor one of bf16 whose instruction set has none for bf16. The best of five."""
+    library, operations = _fma_library(isa), []
+
+    def work() -> None:  # ctypes lets threads run together
+        operations.append(library.multiply_add(4_000_000, ctypes.byref(ctypes.c_float())))
+
+    def run() -> None:
+        workers = [threading.Thread(target=work) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    fastest = min(_seconds(run, "cpu") for _ in range(5))
+    return threads * operations[0] / fastest / 1e9

@@ -1,7 +1,6 @@
-"""Writes the records of all ops and of the model, on the CPU without AMX, on CUDA with 8 layers of Mixtral 8x7B.
+"""Writes the records of all ops and of the model, on the CPU a small one, on CUDA 8 layers of Mixtral 8x7B.
 
-It ends within ``--minutes``: what does not fit is said to have failed. ``bench_model.py --models mini,mid --record``
-takes longer and is a command of its own.
+It ends within ``--minutes``: what does not fit is said to have failed.
 """
 
 import argparse
@@ -13,16 +12,17 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-CPU_ONLY = {"bench_pack_weight.py"}
+CPU_ONLY = {"bench_pack_weight.py", "bench_system.py"}
 MODEL = {
-    "cpu": ["--isa", "avx2,avx512,no_amx", "--models", "mini,mid", "--rounds", "3", "--seconds", "10"],
+    "cpu": ["--models", "small", "--isa", "native,avx2", "--rounds", "2"],
     "cuda": ["--layers", "8"],
 }
 
 
-def commands(device: str) -> list[list[str]]:
-    """One for each benchmark, file and options; the expert layer and the model first."""
-    first = [["bench_moe_mlp.py"], ["bench_model.py", *MODEL[device]]]
+def commands(device: str, llama_avx2: Path | None = None) -> list[list[str]]:
+    """One for each benchmark, file and options; the model and the expert layer first."""
+    llama = ["--llama-avx2", str(llama_avx2)] if llama_avx2 else []
+    first = [["bench_model.py", *MODEL[device], *llama], ["bench_moe_mlp.py"]]
     done = {command[0] for command in first} | (CPU_ONLY if device == "cuda" else set())
     files = sorted(path.name for path in FOLDER.glob("bench_*.py") if path.name not in done)
     return [[*command, "--device", device, "--record"] for command in first + [[file] for file in files]]
@@ -32,9 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(MODEL))
     parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--llama-avx2", type=Path, help="as bench_model.py takes it")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    failed, runs = [], commands(arguments.device)
+    failed, runs = [], commands(arguments.device, arguments.llama_avx2)
     for n, command in enumerate(runs, start=1):
         elapsed = time.monotonic() - begin
         print(f"[{n}/{len(runs)}, {elapsed:.0f} s] {' '.join(command)}", flush=True)

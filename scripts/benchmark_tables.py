@@ -1,6 +1,7 @@
 """Writes docs/benchmarks.md and the table of README from benchmarks/records: ``benchmark_tables.py``."""
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,30 +16,31 @@ PAGE = """# Benchmarks
   same run. A value above it means that the machine was slower when the bound was measured.
 - A case of a model is a shape, a dtype and, where given, the instruction set that all engines were held to; `no_amx` is
   everything that the processor has but AMX. The shapes are Mixtral models with random weights: `mini` (0.21 B
-  parameters), `mid` (3.0 B) and `wide2` (two layers of 8x7B, 3.2 B). llama.cpp has Q8_0 for int8 and Q4_K_M for int4.
+  parameters), `small` (1.3 B), `mid` (3.0 B) and `wide2` (two layers of 8x7B, 3.2 B). llama.cpp is built for the
+  processor, or for the instruction set; it has Q8_0 for int8 and Q4_K_M for int4.
+- The bound of decoding is reading the weights of a token from memory. That of a prefill is the processor's f32
+  multiply-adds, where the instruction set has none for bf16. Both rates are measured in each round.
 - *weights / peak memory* is 1 when a process holds its weights and nothing else. The engines run in Python processes;
   *of the binary* is without Python.
 
 | what | command |
 |---|---|
-| all ops, and the model on older instruction sets | `python benchmarks/run_all.py` |
+| all ops, and one model, as it is and held to AVX2 | `python benchmarks/run_all.py` |
 | one op | `python benchmarks/bench_<op>.py --record` |
-| models against transformers and llama.cpp | `python benchmarks/bench_model.py --models mini,mid,wide2 --record` |
-| GGUF files against llama.cpp | `python benchmarks/compare_gguf.py --record` |
+| a model against its peers | `python benchmarks/bench_model.py --isa native,avx2 --llama-avx2 FOLDER --record` |
+| GGUF files against llama.cpp | `cd benchmarks && python -m peers.compare_gguf --record` |
 | ops and plug-in on later versions of torch and transformers | `scripts/check_torch_versions.sh` |
 """
-# README's lines: what the processor could use, the record, the case.
-LINES = (
-    ("AMX, bf16", "model", "mid bfloat16"),
-    ("AMX, int4", "model", "mid int4"),
-    ("AVX-512 without AMX, bf16", "model-isa", "mid bfloat16 no_amx"),
-    ("AVX2, bf16", "model-isa", "mid bfloat16 avx2"),
-)
+# README's columns: dtype and metric, the heading. Its lines are the processors, each with the first of MODELS that it
+# has, as it is and held to AVX2.
 COLUMNS = {
-    "prefill 512": "reading a prompt of 512, tokens/s",
-    "decode": "writing, tokens/s",
-    "weights / peak memory": "weights / peak memory",
+    ("bfloat16", "prefill 512"): "reading a prompt of 512, bf16",
+    ("bfloat16", "decode"): "writing, bf16",
+    ("int8", "decode"): "writing, int8",
+    ("int4", "decode"): "writing, int4",
 }
+MODELS = ("mid", "small")
+SETS = {"amx": "AMX", "avx512_bf16": "AVX-512 with BF16", "avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
 
 
 def newest_records(folder: Path) -> list[dict]:
@@ -102,14 +104,22 @@ def against_best_peer(rows: list[dict], metric: str) -> str:
 
 
 def readme_table(records: list[dict]) -> str:
-    """A line for each instruction set and dtype that was measured, each with the best of the peers."""
-    lines = [line(["", *COLUMNS.values()]), "|---" * (1 + len(COLUMNS)) + "|"]
-    for label, name, case in LINES:
-        for record in records:
-            rows = [row for row in record["rows"] if row["case"] == case]
-            if record["name"] == name and rows:
-                device = record["device"].replace("(R)", "").removesuffix(" Processor")
-                lines.append(line([f"{device}, {label}", *(against_best_peer(rows, metric) for metric in COLUMNS)]))
+    """A line for each processor, and for each that was held to AVX2 as well; every cell with the best of the peers."""
+    lines = [line(["tokens/s", *COLUMNS.values()]), "|---" * (1 + len(COLUMNS)) + "|"]
+    for record in (record for record in records if record["name"] == "model"):
+        cases = {row["case"] for row in record["rows"]}
+        model = next((model for model in MODELS if f"{model} bfloat16" in cases), None)
+        device = re.sub(r"\(R\)| Processor| \(family.*\)", "", record["device"])
+        native = SETS[record["versions"]["instruction set"]]
+        for held, label in (("", native), (" avx2", f"{native} held to AVX2")):
+            if f"{model} bfloat16{held}" in cases:
+                cells = (
+                    against_best_peer(
+                        [row for row in record["rows"] if row["case"] == f"{model} {dtype}{held}"], metric
+                    )
+                    for dtype, metric in COLUMNS
+                )
+                lines.append(line([f"{device}, {label}", *cells]))
     return "\n".join(lines)
 
 

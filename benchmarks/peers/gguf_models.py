@@ -107,8 +107,8 @@ def _quantise(source: Path, path: Path, file_type: int) -> None:
 
 
 def write_gguf(shape: Shape, folder: Path, kind: str) -> Path:
-    """Write the checkpoint in ``folder`` as ``<kind>.gguf`` (BF16, Q8_0 or Q4_K_M) into it; a file there is kept."""
-    path = folder / f"{kind}.gguf"
+    """Write the checkpoint in ``folder`` as ``<folder>-<kind>.gguf`` (BF16, Q8_0 or Q4_K_M); a file there is kept."""
+    path = folder.with_name(f"{folder.name}-{kind}.gguf")
     if not path.exists():
         part = path.with_suffix(".part")
         if kind == "BF16":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peers.engines import Worker
-from roofline import measure_read_bandwidth
+from roofline import measure_fma_peak, measure_read_bandwidth
 
 PEERS = ("transformers", "llama.cpp")
 EXPERTS = {"transformers": ["eager", "grouped_mm"]}  # its better implementation counts
@@ -42,7 +42,8 @@ class Turns:
     )
     load_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, float] = field(default_factory=dict)
-    bandwidth: list[float] = field(default_factory=list)  # GB/s, once a round
+    bandwidth: list[float] = field(default_factory=list)  # GB/s read, once a round
+    fma_peak: list[float] = field(default_factory=list)  # GFLOP/s of f32, once a round
 
     def rate(self, engine: str, measure: str) -> float | None:
         """The median of the engine's best implementation; None when it was not asked."""
@@ -55,15 +56,17 @@ def run_turns(
     dtype: str,
     threads: int,
     rounds: int,
-    seconds: float = float("inf"),
+    seconds: float,
+    isa: str,
+    environment: dict[str, str],
     measures: Sequence[Measure] = MEASURES,
-    environment: dict[str, str] | None = None,
 ) -> Turns:
     """Load every engine and let them take turns.
 
     Args:
         engines: name -> its model's path.
         rounds, seconds: no round starts when either is used up, but the first one always does.
+        isa: that the peak of f32 is measured with.
         environment: variables that all engines get.
     """
     turns, workers = Turns(), []
@@ -78,6 +81,7 @@ def run_turns(
             if n > 0 and time.perf_counter() - start > seconds:
                 break
             turns.bandwidth.append(measure_read_bandwidth("cpu"))
+            turns.fma_peak.append(measure_fma_peak(threads, isa))
             for measure in measures:
                 for worker in workers:
                     run_measure(worker, measure, turns)

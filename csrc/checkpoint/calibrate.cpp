@@ -1,7 +1,5 @@
 #include "calibrate.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,6 +10,7 @@
 #include "../model/memory.h"
 #include "../model/observer.h"
 #include "../model/ops.h"
+#include "../model/parallel.h"
 #include "../model/parameters.h"
 #include "../model/transformer.h"
 #include "weights.h"
@@ -64,7 +63,7 @@ torch::Tensor round_group(const torch::Tensor& rows, int64_t k, const torch::Ten
   float* const all_errors = errors.data_ptr<float>();
   uint8_t* const scale_bytes = scales.data_ptr<uint8_t>();
   const float* const u = factor.data_ptr<float>() + k * depth + k;
-  at::parallel_for(0, rows.size(0), 64, [&](int64_t begin, int64_t end) {
+  parallel_for(rows.size(0), 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       float* const row = values + n * depth;
       RoundedGroup best;

@@ -1,5 +1,7 @@
 #include "memory_plan.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
@@ -10,7 +12,7 @@
 namespace mixtral {
 namespace {
 
-constexpr double kPackingBytes = 16 << 20;  // rows as read (weights.cpp), as converted, and as packed
+constexpr double kPackingBytes = 4 << 20;  // of a thread: rows as read (row_reader.cpp), as converted, and as packed
 
 // The values of one token that are alive at a time: the residual and its norm; then q, k, v and the result of
 // attention, or the rows of its experts with gate, up, their product and the output.
@@ -56,7 +58,7 @@ MemoryPlan plan_memory(const Config& config, const WeightType& type, const std::
   const int64_t element_size = type.element_size();
   MemoryPlan plan;
   plan.weights = weight_bytes(config, type);
-  plan.loading = type.packing == Packing::kNone ? 0 : kPackingBytes;
+  plan.loading = type.packing == Packing::kNone ? 0 : kPackingBytes * at::get_num_threads();
   if (device != "cpu" && type.packing != Packing::kNone)
     plan.unpacking = static_cast<double>(values_of_largest_matrix(config) * element_size);
   plan.ctx_size = ctx_size > 0 ? ctx_size : config.max_position;

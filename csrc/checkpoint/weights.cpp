@@ -1,9 +1,6 @@
 #include "weights.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -13,6 +10,7 @@
 #include "../io/nearest.h"
 #include "files.h"
 #include "folder.h"
+#include "row_reader.h"
 
 namespace mixtral {
 namespace {
@@ -20,10 +18,6 @@ namespace {
 namespace fs = std::filesystem;
 
 const std::string kTakeOriginal = ": take the checkpoint that is not quantised; `mixtral quantize` makes it small";
-constexpr uint64_t kStagingBytes = 4 << 20;
-constexpr uint64_t kProgressBytes = 64 << 20;
-
-// ---- from tensors to slices
 
 torch::ScalarType scalar_type(const TensorFile& file, const WeightSlice& slice, const TensorEntry& entry) {
   if (slice.packed) {
@@ -83,99 +77,6 @@ void check_unexpected(const TensorFile& file, const std::set<std::string>& expec
     throw LoadError(file.path(), tensor, "is not part of the model that the configuration describes");
   }
 }
-
-// ---- from slices to parameters
-
-// Reads runs of rows, and reports progress about every kProgressBytes.
-class RowReader {
- public:
-  RowReader(const Progress& progress, uint64_t total, const Adapter* adapter, bool check_finite)
-      : progress_(progress), total_(total), adapter_(adapter), check_finite_(check_finite) {}
-
-  // out: the rows of the parameter that the slice becomes, [rows,cols], on any device; or, with packing, their packed
-  // blocks [rows/32,...].
-  void read(const TensorFile& file, const TensorEntry& entry, const WeightSlice& slice, torch::ScalarType type,
-            Packing packing, const torch::Tensor& out) {
-    const int64_t rows = slice.rows(), out_rows = slice.transposed ? slice.cols() : rows;
-    const int64_t block = packing == Packing::kNone ? 1 : out_rows / out.size(0);
-    const int64_t group = slice.transposed ? rows : std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), block);
-    const int64_t row_bytes = static_cast<int64_t>(entry.end - entry.begin) / rows;
-    const int64_t step = std::max<int64_t>(kStagingBytes / (row_bytes * group), 1) * group;
-    const bool changed = adapter_ && adapter_->changes(slice.parameter), blocks = is_ggml_quantized(entry.dtype);
-    const bool direct = out.is_cpu() && out.scalar_type() == type && slice.interleaved_head_dim == 0 && block == 1 &&
-                        !changed && !blocks && !slice.transposed;
-    for (int64_t row = 0; row < rows; row += step) {
-      const int64_t count = std::min(step, rows - row), bytes = count * row_bytes;
-      const torch::Tensor part = slice.transposed ? out : out.narrow(0, row / block, count / block);
-      void* to = direct ? part.data_ptr() : staging(bytes);
-      file.read(entry.begin + static_cast<uint64_t>(row * row_bytes), to, static_cast<uint64_t>(bytes));
-      auto source = blocks ? dequantized(entry.dtype, to, count, slice.cols(), row_bytes)
-                           : torch::from_blob(to, {count, slice.cols()}, type);
-      if (check_finite_ && !slice.packed) check_finite(file, slice, source, slice.first_tensor_row + row);
-      if (!direct) {
-        source = slice.transposed ? source.t().contiguous() : half_split(source, slice.interleaved_head_dim);
-        if (changed) {
-          source = source.to(torch::kFloat32);
-          adapter_->merge_into(source, slice.parameter, slice.first_row + row);
-        }
-        part.copy_(packing == Packing::kNone ? source : pack(file, slice, source, packing, out.scalar_type()));
-      }
-      report(static_cast<uint64_t>(bytes));
-    }
-  }
-
- private:
-  // f32 [count,cols] of `count` rows of quantised blocks
-  static torch::Tensor dequantized(const std::string& dtype, const void* blocks, int64_t count, int64_t cols,
-                                   int64_t row_bytes) {
-    const auto rows = torch::empty({count, cols}, torch::kFloat32);
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        dequantize_ggml(dtype, static_cast<const uint8_t*>(blocks) + row * row_bytes, cols,
-                        rows.data_ptr<float>() + row * cols);
-      }
-    });
-    return rows;
-  }
-
-  // rows [n,cols], the first of which is `first_row` of the tensor
-  static void check_finite(const TensorFile& file, const WeightSlice& slice, const torch::Tensor& rows,
-                           int64_t first_row) {
-    const torch::Tensor wrong = torch::isfinite(rows).logical_not_();
-    if (!wrong.any().item<bool>()) return;
-    const torch::Tensor place = wrong.nonzero()[0];  // [2]
-    const auto row = place[0].item<int64_t>(), col = place[1].item<int64_t>();
-    throw LoadError(file.path(), slice.tensor,
-                    std::string("holds ") + (rows[row][col].isnan().item<bool>() ? "NaN" : "inf") + " in row " +
-                        std::to_string(first_row + row) + ", column " + std::to_string(col));
-  }
-
-  static torch::Tensor pack(const TensorFile& file, const WeightSlice& slice, const torch::Tensor& rows,
-                            Packing packing, torch::ScalarType type) {
-    if (packing == Packing::kFloat) return pack_rows(rows.to(type), packing);
-    if (!torch::isfinite(rows).all().item<bool>()) {
-      throw LoadError(file.path(), slice.tensor, "must be finite to be quantised, got inf or NaN");
-    }
-    return pack_rows(rows, packing);
-  }
-
-  void* staging(int64_t bytes) {
-    if (!staging_.defined() || staging_.numel() < bytes) staging_ = torch::empty({bytes}, torch::kUInt8);
-    return staging_.data_ptr();
-  }
-
-  void report(uint64_t bytes) {
-    done_ += bytes;
-    if (progress_ && (done_ == total_ || done_ - reported_ >= kProgressBytes)) progress_(reported_ = done_, total_);
-  }
-
-  const Progress& progress_;
-  const uint64_t total_;
-  const Adapter* const adapter_;  // null: none
-  const bool check_finite_;
-  uint64_t done_ = 0, reported_ = 0;
-  torch::Tensor staging_;
-};
 
 }  // namespace
 
@@ -279,14 +180,13 @@ void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>&
     if (!wanted) continue;
     const torch::Tensor& parameter = *wanted;
     const int64_t rows = slice.transposed ? slice.cols() : slice.rows();
-    const torch::ScalarType type = scalar_type(files_[file], slice, entry);
+    const StoredRows stored{files_[file], entry, slice, scalar_type(files_[file], slice, entry)};
     if (is_packed(parameter) && !slice.packed) {
       const auto blocks = parameter.flatten(0, 1);
-      reader.read(files_[file], entry, slice, type, packing,
-                  blocks.narrow(0, slice.first_row / kPackedRows, rows / kPackedRows));
+      reader.read(stored, packing, blocks.narrow(0, slice.first_row / kPackedRows, rows / kPackedRows));
     } else {
       const auto matrix = parameter.view({-1, slice.transposed ? slice.rows() : slice.cols()});
-      reader.read(files_[file], entry, slice, type, Packing::kNone, matrix.narrow(0, slice.first_row, rows));
+      reader.read(stored, Packing::kNone, matrix.narrow(0, slice.first_row, rows));
     }
   }
 }

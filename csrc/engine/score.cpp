@@ -1,9 +1,8 @@
 #include "score.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
+#include "../model/parallel.h"
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "require.h"
@@ -16,7 +15,7 @@ namespace {
 void gather_logprobs(const torch::Tensor& logits, const int64_t* targets, double* logprobs) {
   const int64_t vocab = logits.size(1);
   const float* const rows = logits.data_ptr<float>();
-  at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(logits.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       logprobs[t] = token_logprob(rows + t * vocab, vocab, targets[t], /*top=*/0).logprob;
   });

@@ -75,7 +75,12 @@ ROWS = [
     ROW | dict(metric="prefill 512", value=1234.5, peer="c", peer_value=0.1234, ratio=10004.0),
 ]
 RECORD = dict(
-    name="model", device="Some(R) CPU", date="2026-01-01", commit="0" * 40, versions={"torch": "2"}, rows=ROWS
+    name="model",
+    device="Some(R) CPU (family 1, model 2)",
+    date="2026-01-01",
+    commit="0" * 40,
+    versions={"torch": "2", "instruction set": "avx512"},
+    rows=ROWS,
 )
 
 
@@ -90,7 +95,16 @@ def test_a_table_puts_all_peers_of_a_measurement_on_one_line():
 
 def test_readme_compares_with_the_best_peer_though_it_be_faster():
     line = readme_table([RECORD]).splitlines()[-1]
-    assert line == "| Some CPU, AMX, bf16 | 1,234, 10004.00 × c | 10, 0.50 × c |  |"
+    assert line == "| Some CPU, AVX-512 | 1,234, 10004.00 × c | 10, 0.50 × c |  |  |"
+
+
+def test_readme_has_a_line_for_a_processor_held_to_avx2():
+    held = [row | dict(case=f"small {dtype} avx2") for dtype in ("bfloat16", "int4") for row in ROWS]
+    record = RECORD | dict(rows=held + [row | dict(case="small bfloat16") for row in ROWS])
+    assert readme_table([record, record | dict(name="model-isa")]).splitlines()[2:] == [
+        "| Some CPU, AVX-512 | 1,234, 10004.00 × c | 10, 0.50 × c |  |  |",
+        "| Some CPU, AVX-512 held to AVX2 | 1,234, 10004.00 × c | 10, 0.50 × c |  | 10, 0.50 × c |",
+    ]
 
 
 def test_the_picture_shows_what_the_binary_prints():

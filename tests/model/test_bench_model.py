@@ -4,20 +4,33 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import bench_system
 import mixtral
 import model_cuda
-from bench_model import ISA_ENVIRONMENT, binary_peak_memory, bound_rows, groups_that_fit, rate_rows, resource_rows
-from common import Bench
+from bench_model import (
+    NATIVE,
+    binary_peak_memory,
+    bound_rows,
+    groups_that_fit,
+    isa_environment,
+    isa_in_use,
+    peers_of,
+    rate_rows,
+    resource_rows,
+)
+from common import Bench, native_isa
 from peers.engines import VOCAB, Worker, missing_packages
 from peers.turns import MEASURES, Turns
 from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
-from roofline import Rates
+from roofline import Rates, measure_fma_peak
 
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=48, vocab=VOCAB)
 
@@ -29,7 +42,8 @@ def folder(tmp_path_factory):
 
 def turns_of(engines: dict[str, float]) -> Turns:
     """Turns in which each engine did everything at its rate."""
-    turns = Turns(load_seconds=dict.fromkeys(engines, 2.0), peak_memory=dict.fromkeys(engines, 1e9), bandwidth=[10.0])
+    turns = Turns(load_seconds=dict.fromkeys(engines, 2.0), peak_memory=dict.fromkeys(engines, 1e9))
+    turns.bandwidth, turns.fma_peak = [10.0], [200.0]
     for engine, rate in engines.items():
         for measure in MEASURES:
             turns.rates[engine, measure.name][""] += [rate, 100 * rate, rate]  # the median drops the outlier
@@ -75,7 +89,7 @@ def test_worker_loads_obeys_and_says_why_it_died(engine, folder):
         worker.ask("no_such_command")
     worker.close()
     if engine == "ours":
-        assert 2 * TINY.weights < binary_peak_memory(folder, "bfloat16", threads=1) < of_python
+        assert 2 * TINY.weights < binary_peak_memory(folder, "bfloat16", 1, {}) < of_python
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -86,7 +100,7 @@ def test_missing_package_is_named(monkeypatch):
 def test_rows_compare_with_the_group_that_the_peer_was_in():
     fast, slow = turns_of({"ours": 10.0, "transformers": 4.0}), turns_of({"ours": 6.0, "llama.cpp": 12.0})
     groups = {"ours": slow, "transformers": fast, "llama.cpp": slow}
-    rows = {(row.metric, row.peer): row for row in rate_rows("mid", "bfloat16", ["transformers", "llama.cpp"], groups)}
+    rows = {(row.metric, row.peer): row for row in rate_rows("mid bfloat16", ["transformers", "llama.cpp"], groups)}
     assert len(rows) == sum(len(measure.peers) for measure in MEASURES)
     decode = rows["decode", "llama.cpp"]
     assert (decode.value, decode.peer_value, decode.ratio) == (6.0, 12.0, 0.5)
@@ -101,14 +115,54 @@ def test_better_experts_implementation_of_a_peer_counts():
 
 def test_rows_of_a_peer_that_did_not_run_stay_empty():
     groups = {"ours": turns_of({"ours": 10.0})}
-    for row in rate_rows("mid", "int8", ["llama.cpp"], groups) + resource_rows("mid", "int8", ["llama.cpp"], groups):
+    peers = ["llama.cpp"]
+    for row in rate_rows("mid int8", peers, groups) + resource_rows("mid int8", 1e9, peers, groups):
         assert row.value > 0 and row.peer == "llama.cpp" and row.peer_value is None and row.ratio is None
 
 
 def test_decode_bound_is_reading_the_weights_of_a_token():
-    decode = next(row for row in bound_rows("mid", "int8", turns_of({"ours": 5.0})) if row.metric == "decode")
+    rows = bound_rows("mid int8", SHAPES["mid"], "int8", "avx2", turns_of({"ours": 5.0}))
+    decode = next(row for row in rows if row.metric == "decode")
     assert decode.bound == pytest.approx(10e9 / SHAPES["mid"].weights_per_token)
     assert decode.percent_of_bound == pytest.approx(100 * 5.0 / decode.bound)
+
+
+def test_prefill_is_bound_by_f32_where_bf16_has_no_instructions():
+    for isa, bound in (("avx2", 200.0), ("avx512", 200.0), ("avx512_bf16", None), ("amx", None)):
+        rows = bound_rows("mid int8", SHAPES["mid"], "int8", isa, turns_of({"ours": 5.0}))
+        prefill = next(row for row in rows if row.metric == "prefill 512")
+        assert prefill.value == pytest.approx(5.0 * SHAPES["mid"].prefill_flop(512) / 512 / 1e9)
+        assert prefill.bound == bound
+        assert prefill.percent_of_bound == (bound and pytest.approx(100 * prefill.value / bound))
+
+
+def test_peak_of_f32_grows_with_the_registers():
+    peak = measure_fma_peak(1, "avx2")
+    assert 1 < peak < 1000
+    if native_isa() not in ("baseline", "avx2"):
+        assert measure_fma_peak(1, "avx512") > 0.9 * peak
+
+
+def test_instruction_set_by_default_is_what_the_kernels_choose():
+    """One above it is refused, and its own name is taken."""
+    order = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
+    script = "import torch, mixtral.ops as ops; ops.pack_weight(torch.ones(1, 32, 32))"
+    for isa in order[order.index(native_isa()) :]:
+        environment = os.environ | {"MIXTRAL_CPU_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        if isa == native_isa():
+            assert run.returncode == 0, run.stderr
+        elif not (isa == "avx512_bf16" and native_isa() == "avx512"):  # Intel's cores have it, and are slower with it
+            assert "must be one that this processor has" in run.stderr
+
+
+def test_peers_are_those_that_can_be_held_to_the_instruction_set():
+    with_llama = SimpleNamespace(peers=["transformers", "llama.cpp"], llama_avx2=Path("/libraries"))
+    without = SimpleNamespace(peers=["transformers", "llama.cpp"], llama_avx2=None)
+    assert peers_of("bfloat16", NATIVE, without) == ["transformers", "llama.cpp"]
+    assert peers_of("int4", NATIVE, without) == peers_of("int4", "avx2", with_llama) == ["llama.cpp"]
+    assert peers_of("bfloat16", "avx2", without) == peers_of("bfloat16", "avx512", with_llama) == ["transformers"]
+    assert peers_of("fp8", NATIVE, with_llama) == []
 
 
 def test_engines_share_memory_only_when_they_fit(tmp_path):
@@ -119,12 +173,30 @@ def test_engines_share_memory_only_when_they_fit(tmp_path):
 
 def test_environment_holds_torch_and_ours_to_the_instruction_set(folder):
     script = "import torch; print(torch.backends.cpu.get_cpu_capability()); torch.ones(8, 8).to_mkldnn()"
-    environment = os.environ | ISA_ENVIRONMENT["avx2"] | {"ONEDNN_VERBOSE": "1"}
+    environment = os.environ | isa_environment("avx2") | {"ONEDNN_VERBOSE": "1"}
     command = [sys.executable, "-u", "-c", script]  # -u: what Python and oneDNN print comes in this order
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert isa_environment(NATIVE) == {} and isa_in_use(NATIVE) == native_isa()
+    assert isa_environment("avx2", folder)["LLAMA_CPP_LIB_PATH"] == str(folder)
     assert run.stdout.startswith("AVX2\n") and "isa:Intel AVX2" in run.stdout
     with pytest.raises(RuntimeError, match="MIXTRAL_CPU_ISA: must be baseline"):
         Worker("ours", folder, "bfloat16", 1, {"MIXTRAL_CPU_ISA": "pentium"}).ask("prefill", tokens=4)
+
+
+def test_system_benchmark_counts_the_bytes_of_the_files(folder, monkeypatch):
+    monkeypatch.setattr("bench_system.bench", lambda *arguments: {"load_seconds": 2.0})
+    row = bench_system.loading_row("tiny", folder, "bfloat16", rounds=1)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert row.value == pytest.approx(size / 2e9) and row.bound > row.value
+
+
+def test_system_benchmark_compares_a_busy_core_with_idle_ones(folder, monkeypatch):
+    rates = iter(range(100, 112))
+    monkeypatch.setattr("bench_system.bench", lambda *_, environment: {"decode_tokens_per_second": next(rates)})
+    rows = bench_system.thread_rows(folder, rounds=1)
+    assert [row.value for row in rows] == list(range(100, 112))
+    assert [row.peer_value for row in rows] == [None] * 6 + list(range(100, 106))
+    assert "busy" in rows[6].case and "passive" in rows[3].case and "passive" not in rows[6].case
 
 
 def test_a_decode_step_of_one_sequence_reads_the_weights_of_a_token():

@@ -63,6 +63,20 @@ def test_a_record_has_a_row_a_line(bench, tmp_path):
     assert sum('"case"' in line for line in path.read_text().splitlines()) == 2
 
 
+def test_a_record_is_made_in_parts_by_one_commit(bench, tmp_path, monkeypatch):
+    def cases_after(case: str, value: float, commit: str) -> list[tuple[str, float]]:
+        monkeypatch.setenv("MIXTRAL_COMMIT", commit)
+        bench.rows = [Row(case, "decode", value, "tokens/s")]
+        bench.write(tmp_path)
+        (path,) = tmp_path.iterdir()
+        return [(row["case"], row["value"]) for row in json.loads(path.read_text())["rows"]]
+
+    assert cases_after("a", 1.0, "one") == [("a", 1.0)]
+    assert cases_after("b", 2.0, "one") == [("a", 1.0), ("b", 2.0)]
+    assert cases_after("a", 3.0, "one") == [("b", 2.0), ("a", 3.0)]
+    assert cases_after("a", 4.0, "two") == [("a", 4.0)]
+
+
 def test_bound_is_the_slower_of_memory_and_arithmetic():
     memory, arithmetic = bound_of(1.0, 9.9, RATES, "cpu"), bound_of(1.0, 10.1, RATES, "cpu")
     assert (memory.unit, memory.work, memory.rate) == ("GB/s", 1.0, 10.0)
@@ -145,4 +159,4 @@ def test_one_command_runs_every_benchmark_once():
     commands = run_all.commands("cpu")
     assert len(commands) == len(files) and {command[0] for command in commands} == files
     assert all(command[-3:] == ["--device", "cpu", "--record"] for command in commands)
-    assert {command[0] for command in run_all.commands("cuda")} == files - {"bench_pack_weight.py"}
+    assert {command[0] for command in run_all.commands("cuda")} == files - {"bench_pack_weight.py", "bench_system.py"}

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from conftest import with_threads
 from odd_checkpoints import (
     IDS,
     INDEX,
@@ -13,6 +15,7 @@ from odd_checkpoints import (
     tensors_of,
     write,
 )
+from random_models import Shape, write_checkpoint
 
 pytest_plugins = ["checkpoint_fixtures"]
 
@@ -108,6 +111,18 @@ def test_weights_are_checked_on_request(value, dtype, folder):
     load(folder, dtype=dtype)
     reason = f"{name}: holds {'NaN' if value != value else 'inf'} in row 5, column 7"
     assert_load_error(folder, reason, dtype=dtype, check_weights=True)
+
+
+def test_the_first_wrong_row_is_named_whatever_thread_finds_one(tmp_path):
+    shape = Shape(hidden=64, layers=1, heads=1, kv_heads=1, head_dim=64, intermediate=32)
+    folder = write_checkpoint(shape, tmp_path / "model")
+    file, name = folder / "model-00002-of-00002.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(file)
+    tensors[name][10000::200, 4] = float("nan")  # of 4 MB, which threads read in parts of 256 KiB
+    save_file(tensors, file)
+    reason = f"{name}: holds NaN in row 10000, column 4"
+    for _ in range(5):
+        with_threads(4, lambda: assert_load_error(folder, reason, check_weights=True))
 
 
 def test_checking_changes_nothing_in_good_weights(source):

@@ -137,6 +137,19 @@ def test_int4_with_given_scales_equals_reference(shape, dtype):
     assert_same_bits(ops.pack_weight(stands_for, "int4", scales), packed)
 
 
+@pytest.mark.every_isa
+def test_int4_scales_that_are_almost_equally_good_equal_reference():
+    """At twice the scale these 32 values have the same error. With f32 sums it is not certain which one is smaller."""
+    group = torch.full((32,), 5.5625)
+    group[0], group[1] = 10.625, 5.5
+    weight = group + torch.zeros(1, 64, 32)
+    weight[0, :, 2] += torch.arange(-32, 32) * 2.0**-18  # 3e-6 of the error each
+    packed = ops.pack_weight(weight, "int4")
+    assert_same_bits(packed, reference.pack_weight(weight, "int4"))
+    scales = packed[0, :, 0, :32].flatten()
+    assert scales[0] == scales[31] == scales[63] + 2  # the larger scale, and half of it
+
+
 def test_int4_levels_at_a_scale_of_one():
     levels = torch.arange(-7.5, 8, 1).repeat(2).expand(1, 32, 32)
     for scale in (1.0, 2.0**-20, 2.0**40):

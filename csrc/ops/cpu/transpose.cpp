@@ -45,6 +45,27 @@ MIXTRAL_TARGET_AVX512 void transpose_words_avx512(const void* const rows[16], ch
     for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + (4 * i + j) * out_stride * kWord, words[i]);
   }
 }
+
+// Four words of eight rows at a time: row i and row i + 4 share a register, so that no word has to cross its middle.
+MIXTRAL_TARGET_AVX2 void transpose_words_avx2(const void* const rows[16], char* out, int64_t out_stride) {
+  const auto load = [&](int64_t row, int64_t word) __attribute__((target("arch=x86-64-v3"))) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(rows[row]) + word * kWord));
+  };
+  for (int64_t row = 0; row < 16; row += 8)
+    for (int64_t word = 0; word < 16; word += 4) {
+      __m256i r[4];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i)
+        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(row + i, word)), load(row + i + 4, word), 1);
+      const __m256i low_01 = _mm256_unpacklo_epi32(r[0], r[1]), high_01 = _mm256_unpackhi_epi32(r[0], r[1]);
+      const __m256i low_23 = _mm256_unpacklo_epi32(r[2], r[3]), high_23 = _mm256_unpackhi_epi32(r[2], r[3]);
+      const __m256i words[4] = {_mm256_unpacklo_epi64(low_01, low_23), _mm256_unpackhi_epi64(low_01, low_23),
+                                _mm256_unpacklo_epi64(high_01, high_23), _mm256_unpackhi_epi64(high_01, high_23)};
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + ((word + i) * out_stride + row) * kWord), words[i]);
+    }
+}
 #endif
 
 }  // namespace
@@ -53,6 +74,7 @@ void transpose_words(const void* const rows[16], void* out, int64_t out_stride) 
   auto* to = static_cast<char*>(out);
 #if defined(__x86_64__)
   if (cpu_isa() >= CpuIsa::kAvx512) return transpose_words_avx512(rows, to, out_stride);
+  if (cpu_isa() == CpuIsa::kAvx2) return transpose_words_avx2(rows, to, out_stride);
 #endif
   for (int64_t i = 0; i < 16; ++i)
     for (int64_t j = 0; j < 16; ++j)

@@ -1,4 +1,6 @@
-"""Does a GGUF file mean the same here and in llama.cpp? ``compare_gguf.py [--record]``; needs llama_cpp and gguf.
+"""Does a GGUF file mean the same here and in llama.cpp? needs llama_cpp and gguf.
+
+``cd benchmarks && python -m peers.compare_gguf [--record]``
 
 A small random Mixtral is written in F32 and quantised by llama.cpp. Two questions for each type, on the same prompts:
 
