@@ -63,6 +63,18 @@ def test_head_counts_and_head_dims(heads, head_dim, device, dtype):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 8, 13])
+@pytest.mark.parametrize("head_dim", [40, 128])
+def test_query_does_not_depend_on_queries_beside_it(group, head_dim, dtype):
+    q, k, v, cu_q, cu_k = make([9], [150], "cpu", dtype, (2 * group, 2), head_dim)
+    whole = ops.sliding_window_attention(q, k, v, cu_q, cu_k, 70)
+    for i in range(9):
+        until = 150 - 8 + i  # the keys that query i may see
+        lengths = starts([1], "cpu"), starts([until], "cpu")
+        assert torch.equal(ops.sliding_window_attention(q[i : i + 1], k[:until], v[:until], *lengths, 70)[0], whole[i])
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (100, True), (0, False)])
 def test_many_tiles_of_queries_and_blocks_of_keys(window, causal, device, dtype):
     assert_matches_reference(*make([70, 200], [300, 200], device, dtype, (8, 2), 64), window, causal)

@@ -46,25 +46,26 @@ MIXTRAL_TARGET_AVX512 void transpose_words_avx512(const void* const rows[16], ch
   }
 }
 
-// Four words of eight rows at a time: row i and row i + 4 share a register, so that no word has to cross its middle.
+// 4 x 4 words in each half of the registers, the halves belonging to rows four apart.
 MIXTRAL_TARGET_AVX2 void transpose_words_avx2(const void* const rows[16], char* out, int64_t out_stride) {
-  const auto load = [&](int64_t row, int64_t word) __attribute__((target("arch=x86-64-v3"))) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(rows[row]) + word * kWord));
-  };
-  for (int64_t row = 0; row < 16; row += 8)
+  for (int64_t row = 0; row < 16; row += 8) {
     for (int64_t word = 0; word < 16; word += 4) {
       __m256i r[4];
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i)
-        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(row + i, word)), load(row + i + 4, word), 1);
-      const __m256i low_01 = _mm256_unpacklo_epi32(r[0], r[1]), high_01 = _mm256_unpackhi_epi32(r[0], r[1]);
-      const __m256i low_23 = _mm256_unpacklo_epi32(r[2], r[3]), high_23 = _mm256_unpackhi_epi32(r[2], r[3]);
-      const __m256i words[4] = {_mm256_unpacklo_epi64(low_01, low_23), _mm256_unpackhi_epi64(low_01, low_23),
-                                _mm256_unpacklo_epi64(high_01, high_23), _mm256_unpackhi_epi64(high_01, high_23)};
+      for (int i = 0; i < 4; ++i) {
+        const auto* upper = static_cast<const char*>(rows[row + i]) + word * kWord;
+        const auto* lower = static_cast<const char*>(rows[row + i + 4]) + word * kWord;
+        r[i] = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(lower), reinterpret_cast<const __m128i*>(upper));
+      }
+      const __m256i low01 = _mm256_unpacklo_epi32(r[0], r[1]), high01 = _mm256_unpackhi_epi32(r[0], r[1]);
+      const __m256i low23 = _mm256_unpacklo_epi32(r[2], r[3]), high23 = _mm256_unpackhi_epi32(r[2], r[3]);
+      const __m256i words[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                                _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + ((word + i) * out_stride + row) * kWord), words[i]);
     }
+  }
 }
 #endif
 

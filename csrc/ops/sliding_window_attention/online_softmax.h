@@ -4,7 +4,8 @@
 #include <limits>
 
 #include "../cpu/simd.h"
-#include "pack_keys.h"
+#include "attention_index.h"
+#include "block_products.h"
 
 namespace mixtral {
 
