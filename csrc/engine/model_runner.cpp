@@ -56,6 +56,13 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   }
 }
 
+// The most likely token: mostly the one that was picked, which saves a look at all logits [vocab].
+int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch::Tensor& logits) {
+  const bool picked =
+      sequence.params.temperature == 0 && sequence.params.repetition_penalty == 1 && sample.token_id >= 0;
+  return picked ? static_cast<int32_t>(sample.token_id) : logits.argmax().item<int32_t>();
+}
+
 }  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
@@ -167,9 +174,9 @@ std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences,
   std::vector<Sample> samples;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const auto row = logits[static_cast<int64_t>(i)];
-    if (Trace* const trace = sequences[i]->generation.trace.get())
-      trace->predicted_id.back() = row.argmax().item<int32_t>();
     samples.push_back(sample_row(*sequences[i], ids[i], row));
+    if (Trace* const trace = sequences[i]->generation.trace.get())
+      trace->predicted_id.back() = predicted_id(*sequences[i], samples.back(), row);
   }
   return samples;
 }

@@ -235,8 +235,8 @@ class Mixtral:
                 generation_config.json (``sampling_defaults``).
             experts_per_token: another number of experts than the model's; not with ``session``.
             return_routed_experts: keep the experts of every token and layer, as ``routed_experts`` of the result: uint8
-                [tokens, layers, experts per token]. The tokens are those that the model read, the prompt and all new ones
-                but the newest. Not with ``session``.
+                [tokens, layers, experts per token]. The tokens are those that the model read: prompt and new ones,
+                but for the newest. Not with ``session``.
 
         Returns:
             One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``, ``routed_experts``.

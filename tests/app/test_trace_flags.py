@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from binary import DEMO, mixtral, ok, ok_json
-
 import mixtral as package
+from binary import DEMO, mixtral, ok, ok_json
 
 PROMPT = "Once upon a time there was a king who had three daughters."
 
