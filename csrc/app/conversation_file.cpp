@@ -1,10 +1,7 @@
 #include "conversation_file.h"
 
 #include <cstddef>
-#include <filesystem>
 #include <nlohmann/json.hpp>
-#include <stdexcept>
-#include <system_error>
 
 #include "../checkpoint/output_folder.h"
 #include "../io/json.h"
@@ -47,16 +44,7 @@ void write_conversation(const std::vector<ChatMessage>& messages, const std::str
   json list = json::array();
   for (const ChatMessage& message : messages) list.push_back({{"role", message.role}, {"content", message.content}});
   const std::string text = json({{"messages", list}}).dump(2, ' ', false, json::error_handler_t::replace) + "\n";
-  const std::string incomplete = path + ".incomplete";
-  std::error_code error;
-  try {
-    write_text(incomplete, text);
-    std::filesystem::rename(incomplete, path, error);
-    if (error) throw std::runtime_error(path + ": cannot be written: " + error.message());
-  } catch (...) {
-    std::filesystem::remove(incomplete, error);
-    throw;
-  }
+  replace_file(path, [&text](OutputFile& file) { file.write(text.data(), text.size()); });
 }
 
 }  // namespace mixtral::app

@@ -72,6 +72,21 @@ void write_text(const fs::path& path, const std::string& text) {
   file.close();
 }
 
+void replace_file(const fs::path& path, const std::function<void(OutputFile&)>& write) {
+  const fs::path incomplete = path.string() + ".incomplete";
+  std::error_code error;
+  try {
+    OutputFile file(incomplete);
+    write(file);
+    file.close();
+    fs::rename(incomplete, path, error);
+    if (error) throw std::runtime_error(path.string() + ": cannot be written: " + error.message());
+  } catch (...) {
+    fs::remove(incomplete, error);
+    throw;
+  }
+}
+
 NewFolder::NewFolder(const fs::path& final_path)
     : final_path_(folder_path(final_path)), path_(final_path_.string() + ".incomplete") {
   remove();

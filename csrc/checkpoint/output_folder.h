@@ -1,8 +1,9 @@
-// Writing a folder that appears complete or not at all. No torch in here.
+// Writing a file or a folder that appears complete or not at all. No torch in here.
 #pragma once
 
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -22,6 +23,10 @@ class OutputFile {
 };
 
 void write_text(const std::filesystem::path& path, const std::string& text);
+
+// Replaces a file with what `write` writes, or leaves it as it was: the new one has the name "<path>.incomplete" until
+// it is whole. Throws what `write` throws, and std::runtime_error.
+void replace_file(const std::filesystem::path& path, const std::function<void(OutputFile&)>& write);
 
 // "<final path>.incomplete", removed with all that is in it unless it was moved to its final name.
 class NewFolder {

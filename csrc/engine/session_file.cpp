@@ -1,42 +1,23 @@
 #include "session_file.h"
 
 #include <algorithm>
-#include <system_error>
 #include <utility>
 
 #include "../checkpoint/output_folder.h"
-#include "../checkpoint/save.h"
 #include "../checkpoint/weights.h"
 #include "../io/load_error.h"
 #include "../io/safetensors.h"
 #include "../io/safetensors_writer.h"
+#include "fingerprint.h"
 
 namespace mixtral {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kSampledWeights = 4096;  // of each parameter
-
-// FNV-1a (Fowler, Noll, Vo), 64 bits.
-void add_to_hash(uint64_t& hash, const void* data, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const unsigned char*>(data)[i]) * 0x100000001b3;
-}
-
-// Equal for models that compute the same keys and values: their configuration, type and device, and some weights of
-// every parameter.
-torch::Tensor fingerprint(const MixtralImpl& model) {
-  uint64_t hash = 0xcbf29ce484222325;
-  const bool cuda = model.device().is_cuda();
-  const std::string kind = config_json(model.config()) + model.weight_type().name() + (cuda ? "cuda" : "cpu");
-  add_to_hash(hash, kind.data(), kind.size());
-  for (const auto& item : model.named_parameters()) {
-    const auto weights = item.value().flatten();
-    const int64_t step = std::max<int64_t>(weights.numel() / kSampledWeights, 1);
-    const auto sampled = weights.slice(0, 0, weights.numel(), step).cpu().contiguous();
-    add_to_hash(hash, sampled.data_ptr(), sampled.nbytes());
-  }
-  return torch::tensor(std::vector<int64_t>{static_cast<int64_t>(hash)}, torch::kInt64).view(torch::kUInt8);
+torch::Tensor fingerprint_of(const MixtralImpl& model) {
+  const auto hash = static_cast<int64_t>(fingerprint(model, model.config()));
+  return torch::tensor(std::vector<int64_t>{hash}, torch::kInt64).view(torch::kUInt8);
 }
 
 using NamedTensors = std::vector<std::pair<std::string, torch::Tensor>>;
@@ -45,16 +26,14 @@ const char* dtype_name(const torch::Tensor& tensor) {
   return tensor.scalar_type() == torch::kInt64 ? "I64" : safetensors_dtype(tensor.scalar_type());
 }
 
-void write_tensors(const NamedTensors& tensors, const fs::path& path) {
+void write_tensors(const NamedTensors& tensors, OutputFile& file) {
   std::vector<StoredTensor> stored;
   for (const auto& [name, tensor] : tensors) {
     stored.push_back({name, dtype_name(tensor), tensor.sizes().vec(), tensor.nbytes()});
   }
   const std::string header = safetensors_header(stored);
-  OutputFile file(path);
   file.write(header.data(), header.size());
   for (const auto& [name, tensor] : tensors) file.write(tensor.data_ptr(), tensor.nbytes());
-  file.close();
 }
 
 // The tensor `name` of `file`; it must have the type and shape of `like`, where -1 is any size.
@@ -75,27 +54,18 @@ torch::Tensor read_tensor(const TensorFile& file, const std::string& name, const
 }  // namespace
 
 void write_session(const SavedSession& session, const MixtralImpl& model, const fs::path& path) {
-  NamedTensors tensors = {{"model", fingerprint(model)}, {"token_ids", torch::tensor(session.ids, torch::kInt64)}};
+  NamedTensors tensors = {{"model", fingerprint_of(model)}, {"token_ids", torch::tensor(session.ids, torch::kInt64)}};
   for (size_t layer = 0; layer < session.contents.keys.size(); ++layer) {
     tensors.emplace_back("keys." + std::to_string(layer), session.contents.keys[layer].contiguous());
     tensors.emplace_back("values." + std::to_string(layer), session.contents.values[layer].contiguous());
   }
-  fs::path incomplete = path;
-  incomplete += ".incomplete";
-  std::error_code error;
-  try {
-    write_tensors(tensors, incomplete);
-    fs::rename(incomplete, path);
-  } catch (...) {
-    fs::remove(incomplete, error);
-    throw;
-  }
+  replace_file(path, [&tensors](OutputFile& file) { write_tensors(tensors, file); });
 }
 
 SavedSession read_session(const MixtralImpl& model, int64_t page_size, const fs::path& path) {
   const TensorFile file = open_safetensors(path);
   const Config& config = model.config();
-  const torch::Tensor expected = fingerprint(model);
+  const torch::Tensor expected = fingerprint_of(model);
   if (!read_tensor(file, "model", expected, expected.sizes().vec()).equal(expected)) {
     throw LoadError(file.path(), "", "is the prompt cache of another model, type or device: name another file");
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "file_kind.h"
 #include "json.h"
@@ -135,12 +136,13 @@ TensorFile open_safetensors(const std::filesystem::path& path) {
   const std::string text = read_header(file);
   const uint64_t data_begin = sizeof(uint64_t) + text.size();
   std::map<std::string, TensorEntry> entries;
-  bool has_metadata = false;
+  std::optional<std::map<std::string, std::string>> metadata;
   read_json_members(text, file.path(), [&](const std::string& name, const json& value) {
     bool is_new = true;
     if (name == "__metadata__") {
-      is_new = !std::exchange(has_metadata, true);
+      is_new = !metadata;
       check_metadata(file.path(), value);
+      metadata = value.get<std::map<std::string, std::string>>();
     } else {
       if (entries.size() == kMaxTensors) throw LoadError(file.path(), "", "must hold at most 65536 tensors");
       is_new = entries.emplace(name, EntryParser(file.path(), name, data_begin).parse(value)).second;
@@ -148,7 +150,8 @@ TensorFile open_safetensors(const std::filesystem::path& path) {
     if (!is_new) throw LoadError(file.path(), name, "key occurs twice");
   });
   check_coverage(file.path(), entries, data_begin, file.size());
-  return TensorFile(std::move(file), std::move(entries));
+  return TensorFile(std::move(file), std::move(entries),
+                    std::move(metadata).value_or(std::map<std::string, std::string>()));
 }
 
 }  // namespace mixtral

@@ -4,8 +4,10 @@
 
 namespace mixtral {
 
-std::string safetensors_header(const std::vector<StoredTensor>& tensors) {
+std::string safetensors_header(const std::vector<StoredTensor>& tensors,
+                               const std::map<std::string, std::string>& metadata) {
   nlohmann::json header = {{"__metadata__", {{"format", "pt"}}}};  // which other programs look for
+  for (const auto& [key, value] : metadata) header["__metadata__"][key] = value;
   uint64_t offset = 0;
   for (const StoredTensor& tensor : tensors) {
     header[tensor.name] = {

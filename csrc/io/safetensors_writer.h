@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@ struct StoredTensor {
 };
 
 // All bytes before the data, which must follow in the order of `tensors`, without gaps.
-std::string safetensors_header(const std::vector<StoredTensor>& tensors);
+std::string safetensors_header(const std::vector<StoredTensor>& tensors,
+                               const std::map<std::string, std::string>& metadata = {});
 
 }  // namespace mixtral

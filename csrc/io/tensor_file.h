@@ -25,11 +25,13 @@ struct TensorEntry {
 
 class TensorFile {
  public:
-  TensorFile(File file, std::map<std::string, TensorEntry> entries)
-      : file_(std::move(file)), entries_(std::move(entries)) {}
+  TensorFile(File file, std::map<std::string, TensorEntry> entries, std::map<std::string, std::string> metadata = {})
+      : file_(std::move(file)), entries_(std::move(entries)), metadata_(std::move(metadata)) {}
 
   const std::string& path() const { return file_.path(); }
   const std::map<std::string, TensorEntry>& entries() const { return entries_; }
+  // Of a safetensors file.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
   // Gives every tensor the name that `to_new` makes of its own. Throws LoadError when two would have the same.
   template <typename F>
@@ -48,6 +50,7 @@ class TensorFile {
  private:
   File file_;
   std::map<std::string, TensorEntry> entries_;
+  std::map<std::string, std::string> metadata_;
 };
 
 }  // namespace mixtral

@@ -21,6 +21,7 @@ struct Batch {
   torch::Tensor page_table;             // [B,R]
   torch::Tensor kv_lens;                // [B]: keys of each sequence, this batch's included
   ForwardObserver* observer = nullptr;  // sees the products of the pass (observer.h); may be null
+  int64_t experts_per_token = 0;        // 0: as many as the config says
 };
 
 // A batch on the host, filled sequence by sequence.

@@ -5,13 +5,16 @@
 
 namespace mixtral {
 
-// The model calls Batch::observer before each product, in the order of the layers. The observer may change the weights.
-// A function that a subclass does not override does nothing.
+// The model calls Batch::observer before each product, in the order of the layers. The observer may change the weights,
+// and which experts a token goes to. A function that a subclass does not override does nothing.
 class ForwardObserver {
  public:
   virtual ~ForwardObserver() = default;
   // x [T,Kdim] will be multiplied by weight [N,Kdim], [1,N,Kdim] or packed.
   virtual void before_linear(const torch::Tensor& /*x*/, const torch::Tensor& /*weight*/) {}
+  // x [T,H] was routed by router [E,H]: topk_weights f32 [T,K], topk_ids int32 [T,K], which the experts get.
+  virtual void after_route(const torch::Tensor& /*x*/, const torch::Tensor& /*router*/, torch::Tensor& /*topk_weights*/,
+                           torch::Tensor& /*topk_ids*/) {}
   // Arguments as of ops::moe_mlp.
   virtual void before_experts(const torch::Tensor& /*x*/, const torch::Tensor& /*topk_weights*/,
                               const torch::Tensor& /*topk_ids*/, const torch::Tensor& /*gate_up_proj*/,

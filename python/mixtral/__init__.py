@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .model import Timings as Timings
     from .model import TokenLogprob as TokenLogprob
     from .tokenizer import Tokenizer as Tokenizer
+    from .trace import Trace as Trace
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _MODULE_OF = {
     "Timings": "model",
     "TokenLogprob": "model",
     "Tokenizer": "model",
+    "Trace": "model",
 }
 _SUBMODULES = ("integrations", "ops", "reference")
 

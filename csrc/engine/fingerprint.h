@@ -1,0 +1,15 @@
+// One number that tells models apart.
+#pragma once
+
+#include <cstdint>
+
+namespace mixtral {
+
+class MixtralImpl;
+struct Config;
+
+// Equal for models that compute the same: `config`, which is the model's or a variant of it, the types and the device,
+// and some weights of every parameter.
+uint64_t fingerprint(const MixtralImpl& model, const Config& config);
+
+}  // namespace mixtral

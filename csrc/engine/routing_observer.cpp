@@ -1,0 +1,79 @@
+#include "routing_observer.h"
+
+#include <c10/util/Half.h>
+
+#include "../model/ops.h"
+
+namespace mixtral {
+namespace {
+
+// x [T,H], router [E,H] -> f32 [T,E]. The order of the sums is not that of ops::moe_route.
+torch::Tensor router_logits(const torch::Tensor& x, const torch::Tensor& router) {
+  Batch rows;
+  rows.offs = torch::full({1}, x.size(0), torch::dtype(torch::kInt32).device(x.device()));
+  return ops::linear(x.to(router.scalar_type()), router, rows).to(torch::kFloat32);
+}
+
+// On the host. From a GPU in one copy for all layers.
+void move_to_host(std::vector<torch::Tensor>& layers) {
+  if (!layers.empty() && !layers[0].is_cpu()) layers = torch::stack(layers).cpu().unbind();
+}
+
+// Rows [begin, begin + count) of the layers' [T,n] -> behind `out`, [count,L,n].
+template <typename From, typename To, typename Convert>
+void append_rows(const std::vector<torch::Tensor>& layers, int64_t begin, int64_t count, std::vector<To>& out,
+                 Convert convert) {
+  const int64_t n = layers[0].size(1), row = static_cast<int64_t>(layers.size()) * n;
+  const size_t old = out.size();
+  out.resize(old + static_cast<size_t>(count * row));
+  To* to = out.data() + old;
+  for (const torch::Tensor& layer : layers) {
+    const From* from = layer.data_ptr<From>() + begin * n;
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t i = 0; i < n; ++i) to[t * row + i] = convert(from[t * n + i]);
+    to += n;
+  }
+}
+
+uint16_t half_bits(float value) { return c10::Half(value).x; }
+
+}  // namespace
+
+void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& router, torch::Tensor& topk_weights,
+                                  torch::Tensor& topk_ids) {
+  torch::Tensor logits;
+  if (keep_logits_ || !forced_.empty()) logits = router_logits(x, router);
+  if (!forced_.empty()) replace_experts(logits, topk_weights, topk_ids);
+  weights_.push_back(topk_weights);
+  ids_.push_back(topk_ids);
+  if (keep_logits_) logits_.push_back(logits);
+}
+
+void RoutingObserver::replace_experts(const torch::Tensor& logits, torch::Tensor& topk_weights,
+                                      torch::Tensor& topk_ids) {
+  const int64_t top_k = topk_ids.size(1), layer = static_cast<int64_t>(ids_.size());
+  auto forced = torch::full({topk_ids.size(0), top_k}, -1, torch::kInt32);
+  for (int64_t t = 0; t < topk_ids.size(0); ++t) {
+    const uint8_t* const row = forced_.at(static_cast<size_t>(t));
+    for (int64_t k = 0; row && k < top_k; ++k) forced.data_ptr<int32_t>()[t * top_k + k] = row[layer * top_k + k];
+  }
+  forced = forced.to(topk_ids.device());
+  forced = torch::where(forced < 0, topk_ids, forced);
+  const auto same = (forced == topk_ids).all(1, /*keepdim=*/true);  // [T,1]
+  const auto probabilities = config_.renormalize ? logits.gather(1, forced.to(torch::kInt64)).softmax(1)
+                                                 : logits.softmax(1).gather(1, forced.to(torch::kInt64));
+  topk_weights = torch::where(same, topk_weights, probabilities);
+  topk_ids = forced;
+}
+
+void RoutingObserver::append_to(Routing& routing, int64_t begin, int64_t count) {
+  move_to_host(ids_);
+  move_to_host(weights_);
+  move_to_host(logits_);
+  const auto byte = [](int32_t id) { return static_cast<uint8_t>(id); };
+  append_rows<int32_t>(ids_, begin, count, routing.topk_ids, byte);
+  append_rows<float>(weights_, begin, count, routing.topk_weights, half_bits);
+  if (keep_logits_) append_rows<float>(logits_, begin, count, routing.router_logits, half_bits);
+}
+
+}  // namespace mixtral

@@ -1,0 +1,39 @@
+// Records what the routers of one forward pass decide, and may decide for them.
+#pragma once
+
+#include <vector>
+
+#include "../model/config.h"
+#include "../model/libtorch.h"
+#include "../model/observer.h"
+#include "trace.h"
+
+namespace mixtral {
+
+// For one pass: Batch::observer points to it until the pass is done.
+class RoutingObserver : public ForwardObserver {
+ public:
+  RoutingObserver(const Config& config, bool keep_logits) : config_(config), keep_logits_(keep_logits) {}
+
+  // The recorded experts of each row of the pass, uint8 [L,K], or null where the router decides. A row whose recorded
+  // experts are the router's own keeps the router's weights, so nothing of it changes, bit for bit. Elsewhere the
+  // weights are the router's softmax, over the recorded experts.
+  void force(std::vector<const uint8_t*> rows) { forced_ = std::move(rows); }
+
+  void after_route(const torch::Tensor& x, const torch::Tensor& router, torch::Tensor& topk_weights,
+                   torch::Tensor& topk_ids) override;
+
+  // After the pass: adds `count` of its rows from `begin` on to `routing`, which has the pass's sizes.
+  void append_to(Routing& routing, int64_t begin, int64_t count);
+
+ private:
+  void replace_experts(const torch::Tensor& logits, torch::Tensor& topk_weights, torch::Tensor& topk_ids);
+
+  const Config& config_;
+  const bool keep_logits_;
+  std::vector<const uint8_t*> forced_;        // one a row; empty: none
+  std::vector<torch::Tensor> weights_, ids_;  // of each layer: f32 and int32 [T,K]
+  std::vector<torch::Tensor> logits_;         // of each layer: f32 [T,E]
+};
+
+}  // namespace mixtral

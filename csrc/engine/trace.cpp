@@ -1,0 +1,183 @@
+#include "trace.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "../model/rolling_kv_cache.h"
+#include "../model/transformer.h"
+#include "fingerprint.h"
+#include "replay.h"
+#include "require.h"
+#include "routing_observer.h"
+
+namespace mixtral {
+namespace {
+
+std::string fingerprint_text(const MixtralImpl& model) {
+  Config config = model.config();
+  config.top_k = 1;  // the same model, whatever k it runs with
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(fingerprint(model, config)));
+  return text;
+}
+
+void check_sequences(const MixtralImpl& model, const std::vector<TraceSequence>& sequences) {
+  require(!sequences.empty(), "trace: there must be at least one document");
+  const int64_t context = model.config().max_position;
+  for (const TraceSequence& sequence : sequences) {
+    const auto length = static_cast<int64_t>(sequence.ids.size());
+    const std::string document = "trace: document " + std::to_string(sequence.doc);
+    require(length > 0, document + " must not be empty");
+    require(length <= context, document + " must fit the context of " + std::to_string(context) + " tokens, got " +
+                                   std::to_string(length));
+    model.check_ids(sequence.ids.data(), length);
+  }
+}
+
+}  // namespace
+
+void for_each_pass(MixtralImpl& model, const std::vector<TraceSequence>& sequences, int64_t chunk_size,
+                   const std::function<void(Batch batch, RollingKVCache& cache)>& pass) {
+  size_t longest = 0;
+  for (const TraceSequence& sequence : sequences) longest = std::max(longest, sequence.ids.size());
+  // One sequence may go on from the pass before; those that begin hold at most the tokens of the pass.
+  const Config& config = model.config();
+  const int64_t pages = RollingKVCache::pages_needed(config, kPageSize, chunk_size, static_cast<int64_t>(longest)) +
+                        (chunk_size + kPageSize - 1) / kPageSize + kMaxBatch;
+  RollingKVCache cache(config, {kPageSize, pages, chunk_size, model.device(), model.dtype()});
+  std::vector<int64_t> open;  // cache ids of the sequences in the pass
+  std::vector<RollingKVCache::Chunk> chunks;
+  int64_t room = chunk_size;
+  const auto run = [&] {
+    if (!chunks.empty()) pass(cache.prepare(chunks), cache);
+    chunks.clear();
+    room = chunk_size;
+  };
+  for (const TraceSequence& sequence : sequences) {
+    open.push_back(cache.add_sequence());
+    for (size_t begin = 0; begin < sequence.ids.size();) {
+      const size_t end = std::min(sequence.ids.size(), begin + static_cast<size_t>(room));
+      chunks.push_back({open.back(),
+                        {sequence.ids.begin() + static_cast<std::ptrdiff_t>(begin),
+                         sequence.ids.begin() + static_cast<std::ptrdiff_t>(end)}});
+      room -= static_cast<int64_t>(end - begin);
+      begin = end;
+      if (room > 0 && chunks.size() < kMaxBatch) continue;
+      run();
+      const bool goes_on = end < sequence.ids.size();
+      for (size_t i = 0; i + (goes_on ? 1 : 0) < open.size(); ++i) cache.remove_sequence(open[i]);
+      open = goes_on ? std::vector<int64_t>{open.back()} : std::vector<int64_t>();
+    }
+  }
+  run();
+}
+
+Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequences, const TraceOptions& options) {
+  require(options.chunk_size > 0, "trace: chunk_size must be > 0, got " + std::to_string(options.chunk_size));
+  check_sequences(model, sequences);
+  Trace trace = empty_trace(model, options.experts_per_token);
+  for (const TraceSequence& sequence : sequences) {
+    for (size_t i = 0; i < sequence.ids.size(); ++i) {
+      trace.token_id.push_back(static_cast<int32_t>(sequence.ids[i]));
+      trace.position.push_back(static_cast<int32_t>(i));
+      trace.doc.push_back(sequence.doc);
+      trace.domain.push_back(sequence.domain);
+    }
+  }
+  Routing& routing = trace.routing;
+  const int64_t total = trace.tokens();
+  routing.topk_ids.reserve(static_cast<size_t>(total * routing.layers * routing.top_k));
+  routing.topk_weights.reserve(routing.topk_ids.capacity());
+  if (options.logits) routing.router_logits.reserve(static_cast<size_t>(total * routing.layers * routing.experts));
+  for_each_pass(model, sequences, std::min(options.chunk_size, total), [&](Batch batch, RollingKVCache& cache) {
+    RoutingObserver observer(model.config(), options.logits);
+    batch.observer = &observer;
+    batch.experts_per_token = options.experts_per_token;
+    const auto predicted = model.logits(model.hidden_states(batch, &cache)).argmax(1).to(torch::kCPU, torch::kInt32);
+    const int32_t* const first = predicted.data_ptr<int32_t>();
+    trace.predicted_id.insert(trace.predicted_id.end(), first, first + predicted.numel());
+    observer.append_to(routing, 0, predicted.numel());
+    if (options.progress) options.progress(routing.tokens(), total);
+  });
+  return trace;
+}
+
+torch::Tensor replay(MixtralImpl& model, const Trace& trace, const TraceOptions& options) {
+  require(trace.tokens() > 0 && trace.routing.tokens() == trace.tokens(), "replay: trace must not be empty");
+  check_same_model(trace, model);
+  check_experts_per_token(trace.routing.top_k, model.config());
+  std::vector<TraceSequence> sequences;
+  for (size_t i = 0; i < trace.token_id.size(); ++i) {
+    if (trace.position[i] == 0) sequences.push_back({{}, trace.doc[i], 0});
+    require(!sequences.empty() && static_cast<size_t>(trace.position[i]) == sequences.back().ids.size(),
+            "replay: position must count from 0 in each sequence, got " + std::to_string(trace.position[i]) +
+                " at token " + std::to_string(i));
+    sequences.back().ids.push_back(trace.token_id[i]);
+  }
+  check_sequences(model, sequences);
+  for (const uint8_t id : trace.routing.topk_ids)
+    require(
+        id < model.config().num_experts,
+        "replay: topk_ids must be below " + std::to_string(model.config().num_experts) + ", got " + std::to_string(id));
+  const int64_t total = trace.tokens();
+  auto logits = torch::empty({total, model.config().vocab_size}, torch::kFloat32);
+  int64_t done = 0;
+  for_each_pass(model, sequences, std::min(options.chunk_size, total), [&](Batch batch, RollingKVCache& cache) {
+    RoutingObserver observer(model.config(), /*keep_logits=*/false);
+    std::vector<const uint8_t*> forced;
+    for (int64_t t = 0; t < batch.input_ids.size(0); ++t) forced.push_back(trace.routing.experts_of(done + t));
+    observer.force(std::move(forced));
+    batch.observer = &observer;
+    batch.experts_per_token = trace.routing.top_k;
+    const int64_t count = batch.input_ids.size(0);
+    logits.narrow(0, done, count).copy_(model.logits(model.hidden_states(batch, &cache)));
+    done += count;
+    if (options.progress) options.progress(done, total);
+  });
+  return logits;
+}
+
+void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& config) {
+  const auto is_special = [&](int64_t id) {
+    if (tokenizer) return tokenizer->is_control(id);
+    const auto& eos = config.eos_token_ids;
+    return id == config.bos_token_id || std::find(eos.begin(), eos.end(), id) != eos.end();
+  };
+  trace.special.clear();
+  for (const int32_t id : trace.token_id) trace.special.push_back(is_special(id) ? 1 : 0);
+  if (tokenizer) {
+    trace.tokenizer = to_string(tokenizer->version()) + ", " + std::to_string(tokenizer->vocab_size()) + " ids";
+  }
+}
+
+Trace empty_trace(const MixtralImpl& model, int64_t experts_per_token) {
+  const Config& config = model.config();
+  require(config.is_moe(), "trace: the model has no experts, so there is nothing to trace");
+  require(config.num_experts <= 256,
+          "trace: the model must have at most 256 experts, got " + std::to_string(config.num_experts));
+  check_experts_per_token(experts_per_token, config);
+  Trace trace;
+  trace.model = fingerprint_text(model);
+  trace.domains = {"text"};
+  trace.routing.layers = config.num_layers;
+  trace.routing.top_k = experts_per_token > 0 ? experts_per_token : config.top_k;
+  trace.routing.experts = config.num_experts;
+  return trace;
+}
+
+void check_same_model(const Trace& trace, const MixtralImpl& model) {
+  const Config& config = model.config();
+  const bool fits = trace.routing.layers == config.num_layers && trace.routing.experts == config.num_experts;
+  require(fits && trace.model == fingerprint_text(model),
+          "is a trace of another model, type or device: trace this one again");
+}
+
+void check_experts_per_token(int64_t experts_per_token, const Config& config) {
+  require(experts_per_token >= 0 && experts_per_token <= config.num_experts,
+          "experts_per_token must be " +
+              (config.is_moe() ? "in [1, " + std::to_string(config.num_experts) + "]"
+                               : std::string("left out: the model has no experts")) +
+              ", got " + std::to_string(experts_per_token));
+}
+
+}  // namespace mixtral

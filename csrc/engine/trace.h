@@ -1,0 +1,75 @@
+// Which experts every token went to, in every layer. No torch in here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../model/config.h"
+#include "../model/defaults.h"
+#include "../text/tokenizer.h"
+
+namespace mixtral {
+
+class MixtralImpl;
+
+// What the routers decided for N tokens.
+struct Routing {
+  int64_t layers = 0, top_k = 0, experts = 0;
+  std::vector<uint8_t> topk_ids;        // [N,L,K], falling weights
+  std::vector<uint16_t> topk_weights;   // [N,L,K], bits of f16
+  std::vector<uint16_t> router_logits;  // [N,L,E], bits of f16; empty unless asked for
+
+  int64_t tokens() const { return layers == 0 ? 0 : static_cast<int64_t>(topk_ids.size()) / (layers * top_k); }
+  const uint8_t* experts_of(int64_t token) const { return topk_ids.data() + token * layers * top_k; }  // [L,K]
+};
+
+// N tokens of several documents, one document after the other, with their routing.
+struct Trace {
+  std::vector<int32_t> token_id;
+  std::vector<int32_t> predicted_id;  // the model's most likely next token; -1 where its logits were not computed
+  std::vector<int32_t> position;      // in the sequence that the model read; 0 begins a sequence
+  std::vector<int32_t> doc;           // the document's number; a long one may be several sequences
+  std::vector<uint8_t> domain;        // of the document: an index of `domains`
+  std::vector<uint8_t> special;       // 1: BOS or another control token, which analyses leave out
+  Routing routing;
+  std::vector<std::string> domains;
+  std::string model;      // its fingerprint, in hexadecimal digits
+  std::string tokenizer;  // its kind and size, in words; empty: none
+
+  int64_t tokens() const { return static_cast<int64_t>(token_id.size()); }
+};
+
+// A sequence that the model reads from its first position on.
+struct TraceSequence {
+  std::vector<int64_t> ids;
+  int32_t doc = 0;
+  uint8_t domain = 0;
+};
+
+struct TraceOptions {
+  bool logits = false;                                        // keep the router's logits too
+  int64_t experts_per_token = 0;                              // 0: as many as the config says
+  int64_t chunk_size = kChunkSize;                            // tokens per forward pass; does not change the result
+  std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each pass; may throw to end the work
+};
+
+// Runs the sequences, many of them in one pass, and keeps what the routers decided. Throws std::invalid_argument for a
+// model without experts or with more than 256, an empty or too long sequence, an id outside the vocabulary, or an
+// option out of range; OutOfMemory when the key/value cache does not fit.
+Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequences, const TraceOptions& options);
+
+// Names the tokenizer, and marks its control tokens; without one, BOS and the end-of-sequence tokens of the config.
+void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& config);
+
+// A trace of no tokens: the model's fingerprint and sizes. Throws as trace_sequences() does.
+Trace empty_trace(const MixtralImpl& model, int64_t experts_per_token);
+// Throws std::invalid_argument unless the trace is of this model.
+void check_same_model(const Trace& trace, const MixtralImpl& model);
+// Throws std::invalid_argument unless 0 <= experts_per_token <= E; 0 alone without experts.
+void check_experts_per_token(int64_t experts_per_token, const Config& config);
+
+}  // namespace mixtral
