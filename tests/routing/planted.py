@@ -1,7 +1,9 @@
 """Routers whose metrics have closed forms, as traces."""
 
 import numpy as np
-from mixtral.routing.trace import Trace
+import torch
+
+from mixtral import Trace
 
 DOCUMENT = 512  # tokens
 
@@ -16,21 +18,22 @@ def trace_of(topk_ids: np.ndarray, domain: np.ndarray, token_id: np.ndarray | No
     """A trace of these experts, int [N, L, K]; documents of 512 tokens that end with their domain."""
     n = len(topk_ids)
     tokens = words(n) if token_id is None else token_id
-    starts = np.zeros(n, np.int64)
-    starts[np.flatnonzero(np.diff(domain, prepend=-1))] = 1
-    run = np.arange(n) - np.maximum.accumulate(np.where(starts, np.arange(n), 0))
-    position = run % DOCUMENT
-    return Trace(
-        token_id=tokens,
-        predicted_id=np.roll(tokens, -1),
-        position=position.astype(np.int32),
-        doc=(np.cumsum(position == 0) - 1).astype(np.int32),
-        domain=domain.astype(np.uint8),
-        special=np.zeros(n, np.uint8),
-        topk_ids=topk_ids.astype(np.uint8),
-        topk_weights=np.full(topk_ids.shape, 1 / topk_ids.shape[2], np.float16),
-        **more,
-    )
+    starts = np.flatnonzero(np.diff(domain, prepend=-1))
+    position = (np.arange(n) - np.repeat(starts, np.diff(starts, append=n))) % DOCUMENT
+    fields = {
+        "token_ids": tokens.astype(np.int32),
+        "predicted_ids": np.roll(tokens, -1).astype(np.int32),
+        "positions": position.astype(np.int32),
+        "docs": (np.cumsum(position == 0) - 1).astype(np.int32),
+        "domains": domain.astype(np.uint8),
+        "special": np.zeros(n, bool),
+        "topk_ids": topk_ids.astype(np.uint8),
+        "topk_weights": np.full(topk_ids.shape, 1 / topk_ids.shape[2], np.float16),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
+    names = [f"domain{d}" for d in range(int(domain.max()) + 1)]
+    others = {"router_logits": None, "domain_names": names, "num_experts": 8, "model": "planted", "tokenizer": ""}
+    return Trace(**(tensors | others | more))
 
 
 def draw_pairs(rng: np.random.Generator, n: int, load: np.ndarray, top_k: int = 2) -> np.ndarray:

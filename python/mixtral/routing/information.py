@@ -17,7 +17,7 @@ from .tokens import Tokens
 OCCURRENCES = 10  # of a token, for each value of what may decide besides it
 # One permutation moves the null by its relative spread, sqrt(2 / degrees of freedom), so few are needed where labels
 # are many and the text is long; 200 where that is cheap.
-LEAST_PERMUTATIONS, MOST_PERMUTATIONS, WORK = 8, 200, 40_000_000
+LEAST_PERMUTATIONS, MOST_PERMUTATIONS, WORK = 8, 200, 20_000_000
 
 
 @dataclass
@@ -55,14 +55,15 @@ class Causes:
     def __init__(self, tokens: Tokens, seed: int = 0) -> None:
         self._tokens = tokens
         self._logs = Logs(len(tokens) * tokens.top_k)
-        work = len(tokens) * len(tokens.trace.layers)
+        work = len(tokens) * len(tokens.layers)
         self.permutations = int(np.clip(WORK // work, LEAST_PERMUTATIONS, MOST_PERMUTATIONS))
         self._rng = np.random.default_rng(seed)
         rows = np.arange(len(tokens))
         _, after = tokens.pairs()
         # Buckets double in size.
-        bucket = np.log2(tokens.trace.position + 1.0).astype(np.int64)
-        predicted = np.unique(tokens.trace.predicted_id, return_inverse=True)[1]
+        bucket = np.log2(tokens.position + 1.0).astype(np.int64)
+        is_predicted = np.flatnonzero(tokens.predicted_id >= 0)
+        predicted = np.unique(tokens.predicted_id, return_inverse=True)[1]
         token = tokens.token
         of_previous = self._frequent(token, tokens.num_experts)
         self._causes = {
@@ -73,7 +74,7 @@ class Causes:
             ),
             "previous_given_token": self._cause(after[of_previous[after]], token, None),
             "position": self._cause(rows, None, bucket),
-            "predicted": self._cause(np.flatnonzero(self._frequent(predicted)), None, predicted),
+            "predicted": self._cause(is_predicted[self._frequent(predicted)[is_predicted]], None, predicted),
         }
 
     def _frequent(self, label: np.ndarray, num_values: int = 1) -> np.ndarray:
@@ -92,7 +93,8 @@ class Causes:
         else:
             values, known = np.unique(given[rows], return_inverse=True)
             num_given = max(len(values), 1)
-            orders = [_within(known, self._rng) for _ in range(self.permutations)]
+            in_order = np.argsort(known, kind="stable")
+            orders = [_within(known, in_order, self._rng) for _ in range(self.permutations)]
         num_labels = self._tokens.num_experts if label is None else int(label.max(initial=0)) + 1
         return Cause(rows, known, num_given, None if label is None else label[rows], num_labels, orders)
 
@@ -165,10 +167,8 @@ class _Table:
         return self._logs.log[self._cells[keys]].mean(1) - self._logs.log[self._of_label[self._label]]
 
 
-def _within(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A permutation that moves rows only inside their group."""
-    rows = np.argsort(groups, kind="stable")
-    moved = np.lexsort((rng.random(len(groups)), groups))
+def _within(groups: np.ndarray, in_order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation that moves rows only inside their group; ``in_order``: the rows sorted by group."""
     order = np.empty(len(groups), np.int64)
-    order[rows] = moved
+    order[in_order] = np.argsort(groups + rng.random(len(groups)))
     return order

@@ -3,6 +3,8 @@
 Intervals are of 99 %. The unit that is drawn again is the document, because tokens of one document resemble each other.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import stats
 
@@ -79,6 +81,13 @@ class Units:
         weights = self._weights[:, mine]
         drawn = ratio(weights @ numerator[mine], weights @ denominator[mine])
         return np.nanstd(drawn, axis=0) * stats.t.ppf((1 + CONFIDENCE) / 2, len(mine) - 1)
+
+    def percentiles(self, statistic: Callable, *samples: np.ndarray) -> tuple[float, float]:
+        """The interval of a statistic of sums [..., E] of several domains, from their sums by unit, each [u, E]."""
+        rng = np.random.default_rng(0)
+        drawn = [rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), REPLICATES) @ rows for rows in samples]
+        low, high = np.nanquantile(statistic(*drawn), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return float(low), float(high)
 
 
 def interval(value: float, half: float, least: float = -np.inf, most: float = np.inf, **more: float) -> dict:

@@ -1,52 +1,72 @@
 """The tokens of a trace that are analysed, and what all metrics derive from them."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from .statistics import Units
-from .trace import Trace
+
+if TYPE_CHECKING:
+    from ..trace import Trace
 
 LEAST_TOKENS = 20  # of a domain: fewer say nothing
 
 
 class Tokens:
-    """The N tokens of a trace that are not special, with their documents.
+    """N tokens of a trace, without the special ones, in arrays of NumPy.
 
     Attributes:
-        trace: these tokens alone.
+        names: of the D domains.
+        domain: int64 [N], an index of ``names``.
+        token_id, predicted_id, position: int32 [N].
+        vocabulary, token: int [V], the ids that occur, rising; int64 [N], each token's index among them.
+        topk_ids: uint8 [N, L, K].
+        router_logits: float16 [N, L, E], or None.
+        layers: the number in the model of each of the L layers.
         units: what the bootstrap draws.
-        vocabulary: int [V], the token ids that occur, rising.
-        token: int64 [N], each token's index in ``vocabulary``.
-        domain: int64 [N].
-        names: of the domains.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: "Trace", names: list[str] | None = None, layers: list[int] | None = None) -> None:
         """
+        Args:
+            names: the domains that are analysed; None: all.
+            layers: the same of layers.
+
         Raises:
-            ValueError: a domain of fewer than 20 tokens.
+            ValueError: a layer that the trace does not have, or a domain of fewer than 20 tokens.
         """
-        self.trace = trace.rows(trace.special == 0)
-        self.names = trace.domains
-        self.domain = self.trace.domain.astype(np.int64)
-        sizes = np.bincount(self.domain, minlength=len(self.names))
-        for name, size in zip(self.names, sizes, strict=True):
-            if size < LEAST_TOKENS:
-                raise ValueError(f"domain {name}: expected at least {LEAST_TOKENS} tokens, got {size}")
-        self.num_experts, self.top_k = trace.num_experts, trace.top_k
-        self.units = Units(self.trace.doc, self.domain, len(self.names))
-        self.vocabulary, self.token = np.unique(self.trace.token_id, return_inverse=True)
+        self.names = trace.domain_names if names is None else names
+        self.num_experts, self.top_k = trace.num_experts, trace.topk_ids.shape[2]
+        self.layers = _checked_layers(layers, trace.topk_ids.shape[1])
+        at = np.array([self.names.index(n) if n in self.names else -1 for n in trace.domain_names], np.int64)
+        domain = at[np.asarray(trace.domains)]
+        keep = ~np.asarray(trace.special).astype(bool) & (domain >= 0)
+
+        self.kept, self.domain = keep, domain[keep]
+        self._check_sizes()
+        self.token_id, self.predicted_id, self.position = (
+            np.asarray(tensor)[keep] for tensor in (trace.token_ids, trace.predicted_ids, trace.positions)
+        )
+        self.topk_ids = np.asarray(trace.topk_ids)[keep][:, self.layers]
+        logits = trace.router_logits
+        self.router_logits = None if logits is None else np.asarray(logits)[keep][:, self.layers]
+        self.vocabulary, self.token = np.unique(self.token_id, return_inverse=True)
+        doc = np.asarray(trace.docs)[keep]
+        new = (np.diff(doc, prepend=-1) != 0) | (np.diff(self.position, prepend=0) < 0)
+        self._sequence = np.cumsum(new)
+        self.units = Units(self._sequence, self.domain, len(self.names))
 
     def __len__(self) -> int:
-        return len(self.trace)
+        return len(self.token_id)
 
     def experts(self, layer: int) -> np.ndarray:
-        """int64 [N, K] of the layer with this index."""
-        return self.trace.topk_ids[:, layer].astype(np.int64)
+        """int64 [N, K] of the analysed layer with this index."""
+        return self.topk_ids[:, layer].astype(np.int64)
 
     def pairs(self, lag: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (i, i + lag) that are ``lag`` apart in one document."""
-        doc, position = self.trace.doc, self.trace.position
-        first = np.flatnonzero((doc[lag:] == doc[:-lag]) & (position[lag:] - position[:-lag] == lag))
+        """Rows (i, i + lag) that are ``lag`` apart in one sequence."""
+        same = self._sequence[lag:] == self._sequence[:-lag]
+        first = np.flatnonzero(same & (self.position[lag:] - self.position[:-lag] == lag))
         return first, first + lag
 
     def members(self, experts: np.ndarray) -> np.ndarray:
@@ -55,8 +75,19 @@ class Tokens:
         np.put_along_axis(chosen, experts, True, axis=1)
         return chosen
 
-    def thinned(self, most: int) -> np.ndarray:
-        """At most ``most`` rows: a run of consecutive tokens of each domain, as long as the others' where there are."""
+    def first_rows(self, most: int) -> np.ndarray:
+        """At most ``most`` rows: the first ones of each domain, as many of each."""
         share = max(most // len(self.names), 1)
-        runs = [np.flatnonzero(self.domain == d)[:share] for d in range(len(self.names))]
-        return np.concatenate(runs)
+        return np.concatenate([np.flatnonzero(self.domain == d)[:share] for d in range(len(self.names))])
+
+    def _check_sizes(self) -> None:
+        for name, size in zip(self.names, np.bincount(self.domain, minlength=len(self.names)), strict=True):
+            if size < LEAST_TOKENS:
+                raise ValueError(f"domain {name}: expected at least {LEAST_TOKENS} tokens, got {size}")
+
+
+def _checked_layers(layers: list[int] | None, num_layers: int) -> list[int]:
+    for layer in layers or []:
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"--layers: expected layers in [0, {num_layers - 1}], got {layer}")
+    return list(range(num_layers)) if layers is None else layers
