@@ -4,7 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from . import coloured
-from .figures import all_figures
+from .gallery import drawn
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def report(metrics: dict, trace: "Trace | None" = None, tokenizer: "Tokenizer | 
     """
     figures = "".join(
         f"<figure><h2>{escape(title)}</h2>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-        for title, caption, svg in all_figures(metrics)
+        for title, caption, svg in drawn(metrics)
     )
     layers = metrics["layers"]
     parts = [f'<section class="figures">{figures}</section>', _information_table(layers)]
@@ -81,18 +81,15 @@ def _locality_table(metrics: dict) -> str:
     head = "".join(f"<th>{name}, layer {layer['layer']}</th>" for name, layer in names)
     rows = "".join(
         f"<tr><td>{escape(domain)}</td>"
-        + "".join(
-            f"<td>{_percent(layer['locality'][domain][name])} ({_percent(layer['locality'][domain][f'null_{name}'])})</td>"
-            for name, layer in names
-        )
+        + "".join(f"<td>{_percent(layer['locality'][domain], name)}</td>" for name, layer in names)
         + "</tr>"
         for domain in layers[0]["locality"]
     )
-    note = "Share of neighbouring tokens with the same first choice, or with an expert in common, in per cent;"
-    return (
-        f"<section><h2>Neighbours</h2><p class=note>{note} in brackets: independent tokens with the same loads."
-        f' Table 5 of the paper.</p><div class="wide"><table><tr><th>domain</th>{head}</tr>{rows}</table></div></section>'
+    note = (
+        "Share of neighbouring tokens with the same first choice, or with an expert in common, in per cent; in"
+        " brackets: independent tokens with the same loads. Table 5 of the paper."
     )
+    return _table("Neighbours", note, f"<th>domain</th>{head}", rows)
 
 
 def _information_table(layers: list[dict]) -> str:
@@ -100,27 +97,30 @@ def _information_table(layers: list[dict]) -> str:
     head = "".join(f"<th>{escape(cause.replace('_', ' '))}</th>" for cause in causes)
     rows = "".join(
         f"<tr><td>{layer['layer']}</td>"
-        + "".join(f"<td>{_bits(layer['information'][c])}</td>" for c in causes)
+        + "".join(f"<td>{_bits(layer['information'][cause])}</td>" for cause in causes)
         + "</tr>"
         for layer in layers
     )
-    note = "Of one of a token's experts; in <i>domain first</i>, of its first choice."
-    return (
-        f"<section><h2>Bits about the expert</h2><p class=note>{note}</p>"
-        f'<div class="wide"><table><tr><th>layer</th>{head}</tr>{rows}</table></div></section>'
-    )
+    note = "Of one of a token's experts; domain first: of its first choice."
+    return _table("Bits about the expert", note, f"<th>layer</th>{head}", rows)
+
+
+def _table(title: str, note: str, head: str, rows: str) -> str:
+    table = f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    return f'<section><h2>{title}</h2><p class="note">{note}</p>{table}</section>'
 
 
 def _coloured(trace: "Trace", tokenizer: "Tokenizer | None", layers: list[int]) -> str:
     legend = " ".join(f'<span class="e{expert}">&nbsp;{expert}&nbsp;</span>' for expert in range(trace.num_experts))
     return (
-        "<section><h2>Tokens by expert</h2><p class=note>Coloured by first choice, as Fig. 8 of the paper."
+        '<section><h2>Tokens by expert</h2><p class="note">Coloured by first choice, as Fig. 8 of the paper.'
         f" Experts: {legend}</p>{coloured.html(trace, tokenizer, layers)}</section>"
     )
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+def _percent(found: dict, name: str) -> str:
+    value, null = found[name], found[f"null_{name}"]
+    return "–" if value is None else f"{100 * value:.1f} ({100 * null:.1f})"
 
 
 def _bits(found: dict) -> str:
