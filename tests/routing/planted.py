@@ -5,7 +5,7 @@ import torch
 
 from mixtral import Trace
 
-DOCUMENT = 512  # tokens
+DOCUMENT = 128  # tokens
 
 
 def words(n: int, vocabulary: int = 400, seed: int = 0) -> np.ndarray:
@@ -15,7 +15,7 @@ def words(n: int, vocabulary: int = 400, seed: int = 0) -> np.ndarray:
 
 
 def trace_of(topk_ids: np.ndarray, domain: np.ndarray, token_id: np.ndarray | None = None, **more) -> Trace:
-    """A trace of these experts, int [N, L, K]; documents of 512 tokens that end with their domain."""
+    """A trace of these experts, int [N, L, K]; documents of 128 tokens that end with their domain."""
     n = len(topk_ids)
     tokens = words(n) if token_id is None else token_id
     starts = np.flatnonzero(np.diff(domain, prepend=-1))

@@ -14,7 +14,7 @@ from .cross_layer import paths, transition
 from .expert_load import expert_load
 from .information import Causes
 from .languages import languages as language_metrics
-from .locality import locality
+from .locality import Locality
 from .saturation import check_same_text, saturation
 from .statistics import CONFIDENCE
 from .tokens import Tokens
@@ -51,14 +51,15 @@ def analyse(
     names = [name for name in trace.domain_names if name not in languages] or trace.domain_names
     tokens = Tokens(trace, names, layers)
     of_languages = Tokens(trace, languages, layers) if languages else None
-    causes, vocabulary, caching = Causes(tokens), Vocabulary(tokens), Caching(tokens)
+    causes, locality = Causes(tokens), Locality(tokens)
+    vocabulary, caching = Vocabulary(tokens), Caching(tokens)
 
     found = []
     for index, number in enumerate(tokens.layers):
         metrics = {
             "layer": number,
             "load": expert_load(tokens, index),
-            "locality": locality(tokens, index),
+            "locality": locality.measure(index),
             "information": causes.information(index),
             "vocabulary": vocabulary.measure(index),
             "coactivation": coactivation(tokens, index),
@@ -89,7 +90,7 @@ def analyse(
 
 
 def plain(value: object) -> object:
-    """The same for JSON: NumPy's types as Python's, NaN and infinity as None, seven digits."""
+    """The same for JSON: NumPy's types as Python's, NaN and infinity as None, seven digits and none beyond the twelfth place."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -97,5 +98,5 @@ def plain(value: object) -> object:
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
+        return float(f"{round(value, 12):.7g}") if math.isfinite(value) else None
     return value

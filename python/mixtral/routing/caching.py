@@ -6,6 +6,7 @@ from .statistics import ratio
 from .tokens import Tokens
 
 TOKENS = 4096  # replayed, in equal runs of the domains
+MOST_TIMES = 16_000_000  # of next uses that are kept: fewer tokens for many experts
 SEGMENT = 16
 
 
@@ -19,7 +20,8 @@ class Caching:
 
     def __init__(self, tokens: Tokens) -> None:
         self._num_experts = tokens.num_experts
-        rows = tokens.first_rows(TOKENS)
+        times = tokens.top_k * len(tokens.layers) * tokens.num_experts  # a token
+        rows = tokens.first_rows(min(TOKENS, MOST_TIMES // times))
         experts = tokens.topk_ids[rows].astype(np.int64)  # [n, L, K]
         self._experts = experts
         self._asked = np.swapaxes(experts, 1, 2).reshape(-1, experts.shape[1])  # [T, L]

@@ -15,9 +15,9 @@ def confidence(tokens: Tokens, layer: int) -> dict | None:
     logits of the last chosen and the first unchosen expert, with its median; ``within_bfloat16``, the share of tokens
     whose choice the rounding of these two logits to bfloat16 could change. NaN for a margin when all are chosen.
     """
-    if tokens.router_logits is None:
+    logits = tokens.router_logits(layer)
+    if logits is None:
         return None
-    logits = tokens.router_logits[:, layer].astype(np.float32)
     logs = log_softmax(logits, axis=1)
     entropy = -(np.exp(logs) * logs).sum(1) / np.log(tokens.num_experts) if tokens.num_experts > 1 else logs[:, 0] * 0
     falling = -np.sort(-logits, axis=1)

@@ -22,7 +22,7 @@ def uniform_null(num_experts: int, top_k: int) -> tuple[float, float]:
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whether first choices are the same, sets meet, and sets are the same; bool [n] of int [n, K] twice."""
+    """Whether first choices are the same, sets meet, and sets are the same; bool [n] of [n, K] twice."""
     shared = sum((a[:, i] == b[:, j]).astype(np.int8) for i in range(a.shape[1]) for j in range(b.shape[1]))
     return a[:, 0] == b[:, 0], shared > 0, shared == a.shape[1]
 
@@ -44,46 +44,51 @@ def load_null(experts: np.ndarray, num_experts: int) -> tuple[float, float, floa
     return float(first @ first), meet, same
 
 
-def locality(tokens: Tokens, layer: int) -> dict:
-    """{domain: shares of pairs of tokens, at lag 1 and further on, with nulls and half widths}."""
-    experts, units = tokens.experts(layer), tokens.units
-    near, far = tokens.pairs()
-    agreed = agreement(experts[near], experts[far])
-    other = tokens.token[near] != tokens.token[far]
-    pairs = units.sums(np.ones(len(near)), near)
-    sums = np.stack([units.sums(flag, near) for flag in agreed], 1)  # [U, 3]
-    other_sums = np.stack([units.sums(flag & other, near) for flag in agreed], 1)
-    other_pairs = units.sums(other, near)
-    lags = {lag: _by_domain(tokens, experts, lag) for lag in LAGS}
-    uniform = uniform_null(tokens.num_experts, tokens.top_k)
+class Locality:
+    """The pairs of each lag, found once for all layers."""
 
-    result = {}
-    for d, name in enumerate(tokens.names):
-        mine = units.domain == d
-        value = ratio(sums[mine].sum(0), pairs[mine].sum())
-        half = units.half_width(sums, pairs[:, None], d)
-        null = load_null(experts[tokens.domain == d], tokens.num_experts)
-        different = ratio(other_sums[mine].sum(0), other_pairs[mine].sum())
-        result[name] = {
-            "first": value[0],
-            "either": value[1],
-            "null_first": null[0],
-            "null_either": null[1],
-            "uniform_first": uniform[0],
-            "uniform_either": uniform[1],
-            "same_set": value[2],
-            "null_same_set": null[2],
-            "different_token": {"first": different[0], "either": different[1]},
-            "intervals": {"first": interval(value[0], half[0], 0, 1), "either": interval(value[1], half[1], 0, 1)},
-            "lags": {str(lag): {"first": both[d, 0], "either": both[d, 1]} for lag, both in lags.items()},
-        }
-    return result
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._pairs = {lag: tokens.are_pairs(lag) for lag in LAGS}  # bool [N - lag]
+        self._count = {lag: self._sums(are_pairs, lag) for lag, are_pairs in self._pairs.items()}
+        self._different = self._pairs[1] & (tokens.token[1:] != tokens.token[:-1])
 
+    def _sums(self, flag: np.ndarray, lag: int = 1) -> np.ndarray:
+        """How many tokens of each unit have ``flag`` [N - lag] set, [U]."""
+        return np.bincount(self._tokens.units.of_token[:-lag][flag], minlength=len(self._tokens.units.domain))
 
-def _by_domain(tokens: Tokens, experts: np.ndarray, lag: int) -> np.ndarray:
-    """Agreement of first choices and of sets at this lag, [domains, 2]."""
-    near, far = tokens.pairs(lag)
-    first, meet, _ = agreement(experts[near], experts[far])
-    count = np.bincount(tokens.domain[near], minlength=len(tokens.names))
-    both = [np.bincount(tokens.domain[near], flag, len(tokens.names)) for flag in (first, meet)]
-    return ratio(np.stack(both, 1), count[:, None])
+    def measure(self, layer: int) -> dict:
+        """{domain: shares of pairs of tokens, at lag 1 and further on, with nulls and intervals}."""
+        tokens, units = self._tokens, self._tokens.units
+        experts = tokens.topk_ids[:, layer].T.copy().T  # a choice of all tokens lies together
+        agreed = {lag: agreement(experts[:-lag], experts[lag:]) for lag in LAGS}
+        sums = {
+            lag: np.stack([self._sums(flag & self._pairs[lag], lag) for flag in flags], 1)
+            for lag, flags in agreed.items()
+        }  # [U, 3]
+        different = np.stack([self._sums(flag & self._different) for flag in agreed[1]], 1)
+        different_pairs = self._sums(self._different)
+        uniform = uniform_null(tokens.num_experts, tokens.top_k)
+
+        result = {}
+        for d, name in enumerate(tokens.names):
+            mine = units.domain == d
+            value = ratio(sums[1][mine].sum(0), self._count[1][mine].sum())
+            half = units.half_width(sums[1], self._count[1][:, None], d)
+            null = load_null(tokens.experts(layer)[tokens.domain == d], tokens.num_experts)
+            other = ratio(different[mine].sum(0), different_pairs[mine].sum())
+            lags = {lag: ratio(sums[lag][mine].sum(0), self._count[lag][mine].sum()) for lag in LAGS}
+            result[name] = {
+                "first": value[0],
+                "either": value[1],
+                "null_first": null[0],
+                "null_either": null[1],
+                "uniform_first": uniform[0],
+                "uniform_either": uniform[1],
+                "same_set": value[2],
+                "null_same_set": null[2],
+                "different_token": {"first": other[0], "either": other[1]},
+                "intervals": {"first": interval(value[0], half[0], 0, 1), "either": interval(value[1], half[1], 0, 1)},
+                "lags": {str(lag): {"first": both[0], "either": both[1]} for lag, both in lags.items()},
+            }
+        return result

@@ -126,9 +126,7 @@ _TABLES = {
     "locality": _by_domain("locality"),
     "lags": _lags,
     "information": _keyed("information", "cause"),
-    "vocabulary": lambda layers: [
-        row for row in _keyed("vocabulary", "label")(layers) if "specialisation" in row
-    ],
+    "vocabulary": lambda layers: [row for row in _keyed("vocabulary", "label")(layers) if "specialisation" in row],
     "coactivation": _matrix("coactivation", ("share", "lift"), ("expert", "other")),
     "transition": _matrix("transition", ("share",), ("expert", "next")),
     "cross_layer": _single("transition"),

@@ -55,11 +55,13 @@ class Units:
             self.of_token[rows] = len(domains) + rank * units // count
             domains += [d] * units
         self.domain = np.array(domains)
-        self._weights = self._draw(np.random.default_rng(seed))
+        self._weights = {None: self._draw(np.random.default_rng(seed))}
+        for d in range(num_domains):
+            self._weights[d] = self._weights[None][:, self.domain == d]
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """How often each unit is drawn in each replicate, [REPLICATES, U]; as many of every domain as there are."""
-        weights = np.zeros((REPLICATES, len(self.domain)))
+        weights = np.zeros((REPLICATES, len(self.domain)), np.float32)
         for d in np.unique(self.domain):
             mine = np.flatnonzero(self.domain == d)
             weights[:, mine] = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), REPLICATES)
@@ -75,12 +77,12 @@ class Units:
 
         The bootstrap's standard deviation, times Student's t for the number of units.
         """
-        mine = np.flatnonzero(self.domain == domain) if domain is not None else np.arange(len(self.domain))
-        if len(mine) < 2:
+        weights = self._weights[domain]
+        mine = slice(None) if domain is None else self.domain == domain
+        if weights.shape[1] < 2:
             return np.full(numerator.shape[1:], np.nan)
-        weights = self._weights[:, mine]
         drawn = ratio(weights @ numerator[mine], weights @ denominator[mine])
-        return np.nanstd(drawn, axis=0) * stats.t.ppf((1 + CONFIDENCE) / 2, len(mine) - 1)
+        return np.nanstd(drawn, axis=0) * stats.t.ppf((1 + CONFIDENCE) / 2, weights.shape[1] - 1)
 
     def percentiles(self, statistic: Callable, *samples: np.ndarray) -> tuple[float, float]:
         """The interval of a statistic of sums [..., E] of several domains, from their sums by unit, each [u, E]."""

@@ -18,10 +18,10 @@ class Tokens:
     Attributes:
         names: of the D domains.
         domain: int64 [N], an index of ``names``.
+        kept: bool, which rows of the trace these are.
         token_id, predicted_id, position: int32 [N].
         vocabulary, token: int [V], the ids that occur, rising; int64 [N], each token's index among them.
         topk_ids: uint8 [N, L, K].
-        router_logits: float16 [N, L, E], or None.
         layers: the number in the model of each of the L layers.
         units: what the bootstrap draws.
     """
@@ -48,8 +48,7 @@ class Tokens:
             np.asarray(tensor)[keep] for tensor in (trace.token_ids, trace.predicted_ids, trace.positions)
         )
         self.topk_ids = np.asarray(trace.topk_ids)[keep][:, self.layers]
-        logits = trace.router_logits
-        self.router_logits = None if logits is None else np.asarray(logits)[keep][:, self.layers]
+        self._logits = trace.router_logits
         self.vocabulary, self.token = np.unique(self.token_id, return_inverse=True)
         doc = np.asarray(trace.docs)[keep]
         new = (np.diff(doc, prepend=-1) != 0) | (np.diff(self.position, prepend=0) < 0)
@@ -63,11 +62,21 @@ class Tokens:
         """int64 [N, K] of the analysed layer with this index."""
         return self.topk_ids[:, layer].astype(np.int64)
 
+    def router_logits(self, layer: int) -> np.ndarray | None:
+        """float32 [N, E] of this layer; None where the trace has none."""
+        if self._logits is None:
+            return None
+        return np.asarray(self._logits)[self.kept, self.layers[layer]].astype(np.float32)
+
     def pairs(self, lag: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Rows (i, i + lag) that are ``lag`` apart in one sequence."""
-        same = self._sequence[lag:] == self._sequence[:-lag]
-        first = np.flatnonzero(same & (self.position[lag:] - self.position[:-lag] == lag))
+        first = np.flatnonzero(self.are_pairs(lag))
         return first, first + lag
+
+    def are_pairs(self, lag: int) -> np.ndarray:
+        """Whether rows i and i + lag are ``lag`` apart in one sequence, bool [N - lag]."""
+        same = self._sequence[lag:] == self._sequence[:-lag]
+        return same & (self.position[lag:] - self.position[:-lag] == lag)
 
     def members(self, experts: np.ndarray) -> np.ndarray:
         """Whether each token chose each expert: bool [N, E] of int [N, K]."""

@@ -17,17 +17,14 @@ class Vocabulary:
         self._tokens = tokens
         before, after = tokens.pairs()
         predicted = np.flatnonzero(tokens.predicted_id >= 0)
-        self._labels = {
+        predicted = np.flatnonzero(tokens.predicted_id >= 0)
+        labels = {
             "input": (np.arange(len(tokens)), tokens.token_id),
             "predicted": (predicted, tokens.predicted_id[predicted]),
             "true": (before, tokens.token_id[after]),
         }
-        self._ids, self._of = {}, {}
         rng = np.random.default_rng(seed)
-        self._orders = [rng.permutation(len(tokens)) for _ in range(PERMUTATIONS)]
-        for name, (rows, ids) in self._labels.items():
-            self._ids[name], index, counts = np.unique(ids, return_inverse=True, return_counts=True)
-            self._of[name] = (rows, index, counts)
+        self._labels = {name: _Labels(rows, ids, rng) for name, (rows, ids) in labels.items()}
 
     def measure(self, layer: int) -> dict:
         """{label: specialisation, its null, both shrunk to one number}, top tokens of each expert, and overlap.
@@ -38,43 +35,60 @@ class Vocabulary:
         """
         experts = self._tokens.experts(layer)
         result = {}
-        for name in self._labels:
-            value = self._specialisation(name, experts)
-            null = float(np.mean([self._specialisation(name, experts[order]) for order in self._orders]))
+        for name, labels in self._labels.items():
+            chosen = experts[labels.rows]
+            value = self._specialisation(labels, labels.index, chosen)
+            null = float(np.mean([self._specialisation(labels, index, chosen) for index in labels.permuted]))
             shrunk = float(ratio(value - null, 1 - null))
             result[name] = {"specialisation": value, "null": null, "shrunk": shrunk}
-        return result | {"overlap": self._overlap(experts), "top_tokens": self._top_tokens(experts)}
+        counts = self._counts(self._labels["input"].index, experts)
+        return result | {"overlap": self._overlap(counts), "top_tokens": self._top_tokens(counts)}
 
-    def _counts(self, name: str, experts: np.ndarray) -> np.ndarray:
+    def _counts(self, index: np.ndarray, experts: np.ndarray) -> np.ndarray:
         """How often each id went to each expert, [V, E]."""
-        rows, index, counts = self._of[name]
-        keys = index[:, None] * self._tokens.num_experts + experts[rows]
-        table = np.bincount(keys.ravel(), minlength=len(counts) * self._tokens.num_experts)
-        return table.reshape(len(counts), -1)
+        num_experts = self._tokens.num_experts
+        keys = (index * num_experts)[:, None] + experts
+        table = np.bincount(keys.ravel(), minlength=(index.max(initial=0) + 1) * num_experts)
+        return table.reshape(-1, num_experts)
 
-    def _specialisation(self, name: str, experts: np.ndarray) -> float:
-        counts = self._of[name][2]
-        often = counts >= OCCURRENCES
-        return float(ratio(self._counts(name, experts)[often].max(1).sum(), counts[often].sum()))
+    def _specialisation(self, labels: "_Labels", index: np.ndarray, experts: np.ndarray) -> float:
+        often = labels.counts >= OCCURRENCES
+        return float(ratio(self._counts(index, experts)[often].max(1).sum(), labels.counts[often].sum()))
 
-    def _overlap(self, experts: np.ndarray) -> dict:
+    def _overlap(self, counts: np.ndarray) -> dict:
         """Share of experts that two occurrences of the same id have in common; null: any two tokens."""
-        counts = self._counts("input", experts).astype(float)
-        of_id, top_k = self._of["input"][2].astype(float), self._tokens.top_k
-        pairs = (of_id * (of_id - 1)).sum()
-        used = counts.sum(0) / len(experts)
+        counts, top_k = counts.astype(float), self._tokens.top_k
+        of_id = self._labels["input"].counts.astype(float)
+        used = counts.sum(0) / len(self._tokens)
         return {
-            "same_token": float(ratio((counts * (counts - 1)).sum(), pairs * top_k)),
+            "same_token": float(ratio((counts * (counts - 1)).sum(), (of_id * (of_id - 1)).sum() * top_k)),
             "null": float(used @ used / top_k),
         }
 
-    def _top_tokens(self, experts: np.ndarray) -> list[list[dict]]:
+    def _top_tokens(self, counts: np.ndarray) -> list[list[dict]]:
         """The ids with the largest share of each expert, ten occurrences at least: [E] lists."""
-        often = np.flatnonzero(self._of["input"][2] >= OCCURRENCES)
-        share = self._counts("input", experts)[often] / self._of["input"][2][often, None]
+        labels = self._labels["input"]
+        often = np.flatnonzero(labels.counts >= OCCURRENCES)
+        share = counts[often] / labels.counts[often, None]
         best = np.argsort(-share, axis=0, kind="stable")[:TOP_TOKENS]
-        ids = self._ids["input"][often]
+        ids = labels.ids[often]
         return [
             [{"token_id": int(ids[i]), "share": float(share[i, e])} for i in best[:, e] if share[i, e] > 0]
             for e in range(share.shape[1])
         ]
+
+
+class _Labels:
+    """Token ids of some rows.
+
+    Attributes:
+        rows: [n], of the tokens.
+        ids, counts: int [V], the ids that occur, and how often.
+        index: int64 [n], indices of ``ids``.
+        permuted: the same in random orders.
+    """
+
+    def __init__(self, rows: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> None:
+        self.rows = rows
+        self.ids, self.index, self.counts = np.unique(ids, return_inverse=True, return_counts=True)
+        self.permuted = [rng.permutation(self.index) for _ in range(PERMUTATIONS)]
