@@ -1,6 +1,7 @@
 """``mixtral`` and ``python -m mixtral``: the commands of the C++ binary, and those that Python runs."""
 
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ def main() -> None:
     Exits with 5 when the binary is not there or cannot run.
     """
     if module := COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         sys.exit(import_module(module).main(sys.argv[2:]))
     for binary in BINARIES:
         if os.access(binary, os.X_OK):

@@ -9,6 +9,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from binary import ROOT, environment, mixtral
+from mixtral.routing.command import main
 
 COUNTS = ROOT / "tests" / "data" / "routing_counts.json"
 LAYERS = (0, 7, 15)
@@ -122,22 +123,25 @@ GOOD = {"topk_assignments": {"a": [[3, 1]], "b": [[2, 2]]}, "top1": {"a": [[3, 1
         (json.dumps(GOOD | {"top1": {"a": [[2, 0]], "b": [[9, 1]]}}), 3, "top1.b: expected first choices"),
     ],
 )
-def test_bad_counts_are_one_line(tmp_path: Path, text: str, status: int, message: str) -> None:
+def test_bad_counts_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture, text: str, status: int, message: str
+) -> None:
     (tmp_path / "counts.json").write_text(text)
-    assert_fails(status, message, "--counts", tmp_path / "counts.json", "--out", tmp_path / "out")
+    assert main(["--counts", f"{tmp_path}/counts.json", "--out", f"{tmp_path}/out"]) == status
+    assert_one_line(capfd.readouterr().err, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_key_is_named() -> None:
-    assert_fails(2, "routing_counts.json#mistral or #olmoe, got #mixtral", "--counts", f"{COUNTS}#mixtral")
+def test_a_bad_key_is_named(capfd: pytest.CaptureFixture) -> None:
+    assert main(["--counts", f"{COUNTS}#mixtral"]) == 2
+    assert_one_line(capfd.readouterr().err, "routing_counts.json#mistral or #olmoe, got #mixtral")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert_fails(3, "no.json: No such file or directory", "--counts", tmp_path / "no.json")
+    run = mixtral("route", "--counts", tmp_path / "no.json")
+    assert run.returncode == 3
+    assert_one_line(run.stderr.decode(), "no.json: No such file or directory")
 
 
-def assert_fails(status: int, message: str, *arguments: str | Path) -> None:
-    run = mixtral("route", *arguments)
-    error = run.stderr.decode()
-    assert run.returncode == status, error
+def assert_one_line(error: str, message: str) -> None:
     assert message in error and error.startswith("mixtral: ") and error.count("\n") == 1, error

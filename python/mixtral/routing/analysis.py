@@ -90,7 +90,7 @@ def analyse(
 
 
 def plain(value: object) -> object:
-    """The same for JSON: NumPy's types as Python's, NaN and infinity as None, seven digits and none beyond the twelfth place."""
+    """The same for JSON: NumPy's types as Python's, NaN and infinity as None, seven digits, twelve places at most."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

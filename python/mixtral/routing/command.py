@@ -88,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit status. Errors are one line on stderr."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    warnings.showwarning = lambda message, *_: print(f"mixtral: warning: {message}", file=sys.stderr)
     try:
-        return _run(_parser().parse_args(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"mixtral: warning: {message}", file=sys.stderr)
+            return _run(_parser().parse_args(arguments))
     except SystemExit as exit_:  # --help, SIGTERM
         return int(exit_.code or 0)
     except KeyboardInterrupt:
@@ -126,15 +126,16 @@ def _run(flags: argparse.Namespace) -> int:
 
 
 def _run_counts(flags: argparse.Namespace) -> int:
-    from .counts import analyse_counts
-    from .report import report
-
     others = ("path", "model", "domain", "parallel", "tokens", "reference", "knockout", "ansi")
     if given := [name for name in others if getattr(flags, name)]:
         name = "MODEL" if given[0] in ("path", "model") else f"--{given[0]}"
         raise ValueError(f"--counts: goes without {name}: counts are all that is analysed")
     file, _, key = flags.counts.rpartition("#") if "#" in flags.counts else (flags.counts, "", "")
+    from .counts import analyse_counts
+
     metrics = analyse_counts(file, key, flags.layers)
+    from .report import report
+
     out = _out(flags)
     _write(out / "metrics.json", json.dumps(metrics, indent=1))
     _write(out / "report.html", report(metrics))

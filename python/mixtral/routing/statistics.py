@@ -79,7 +79,7 @@ class Units:
         """
         weights = self._weights[domain]
         mine = slice(None) if domain is None else self.domain == domain
-        if weights.shape[1] < 2:
+        if weights.shape[1] < 2 or not denominator[mine].any():
             return np.full(numerator.shape[1:], np.nan)
         drawn = ratio(weights @ numerator[mine], weights @ denominator[mine])
         return np.nanstd(drawn, axis=0) * stats.t.ppf((1 + CONFIDENCE) / 2, weights.shape[1] - 1)
