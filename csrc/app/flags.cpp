@@ -96,6 +96,18 @@ void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags) {
   add_switch(app, "--no-cuda-graph", flags.no_cuda_graph, "On CUDA, launch the kernels of a decoding step one by one");
 }
 
+void add_experts_flag(CLI::App& app, ModelFlags& flags) {
+  add_option(app, "--experts-per-token", flags.experts_per_token, "Another number of experts than the checkpoint's")
+      ->check(at_least(1));
+}
+
+void add_routing_flags(CLI::App& app, RoutingFlags& flags) {
+  add_option(app, "--trace", flags.trace, "Write which experts each token went to, for --replay and for analyses")
+      ->type_name("FILE");
+  add_option(app, "--replay", flags.replay, "Send each token to the experts of this trace, which is of the same text")
+      ->type_name("FILE");
+}
+
 CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params) {
   CLI::Option* const max_tokens =
       add_option(app, "-n,--max-tokens", params.max_tokens, "Most new tokens; without it, fewer where the context ends")
@@ -121,9 +133,9 @@ CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params) {
   return max_tokens;
 }
 
-void add_prompt_cache(CLI::App& app, std::string& file) {
-  add_option(app, "--prompt-cache", file,
-             "Keep keys and values in this file, and compute only what it does not have; made if there is none")
+CLI::Option* add_prompt_cache(CLI::App& app, std::string& file) {
+  return add_option(app, "--prompt-cache", file,
+                    "Keep keys and values in this file, and compute only what it does not have; made if there is none")
       ->type_name("FILE");
 }
 

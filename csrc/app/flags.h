@@ -20,8 +20,13 @@ struct ModelFlags {
   int64_t chunk_size = kChunkSize;
   std::string lora;  // folder of an adapter; empty: none
   bool check_weights = false;
+  int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
   bool verbose = false;
   bool no_cuda_graph = false;
+};
+
+struct RoutingFlags {
+  std::string trace, replay;  // files; empty: none
 };
 
 struct PromptFlags {
@@ -35,6 +40,9 @@ constexpr const char* kModelPathNames = "MODEL,-m,--model";  // as an argument o
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names = kModelPathNames);
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
 void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
+void add_experts_flag(CLI::App& app, ModelFlags& flags);
+// --trace and --replay.
+void add_routing_flags(CLI::App& app, RoutingFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 // Returns the option of params.max_tokens.
@@ -45,7 +53,7 @@ CLI::Option* add_chat_template(CLI::App& app, std::string& chat_template);
 void add_generation_config(CLI::App& app, bool& wanted);
 void use_generation_config(const CLI::App& app, const std::filesystem::path& folder, SamplingParams& params);
 void add_prompt_flags(CLI::App& app, PromptFlags& flags);
-void add_prompt_cache(CLI::App& app, std::string& file);
+CLI::Option* add_prompt_cache(CLI::App& app, std::string& file);
 CLI::Option* add_parse_special(CLI::App& app, bool& parse_special);
 
 // Reads the prompt from -p, -f or stdin; of the last two one final newline is dropped. Throws std::invalid_argument

@@ -17,6 +17,7 @@ namespace {
 struct GenerateFlags {
   ModelFlags model;
   PromptFlags prompt;
+  RoutingFlags routing;
   SamplingParams sampling;
   CLI::Option* max_tokens = nullptr;
   std::string prompt_cache;  // a file
@@ -83,7 +84,9 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true, /*add_eos=*/false, flags.parse_special);
   flags.sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
 
+  const std::shared_ptr<const Trace> replay = read_replay(flags.routing);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  check_replay(flags.routing, replay, loaded.engine);
   if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
   const auto on_text = [&flags](size_t, const std::string& piece) {
     if (!flags.json && pending_signal() == 0) write_out(piece);
@@ -91,9 +94,11 @@ void run(const CLI::App& command, GenerateFlags flags) {
   };
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Timings timings;
-  const Generation generation =
-      loaded.engine.generate({{ids, flags.sampling, flags.prompt_cache}}, on_text, &timings).front();
+  const bool trace = !flags.routing.trace.empty();
+  const Request request = {ids, flags.sampling, flags.prompt_cache, flags.model.experts_per_token, trace, replay};
+  const Generation generation = loaded.engine.generate({request}, on_text, &timings).front();
   check_finished(generation);
+  if (trace) save_trace(flags.routing, *generation.trace, loaded.engine, tokenizer);
   save_prompt_cache(loaded.engine, flags.prompt_cache);
   if (flags.json) {
     print_json(generation, flags, tokenizer, timings, loaded.seconds);
@@ -118,9 +123,12 @@ void add_generate(CLI::App& app) {
       ->check(in_range(0, 20))
       ->needs(json);
   add_parse_special(command, flags->parse_special);
-  add_prompt_cache(command, flags->prompt_cache);
+  CLI::Option* const cache = add_prompt_cache(command, flags->prompt_cache);
+  add_routing_flags(command, flags->routing);
+  for (const char* flag : {"--trace", "--replay"}) command.get_option(flag)->excludes(cache);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

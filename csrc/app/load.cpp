@@ -9,6 +9,8 @@
 #include "../checkpoint/folder.h"
 #include "../checkpoint/load_options.h"
 #include "../engine/threads.h"
+#include "../engine/trace_file.h"
+#include "../io/load_error.h"
 #include "../io/printable.h"
 #include "report.h"
 #include "signals.h"
@@ -68,6 +70,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   load_options.dtype = flags.dtype;
   load_options.lora = flags.lora;
   load_options.check_weights = flags.check_weights;
+  load_options.experts_per_token = flags.experts_per_token;
   load_options.warn = warn;
   ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
@@ -79,6 +82,24 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.cuda_graph = !flags.no_cuda_graph;
   return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
           seconds_now() - start};
+}
+
+std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags) {
+  return flags.replay.empty() ? nullptr : std::make_shared<const Trace>(read_trace(flags.replay));
+}
+
+void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>& replay, const Engine& engine) {
+  try {
+    if (replay) check_same_model(*replay, engine.model());
+  } catch (const std::invalid_argument& error) {
+    throw LoadError(flags.replay, "", error.what());
+  }
+}
+
+void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer) {
+  trace.model = trace_fingerprint(engine.model());
+  describe_tokens(trace, &tokenizer, engine.config());
+  write_trace(trace, flags.trace);
 }
 
 void load_prompt_cache(Engine& engine, const std::string& file) {

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 
 #include "../engine/engine.h"
+#include "../engine/trace.h"
 #include "../model/config.h"
 #include "../model/weight_type.h"
 #include "../text/tokenizer.h"
@@ -28,6 +30,13 @@ struct LoadedEngine {
 };
 // Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
+
+// The trace of --replay; null without one. Throws LoadError.
+std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags);
+// Throws LoadError when the trace of --replay is of another model.
+void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>& replay, const Engine& engine);
+// Writes the file of --trace.
+void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer);
 
 // The session of a --prompt-cache file has the file's name. Nothing happens without a name, or where no file is yet.
 void load_prompt_cache(Engine& engine, const std::string& file);

@@ -1,6 +1,7 @@
 // `mixtral perplexity`: how well a model predicts a text.
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "../checkpoint/config_reader.h"
@@ -19,6 +20,7 @@ struct PerplexityFlags {
   ModelFlags model;
   std::vector<std::string> paths;  // [MODEL] FILE
   std::string compare_dtype;       // empty: no comparison
+  RoutingFlags routing;
   bool json = false;
 };
 
@@ -29,7 +31,9 @@ struct Scored {
 };
 
 // Frees the weights before it returns: a second model may need the memory.
-Scored measure(const ModelFlags& flags, const Config& config, const Tokenizer& tokenizer, const std::string& text) {
+Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Config& config, const Tokenizer& tokenizer,
+               const std::string& text) {
+  const std::shared_ptr<const Trace> replay = read_replay(routing);
   LoadedEngine loaded = load_engine(flags, tokenizer);
   ProgressBar bar("scoring", tokens_text);
   ScoreOptions options;
@@ -39,9 +43,18 @@ Scored measure(const ModelFlags& flags, const Config& config, const Tokenizer& t
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
   };
+  check_replay(routing, replay, loaded.engine);
+  options.replay = replay.get();
+  std::optional<Trace> trace;
+  if (!routing.trace.empty()) {
+    const int64_t top_k = replay ? replay->routing.top_k : loaded.engine.config().top_k;
+    options.trace = &trace.emplace(empty_trace(loaded.engine.config(), top_k));
+  }
   const double start = seconds_now();
   const Score score = mixtral::score(loaded.engine.model(), tokenizer, text, options);
-  return {weight_type_of(flags, config).name(), score, seconds_now() - start};
+  const double seconds = seconds_now() - start;
+  if (trace) save_trace(routing, *trace, loaded.engine, tokenizer);
+  return {weight_type_of(flags, config).name(), score, seconds};
 }
 
 // In per cent of `other`'s bits per byte: positive when `result` predicts the text less well.
@@ -84,13 +97,13 @@ void run(PerplexityFlags& flags) {
   const Config config = read_config(folder);
   const Tokenizer tokenizer = load_tokenizer(flags.model);
 
-  const Scored result = measure(flags.model, config, tokenizer, text);
+  const Scored result = measure(flags.model, flags.routing, config, tokenizer, text);
   nlohmann::json json = to_json(result);
   std::string report = to_text(result);
   if (!flags.compare_dtype.empty()) {
     ModelFlags other_model = flags.model;
     other_model.dtype = flags.compare_dtype;
-    const Scored other = measure(other_model, config, tokenizer, text);
+    const Scored other = measure(other_model, {}, config, tokenizer, text);
     const double difference = difference_percent(result, other);
     json["compared_with"] = to_json(other);
     json["bits_per_byte_difference_percent"] = difference;
@@ -111,11 +124,14 @@ void add_perplexity(CLI::App& app) {
       ->option_text("[MODEL] FILE")
       ->expected(-1)
       ->required();
-  add_dtype(command, "--compare-dtype", flags->compare_dtype,
-            "Score the text again with weights of this type, and tell the difference");
+  CLI::Option* const compare = add_dtype(command, "--compare-dtype", flags->compare_dtype,
+                                         "Score the text again with weights of this type, and tell the difference");
+  add_routing_flags(command, flags->routing);
+  command.get_option("--replay")->excludes(compare);
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);
+  add_experts_flag(command, flags->model);
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
       "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n\n"

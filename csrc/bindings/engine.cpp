@@ -1,11 +1,21 @@
 #include "../engine/engine.h"
 
+#include <torch/csrc/utils/pybind.h>
+
 #include "../engine/score.h"
 #include "../model/transformer.h"
 #include "bindings.h"
 
 namespace mixtral {
 namespace {
+
+std::optional<torch::Tensor> routed_experts(const Generation& generation) {
+  const std::shared_ptr<Trace>& trace = generation.trace;
+  if (!trace) return std::nullopt;
+  Routing& routing = trace->routing;
+  return torch::from_blob(
+      routing.topk_ids.data(), {routing.tokens(), routing.layers, routing.top_k}, [trace](void*) {}, torch::kUInt8);
+}
 
 void bind_results(py::module_& m) {
   py::class_<SamplingParams>(m, "SamplingParams")
@@ -32,6 +42,10 @@ void bind_results(py::module_& m) {
       .def_readonly("finish_reason", &Generation::finish_reason, "\"stop\", \"length\", \"cancelled\" or \"error\".")
       .def_readonly("error", &Generation::error, "Why, when finish_reason is \"error\".")
       .def_readonly("logprobs", &Generation::logprobs, "[TokenLogprob], one per token when asked for.")
+      .def_property_readonly(
+          "routed_experts", &routed_experts,
+          "uint8 [tokens, layers, experts per token], of every token that the model read: the prompt "
+          "and all new ones but the newest. None unless asked for.")
       .def("__repr__", [](const py::object& self) {
         return py::str("Generation(text={!r}, finish_reason={!r}, {} tokens)")
             .format(self.attr("text"), self.attr("finish_reason"), py::len(self.attr("token_ids")));
@@ -77,9 +91,9 @@ bool goes_on(const py::object& returned) { return returned.is_none() || returned
 // -> ([Generation], Timings). A Python error in `on_text` travels through the engine to the caller.
 std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
                                                      const SamplingParams& params, const std::string& session,
-                                                     const py::object& on_text) {
+                                                     int64_t experts_per_token, bool trace, const py::object& on_text) {
   std::vector<Request> requests;
-  for (const auto& prompt : prompts) requests.push_back({prompt, params, session});
+  for (const auto& prompt : prompts) requests.push_back({prompt, params, session, experts_per_token, trace});
   Engine::OnText call;
   if (!on_text.is_none()) {
     call = [callback = share(on_text)](size_t index, const std::string& text) {
@@ -94,7 +108,8 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
 }
 
 int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
-               const std::string& session, const py::object& on_text, const py::object& on_end) {
+               const std::string& session, int64_t experts_per_token, const py::object& on_text,
+               const py::object& on_end) {
   Callbacks callbacks;
   callbacks.on_text = [callback = share(on_text)](const std::string& text) {
     const py::gil_scoped_acquire gil;
@@ -109,7 +124,7 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
     }
   };
   const py::gil_scoped_release no_gil;
-  return engine.submit({prompt, params, session}, std::move(callbacks));
+  return engine.submit({prompt, params, session, experts_per_token}, std::move(callbacks));
 }
 
 Generation result(const Outcome& outcome) {
@@ -153,9 +168,10 @@ void bind_engine(py::module_& m) {
                  new Engine(Mixtral(std::move(model)), std::move(tokenizer), options));
            }),
            py::arg("model"), py::arg("tokenizer"), py::arg("options"))
-      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"), py::arg("on_text"))
-      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("on_text"),
-           py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
+      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"),
+           py::arg("experts_per_token"), py::arg("trace"), py::arg("on_text"))
+      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("experts_per_token"),
+           py::arg("on_text"), py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())

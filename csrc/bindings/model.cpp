@@ -11,13 +11,14 @@ namespace {
 
 std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
                                   bool pack, const std::filesystem::path& lora, bool check_weights,
-                                  const py::object& progress) {
+                                  int64_t experts_per_token, const py::object& progress) {
   LoadOptions options;
   options.device = device.str();
   options.dtype = dtype;
   options.pack = pack;
   options.lora = lora;
   options.check_weights = check_weights;
+  options.experts_per_token = experts_per_token;
   options.warn = [](const std::string& message) {
     const py::gil_scoped_acquire gil;
     warn(message, 2);  // who called Mixtral.from_pretrained of model.py
@@ -58,7 +59,7 @@ void bind_model(py::module_& m) {
         "The folder that a path or a name in the Hugging Face cache means.");
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
-                  py::arg("lora"), py::arg("check_weights"), py::arg("progress"))
+                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("progress"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())

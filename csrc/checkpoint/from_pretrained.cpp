@@ -29,7 +29,11 @@ torch::Device find_device(const std::string& name) {
 Mixtral from_pretrained(const std::filesystem::path& model_folder, const LoadOptions& options) {
   const std::filesystem::path folder = find_model(model_folder);
   const torch::Device device = find_device(options.device);
-  const Config config = read_config(folder, options.warn);
+  Config config = read_config(folder, options.warn);
+  if (options.experts_per_token > 0) {
+    config.check_experts_per_token(options.experts_per_token);
+    config.top_k = options.experts_per_token;
+  }
   const Checkpoint checkpoint(folder, config, options);
   const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
   // Torch ends the process when memory runs out inside an op, so the check counts the temporary memory of packing too.

@@ -22,6 +22,7 @@ struct LoadOptions {
   std::filesystem::path lora;   // an adapter to merge (lora.h): a folder, or a name as of find_model; empty: none
   bool check_weights = false;   // true: a value that is not finite is a LoadError
   Warn warn = nullptr;
+  int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
 };
 
 }  // namespace mixtral

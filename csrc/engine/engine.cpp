@@ -78,6 +78,7 @@ struct Engine::Impl {
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check(const Request& request) const;
+  void check_routing(const Request& request) const;
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
   Mixtral model;
@@ -96,13 +97,38 @@ void Engine::Impl::check(const Request& request) const {
   require(length <= options.ctx_size && request.params.max_tokens <= options.ctx_size - length,
           "prompt must fit the context of " + std::to_string(options.ctx_size) + " tokens with max_tokens, got " +
               std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(request.params.max_tokens));
+  check_routing(request);
   require(request.params.stop.empty() || tokenizer,
           "stop must be empty without a tokenizer, got " + std::to_string(request.params.stop.size()) + " strings");
 }
 
+void Engine::Impl::check_routing(const Request& request) const {
+  const Config& config = model->config();
+  if (request.experts_per_token != 0) config.check_experts_per_token(request.experts_per_token);
+  require(request.session.empty() || request.experts_per_token == 0 || request.experts_per_token == config.top_k,
+          "a request of a session must use experts_per_token " + std::to_string(config.top_k) + ", got " +
+              std::to_string(request.experts_per_token));
+  if (!request.trace && !request.replay) return;
+  require(request.session.empty(), "a request of a session can neither be traced nor replayed");
+  if (!request.replay) return;
+  const Trace& replay = *request.replay;
+  check_same_model(replay, *model);
+  for (size_t i = 0; i < replay.position.size(); ++i)
+    require(replay.position[i] == static_cast<int32_t>(i), "replay: the trace must be of one sequence");
+  check_same_tokens(replay, 0, request.prompt_token_ids);
+  require(request.experts_per_token == 0 || request.experts_per_token == replay.routing.top_k,
+          "experts_per_token must be that of the trace, " + std::to_string(replay.routing.top_k) + ", got " +
+              std::to_string(request.experts_per_token));
+}
+
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
   check(request);
+  if (request.replay) request.experts_per_token = request.replay->routing.top_k;
+  if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
+  std::shared_ptr<Trace> trace;
+  if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));
   auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer);
+  sequence->generation.trace = std::move(trace);
   sequence->num_threads = num_threads();
   return sequence;
 }

@@ -142,10 +142,8 @@ void EngineCore::run_pass() {
     const auto samples = runner_.run(plan);
     for (const auto& chunk : plan)
       if (chunk.sequence->in_prefill()) show(*chunk.sequence, "");
-    size_t row = 0;
-    for (const auto& [sequence, tokens] : plan) {
-      if (sequence->computed < sequence->length()) continue;
-      const auto text = sequence->append(samples.at(row++), runner_.model().config().eos_token_ids);
+    for (const auto& [sequence, sample] : samples) {
+      const auto text = sequence->append(sample, runner_.model().config().eos_token_ids);
       if (text) show(*sequence, *text);
     }
   } catch (...) {

@@ -1,14 +1,69 @@
 #include "model_runner.h"
 
 #include <algorithm>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "../model/memory.h"
+#include "routing_observer.h"
 #include "sample_batch.h"
 
 namespace mixtral {
+namespace {
+
+// The experts that the next `tokens` tokens of a sequence are forced to; null where its router decides.
+void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<const uint8_t*>& rows) {
+  for (int64_t i = sequence.computed; i < sequence.computed + tokens; ++i) {
+    const Trace* const replay = sequence.replay.get();
+    sequence.diverged = sequence.diverged || !replay || i >= replay->tokens() ||
+                        replay->token_id[static_cast<size_t>(i)] != sequence.ids[static_cast<size_t>(i)];
+    rows.push_back(sequence.diverged ? nullptr : replay->routing.experts_of(i));
+  }
+}
+
+// None when no sequence of the plan is traced or replayed.
+std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config) {
+  const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
+  const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
+  const bool forces = std::any_of(plan.begin(), plan.end(), replays);
+  if (!forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
+  RoutingObserver observer(config, /*keep_logits=*/false);
+  if (forces) {
+    std::vector<const uint8_t*> rows;
+    for (const auto& [sequence, tokens] : plan) add_forced_rows(*sequence, tokens, rows);
+    observer.force(std::move(rows));
+  }
+  return observer;
+}
+
+void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk>& plan) {
+  int64_t row = 0;
+  for (const auto& [sequence, tokens] : plan) {
+    if (Trace* const trace = sequence->generation.trace.get()) {
+      observer.append_to(trace->routing, row, tokens);
+      for (int64_t i = sequence->computed; i < sequence->computed + tokens; ++i) {
+        trace->token_id.push_back(static_cast<int32_t>(sequence->ids[static_cast<size_t>(i)]));
+        trace->position.push_back(static_cast<int32_t>(i));
+      }
+      const auto size = static_cast<size_t>(trace->tokens());
+      trace->predicted_id.resize(size, -1);
+      trace->doc.resize(size);
+      trace->domain.resize(size);
+    }
+    row += tokens;
+  }
+}
+
+// The most likely token: mostly the one that was picked, which saves a look at all logits [vocab].
+int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch::Tensor& logits) {
+  const bool picked =
+      sequence.params.temperature == 0 && sequence.params.repetition_penalty == 1 && sample.token_id >= 0;
+  return picked ? static_cast<int32_t>(sample.token_id) : logits.argmax().item<int32_t>();
+}
+
+}  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
     : model_(std::move(model)), options_(options), uses_graphs_(options.cuda_graph && model_->device().is_cuda()) {}
@@ -50,7 +105,17 @@ void ModelRunner::grow(int64_t least, int64_t wanted) {
   }
 }
 
-std::vector<Sample> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
+std::vector<std::pair<Sequence*, Sample>> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
+  std::map<int64_t, std::vector<Scheduler::Chunk>> passes;
+  for (const auto& chunk : plan) passes[chunk.sequence->experts_per_token].push_back(chunk);
+  std::vector<std::pair<Sequence*, Sample>> samples;
+  for (const auto& pass : passes)
+    for (auto& sample : run_pass(pass.second)) samples.push_back(std::move(sample));
+  return samples;
+}
+
+// All sequences have the same number of experts per token.
+std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vector<Scheduler::Chunk>& plan) {
   std::vector<RollingKVCache::Chunk> chunks;
   std::vector<int64_t> rows;         // of the newest token of a sequence: only they need logits
   std::vector<Sequence*> sequences;  // of these rows
@@ -58,25 +123,37 @@ std::vector<Sample> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) 
   for (const auto& [sequence, tokens] : plan) {
     const auto begin = sequence->ids.begin() + sequence->computed;
     chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
-    sequence->computed += tokens;
     total += tokens;
-    if (sequence->computed < sequence->length()) continue;
+    if (sequence->computed + tokens < sequence->length()) continue;
     rows.push_back(total - 1);
     sequences.push_back(sequence);
   }
-  const auto logits = forward(chunks, rows);
-  return rows.empty() ? std::vector<Sample>() : sample(sequences, logits);
+  std::optional<RoutingObserver> observer = observer_of(plan, model_->config());
+  const auto logits =
+      forward(chunks, rows, plan[0].sequence->experts_per_token, observer ? &observer.value() : nullptr);
+  if (observer) add_to_traces(*observer, plan);
+  for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
+  std::vector<std::pair<Sequence*, Sample>> result;
+  if (rows.empty()) return result;
+  std::vector<Sample> samples = sample(sequences, logits);
+  for (size_t i = 0; i < samples.size(); ++i) result.emplace_back(sequences[i], std::move(samples[i]));
+  return result;
 }
 
 // The hidden rows `rows` of the batch become logits: f32 [rows, vocab].
-torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows) {
+torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
+                                   int64_t experts_per_token, ForwardObserver* observer) {
   const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
-  if (uses_graphs_ && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
+  const bool as_captured = !observer && experts_per_token == model_->config().top_k;
+  if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
       std::all_of(chunks.begin(), chunks.end(), one_token)) {
     if (!graphs_) graphs_.emplace(*model_, *cache_);
     return graphs_->logits(chunks);
   }
-  auto hidden = model_->hidden_states(cache_->prepare(chunks), &*cache_);
+  Batch batch = cache_->prepare(chunks);
+  batch.observer = observer;
+  batch.experts_per_token = experts_per_token;
+  auto hidden = model_->hidden_states(batch, &*cache_);
   if (rows.empty()) return {};
   if (static_cast<int64_t>(rows.size()) < hidden.size(0))
     hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
@@ -95,8 +172,12 @@ std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences,
     ids = sample_batch(logits, samplers);
   }
   std::vector<Sample> samples;
-  for (size_t i = 0; i < sequences.size(); ++i)
-    samples.push_back(sample_row(*sequences[i], ids[i], logits[static_cast<int64_t>(i)]));
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const auto row = logits[static_cast<int64_t>(i)];
+    samples.push_back(sample_row(*sequences[i], ids[i], row));
+    if (Trace* const trace = sequences[i]->generation.trace.get())
+      trace->predicted_id.back() = predicted_id(*sequences[i], samples.back(), row);
+  }
   return samples;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../model/rolling_kv_cache.h"
@@ -34,15 +35,17 @@ class ModelRunner {
   int64_t pages_in_use() const { return cache_ ? cache_->pages_in_use() : 0; }
   RollingKVCache& cache() { return cache_.value(); }
 
-  // Runs one forward pass and counts its tokens as computed. Returns a sample for each sequence all of whose tokens are
-  // computed now, in the order of the plan.
-  std::vector<Sample> run(const std::vector<Scheduler::Chunk>& plan);
+  // Computes the tokens of the plan and counts them as computed, in one forward pass for each number of experts per
+  // token. Returns a sample for each sequence all of whose tokens are computed now.
+  std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan);
 
   MixtralImpl& model() { return *model_; }
 
  private:
   int64_t affordable_pages() const;
-  torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows);
+  std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
+  torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
+                        int64_t experts_per_token, ForwardObserver* observer);
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 

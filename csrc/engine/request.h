@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "sampling.h"
+#include "trace.h"
 
 namespace mixtral {
 
@@ -17,6 +19,11 @@ struct Request {
   // Requests of one session share keys and values: after a request they stay in the cache, and the session's next
   // request computes only the tokens behind the common prefix. Empty: no session.
   std::string session;
+  int64_t experts_per_token = 0;  // 0: as many as the model's config says; not another number with a session
+  bool trace = false;             // keep what the routers decide, in Generation::trace; not with a session
+  // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
+  // trace. It gives experts_per_token. Not with a session.
+  std::shared_ptr<const Trace> replay = nullptr;
 };
 
 struct Timings {
@@ -33,6 +40,7 @@ struct Generation {
   std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
   std::string error;                   // why, when finish_reason is "error": its logits were NaN
   std::vector<TokenLogprob> logprobs;  // one per token when asked for
+  std::shared_ptr<Trace> trace;        // of the tokens that the model read: all but the newest; when asked for
 };
 
 // How a request ended. `error` is an exception that ended it, of the forward pass or of a callback; then `generation`

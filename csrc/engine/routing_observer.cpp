@@ -39,6 +39,11 @@ uint16_t half_bits(float value) { return c10::Half(value).x; }
 
 }  // namespace
 
+void RoutingObserver::force(const Routing& routing, int64_t begin, int64_t count) {
+  forced_.clear();
+  for (int64_t t = begin; t < begin + count; ++t) forced_.push_back(routing.experts_of(t));
+}
+
 void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& router, torch::Tensor& topk_weights,
                                   torch::Tensor& topk_ids) {
   torch::Tensor logits;

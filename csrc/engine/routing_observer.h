@@ -1,6 +1,7 @@
 // Records what the routers of one forward pass decide, and may decide for them.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "../model/config.h"
@@ -19,6 +20,8 @@ class RoutingObserver : public ForwardObserver {
   // experts are the router's own keeps the router's weights, so nothing of it changes, bit for bit. Elsewhere the
   // weights are the router's softmax, over the recorded experts.
   void force(std::vector<const uint8_t*> rows) { forced_ = std::move(rows); }
+  // The same for a pass over the tokens [begin, begin + count) of `routing`.
+  void force(const Routing& routing, int64_t begin, int64_t count);
 
   void after_route(const torch::Tensor& x, const torch::Tensor& router, torch::Tensor& topk_weights,
                    torch::Tensor& topk_ids) override;

@@ -7,6 +7,7 @@
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "require.h"
+#include "routing_observer.h"
 #include "sampling.h"
 
 namespace mixtral {
@@ -22,6 +23,20 @@ void gather_logprobs(const torch::Tensor& logits, const int64_t* targets, double
   });
 }
 
+// inputs: the tokens of one pass, the first at `position`; logits f32 [T,vocab].
+void add_to_trace(Trace& trace, RoutingObserver& observer, const std::vector<int64_t>& inputs, int64_t position,
+                  const torch::Tensor& logits) {
+  const auto predicted = logits.argmax(1).to(torch::kInt32);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    trace.token_id.push_back(static_cast<int32_t>(inputs[i]));
+    trace.predicted_id.push_back(predicted.data_ptr<int32_t>()[i]);
+    trace.position.push_back(static_cast<int32_t>(position) + static_cast<int32_t>(i));
+  }
+  trace.doc.resize(trace.token_id.size());
+  trace.domain.resize(trace.token_id.size());
+  observer.append_to(trace.routing, 0, predicted.numel());
+}
+
 }  // namespace
 
 std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::vector<int64_t>& ids,
@@ -31,6 +46,7 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
   require(total > 0, "score: text must not be empty");
   require(options.ctx_size >= 0, "score: ctx_size must be >= 0, got " + std::to_string(options.ctx_size));
   require(options.chunk_size > 0, "score: chunk_size must be > 0, got " + std::to_string(options.chunk_size));
+  if (options.replay) check_same_model(*options.replay, model);
   model.check_ids(&bos, 1);
   model.check_ids(ids.data(), total);
 
@@ -51,8 +67,17 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
     // Each target in [begin, end) is predicted from the token before it; the first of a segment, from BOS.
     std::vector<int64_t> inputs{begin == segment_begin ? bos : ids[static_cast<size_t>(begin) - 1]};
     inputs.insert(inputs.end(), ids.begin() + begin, ids.begin() + end - 1);
-    const auto hidden = model.hidden_states(cache.prepare({{sequence, std::move(inputs)}}), &cache);
-    gather_logprobs(model.logits(hidden).to(torch::kCPU), ids.data() + begin, logprobs.data() + begin);
+    RoutingObserver observer(config, /*keep_logits=*/false);
+    if (options.replay) {
+      check_same_tokens(*options.replay, static_cast<size_t>(begin), inputs);
+      observer.force(options.replay->routing, begin, end - begin);
+    }
+    Batch batch = cache.prepare({{sequence, inputs}});
+    if (options.trace || options.replay) batch.observer = &observer;
+    if (options.replay) batch.experts_per_token = options.replay->routing.top_k;
+    const auto logits = model.logits(model.hidden_states(batch, &cache)).to(torch::kCPU);
+    gather_logprobs(logits, ids.data() + begin, logprobs.data() + begin);
+    if (options.trace) add_to_trace(*options.trace, observer, inputs, begin - segment_begin, logits);
     if (options.progress) options.progress(end, total);
   }
   return logprobs;

@@ -9,6 +9,8 @@ Sequence::Sequence(int64_t id, Request request, Callbacks callbacks, const std::
     : id(id),
       params(std::move(request.params)),
       session(std::move(request.session)),
+      experts_per_token(request.experts_per_token),
+      replay(std::move(request.replay)),
       callbacks(std::move(callbacks)),
       sampler(params, request.prompt_token_ids),
       ids(request.prompt_token_ids),

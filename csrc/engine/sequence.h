@@ -39,10 +39,13 @@ class Sequence {
   const int64_t id;
   const SamplingParams params;
   const std::string session;
+  const int64_t experts_per_token;
+  const std::shared_ptr<const Trace> replay;
   const Callbacks callbacks;
   Sampler sampler;
   std::vector<int64_t> ids;  // prompt and new tokens
   int64_t computed = 0;      // of them, those whose keys and values are in the cache
+  bool diverged = false;     // from the tokens of `replay`
   int64_t max_pages = 0;     // the most it holds in the cache at a time
   int64_t cache_id = -1;     // of its keys and values; -1 while it waits
   int num_threads = 1;       // of the caller

@@ -13,14 +13,6 @@
 namespace mixtral {
 namespace {
 
-std::string fingerprint_text(const MixtralImpl& model) {
-  Config config = model.config();
-  config.top_k = 1;  // the same model, whatever k it runs with
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(fingerprint(model, config)));
-  return text;
-}
-
 void check_sequences(const MixtralImpl& model, const std::vector<TraceSequence>& sequences) {
   require(!sequences.empty(), "trace: there must be at least one document");
   const int64_t context = model.config().max_position;
@@ -75,7 +67,11 @@ void for_each_pass(MixtralImpl& model, const std::vector<TraceSequence>& sequenc
 Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequences, const TraceOptions& options) {
   require(options.chunk_size > 0, "trace: chunk_size must be > 0, got " + std::to_string(options.chunk_size));
   check_sequences(model, sequences);
-  Trace trace = empty_trace(model, options.experts_per_token);
+  const Config& config = model.config();
+  const int64_t top_k = options.experts_per_token > 0 ? options.experts_per_token : config.top_k;
+  Trace trace = empty_trace(config, top_k);
+  config.check_experts_per_token(top_k);
+  trace.model = trace_fingerprint(model);
   for (const TraceSequence& sequence : sequences) {
     for (size_t i = 0; i < sequence.ids.size(); ++i) {
       trace.token_id.push_back(static_cast<int32_t>(sequence.ids[i]));
@@ -90,9 +86,9 @@ Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequ
   routing.topk_weights.reserve(routing.topk_ids.capacity());
   if (options.logits) routing.router_logits.reserve(static_cast<size_t>(total * routing.layers * routing.experts));
   for_each_pass(model, sequences, std::min(options.chunk_size, total), [&](Batch batch, RollingKVCache& cache) {
-    RoutingObserver observer(model.config(), options.logits);
+    RoutingObserver observer(config, options.logits);
     batch.observer = &observer;
-    batch.experts_per_token = options.experts_per_token;
+    batch.experts_per_token = top_k;
     const auto predicted = model.logits(model.hidden_states(batch, &cache)).argmax(1).to(torch::kCPU, torch::kInt32);
     const int32_t* const first = predicted.data_ptr<int32_t>();
     trace.predicted_id.insert(trace.predicted_id.end(), first, first + predicted.numel());
@@ -105,7 +101,7 @@ Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequ
 torch::Tensor replay(MixtralImpl& model, const Trace& trace, const TraceOptions& options) {
   require(trace.tokens() > 0 && trace.routing.tokens() == trace.tokens(), "replay: trace must not be empty");
   check_same_model(trace, model);
-  check_experts_per_token(trace.routing.top_k, model.config());
+  model.config().check_experts_per_token(trace.routing.top_k);
   std::vector<TraceSequence> sequences;
   for (size_t i = 0; i < trace.token_id.size(); ++i) {
     if (trace.position[i] == 0) sequences.push_back({{}, trace.doc[i], 0});
@@ -124,12 +120,10 @@ torch::Tensor replay(MixtralImpl& model, const Trace& trace, const TraceOptions&
   int64_t done = 0;
   for_each_pass(model, sequences, std::min(options.chunk_size, total), [&](Batch batch, RollingKVCache& cache) {
     RoutingObserver observer(model.config(), /*keep_logits=*/false);
-    std::vector<const uint8_t*> forced;
-    for (int64_t t = 0; t < batch.input_ids.size(0); ++t) forced.push_back(trace.routing.experts_of(done + t));
-    observer.force(std::move(forced));
+    const int64_t count = batch.input_ids.size(0);
+    observer.force(trace.routing, done, count);
     batch.observer = &observer;
     batch.experts_per_token = trace.routing.top_k;
-    const int64_t count = batch.input_ids.size(0);
     logits.narrow(0, done, count).copy_(model.logits(model.hidden_states(batch, &cache)));
     done += count;
     if (options.progress) options.progress(done, total);
@@ -150,17 +144,22 @@ void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& con
   }
 }
 
-Trace empty_trace(const MixtralImpl& model, int64_t experts_per_token) {
-  const Config& config = model.config();
+std::string trace_fingerprint(const MixtralImpl& model) {
+  Config config = model.config();
+  config.top_k = 1;  // the same model, whatever k it runs with
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(fingerprint(model, config)));
+  return text;
+}
+
+Trace empty_trace(const Config& config, int64_t experts_per_token) {
   require(config.is_moe(), "trace: the model has no experts, so there is nothing to trace");
   require(config.num_experts <= 256,
           "trace: the model must have at most 256 experts, got " + std::to_string(config.num_experts));
-  check_experts_per_token(experts_per_token, config);
   Trace trace;
-  trace.model = fingerprint_text(model);
   trace.domains = {"text"};
   trace.routing.layers = config.num_layers;
-  trace.routing.top_k = experts_per_token > 0 ? experts_per_token : config.top_k;
+  trace.routing.top_k = experts_per_token;
   trace.routing.experts = config.num_experts;
   return trace;
 }
@@ -168,16 +167,18 @@ Trace empty_trace(const MixtralImpl& model, int64_t experts_per_token) {
 void check_same_model(const Trace& trace, const MixtralImpl& model) {
   const Config& config = model.config();
   const bool fits = trace.routing.layers == config.num_layers && trace.routing.experts == config.num_experts;
-  require(fits && trace.model == fingerprint_text(model),
+  require(fits && trace.model == trace_fingerprint(model),
           "is a trace of another model, type or device: trace this one again");
 }
 
-void check_experts_per_token(int64_t experts_per_token, const Config& config) {
-  require(experts_per_token >= 0 && experts_per_token <= config.num_experts,
-          "experts_per_token must be " +
-              (config.is_moe() ? "in [1, " + std::to_string(config.num_experts) + "]"
-                               : std::string("left out: the model has no experts")) +
-              ", got " + std::to_string(experts_per_token));
+void check_same_tokens(const Trace& trace, size_t begin, const std::vector<int64_t>& ids) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const std::string here = "replay: token " + std::to_string(begin + i) + " is " + std::to_string(ids[i]);
+    require(begin + i < trace.token_id.size(),
+            here + ", and the trace ends after " + std::to_string(trace.tokens()) + " tokens");
+    require(trace.token_id[begin + i] == ids[i],
+            here + ", in the trace it is " + std::to_string(trace.token_id[begin + i]) + ": replay the traced text");
+  }
 }
 
 }  // namespace mixtral

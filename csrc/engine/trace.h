@@ -57,6 +57,11 @@ struct TraceOptions {
   std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each pass; may throw to end the work
 };
 
+// Of no tokens. Throws std::invalid_argument for a model without experts or with more than 256.
+Trace empty_trace(const Config& config, int64_t experts_per_token);
+// 16 hexadecimal digits; the same whatever k the model runs with.
+std::string trace_fingerprint(const MixtralImpl& model);
+
 // Runs the sequences, many of them in one pass, and keeps what the routers decided. Throws std::invalid_argument for a
 // model without experts or with more than 256, an empty or too long sequence, an id outside the vocabulary, or an
 // option out of range; OutOfMemory when the key/value cache does not fit.
@@ -65,11 +70,9 @@ Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequ
 // Names the tokenizer, and marks its control tokens; without one, BOS and the end-of-sequence tokens of the config.
 void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& config);
 
-// A trace of no tokens: the model's fingerprint and sizes. Throws as trace_sequences() does.
-Trace empty_trace(const MixtralImpl& model, int64_t experts_per_token);
 // Throws std::invalid_argument unless the trace is of this model.
 void check_same_model(const Trace& trace, const MixtralImpl& model);
-// Throws std::invalid_argument unless 0 <= experts_per_token <= E; 0 alone without experts.
-void check_experts_per_token(int64_t experts_per_token, const Config& config);
+// Throws std::invalid_argument unless the trace's tokens from `begin` on begin with `ids`.
+void check_same_tokens(const Trace& trace, size_t begin, const std::vector<int64_t>& ids);
 
 }  // namespace mixtral

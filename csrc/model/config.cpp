@@ -64,6 +64,14 @@ void Config::validate(const std::string& source) const {
   for (const int64_t id : eos_token_ids) check(is_token(id), source, "eos_token_id", token_range + std::to_string(id));
 }
 
+void Config::check_experts_per_token(int64_t k) const {
+  if (is_moe() && 1 <= k && k <= num_experts) return;
+  throw std::invalid_argument("experts_per_token must be " +
+                              (is_moe() ? "in [1, " + std::to_string(num_experts) + "]"
+                                        : std::string("left out, as the model has no experts")) +
+                              ", got " + std::to_string(k));
+}
+
 int64_t Config::total_parameters() const { return count_parameters(*this, num_experts); }
 
 int64_t Config::active_parameters() const { return count_parameters(*this, top_k); }

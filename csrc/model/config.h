@@ -41,6 +41,9 @@ struct Config {
 
   bool is_moe() const { return num_experts > 0; }
 
+  // Throws std::invalid_argument unless k experts can compute for a token: k in [1, E]; none without experts.
+  void check_experts_per_token(int64_t k) const;
+
   // Throws LoadError (file `source`) when a field is missing, out of range or does not fit another one.
   void validate(const std::string& source) const;
 

@@ -94,6 +94,7 @@ class Mixtral:
         pack: bool = True,
         lora: str | PathLike[str] | None = None,
         check_weights: bool = False,
+        experts_per_token: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: int | bool,
     ) -> "Mixtral":
@@ -111,6 +112,7 @@ class Mixtral:
                 in Hugging Face, so that ``named_parameters`` gives [rows, columns]. Results are the same bit for bit.
             lora: folder of an adapter of PEFT or mistral-finetune, which is merged into the weights in float32.
             check_weights: raise LoadError for a weight that is NaN or infinite.
+            experts_per_token: another number of experts than the checkpoint's (``config.top_k``).
             progress: called with (bytes read, bytes in all).
             options: those of the constructor.
 
@@ -119,12 +121,19 @@ class Mixtral:
             MemoryError: the weights do not fit the device.
             RuntimeError: there is no such CUDA device.
             ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint;
-                ``lora`` with a quantised checkpoint.
+                ``lora`` with a quantised checkpoint; ``experts_per_token`` beyond the experts.
         """
         folder = _C.find_model(path)
         device = torch.device(device)
         model = _C.Mixtral.from_pretrained(
-            folder, device, _dtype_name(dtype), pack, lora or "", check_weights, progress
+            folder,
+            device,
+            _dtype_name(dtype),
+            pack,
+            lora or "",
+            check_weights,
+            _experts_per_token(experts_per_token),
+            progress,
         )
         result = cls(model, _tokenizer_in(folder), **options)
         result.sampling_defaults = _C.sampling_defaults(folder)
@@ -197,6 +206,8 @@ class Mixtral:
         on_text: Callable[[int, str], bool | None] | None = None,
         session: str | None = None,
         generation_config: bool = False,
+        experts_per_token: int | None = None,
+        return_routed_experts: bool = False,
     ) -> list[Generation]:
         """Continue each prompt; the prompts run as one batch, and a result does not depend on its neighbours.
 
@@ -222,9 +233,13 @@ class Mixtral:
                 only what comes after the tokens that it shares with this one and its answer.
             generation_config: take the five sampling parameters that are not given here from the model's
                 generation_config.json (``sampling_defaults``).
+            experts_per_token: another number of experts than the model's; not with ``session``.
+            return_routed_experts: keep the experts of every token and layer, as ``routed_experts`` of the result: uint8
+                [tokens, layers, experts per token]. The tokens are those that the model read: prompt and new ones,
+                but for the newest. Not with ``session``.
 
         Returns:
-            One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``.
+            One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``, ``routed_experts``.
 
         Raises:
             ValueError: an empty or too long prompt, an id outside the vocabulary, a parameter out of range, or text
@@ -246,7 +261,8 @@ class Mixtral:
         )
         self._check_process()
         ids = [self._prompt_ids(prompt) for prompt in _prompt_list(prompts)]
-        generations, self.timings = self._engine.generate(ids, params, session or "", on_text)
+        k = _experts_per_token(experts_per_token)
+        generations, self.timings = self._engine.generate(ids, params, session or "", k, return_routed_experts, on_text)
         return generations
 
     def stream(self, prompt: Prompt, **options: object) -> Iterator[str]:
@@ -254,7 +270,7 @@ class Mixtral:
 
         Args:
             prompt: text or token ids.
-            options: those of ``generate``, without ``on_text``.
+            options: those of ``generate``, without ``on_text`` and ``return_routed_experts``.
 
         Raises:
             ValueError, MemoryError: as ``generate``, when the first piece is asked for; ValueError for a model
@@ -394,14 +410,22 @@ class Mixtral:
         bos, text = ids[:1], ids[1:]
         return [bos + text[begin : begin + context - 1] for begin in range(0, len(text), context - 1)]
 
-    def _pieces(self, prompt_ids: list[int], session: str | None = None, **options: object) -> Iterator[str]:
+    def _pieces(
+        self,
+        prompt_ids: list[int],
+        session: str | None = None,
+        experts_per_token: int | None = None,
+        **options: object,
+    ) -> Iterator[str]:
         events: queue.SimpleQueue[str | _C.Outcome] = queue.SimpleQueue()  # filled on the engine's thread
 
         def on_text(piece: str) -> bool:
             events.put(piece)
             return True
 
-        request = self._engine.submit(prompt_ids, self._sampling_params(**options), session or "", on_text, events.put)
+        k = _experts_per_token(experts_per_token)
+        params = self._sampling_params(**options)
+        request = self._engine.submit(prompt_ids, params, session or "", k, on_text, events.put)
         event: str | _C.Outcome = ""
         try:
             while isinstance(event := events.get(), str):
