@@ -247,13 +247,13 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _progress(what: str) -> Callable[[int, int], None] | None:
-    """A line on stderr that shows how far the work is; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        return None
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A line on a terminal that shows how far the work is. Elsewhere too, being called lets signals end the work."""
+    terminal = sys.stderr.isatty()
 
     def show(done: int, total: int) -> None:
-        end = "\r\033[K" if done >= total else ""
-        print(f"\r\033[K{what} {100 * done // max(total, 1)} %{end}", end="", file=sys.stderr, flush=True)
+        if terminal:
+            end = "\r\033[K" if done >= total else ""
+            print(f"\r\033[K{what} {100 * done // max(total, 1)} %{end}", end="", file=sys.stderr, flush=True)
 
     return show
