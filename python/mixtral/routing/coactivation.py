@@ -1,5 +1,7 @@
 """Which experts are chosen together, over what their loads make of it."""
 
+from itertools import combinations
+
 import numpy as np
 
 from .statistics import ratio
@@ -32,9 +34,11 @@ def coactivation(tokens: Tokens, layer: int) -> dict:
 
     All pairs of a token's K experts count. ``lift`` is NaN where none are expected.
     """
-    members = tokens.members(tokens.experts(layer)).astype(np.float32)
-    pairs = (members.T @ members).astype(float)
-    of_expert = pairs.diagonal().copy()
-    np.fill_diagonal(pairs, 0)
+    num_experts, experts = tokens.num_experts, tokens.experts(layer)
+    once = np.zeros((num_experts, num_experts))
+    for i, j in combinations(range(tokens.top_k), 2):
+        keys = experts[:, i] * num_experts + experts[:, j]
+        once += np.bincount(keys, minlength=num_experts**2).reshape(num_experts, -1)
+    pairs, of_expert = once + once.T, np.bincount(experts.ravel(), minlength=num_experts)
     lift = ratio(pairs, quasi_independent(pairs))
     return {"share": ratio(pairs, of_expert[:, None]).tolist(), "lift": lift.tolist()}
