@@ -22,6 +22,7 @@ STYLE = {
     "axes.prop_cycle": mpl.cycler(color=COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",

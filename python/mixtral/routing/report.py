@@ -17,7 +17,7 @@ _STYLE = """
 body{margin:0 auto;max-width:78rem;padding:1rem;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin:0 0 .3rem}h3{font-size:1rem;margin:1rem 0 .2rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:2rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:2rem}
 figure{margin:0;min-width:0}figure svg{display:block;width:100%;height:auto}
 figcaption,.note{color:var(--muted);font-size:.9rem}
 .wide{overflow-x:auto}
