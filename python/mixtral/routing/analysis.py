@@ -98,5 +98,5 @@ def plain(value: object) -> object:
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, float):
-        return float(f"{round(value, 12):.7g}") if math.isfinite(value) else None
+        return float(f"{round(value, 12) + 0.0:.7g}") if math.isfinite(value) else None
     return value

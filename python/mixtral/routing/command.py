@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"mixtral: warning: {message}", file=sys.stderr)
-            return _run(_parser().parse_args(arguments))
+            return _run(_parser().parse_intermixed_args(arguments))
     except SystemExit as exit_:  # --help, SIGTERM
         return int(exit_.code or 0)
     except KeyboardInterrupt:
