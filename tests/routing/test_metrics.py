@@ -269,3 +269,17 @@ def test_all_experts_can_be_chosen() -> None:
     assert layer["locality"]["domain0"]["either"] == 1
     assert layer["information"]["token"]["value"] == pytest.approx(0)
     assert layer["confidence"]["domain0"]["margin"] is None
+
+
+def test_what_is_not_known_is_null() -> None:
+    """No prediction, and documents of one token: no neighbours."""
+    trace = trace_of(drawn(200), blocks(200, 1))
+    trace.predicted_ids[:] = -1
+    trace.docs[:] = torch.arange(200)
+    layer = analyse(trace)["layers"][0]
+    assert layer["information"]["predicted"]["value"] is None
+    assert layer["information"]["previous_given_token"]["value"] is None
+    assert layer["vocabulary"]["predicted"]["specialisation"] is None
+    assert layer["vocabulary"]["true"]["specialisation"] is None
+    assert layer["locality"]["domain0"]["first"] is None
+    assert layer["load"]["domain0"]["first"] is not None

@@ -2,7 +2,6 @@
 
 import io
 import re
-from itertools import count
 
 import matplotlib as mpl
 import numpy as np
@@ -34,11 +33,10 @@ STYLE = {
     "lines.markersize": 3,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
-_number = count()
 
 
-def to_svg(figure: Figure) -> str:
-    """Without a size of its own, in the page's colours, with ids that no other figure has."""
+def to_svg(figure: Figure, mark: str) -> str:
+    """Without a size of its own and in the page's colours; ids begin with ``mark``, to differ from other figures'."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     svg = file.getvalue()
@@ -46,27 +44,24 @@ def to_svg(figure: Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
-    mark = f"f{next(_number)}-"
     return re.sub(r'(id="|url\(#|href="#)', rf"\1{mark}", svg)
 
 
-def axes_grid(rows: int = 1, columns: int = 1, height: float = 2.1, share: bool = False) -> tuple[Figure, list[Axes]]:
+def axes_grid(rows: int = 1, columns: int = 1, height: float = 2.1) -> tuple[Figure, list[Axes]]:
+    """A figure of rows that are ``height`` inches high."""
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=share)
+    grid = figure.subplots(rows, columns, squeeze=False)
     return figure, list(grid.flat)
 
 
-def layer_numbers(metrics: dict) -> list[int]:
-    return [layer["layer"] for layer in metrics["layers"]]
-
-
 def values(items: list[float | None]) -> np.ndarray:
+    """NaN, which is not drawn, for null."""
     return np.array([np.nan if item is None else item for item in items], float)
 
 
 def line(axes: Axes, metrics: dict, found: list[dict | float | None], label: str, style: str = "-", **more) -> None:
     """Over the layers; an object with low and high gets a band."""
-    numbers = layer_numbers(metrics)
+    numbers = [layer["layer"] for layer in metrics["layers"]]
     plain = values([item["value"] if isinstance(item, dict) else item for item in found])
     marker = "o" if len(numbers) <= 8 else None
     (drawn,) = axes.plot(numbers, plain, style, label=label, marker=marker, **more)
@@ -87,6 +82,7 @@ def percent(axes: Axes) -> None:
 
 
 def shown(metrics: dict, group: str) -> list[dict]:
+    """First, middle and last of the layers with this group."""
     layers = [layer for layer in metrics["layers"] if group in layer]
     numbers = shown_layers([layer["layer"] for layer in layers])
     return [layer for layer in layers if layer["layer"] in numbers]

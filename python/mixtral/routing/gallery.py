@@ -132,7 +132,7 @@ ENTRIES = (
 
 def drawn(metrics: dict) -> Iterator[tuple[str, str, str]]:
     """(title, caption, SVG) of every group that was measured."""
-    for entry in ENTRIES:
+    for index, entry in enumerate(ENTRIES):
         if any(entry.group in layer for layer in metrics["layers"]):
             with mpl.rc_context(STYLE):
-                yield entry.title, entry.caption, to_svg(entry.draw(metrics))
+                yield entry.title, entry.caption, to_svg(entry.draw(metrics), f"f{index}-")

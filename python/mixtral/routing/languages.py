@@ -30,7 +30,7 @@ def languages(tokens: Tokens, layer: int) -> dict:
     halves = {name: float(divergence(rows[::2].sum(0), rows[1::2].sum(0))) for name, rows in mine.items()}
     pairs = {}
     for a, b in combinations(tokens.names, 2):
-        low, high = units.percentiles(lambda at_a, at_b: divergence(at_a, at_b), mine[a], mine[b])
+        low, high = units.percentiles(divergence, mine[a], mine[b])
         value = float(divergence(mine[a].sum(0), mine[b].sum(0)))
         pairs[f"{a}-{b}"] = {
             "value": value,

@@ -1,6 +1,7 @@
 """``metrics.json`` as tables of pandas."""
 
 import json
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 from ..errors import LoadError
 
 _EXPERT_LISTS = ("first", "second", "either")
+Rows = Callable[[list[dict]], list[dict]]  # of a table, from the layers
 
 
 def load(folder: str | PathLike[str]) -> dict[str, pd.DataFrame]:
@@ -48,7 +50,7 @@ def _load(layers: list[dict]) -> list[dict]:
     ]
 
 
-def _by_domain(group: str) -> list[dict]:
+def _by_domain(group: str) -> Rows:
     """One row a layer and domain: the numbers of the group."""
     return lambda layers: [
         {"layer": layer["layer"], "domain": domain} | _numbers(found)
@@ -57,7 +59,7 @@ def _by_domain(group: str) -> list[dict]:
     ]
 
 
-def _keyed(group: str, column: str, inner: str | None = None) -> list[dict]:
+def _keyed(group: str, column: str, inner: str | None = None) -> Rows:
     """One row a layer and key of the group, or of the group's object ``inner``."""
 
     def rows(layers: list[dict]) -> list[dict]:
@@ -71,7 +73,7 @@ def _keyed(group: str, column: str, inner: str | None = None) -> list[dict]:
     return rows
 
 
-def _matrix(group: str, names: tuple[str, ...], columns: tuple[str, str]) -> list[dict]:
+def _matrix(group: str, names: tuple[str, ...], columns: tuple[str, str]) -> Rows:
     """One row for each cell of the group's matrices."""
     return lambda layers: [
         {"layer": layer["layer"], columns[0]: i, columns[1]: j} | {name: layer[group][name][i][j] for name in names}
@@ -82,7 +84,7 @@ def _matrix(group: str, names: tuple[str, ...], columns: tuple[str, str]) -> lis
     ]
 
 
-def _lists(group: str, names: tuple[str, ...]) -> list[dict]:
+def _lists(group: str, names: tuple[str, ...]) -> Rows:
     """One row for each place of the group's lists, which are equally long."""
     return lambda layers: [
         {"layer": layer["layer"]} | dict(zip(names, values, strict=True))
@@ -92,7 +94,8 @@ def _lists(group: str, names: tuple[str, ...]) -> list[dict]:
     ]
 
 
-def _single(group: str) -> list[dict]:
+def _single(group: str) -> Rows:
+    """One row a layer: the numbers of the group."""
     return lambda layers: [{"layer": layer["layer"]} | _numbers(layer[group]) for layer in layers if group in layer]
 
 

@@ -47,11 +47,11 @@ class Units:
             rows = np.flatnonzero(domain == d)
             if len(rows) == 0:
                 continue
-            rank = np.unique(doc[rows], return_inverse=True)[1]
+            rank, most = np.unique(doc[rows], return_inverse=True)[1], MOST_UNITS
+            if rank.max() + 1 < LEAST_UNITS:
+                rank, most = np.arange(len(rows)), LEAST_UNITS
             count = int(rank.max()) + 1
-            if count < LEAST_UNITS:
-                rank, count = np.arange(len(rows)), len(rows)
-            units = min(count, LEAST_UNITS if count == len(rows) else MOST_UNITS)
+            units = min(count, most)
             self.of_token[rows] = len(domains) + rank * units // count
             domains += [d] * units
         self.domain = np.array(domains)

@@ -41,19 +41,19 @@ class Vocabulary:
             null = float(np.mean([self._specialisation(labels, index, chosen) for index in labels.permuted]))
             shrunk = float(ratio(value - null, 1 - null))
             result[name] = {"specialisation": value, "null": null, "shrunk": shrunk}
-        counts = self._counts(self._labels["input"].index, experts)
+        counts = self._counts(self._labels["input"], self._labels["input"].index, experts)
         return result | {"overlap": self._overlap(counts), "top_tokens": self._top_tokens(counts)}
 
-    def _counts(self, index: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    def _counts(self, labels: "_Labels", index: np.ndarray, experts: np.ndarray) -> np.ndarray:
         """How often each id went to each expert, [V, E]."""
         num_experts = self._tokens.num_experts
         keys = (index * num_experts)[:, None] + experts
-        table = np.bincount(keys.ravel(), minlength=(index.max(initial=0) + 1) * num_experts)
+        table = np.bincount(keys.ravel(), minlength=len(labels.ids) * num_experts)
         return table.reshape(-1, num_experts)
 
     def _specialisation(self, labels: "_Labels", index: np.ndarray, experts: np.ndarray) -> float:
         often = labels.counts >= OCCURRENCES
-        return float(ratio(self._counts(index, experts)[often].max(1).sum(), labels.counts[often].sum()))
+        return float(ratio(self._counts(labels, index, experts)[often].max(1).sum(), labels.counts[often].sum()))
 
     def _overlap(self, counts: np.ndarray) -> dict:
         """Share of experts that two occurrences of the same id have in common; null: any two tokens."""
