@@ -116,6 +116,13 @@ def test_lfu_keeps_the_experts_of_the_largest_load() -> None:
     assert found["lfu"][:4] == pytest.approx([4 / 8, 6 / 8, 7 / 8, 1], abs=0.01)
 
 
+def test_a_run_of_one_pair_needs_two_experts() -> None:
+    """Of any 16 tokens in another order more experts are asked for; the best c of a run serve the most."""
+    found = Caching(tokens_of(np.repeat(drawn(40), 16, axis=0))).measure(0)["segment"]
+    assert found["value"][:2] == [0.5, 1] and found["null"][1] < 0.7
+    assert (np.diff(found["null"]) >= 0).all() and found["null"][-1] == 1
+
+
 # ---- capacity and expert parallelism
 
 
