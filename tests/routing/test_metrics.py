@@ -154,7 +154,10 @@ def test_capacity_of_a_uniform_router_is_binomial() -> None:
     assert abs(found - truth) < stats.norm.ppf(0.995) * spread
 
 
-def test_ranks_with_one_expert_each_see_all_of_it() -> None:
+def test_ranks_hold_runs_of_experts() -> None:
+    two = np.tile([4, 5], BATCH // 2)[:, None, None]  # neighbours are on the same rank
+    found = expert_parallel(tokens_of(two), 0)
+    assert {ranks: item["max_over_mean"] for ranks, item in found.items()} == {"2": 2, "4": 4, "8": 4}
     one = np.full((BATCH, 1, 1), 3)
     found = expert_parallel(tokens_of(one), 0)
     assert {ranks: item["max_over_mean"] for ranks, item in found.items()} == {"2": 2, "4": 4, "8": 8}
