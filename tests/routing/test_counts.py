@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
-from scipy.stats import entropy
+from scipy.stats import entropy, norm
 
 from binary import ROOT, environment, mixtral
 from mixtral.routing.command import main
+from mixtral.routing.statistics import mutual_information_bits
 
 COUNTS = ROOT / "tests" / "data" / "routing_counts.json"
 LAYERS = (0, 7, 15)
@@ -75,6 +76,17 @@ def divergence(rows: np.ndarray) -> float:
 def test_divergence_of_two_is_that_of_scipy() -> None:
     rows = np.array([[1.0, 2, 3], [3, 2, 1]])
     assert divergence(rows) == pytest.approx(jensenshannon(*rows, base=2) ** 2)
+
+
+def test_intervals_are_those_of_counts_drawn_again(metrics: dict[str, list[dict]]) -> None:
+    rows = np.array([table[2] for table in json.loads(COUNTS.read_text())["mistral"]["topk_assignments"].values()])
+    drawn = np.random.default_rng(0).multinomial(rows.sum(), rows.ravel() / rows.sum(), 400)
+    spread = np.std([mutual_information_bits(table.reshape(rows.shape)) for table in drawn])
+    found = metrics["mistral"][2]["information"]["domain"]
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(norm.ppf(0.995) * spread, rel=0.15)
+    load = metrics["mistral"][2]["load"]["github"]
+    spread = np.sqrt(load["either"][3] * (1 - load["either"][3]) / rows[3].sum())
+    assert load["half_width"]["either"][3] == pytest.approx(norm.ppf(0.995) * spread, rel=1e-3)
 
 
 def test_second_choices_are_what_first_ones_leave(metrics: dict[str, list[dict]]) -> None:
