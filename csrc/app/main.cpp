@@ -8,6 +8,7 @@
 #include "errors.h"
 #include "hints.h"
 #include "library_exit.h"
+#include "python.h"
 #include "signals.h"
 #include "terminal.h"
 
@@ -47,6 +48,7 @@ void run(int argc, char** argv) {
   add_quantize(app);
   add_convert(app);
   add_perplexity(app);
+  add_python_commands(app);
   check_command(app, argc, argv);
   try {
     app.parse(argc, argv);  // runs the command
@@ -71,6 +73,7 @@ void run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
+    mixtral::app::hand_over_to_python(argc, argv);
     mixtral::app::map_library_exits();
     mixtral::app::install_signal_handlers();
     mixtral::app::run(argc, argv);

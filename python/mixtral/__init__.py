@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import integrations as integrations
     from . import ops as ops
     from . import reference as reference
+    from . import routing as routing
     from .errors import LoadError as LoadError
     from .model import Config as Config
     from .model import Generation as Generation
@@ -38,7 +39,7 @@ _MODULE_OF = {
     "Tokenizer": "model",
     "Trace": "model",
 }
-_SUBMODULES = ("integrations", "ops", "reference")
+_SUBMODULES = ("integrations", "ops", "reference", "routing")
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]
 

@@ -1,7 +1,9 @@
-"""``mixtral`` and ``python -m mixtral``: the commands of the C++ binary."""
+"""``mixtral`` and ``python -m mixtral``: the commands of the C++ binary, and those that Python runs."""
 
 import os
+import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from ._torch_version import check_model
@@ -9,10 +11,18 @@ from ._torch_version import check_model
 PACKAGE = Path(__file__).resolve().parent
 # In an installed package; in a source tree.
 BINARIES = (PACKAGE / "bin" / "mixtral", PACKAGE.parent.parent / "build" / "bin" / "mixtral")
+# Commands that Python runs; the binary starts them too (csrc/app/python.cpp).
+COMMANDS = {"route": "mixtral.routing.command"}
 
 
 def main() -> None:
-    """Replace this process by the binary, with the same arguments. Exits with 5 when it is not there or cannot run."""
+    """Run a command of Python's, or replace this process by the binary, with the same arguments.
+
+    Exits with 5 when the binary is not there or cannot run.
+    """
+    if module := COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        sys.exit(import_module(module).main(sys.argv[2:]))
     for binary in BINARIES:
         if os.access(binary, os.X_OK):
             if binary.is_relative_to(PACKAGE):  # it uses the installed torch; in a source tree, that of the build

@@ -1,0 +1,59 @@
+#include "python.h"
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace mixtral::app {
+namespace {
+
+struct PythonCommand {
+  const char* name;
+  const char* help;
+};
+
+// As COMMANDS in python/mixtral/__main__.py.
+constexpr PythonCommand kPythonCommands[] = {
+    {"route", "Analyse what the router does with texts (Python)"},
+};
+
+// `python -m mixtral`, but one line instead of a traceback where the package is not installed.
+constexpr const char* kProgram = R"(import sys
+try:
+    from mixtral.__main__ import main
+except ImportError:
+    print(f"mixtral: {sys.argv[1]} runs in Python, and {sys.executable} has no mixtral package: run scripts/setup.sh, "
+          "or pip install 'mixtral[routing]' and name that Python in MIXTRAL_PYTHON", file=sys.stderr)
+    sys.exit(5)
+main())";
+
+std::string interpreter() {
+  if (const char* named = std::getenv("MIXTRAL_PYTHON")) return named;
+  const char* const of_tree = MIXTRAL_SOURCE_DIR "/.venv/bin/python";
+  return ::access(of_tree, X_OK) == 0 ? of_tree : "python3";
+}
+
+}  // namespace
+
+void add_python_commands(CLI::App& app) {
+  for (const PythonCommand& command : kPythonCommands) app.add_subcommand(command.name, command.help);
+}
+
+void hand_over_to_python(int argc, char** argv) {
+  const std::string word = argc > 1 ? argv[1] : "";
+  for (const PythonCommand& command : kPythonCommands) {
+    if (word != command.name) continue;
+    const std::string python = interpreter();
+    std::vector<const char*> arguments = {python.c_str(), "-c", kProgram};
+    arguments.insert(arguments.end(), argv + 1, argv + argc);
+    arguments.push_back(nullptr);
+    ::execvp(python.c_str(), const_cast<char**>(arguments.data()));
+    throw std::runtime_error(word + " runs in Python, and " + python +
+                             " cannot be started: install python3, or name another one in MIXTRAL_PYTHON");
+  }
+}
+
+}  // namespace mixtral::app
