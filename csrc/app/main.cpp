@@ -47,6 +47,8 @@ void run(int argc, char** argv) {
   add_quantize(app);
   add_convert(app);
   add_perplexity(app);
+  add_passkey(app);
+  add_reach(app);
   check_command(app, argc, argv);
   try {
     app.parse(argc, argv);  // runs the command

@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import figures as figures
     from . import integrations as integrations
+    from . import long_context as long_context
     from . import ops as ops
     from . import reference as reference
     from .errors import LoadError as LoadError
@@ -36,7 +38,7 @@ _MODULE_OF = {
     "TokenLogprob": "model",
     "Tokenizer": "model",
 }
-_SUBMODULES = ("integrations", "ops", "reference")
+_SUBMODULES = ("figures", "integrations", "long_context", "ops", "reference")
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]
 
