@@ -34,8 +34,9 @@ std::string context_perplexity(MixtralImpl& model, int64_t bos, const std::vecto
 std::string passkey_json(MixtralImpl& model, const Tokenizer& tokenizer, const std::vector<int64_t>& lengths,
                          int64_t depths, int64_t trials, const std::string& style, int64_t digits, int64_t distances,
                          uint64_t seed, int64_t ctx_size, int64_t chunk_size) {
-  const PasskeyOptions options{lengths,   depths, trials,   parse_passkey_style(style), digits,
-                               distances, seed,   ctx_size, chunk_size,                 check_interrupt};
+  const PasskeyOptions options{lengths,    depths,         trials, parse_passkey_style(style),
+                               digits,     distances,      seed,   ctx_size,
+                               chunk_size, check_interrupt};
   return to_json(passkey(model, tokenizer, options), model.config()).dump();
 }
 

@@ -32,7 +32,7 @@ struct Reach {
   // changed[d]: the share of trials in which the output d tokens behind the replaced one has other bits.
   std::vector<double> changed;
   // The largest distance at which a bit changed, for each way to run the model: `whole`, one pass without a cache;
-  // `packed`, the same between two neighbours; `chunked`, 100 tokens at a time through a cache; `rolling`, 5 tokens at
+  // `packed`, the same between two neighbours; `chunked`, 100 tokens at a time through a cache; `rolling`, a page at
   // a time, so that the cache uses its few pages again and again.
   std::map<std::string, int64_t> farthest;
 };
