@@ -20,9 +20,9 @@ void check_figure(const std::string& svg) {
   if (::access(folder.c_str(), W_OK) != 0 || std::filesystem::is_directory(svg))
     throw std::invalid_argument("--svg: cannot write " + svg);
   if (run_child({python_program(), "-c", kTryImport}, "").status != 0) {
-    throw std::invalid_argument("--svg: " + python_program() +
-                                " has no mixtral package with matplotlib: pip install 'mixtral[routing]', or name "
-                                "another Python with MIXTRAL_PYTHON (without --svg no Python is needed)");
+    throw std::runtime_error("--svg: " + python_program() +
+                             " has no mixtral package with matplotlib: pip install 'mixtral[routing]', or name another "
+                             "Python in MIXTRAL_PYTHON (without --svg no Python is needed)");
   }
 }
 
