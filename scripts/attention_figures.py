@@ -120,7 +120,8 @@ def mask_panels() -> list[Panel]:
         Panel("BlockDiagonalMask", tokens, tokens, coloured(full, owners(lengths))),
     ]
     cache = Cache(pages=6, page_size=2, columns=3, sequences=3, window=0)
-    cache.feed([3, 1, 2])
+    cache.feed([2, 1, 2])
+    cache.feed([1, 0, 0])  # so that the pages of sequence a lie apart
     mask = seen(cache.feed([1, 1, 1]), 12)
     slots = ["abc"[cache.held[s][0]] + str(cache.held[s][1]) if s in cache.held else "" for s in range(12)]
     panels.append(
@@ -240,7 +241,7 @@ def svg(panels: list[Panel]) -> str:
     height = TOP + max(len(panel.rows) for panel in panels) * CELL + 12
     style = "text{font:11px sans-serif;fill:#222}.title{font-weight:bold}.row{text-anchor:end}"
     style += ".name,.in{text-anchor:middle}.name{font-size:10px}.in{font-size:10px;fill:#fff}.empty{fill:none}"
-    style += "rect{stroke:#9995}" + "".join(f".{name}{{fill:{color}}}" for name, color in COLORS.items())
+    style += ".stale+.in{fill:#888}rect{stroke:#9995}" + "".join(f".{name}{{fill:{color}}}" for name, color in COLORS.items())
     style += "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left} {height}" width="{left}" height="{height}">'
     return "\n".join([head, f"<style>{style}</style>", *parts, "</svg>", ""])

@@ -94,8 +94,9 @@ def _reach(result: dict) -> Figure:
     """The share of outputs that change, by distance from the replaced token."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    distances = [int(distance) for distance in result["changed"]]
-    axes.fill_between(distances, list(result["changed"].values()), step="mid", color=_BLUE, alpha=0.75, linewidth=0)
+    changed = sorted((int(distance), share) for distance, share in result["changed"].items())
+    distances, shares = zip(*changed, strict=True)
+    axes.fill_between(distances, shares, step="mid", color=_BLUE, alpha=0.75, linewidth=0)
     axes.set_ylim(0, 1.05)
     axes.set_xlim(0, max(distances))
     axes.set_xlabel("tokens behind the replaced one")

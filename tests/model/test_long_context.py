@@ -169,6 +169,13 @@ def test_figures_are_svg_with_the_lines_of_the_window_and_the_same_bytes_again(k
         assert word in texts
 
 
+def test_distances_are_numbers_in_whatever_order(tmp_path):
+    shares = {str(d): 1.0 if d <= 4 else 0.0 for d in range(12)}
+    figures.draw("reach", {**REACH, "changed": shares}, tmp_path / "a.svg")
+    figures.draw("reach", {**REACH, "changed": dict(sorted(shares.items()))}, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
 def test_figures_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="perplexity, passkey, reach, got loss"):
         figures.draw("loss", {}, tmp_path / "a.svg")
