@@ -241,7 +241,8 @@ def svg(panels: list[Panel]) -> str:
     height = TOP + max(len(panel.rows) for panel in panels) * CELL + 12
     style = "text{font:11px sans-serif;fill:#222}.title{font-weight:bold}.row{text-anchor:end}"
     style += ".name,.in{text-anchor:middle}.name{font-size:10px}.in{font-size:10px;fill:#fff}.empty{fill:none}"
-    style += ".stale+.in{fill:#888}rect{stroke:#9995}" + "".join(f".{name}{{fill:{color}}}" for name, color in COLORS.items())
+    style += ".stale+.in{fill:#888}rect{stroke:#9995}"
+    style += "".join(f".{name}{{fill:{color}}}" for name, color in COLORS.items())
     style += "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left} {height}" width="{left}" height="{height}">'
     return "\n".join([head, f"<style>{style}</style>", *parts, "</svg>", ""])

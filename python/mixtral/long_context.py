@@ -97,8 +97,8 @@ def passkey(
 
     Returns:
         ``{"style", "digits", "cells": [{"length", "depth", "distance", "trials", "correct", "low", "high",
-        "logprob"}], "distances", "k_max", "chance", "chance_logprob", "window", "reach"}``. ``low`` and ``high``: Wilson's
-        interval at 95 %.
+        "logprob"}], "distances", "k_max", "chance", "chance_logprob", "window", "reach"}``. ``low`` and ``high`` are
+        Wilson's interval at 95 %.
 
     Raises:
         ValueError: an option out of range, a length without room for the prompt, or a model without a tokenizer.
@@ -134,8 +134,8 @@ def reach(model: Mixtral, trials: int = 4, *, ctx_size: int = 0, seed: int = 0) 
         seed: of the texts.
 
     Returns:
-        ``{"window", "layers", "reach", "changed": {distance: share}, "farthest"}``; the distances are strings. ``reach``
-        is layers * (window - 1), None without a window.
+        ``{"window", "layers", "reach", "changed": {distance: share}, "farthest"}``; the distances are strings.
+        ``reach`` is layers * (window - 1), None without a window.
 
     Raises:
         ValueError: an option out of range.

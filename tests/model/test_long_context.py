@@ -69,13 +69,21 @@ def test_buckets_add_up_to_the_perplexity_of_the_text():
     assert nats / whole.tokens == pytest.approx(whole.nats_per_token, rel=1e-12)
 
 
-def test_the_demo_model_gains_nothing_beyond_its_reach_and_much_from_a_longer_context():
-    result = long_context.perplexity(demo_model(), TEXT * 3, [4, 16, 64, 600, 800], targets="last:32")
+def test_the_demo_model_gains_nothing_beyond_its_reach():
+    result = long_context.perplexity(demo_model(), TEXT * 3, [64, 540, 571, 800], targets="last:32")
     rows = result["contexts"]
     assert (result["window"], result["reach"]) == (128, 508)
-    assert rows[3]["nll"] == rows[4]["nll"] and rows[4]["change"] == {"from": 600, "nll": 0, "standard_error": 0}
-    assert rows[0]["nll"] > rows[1]["nll"] > rows[2]["nll"]
-    assert rows[1]["change"]["nll"] + 2 * rows[1]["change"]["standard_error"] < 0
+    assert rows[1]["nll"] == rows[2]["nll"] == rows[3]["nll"] != rows[0]["nll"]
+    assert rows[3]["change"] == {"from": 571, "nll": 0, "standard_error": 0}
+
+
+def test_a_longer_context_predicts_better_with_a_paired_error_below_the_plain_one():
+    ids = demo_model().tokenizer.encode(TEXT)
+    documents = [ids[begin : begin + 50] for begin in range(0, 450, 50)]
+    one, many = long_context.perplexity(demo_model(), documents, [1, 32], targets="last:4")["contexts"]
+    assert many["change"]["nll"] == pytest.approx(many["nll"] - one["nll"])
+    assert many["change"]["nll"] + 2 * many["change"]["standard_error"] < 0
+    assert many["change"]["standard_error"] < many["standard_error"] + one["standard_error"]
 
 
 def test_documents_may_be_several_and_token_ids():
