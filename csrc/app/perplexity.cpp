@@ -20,8 +20,8 @@ struct PerplexityFlags {
   ModelFlags model;
   std::vector<std::string> paths;  // [MODEL] FILE
   std::string compare_dtype;       // empty: no comparison
-  ContextFlags contexts;
   bool json = false;
+  ContextFlags contexts;
 };
 
 struct Scored {

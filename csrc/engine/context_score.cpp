@@ -7,6 +7,7 @@
 #include "../model/transformer.h"
 #include "require.h"
 #include "score.h"
+#include "window_score.h"
 
 namespace mixtral {
 namespace {

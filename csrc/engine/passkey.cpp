@@ -123,22 +123,6 @@ std::vector<int64_t> distance_lengths(int64_t shortest, int64_t longest, int64_t
   return lengths;
 }
 
-int64_t k_max(std::vector<PasskeyCell> cells) {
-  std::sort(cells.begin(), cells.end(), [](const auto& a, const auto& b) { return a.distance < b.distance; });
-  int64_t k = 0;
-  for (size_t i = 0; i < cells.size();) {
-    int64_t trials = 0, correct = 0;
-    const int64_t distance = cells[i].distance;
-    for (; i < cells.size() && cells[i].distance == distance; ++i) {
-      trials += cells[i].trials;
-      correct += cells[i].correct;
-    }
-    if (static_cast<double>(correct) < kFoundShare * static_cast<double>(trials)) break;
-    k = distance;
-  }
-  return k;
-}
-
 nlohmann::json to_json(const PasskeyCell& cell) {
   const Interval interval = wilson_interval(cell.correct, cell.trials);
   return {{"length", cell.length},   {"depth", cell.depth}, {"distance", cell.distance}, {"trials", cell.trials},
@@ -192,6 +176,22 @@ PasskeyReport passkey(MixtralImpl& model, const Tokenizer& tokenizer, const Pass
   for (const int64_t length : lengths) report.distances.push_back(examiner.cell(length, 0));
   report.k_max = k_max(report.distances.empty() ? report.cells : report.distances);
   return report;
+}
+
+int64_t k_max(std::vector<PasskeyCell> cells) {
+  std::sort(cells.begin(), cells.end(), [](const auto& a, const auto& b) { return a.distance < b.distance; });
+  int64_t k = 0;
+  for (size_t i = 0; i < cells.size();) {
+    int64_t trials = 0, correct = 0;
+    const int64_t distance = cells[i].distance;
+    for (; i < cells.size() && cells[i].distance == distance; ++i) {
+      trials += cells[i].trials;
+      correct += cells[i].correct;
+    }
+    if (static_cast<double>(correct) < kFoundShare * static_cast<double>(trials)) break;
+    k = distance;
+  }
+  return k;
 }
 
 nlohmann::json to_json(const PasskeyReport& report, const Config& config) {

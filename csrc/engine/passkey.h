@@ -43,9 +43,10 @@ struct PasskeyReport {
   int64_t digits;
   std::vector<PasskeyCell> cells;      // length by length, depth by depth
   std::vector<PasskeyCell> distances;  // rising
-  // The largest distance k such that at k and at every smaller one measured at least a fifth is found; 0: none.
-  int64_t k_max = 0;
+  int64_t k_max = 0;                   // of these, or of the cells
 };
+// The largest distance k such that at k and at every smaller one at least a fifth of the keys is found; 0: none.
+int64_t k_max(std::vector<PasskeyCell> cells);
 
 // Throws std::invalid_argument for an option out of range or a length without room; needs no model.
 void check_passkey(const Config& config, const Tokenizer& tokenizer, const PasskeyOptions& options);

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "cached_sequence.h"
+#include "../model/rolling_kv_cache.h"
+#include "../model/transformer.h"
 #include "require.h"
 #include "sampling.h"
 
@@ -23,27 +24,9 @@ void gather_logprobs(const torch::Tensor& logits, const int64_t* targets, double
 
 }  // namespace
 
-std::vector<double> window_logprobs(MixtralImpl& model, const std::vector<int64_t>& ids, int64_t targets,
-                                    int64_t first_position, int64_t chunk_size,
-                                    const std::function<void(int64_t inputs)>& after_chunk) {
-  const int64_t inputs = static_cast<int64_t>(ids.size()) - 1, first = inputs - targets;  // the input before a target
-  CachedSequence sequence(model, inputs, chunk_size, first_position);
-  std::vector<double> logprobs(static_cast<size_t>(targets));
-  for (int64_t begin = 0, end = 0; begin < inputs; begin = end) {
-    end = std::min(begin + chunk_size, inputs);
-    const auto hidden = sequence.feed({ids.begin() + begin, ids.begin() + end});
-    if (end > first) {
-      const int64_t from = std::max(begin, first);
-      const auto logits = model.logits(hidden.narrow(0, from - begin, end - from)).to(torch::kCPU);
-      gather_logprobs(logits, ids.data() + from + 1, logprobs.data() + from - first);
-    }
-    if (after_chunk) after_chunk(end - begin);
-  }
-  return logprobs;
-}
-
 std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::vector<int64_t>& ids,
                                    const ScoreOptions& options) {
+  const Config& config = model.config();
   const auto total = static_cast<int64_t>(ids.size());
   require(total > 0, "score: text must not be empty");
   require(options.ctx_size >= 0, "score: ctx_size must be >= 0, got " + std::to_string(options.ctx_size));
@@ -51,19 +34,26 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
   model.check_ids(&bos, 1);
   model.check_ids(ids.data(), total);
 
-  const int64_t segment = std::min(total, options.ctx_size > 0 ? options.ctx_size : model.config().max_position);
-  int64_t done = 0;
-  const auto after_chunk = [&](int64_t inputs) {
-    done += inputs;
-    if (options.progress) options.progress(done, total);
-  };
-  std::vector<double> logprobs;
-  for (int64_t begin = 0; begin < total; begin += segment) {
-    const int64_t end = std::min(begin + segment, total);
-    std::vector<int64_t> behind_bos{bos};
-    behind_bos.insert(behind_bos.end(), ids.begin() + begin, ids.begin() + end);
-    const auto scored = window_logprobs(model, behind_bos, end - begin, 0, options.chunk_size, after_chunk);
-    logprobs.insert(logprobs.end(), scored.begin(), scored.end());
+  const int64_t segment = std::min(total, options.ctx_size > 0 ? options.ctx_size : config.max_position);
+  const int64_t chunk = std::min(options.chunk_size, segment);
+  const int64_t pages = RollingKVCache::pages_needed(config, kPageSize, chunk, segment);
+  RollingKVCache cache(config, {kPageSize, pages, chunk, model.device(), model.dtype()});
+
+  std::vector<double> logprobs(ids.size());
+  int64_t sequence = -1;
+  for (int64_t begin = 0, end = 0; begin < total; begin = end) {
+    const int64_t segment_begin = begin / segment * segment;
+    if (begin == segment_begin) {
+      if (sequence >= 0) cache.remove_sequence(sequence);
+      sequence = cache.add_sequence();
+    }
+    end = std::min({begin + chunk, segment_begin + segment, total});
+    // Each target in [begin, end) is predicted from the token before it; the first of a segment, from BOS.
+    std::vector<int64_t> inputs{begin == segment_begin ? bos : ids[static_cast<size_t>(begin) - 1]};
+    inputs.insert(inputs.end(), ids.begin() + begin, ids.begin() + end - 1);
+    const auto hidden = model.hidden_states(cache.prepare({{sequence, std::move(inputs)}}), &cache);
+    gather_logprobs(model.logits(hidden).to(torch::kCPU), ids.data() + begin, logprobs.data() + begin);
+    if (options.progress) options.progress(end, total);
   }
   return logprobs;
 }

@@ -37,13 +37,6 @@ struct Score {
 std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::vector<int64_t>& ids,
                                    const ScoreOptions& options);
 
-// ids [n] -> natural-log probabilities of the last `targets` of them, each given all before it. The first of ids has
-// the position `first_position`. `after_chunk` gets the number of inputs of each forward pass, and may throw to end the
-// work.
-std::vector<double> window_logprobs(MixtralImpl& model, const std::vector<int64_t>& ids, int64_t targets,
-                                    int64_t first_position, int64_t chunk_size,
-                                    const std::function<void(int64_t inputs)>& after_chunk);
-
 // The sum over all tokens of a text.
 Score score(MixtralImpl& model, const Tokenizer& tokenizer, const std::string& text, const ScoreOptions& options);
 

@@ -26,30 +26,36 @@ Config demo_sized_config(int64_t window = 8) {
 TEST(Passkey, PromptsHaveTheirLengthInTokensAndTheKeyAtItsDepth) {
   const Tokenizer& tokenizer = demo_tokenizer();
   for (const auto style : {PasskeyStyle::kLandmark, PasskeyStyle::kRuler}) {
-    const int64_t shortest = shortest_passkey_prompt(tokenizer, style, 5);
     const auto at = [&](int64_t length, double depth) {
       return passkey_prompt(tokenizer, style, length, depth, "00420", passkey_names()[0]);
     };
+    int64_t shortest = shortest_passkey_prompt(tokenizer, style, 5);
+    const auto has_room = [&] {
+      try {
+        at(shortest - 1, 0);
+        return true;
+      } catch (const std::invalid_argument&) {
+        return false;
+      }
+    };
+    while (has_room()) --shortest;  // other names may have more tokens
     const auto bare = at(shortest, 0);
     for (const int64_t length : {shortest, shortest + 1, shortest + 101, int64_t{1000}}) {
-      const int64_t room = length - shortest;
       for (const double depth : {0.0, 0.25, 0.5, 1.0}) {
+        const int64_t room = length - shortest, before = std::llround(depth * static_cast<double>(room));
         const auto prompt = at(length, depth);
         ASSERT_EQ(static_cast<int64_t>(prompt.ids.size()), length);
         EXPECT_EQ(prompt.ids[0], tokenizer.bos_id());
-        const auto before = std::llround(depth * static_cast<double>(room));
-        EXPECT_LE(std::abs(prompt.needle - bare.needle - before), length == shortest ? 0 : before == 0 ? 0 : 12);
-        // Between the key and the end of the prompt there is the rest of the filler.
-        EXPECT_NEAR(static_cast<double>(prompt.distance - bare.distance), (1 - depth) * static_cast<double>(room), 12);
-        const std::vector<int64_t> needle(prompt.ids.begin() + prompt.needle, prompt.ids.end());
-        EXPECT_EQ(tokenizer.decode(needle).find(style == PasskeyStyle::kLandmark ? "The pass key is 00420. Remember it."
-                                                                                 : "One of the special magic numbers"),
+        EXPECT_EQ(prompt.needle - bare.needle, before);
+        EXPECT_EQ(prompt.distance - bare.distance, room - before);
+        const std::vector<int64_t> behind(prompt.ids.begin() + prompt.needle, prompt.ids.end());
+        EXPECT_EQ(tokenizer.decode(behind).find(style == PasskeyStyle::kLandmark
+                                                    ? "The pass key is 00420. Remember it. 00420 is"
+                                                    : "One of the special magic numbers for quiet-river is: 00420."),
                   0u);
         const int64_t last = length - 1 - prompt.distance;
-        EXPECT_EQ(tokenizer.decode({prompt.ids[static_cast<size_t>(last)]}), "0");
-        EXPECT_EQ(tokenizer.decode({prompt.ids[static_cast<size_t>(last) - 1]}), "2");
+        EXPECT_EQ(tokenizer.decode({prompt.ids.begin() + last - 1, prompt.ids.begin() + last + 1}), "20");
       }
-      EXPECT_EQ(at(length, 0).needle, bare.needle);
     }
     EXPECT_EQ(tokenizer.decode(bare.answer), "00420");
     EXPECT_THROW(at(40, 0), std::invalid_argument);
@@ -76,8 +82,8 @@ TEST(Passkey, WilsonIntervalsAreThoseOfTheFormula) {
   EXPECT_EQ(wilson_interval(0, 10).low, 0);
   EXPECT_NEAR(wilson_interval(10, 10).low, 0.7224672001371106, 1e-12);
   EXPECT_NEAR(wilson_interval(10, 10).high, 1, 1e-12);
-  EXPECT_NEAR(wilson_interval(3, 7).low, 0.15820198502198346, 1e-12);
-  EXPECT_NEAR(wilson_interval(3, 7).high, 0.7495418945209563, 1e-12);
+  EXPECT_NEAR(wilson_interval(3, 7).low, 0.15821985525146968, 1e-12);
+  EXPECT_NEAR(wilson_interval(3, 7).high, 0.7495416354723428, 1e-12);
 }
 
 // A model that knows which token follows which, and nothing else: layers that add nothing, and one column of the hidden
@@ -110,26 +116,24 @@ TEST(Passkey, CorrectAnswersAndTheirLogprobsAreCountedRight) {
                              {digit('0'), digit('7')},
                              {digit('7'), tokenizer.encode("a.").back()}});
   PasskeyOptions options;
-  options.lengths = {120};
+  options.lengths = {90};
   options.depths = 1;
-  options.trials = 400;
+  options.trials = 150;
   options.digits = 2;
   options.distances = 0;
   options.chunk_size = 512;
   const PasskeyReport report = passkey(*model, tokenizer, options);
   ASSERT_EQ(report.cells.size(), 1u);
   const PasskeyCell& cell = report.cells[0];
-  EXPECT_EQ(cell.trials, 400);
-  // One key of a hundred is 07, so about 4 of 400. Their number also follows from the log-probabilities: a digit has
+  EXPECT_EQ(cell.trials, 150);
+  // One key of a hundred is 07, so one or two of 150. Their number also follows from the log-probabilities: a digit has
   // that of the chain's own, or one that is lower by the gap of the logits.
   EXPECT_GT(cell.correct, 0);
-  EXPECT_LT(cell.correct, 15);
+  EXPECT_LT(cell.correct, 8);
   const double gap = 2 * std::sqrt(static_cast<double>(model->config().hidden_size));  // the norm makes 1 of 48 that
   EXPECT_LT(cell.logprob, -0.6 * gap);  // nine of ten first digits, and as many second ones, are wrong
   EXPECT_GT(cell.logprob, -gap);
   EXPECT_EQ(report.k_max, 0);
-  options.seed = 1;
-  EXPECT_NE(passkey(*model, tokenizer, options).cells[0].logprob, cell.logprob);
 }
 
 TEST(Passkey, AModelThatAnswersOneDigitFindsEveryTenthKey) {
@@ -140,9 +144,9 @@ TEST(Passkey, AModelThatAnswersOneDigitFindsEveryTenthKey) {
   for (const char c : std::string("0123456789")) follows.emplace_back(digit(c), stop);
   auto model = bigram_model(follows);
   PasskeyOptions options;
-  options.lengths = {100, 130};
+  options.lengths = {90, 110};
   options.depths = 2;
-  options.trials = 60;
+  options.trials = 20;
   options.digits = 1;
   options.distances = 3;
   const PasskeyReport report = passkey(*model, tokenizer, options);
@@ -157,12 +161,12 @@ TEST(Passkey, AModelThatAnswersOneDigitFindsEveryTenthKey) {
   for (const auto* cells : {&report.cells, &report.distances}) {
     for (const PasskeyCell& cell : *cells) {
       correct += cell.correct;
-      const double share = static_cast<double>(cell.correct) / 60;  // the mean log-probability says the same number
+      const double share = static_cast<double>(cell.correct) / 20;  // the mean log-probability says the same number
       EXPECT_NEAR(cell.logprob, share * right + (1 - share) * wrong, 1e-6);
     }
   }
-  EXPECT_NEAR(static_cast<double>(correct), 42, 20);  // of 420
-  EXPECT_EQ(report.distances.back().length, 130);
+  EXPECT_NEAR(static_cast<double>(correct), 14, 10);  // of 140
+  EXPECT_EQ(report.distances.back().length, 110);
   EXPECT_EQ(report.distances.back().distance, report.cells[2].distance);
   EXPECT_LT(report.distances[0].distance, report.distances[1].distance);
 }
@@ -195,16 +199,27 @@ TEST(Passkey, LogprobsAreThoseOfOnePassOverPromptAndAnswer) {
 }
 
 TEST(Passkey, KMaxEndsAtTheFirstDistanceThatFails) {
-  // Seen from the report: the chain always answers 3, so keys of one digit are found one time in ten, and never a
-  // fifth.
-  const auto config = demo_sized_config();
-  PasskeyReport report{PasskeyStyle::kLandmark, 5, {{128, 0.5, 60, 10, 7, -0.5}}, {}, 60};
-  const auto json = to_json(report, config);
+  const auto cell = [](int64_t distance, int64_t correct) { return PasskeyCell{128, 0, distance, 10, correct, -1}; };
+  EXPECT_EQ(k_max({cell(10, 9), cell(20, 2), cell(30, 1), cell(40, 10)}), 20);  // a fifth is enough, less is not
+  EXPECT_EQ(k_max({cell(40, 10), cell(10, 9), cell(20, 2)}), 40);               // in any order
+  EXPECT_EQ(k_max({cell(10, 4), cell(20, 0), cell(20, 4)}), 20);                // one distance, two lengths
+  EXPECT_EQ(k_max({cell(10, 1), cell(20, 10)}), 0);
+}
+
+TEST(Passkey, JsonHasTheFieldsOfItsSchema) {
+  const PasskeyReport report{PasskeyStyle::kLandmark, 5, {{128, 0.5, 60, 10, 7, -0.5}}, {}, 60};
+  const auto json = to_json(report, demo_sized_config());
   EXPECT_EQ(json["style"], "landmark");
+  EXPECT_EQ(json["digits"], 5);
   EXPECT_EQ(json["k_max"], 60);
-  EXPECT_EQ(json["cells"][0]["correct"], 7);
-  EXPECT_EQ(json["cells"][0]["length"], 128);
-  EXPECT_DOUBLE_EQ(json["cells"][0]["low"].get<double>(), wilson_interval(7, 10).low);
+  const auto& cell = json["cells"][0];
+  EXPECT_EQ(cell["length"], 128);
+  EXPECT_EQ(cell["depth"], 0.5);
+  EXPECT_EQ(cell["distance"], 60);
+  EXPECT_EQ(cell["trials"], 10);
+  EXPECT_EQ(cell["correct"], 7);
+  EXPECT_EQ(cell["logprob"], -0.5);
+  EXPECT_DOUBLE_EQ(cell["low"].get<double>(), wilson_interval(7, 10).low);
   EXPECT_NEAR(json["chance"].get<double>(), 1e-5, 1e-15);
   EXPECT_EQ(json["reach"], 2 * 7);
 }
