@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import figures as figures
     from . import integrations as integrations
     from . import long_context as long_context
     from . import ops as ops
@@ -38,7 +37,7 @@ _MODULE_OF = {
     "TokenLogprob": "model",
     "Tokenizer": "model",
 }
-_SUBMODULES = ("figures", "integrations", "long_context", "ops", "reference")
+_SUBMODULES = ("integrations", "long_context", "ops", "reference")
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]
 
