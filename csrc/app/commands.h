@@ -13,5 +13,7 @@ void add_bench(CLI::App& app);
 void add_quantize(CLI::App& app);
 void add_convert(CLI::App& app);
 void add_perplexity(CLI::App& app);
+void add_passkey(CLI::App& app);
+void add_reach(CLI::App& app);
 
 }  // namespace mixtral::app

@@ -48,6 +48,8 @@ void run(int argc, char** argv) {
   add_quantize(app);
   add_convert(app);
   add_perplexity(app);
+  add_passkey(app);
+  add_reach(app);
   add_python_commands(app);
   check_command(app, argc, argv);
   try {

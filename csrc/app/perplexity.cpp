@@ -9,6 +9,7 @@
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "perplexity_contexts.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -22,6 +23,7 @@ struct PerplexityFlags {
   std::string compare_dtype;       // empty: no comparison
   RoutingFlags routing;
   bool json = false;
+  ContextFlags contexts;
 };
 
 struct Scored {
@@ -91,6 +93,12 @@ void run(PerplexityFlags& flags) {
   if (flags.paths.size() > 2) throw std::invalid_argument("unexpected argument " + flags.paths[2]);
   const std::string file = flags.paths.back();
   if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
+  if (!flags.contexts.contexts.empty()) {
+    if (!flags.compare_dtype.empty()) throw std::invalid_argument("--compare-dtype goes without --contexts");
+    return run_contexts(flags.model, flags.contexts, file, flags.json);
+  }
+  for (const CLI::Option* option : flags.contexts.need_contexts)
+    if (option->count() > 0) throw std::invalid_argument(option->get_name() + " needs --contexts");
   const std::string text = read_file(file);
   if (text.empty()) throw std::invalid_argument("FILE must not be empty, got " + file);
   const std::filesystem::path folder = model_path(flags.model);
@@ -129,15 +137,19 @@ void add_perplexity(CLI::App& app) {
   add_routing_flags(command, flags->routing);
   command.get_option("--replay")->excludes(compare);
   add_switch(command, "--json", flags->json, "One JSON object");
+  add_context_flags(command, flags->contexts);
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
-      "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n\n"
+      "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n"
+      "With --contexts, FILE may be a .jsonl of documents, each under \"text\". Protocols: docs/long_context.md.\n\n"
       "Examples:\n"
       "  mixtral perplexity held_out.txt\n"
       "  mixtral perplexity ./Mixtral-8x7B-v0.1 held_out.txt --ctx-size 4096 --json\n"
+      "  mixtral perplexity held_out.txt --contexts 64,128,256,512 --targets last:256 --json --svg loss.svg\n"
+      "  mixtral perplexity held_out.txt --contexts 512 --protocol sliding:64 --targets all\n"
       "  mixtral perplexity ./Mixtral-8x7B-v0.1 held_out.txt --dtype float16 --compare-dtype bfloat16");
   command.callback([flags] { run(*flags); });
 }

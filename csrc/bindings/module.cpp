@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, m) {
   mixtral::bind_config(m);
   mixtral::bind_text(m);
   mixtral::bind_model(m);
+  mixtral::bind_long_context(m);
   mixtral::bind_engine(m);
   mixtral::bind_trace(m);
 }

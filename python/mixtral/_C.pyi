@@ -218,3 +218,32 @@ class Engine:
 CHUNK_SIZE: int
 
 def score(model: Mixtral, tokenizer: Tokenizer, text: str, ctx_size: int, chunk_size: int) -> Score: ...
+def context_perplexity(
+    model: Mixtral,
+    bos: int,
+    ids: Sequence[Sequence[int]],
+    bytes: Sequence[Sequence[int]],
+    contexts: Sequence[int],
+    protocol: str,
+    targets: str,
+    ctx_size: int,
+    chunk_size: int,
+) -> str: ...
+def passkey(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    depths: int,
+    trials: int,
+    style: str,
+    digits: int,
+    distances: int,
+    seed: int,
+    ctx_size: int,
+    chunk_size: int,
+) -> str: ...
+def reach(model: Mixtral, trials: int, ctx_size: int, seed: int) -> str: ...
+def ids_and_bytes(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]: ...
+def passkey_prompt(
+    tokenizer: Tokenizer, style: str, length: int, depth: float, key: str, name: str
+) -> dict[str, list[int] | int]: ...

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import integrations as integrations
+    from . import long_context as long_context
     from . import ops as ops
     from . import reference as reference
     from . import routing as routing
@@ -39,7 +40,7 @@ _MODULE_OF = {
     "Tokenizer": "model",
     "Trace": "model",
 }
-_SUBMODULES = ("integrations", "ops", "reference", "routing")
+_SUBMODULES = ("integrations", "long_context", "ops", "reference", "routing")
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]
 

@@ -27,6 +27,7 @@ def main() -> None:
         if os.access(binary, os.X_OK):
             if binary.is_relative_to(PACKAGE):  # it uses the installed torch; in a source tree, that of the build
                 exit_unless_torch_fits()
+            os.environ.setdefault("MIXTRAL_PYTHON", sys.executable)  # draws the binary's figures
             os.execv(binary, [str(binary), *sys.argv[1:]])
     looked = " or ".join(str(binary) for binary in BINARIES)
     print(

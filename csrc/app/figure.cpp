@@ -1,0 +1,35 @@
+#include "figure.h"
+
+#include <unistd.h>
+
+#include <filesystem>
+#include <stdexcept>
+
+#include "child.h"
+
+namespace mixtral::app {
+namespace {
+
+constexpr const char* kTryImport = "try:\n import mixtral.figures\nexcept ImportError:\n raise SystemExit(1)";
+
+}  // namespace
+
+void check_figure(const std::string& svg) {
+  if (svg.empty()) return;
+  const auto folder = std::filesystem::absolute(svg).parent_path();
+  if (::access(folder.c_str(), W_OK) != 0 || std::filesystem::is_directory(svg))
+    throw std::invalid_argument("--svg: cannot write " + svg);
+  if (run_child({python_program(), "-c", kTryImport}, "").status != 0) {
+    throw std::runtime_error("--svg: " + python_program() +
+                             " has no mixtral package with matplotlib: pip install 'mixtral[routing]', or name another "
+                             "Python in MIXTRAL_PYTHON (without --svg no Python is needed)");
+  }
+}
+
+void draw_figure(const std::string& command, const nlohmann::json& result, const std::string& svg) {
+  if (svg.empty()) return;
+  const auto child = run_child({python_program(), "-m", "mixtral.figures", command, svg}, result.dump());
+  if (child.status != 0) throw std::runtime_error("--svg: " + python_program() + " could not draw " + svg);
+}
+
+}  // namespace mixtral::app
