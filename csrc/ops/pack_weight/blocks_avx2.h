@@ -18,8 +18,10 @@ inline constexpr int kVectors = 2;     // of eight columns
 inline constexpr int kGroupPairs = 4;  // pairs of depths that are made at a time
 inline constexpr int kGroups = kStepDepth / (2 * kGroupPairs);
 
+// The pairs of a group, made.
 struct Pairs {
-  __m256i pair[kGroupPairs];
+  __m256i made[kGroupPairs];
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i operator[](int p) const { return made[p]; }
 };
 
 MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i load(const void* at) {
@@ -52,13 +54,14 @@ class Bf16Half : public Bf16Pairs {
     next_ += 2 * kBytes;
   }
 
+  // Made when they are used: registers are few.
+  struct Pairs {
+    const char* at;
+    MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i operator[](int p) const { return load(at + p * 64); }
+  };
+
   // Vector v of group g of the step.
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
-    Pairs out;
-#pragma GCC unroll 4
-    for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = load(at_ + (g * kGroupPairs + p) * 64 + v * 32);
-    return out;
-  }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return {at_ + g * kGroupPairs * 64 + v * 32}; }
 
  private:
   static constexpr int64_t kBytes = kStepElements;
@@ -77,15 +80,14 @@ class Int8Half {
     next_ += 2 * kBytes;
   }
 
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const {
-    Pairs out;
-#pragma GCC unroll 4
-    for (int p = 0; p < kGroupPairs; ++p) {
-      const char* at = at_ + (g * kGroupPairs + p) * 32 + v * 16;
-      out.pair[p] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  struct Pairs {
+    const char* at;
+    MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i operator[](int p) const {
+      return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + p * 32)));
     }
-    return out;
-  }
+  };
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return {at_ + g * kGroupPairs * 32 + v * 16}; }
 
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 even(__m256i pair) {
     return _mm256_cvtepi32_ps(_mm256_slli_epi32(pair, 16));
