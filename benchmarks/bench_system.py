@@ -15,10 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from common import Bench, Row, native_isa
 from random_models import SHAPES, write_checkpoint
+from timing import warm_memory
 
 TYPES = ("int8", "fp8", "int4")
 POLICIES = {"": {}, ", OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"}}
@@ -53,7 +52,7 @@ def loading_row(case: str, folder: Path, dtype: str, rounds: int) -> Row:
     read, load = [], []
     for _ in range(rounds):
         read.append(read_files(folder))
-        torch.ones(int(gigabytes * 1.2e9 / 4))  # freed at once
+        warm_memory(folder)
         options = "--prompt-tokens", "1", "--new-tokens", "2", "--repeat", "1", "--dtype", dtype
         load.append(bench(folder, *options)["load_seconds"])
     rate, bound = gigabytes / min(load), gigabytes / min(read)

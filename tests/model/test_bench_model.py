@@ -136,6 +136,15 @@ def test_prefill_is_bound_by_f32_where_bf16_has_no_instructions():
         assert prefill.percent_of_bound == (bound and pytest.approx(100 * prefill.value / bound))
 
 
+def test_what_was_not_measured_has_no_row():
+    turns = turns_of({"ours": 10.0})
+    for measure in ("prefill 2048", "decode batch 8"):
+        del turns.rates["ours", measure]
+    rows = bound_rows("mid int8", SHAPES["mid"], "int8", "avx2", turns)
+    rows += rate_rows("mid int8", ["llama.cpp"], {"ours": turns})
+    assert {row.metric for row in rows} == {"prefill 512", "decode"}
+
+
 def test_peak_of_f32_grows_with_the_registers():
     peak = measure_fma_peak(1, "avx2")
     assert 1 < peak < 1000
