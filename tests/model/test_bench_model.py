@@ -201,7 +201,7 @@ def test_system_benchmark_counts_the_bytes_of_the_files(folder, monkeypatch):
 
 def test_system_benchmark_compares_a_busy_core_with_idle_ones(folder, monkeypatch):
     rates = iter(range(100, 112))
-    monkeypatch.setattr("bench_system.bench", lambda *_, environment: {"decode_tokens_per_second": next(rates)})
+    monkeypatch.setattr("bench_system.bench", lambda *_, env: {"decode_tokens_per_second": next(rates)})
     rows = bench_system.thread_rows(folder, rounds=1)
     assert [row.value for row in rows] == list(range(100, 112))
     assert [row.peer_value for row in rows] == [None] * 6 + list(range(100, 106))
