@@ -101,7 +101,8 @@ def rate_rows(case: str, peers: list[str], groups: dict[str, Turns]) -> list[Row
         for peer in filter(measure.peers.__contains__, peers):
             turns = groups.get(peer) or next(iter(groups.values()))  # a peer that did not run: only ours counts
             ours, theirs = turns.rate("ours", measure.name), turns.rate(peer, measure.name)
-            rows.append(against(case, measure.name, "tokens/s", ours, peer, theirs))
+            if ours:
+                rows.append(against(case, measure.name, "tokens/s", ours, peer, theirs))
     return rows
 
 
@@ -111,14 +112,14 @@ def bound_rows(case: str, shape: Shape, dtype: str, isa: str, turns: Turns) -> l
     peak = statistics.median(turns.fma_peak) if isa in ("avx2", "avx512") else None
     rows = []
     for measure in MEASURES[:2]:
-        gflop = shape.prefill_flop(measure.tokens) / measure.tokens / 1e9
-        rate = turns.rate("ours", measure.name) * gflop
-        rows.append(Row(case, measure.name, rate, "GFLOP/s", peak, peak and 100 * rate / peak))
-    decode = turns.rate("ours", "decode")
-    bound = 1e9 * statistics.median(turns.bandwidth) / (shape.weights_per_token * BYTES_PER_WEIGHT[dtype])
-    rows.append(Row(case, "decode", decode, "tokens/s", bound, 100 * decode / bound))
-    batch = turns.rate("ours", "decode batch 8")
-    rows.append(against(case, "decode batch 8", "tokens/s", batch, "ours, batch 1", decode))
+        if rate := turns.rate("ours", measure.name):
+            gflops = rate * shape.prefill_flop(measure.tokens) / measure.tokens / 1e9
+            rows.append(Row(case, measure.name, gflops, "GFLOP/s", peak, peak and 100 * gflops / peak))
+    if decode := turns.rate("ours", "decode"):
+        bound = 1e9 * statistics.median(turns.bandwidth) / (shape.weights_per_token * BYTES_PER_WEIGHT[dtype])
+        rows.append(Row(case, "decode", decode, "tokens/s", bound, 100 * decode / bound))
+        if batch := turns.rate("ours", "decode batch 8"):
+            rows.append(against(case, "decode batch 8", "tokens/s", batch, "ours, batch 1", decode))
     return rows
 
 
@@ -177,7 +178,8 @@ def run_case(model: str, dtype: str, isa: str, available: set[str], arguments: a
     for engines in groups_that_fit(paths, weights):
         print(f"{case}: {', '.join(engines)}", flush=True)
         limits = arguments.threads, arguments.rounds, arguments.seconds
-        turns = run_turns(engines, dtype, *limits, isa_in_use(isa), environment)
+        measures = [measure for measure in MEASURES if measure.name in arguments.measures]
+        turns = run_turns(engines, dtype, *limits, isa_in_use(isa), environment, measures)
         groups |= dict.fromkeys(engines, turns)
     everything = merged(list({id(turns): turns for turns in groups.values()}.values()))
     return (
@@ -204,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", type=names, default=list(GGUF), help=f"of {','.join(BYTES_PER_WEIGHT)}")
     parser.add_argument("--peers", type=names, default=PEERS, help=f"of {','.join(PEERS)}")
     parser.add_argument("--isa", type=names, default=[NATIVE], help=f"held to no more than these, of {','.join(ISAS)}")
+    parser.add_argument("--measures", type=names, default=[measure.name for measure in MEASURES], help="of all")
     parser.add_argument("--llama-avx2", type=Path, help="folder of llama.cpp's libraries, built for AVX2")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: Mixtral 8x7B instead")
     parser.add_argument("--layers", type=int, default=MIXTRAL_8X7B.layers, help="of Mixtral 8x7B, at most")
@@ -213,7 +216,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mixtral-bench-models")
     parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-model.json")
     arguments = parser.parse_args()
-    for option, known in (("models", SHAPES), ("dtypes", BYTES_PER_WEIGHT), ("peers", PEERS), ("isa", ISAS)):
+    measures = [measure.name for measure in MEASURES]
+    for option, known in (
+        ("models", SHAPES),
+        ("dtypes", BYTES_PER_WEIGHT),
+        ("peers", PEERS),
+        ("isa", ISAS),
+        ("measures", measures),
+    ):
         if unknown := set(getattr(arguments, option)) - set(known):
             parser.error(f"--{option}: expected names among {', '.join(known)}, got {', '.join(sorted(unknown))}")
     return arguments

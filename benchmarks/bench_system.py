@@ -6,6 +6,7 @@ Decoding is measured with 1, 2 and more threads, on idle cores and with one busy
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -15,26 +16,28 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from common import Bench, Row, native_isa
 from random_models import SHAPES, write_checkpoint
+from timing import warm_memory
 
 TYPES = ("int8", "fp8", "int4")
 POLICIES = {"": {}, ", OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"}}
 BLOCK = bytearray(2**20)
 
 
-def mixtral(*arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+def small_pages() -> None:
+    """No transparent huge pages for this process and those that it becomes."""
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+
+
+def mixtral(*arguments: str | Path, **options: object) -> str:
     """What the command prints."""
     command = [sys.executable, "-m", "mixtral", *map(str, arguments)]
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | (environment or {})
-    ).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, **options).stdout
 
 
-def bench(folder: Path, *options: str, environment: dict[str, str] | None = None) -> dict:
-    return json.loads(mixtral("bench", folder, "--json", *options, environment=environment))
+def bench(folder: Path, *arguments: str, **options: object) -> dict:
+    return json.loads(mixtral("bench", folder, "--json", *arguments, **options))
 
 
 def read_files(folder: Path) -> float:
@@ -47,15 +50,15 @@ def read_files(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def loading_row(case: str, folder: Path, dtype: str, rounds: int) -> Row:
+def loading_row(case: str, folder: Path, dtype: str, rounds: int, **options: object) -> Row:
     """Rates are those of the file's bytes."""
     gigabytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
     read, load = [], []
     for _ in range(rounds):
         read.append(read_files(folder))
-        torch.ones(int(gigabytes * 1.2e9 / 4))  # freed at once
-        options = "--prompt-tokens", "1", "--new-tokens", "2", "--repeat", "1", "--dtype", dtype
-        load.append(bench(folder, *options)["load_seconds"])
+        warm_memory(folder)
+        arguments = "--prompt-tokens", "1", "--new-tokens", "2", "--repeat", "1", "--dtype", dtype
+        load.append(bench(folder, *arguments, **options)["load_seconds"])
     rate, bound = gigabytes / min(load), gigabytes / min(read)
     return Row(case, "loading", rate, "GB/s", bound, 100 * rate / bound)
 
@@ -80,7 +83,7 @@ def thread_rows(folder: Path, rounds: int) -> list[Row]:
                             "--threads",
                             str(count),
                         )
-                        result = bench(folder, *options, environment=environment)
+                        result = bench(folder, *options, env=os.environ | environment)
                         rates.setdefault((count, policy, busy), []).append(result["decode_tokens_per_second"])
             finally:
                 if spinner:
@@ -116,6 +119,8 @@ def main() -> None:
     for case, folder, dtype in cases:
         record.rows.append(loading_row(f"{arguments.model} {case}", folder, dtype, arguments.rounds))
         print(record.rows[-1], flush=True)
+    case = f"{arguments.model} bfloat16, small pages"
+    record.rows.append(loading_row(case, source, "bfloat16", arguments.rounds, preexec_fn=small_pages))
     record.rows += thread_rows(quantised["int8"], arguments.rounds)
     for row in record.rows:
         print(row)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peers.engines import Worker
 from roofline import measure_fma_peak, measure_read_bandwidth
+from timing import warm_memory
 
 PEERS = ("transformers", "llama.cpp")
 EXPERTS = {"transformers": ["eager", "grouped_mm"]}  # its better implementation counts
@@ -59,7 +60,7 @@ def run_turns(
     seconds: float,
     isa: str,
     environment: dict[str, str],
-    measures: Sequence[Measure] = MEASURES,
+    measures: Sequence[Measure],
 ) -> Turns:
     """Load every engine and let them take turns.
 
@@ -72,6 +73,7 @@ def run_turns(
     turns, workers = Turns(), []
     try:
         for engine, path in engines.items():
+            warm_memory(path)
             workers.append(Worker(engine, path, dtype, threads, environment))
             turns.load_seconds[engine] = workers[-1].load_seconds
             print(f"  {engine}: loaded in {workers[-1].load_seconds:.1f} s", flush=True)

@@ -136,6 +136,15 @@ def test_prefill_is_bound_by_f32_where_bf16_has_no_instructions():
         assert prefill.percent_of_bound == (bound and pytest.approx(100 * prefill.value / bound))
 
 
+def test_what_was_not_measured_has_no_row():
+    turns = turns_of({"ours": 10.0})
+    for measure in ("prefill 2048", "decode batch 8"):
+        del turns.rates["ours", measure]
+    rows = bound_rows("mid int8", SHAPES["mid"], "int8", "avx2", turns)
+    rows += rate_rows("mid int8", ["llama.cpp"], {"ours": turns})
+    assert {row.metric for row in rows} == {"prefill 512", "decode"}
+
+
 def test_peak_of_f32_grows_with_the_registers():
     peak = measure_fma_peak(1, "avx2")
     assert 1 < peak < 1000
@@ -192,7 +201,7 @@ def test_system_benchmark_counts_the_bytes_of_the_files(folder, monkeypatch):
 
 def test_system_benchmark_compares_a_busy_core_with_idle_ones(folder, monkeypatch):
     rates = iter(range(100, 112))
-    monkeypatch.setattr("bench_system.bench", lambda *_, environment: {"decode_tokens_per_second": next(rates)})
+    monkeypatch.setattr("bench_system.bench", lambda *_, env: {"decode_tokens_per_second": next(rates)})
     rows = bench_system.thread_rows(folder, rounds=1)
     assert [row.value for row in rows] == list(range(100, 112))
     assert [row.peer_value for row in rows] == [None] * 6 + list(range(100, 106))
