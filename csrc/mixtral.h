@@ -1,4 +1,4 @@
-// The C++ interface: Config, Tokenizer, ChatFormat, Mixtral, RollingKVCache, Engine, score, calibrate, save_quantized.
+// The C++ interface: Config, Tokenizer, ChatFormat, Mixtral, RollingKVCache, Engine, score, Trace, calibrate, save_quantized.
 // CMake target: mixtral::mixtral.
 #pragma once
 
@@ -12,6 +12,8 @@
 #include "engine/engine.h"
 #include "engine/sampling.h"
 #include "engine/score.h"
+#include "engine/trace.h"
+#include "engine/trace_file.h"
 #include "io/load_error.h"
 #include "model/config.h"
 #include "model/rolling_kv_cache.h"

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include "../engine/continuations.h"
 #include "../engine/score.h"
 #include "../model/transformer.h"
 #include "bindings.h"
@@ -145,6 +146,29 @@ Score score_text(MixtralImpl& model, const Tokenizer& tokenizer, const std::stri
   return score(model, tokenizer, text, {ctx_size, chunk_size, [](int64_t, int64_t) { check_signals(); }});
 }
 
+// contexts, continuations: ids of each request -> [(logprob, is_greedy)].
+std::vector<std::pair<double, bool>> score_pairs(MixtralImpl& model, const std::vector<std::vector<int64_t>>& contexts,
+                                                 const std::vector<std::vector<int64_t>>& continuations,
+                                                 int64_t chunk_size, const py::object& progress) {
+  std::vector<Continuation> requests;
+  for (size_t i = 0; i < contexts.size(); ++i) {
+    Continuation& request = requests.emplace_back();
+    request.ids = contexts[i];
+    request.begin = static_cast<int64_t>(contexts[i].size());
+    request.ids.insert(request.ids.end(), continuations.at(i).begin(), continuations.at(i).end());
+  }
+  const auto report = [&progress](int64_t done, int64_t total) {
+    check_signals();
+    const py::gil_scoped_acquire gil;
+    if (!progress.is_none()) progress(done, total);
+  };
+  const py::gil_scoped_release no_gil;
+  std::vector<std::pair<double, bool>> results;
+  for (const ContinuationScore& score : score_continuations(model, requests, chunk_size, report))
+    results.emplace_back(score.logprob, score.is_greedy);
+  return results;
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -176,6 +200,8 @@ void bind_engine(py::module_& m) {
       .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
+  m.def("score_continuations", &score_pairs, py::arg("model"), py::arg("contexts"), py::arg("continuations"),
+        py::arg("chunk_size"), py::arg("progress"), "-> [(log-probability, is_greedy)]");
   m.attr("CHUNK_SIZE") = kChunkSize;
   m.def("score", &score_text, py::arg("model"), py::arg("tokenizer"), py::arg("text"), py::arg("ctx_size"),
         py::arg("chunk_size"), ReleaseGil());

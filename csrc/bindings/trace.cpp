@@ -99,18 +99,16 @@ TraceOptions options_of(int64_t chunk_size, const py::object& progress) {
 }
 
 // ids, docs and domains: of each sequence.
-py::dict trace(MixtralImpl& model, const std::optional<Tokenizer>& tokenizer, std::vector<std::vector<int64_t>> ids,
-               const std::vector<int32_t>& docs, const std::vector<uint8_t>& domains,
-               const std::vector<std::string>& domain_names, bool logits, int64_t experts_per_token, int64_t chunk_size,
-               const py::object& progress) {
+py::dict trace(MixtralImpl& model, const std::optional<Tokenizer>& tokenizer,
+               const std::vector<std::vector<int64_t>>& ids, const std::vector<int32_t>& docs,
+               const std::vector<uint8_t>& domains, const std::vector<std::string>& domain_names, bool logits,
+               int64_t experts_per_token, int64_t chunk_size, const py::object& progress) {
   TraceOptions options = options_of(chunk_size, progress);
   options.logits = logits;
   options.experts_per_token = experts_per_token;
-  std::vector<TraceSequence> sequences;
-  for (size_t i = 0; i < ids.size(); ++i) sequences.push_back({std::move(ids[i]), docs.at(i), domains.at(i)});
   const auto result = [&] {
     const py::gil_scoped_release no_gil;
-    auto traced = std::make_shared<Trace>(trace_sequences(model, sequences, options));
+    auto traced = std::make_shared<Trace>(trace_sequences(model, ids, docs, domains, options));
     describe_tokens(*traced, tokenizer ? &*tokenizer : nullptr, model.config());
     return traced;
   }();

@@ -3,81 +3,30 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "fingerprint.h"
+#include "packed_passes.h"
 #include "replay.h"
 #include "require.h"
 #include "routing_observer.h"
 
 namespace mixtral {
-namespace {
-
-void check_sequences(const MixtralImpl& model, const std::vector<TraceSequence>& sequences) {
-  require(!sequences.empty(), "trace: there must be at least one document");
-  const int64_t context = model.config().max_position;
-  for (const TraceSequence& sequence : sequences) {
-    const auto length = static_cast<int64_t>(sequence.ids.size());
-    const std::string document = "trace: document " + std::to_string(sequence.doc);
-    require(length > 0, document + " must not be empty");
-    require(length <= context, document + " must fit the context of " + std::to_string(context) + " tokens, got " +
-                                   std::to_string(length));
-    model.check_ids(sequence.ids.data(), length);
-  }
-}
-
-}  // namespace
-
-void for_each_pass(MixtralImpl& model, const std::vector<TraceSequence>& sequences, int64_t chunk_size,
-                   const std::function<void(Batch batch, RollingKVCache& cache)>& pass) {
-  size_t longest = 0;
-  for (const TraceSequence& sequence : sequences) longest = std::max(longest, sequence.ids.size());
-  // One sequence may go on from the pass before; those that begin hold at most the tokens of the pass.
-  const Config& config = model.config();
-  const int64_t pages = RollingKVCache::pages_needed(config, kPageSize, chunk_size, static_cast<int64_t>(longest)) +
-                        (chunk_size + kPageSize - 1) / kPageSize + kMaxBatch;
-  RollingKVCache cache(config, {kPageSize, pages, chunk_size, model.device(), model.dtype()});
-  std::vector<int64_t> open;  // cache ids of the sequences in the pass
-  std::vector<RollingKVCache::Chunk> chunks;
-  int64_t room = chunk_size;
-  const auto run = [&] {
-    if (!chunks.empty()) pass(cache.prepare(chunks), cache);
-    chunks.clear();
-    room = chunk_size;
-  };
-  for (const TraceSequence& sequence : sequences) {
-    open.push_back(cache.add_sequence());
-    for (size_t begin = 0; begin < sequence.ids.size();) {
-      const size_t end = std::min(sequence.ids.size(), begin + static_cast<size_t>(room));
-      chunks.push_back({open.back(),
-                        {sequence.ids.begin() + static_cast<std::ptrdiff_t>(begin),
-                         sequence.ids.begin() + static_cast<std::ptrdiff_t>(end)}});
-      room -= static_cast<int64_t>(end - begin);
-      begin = end;
-      if (room > 0 && chunks.size() < kMaxBatch) continue;
-      run();
-      const bool goes_on = end < sequence.ids.size();
-      for (size_t i = 0; i + (goes_on ? 1 : 0) < open.size(); ++i) cache.remove_sequence(open[i]);
-      open = goes_on ? std::vector<int64_t>{open.back()} : std::vector<int64_t>();
-    }
-  }
-  run();
-}
-
-Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequences, const TraceOptions& options) {
+Trace trace_sequences(MixtralImpl& model, const std::vector<std::vector<int64_t>>& sequences,
+                      const std::vector<int32_t>& docs, const std::vector<uint8_t>& domains,
+                      const TraceOptions& options) {
   require(options.chunk_size > 0, "trace: chunk_size must be > 0, got " + std::to_string(options.chunk_size));
-  check_sequences(model, sequences);
+  check_sequences(model, sequences, [&](size_t i) { return "trace: document " + std::to_string(docs.at(i)); });
   const Config& config = model.config();
   const int64_t top_k = options.experts_per_token > 0 ? options.experts_per_token : config.top_k;
   Trace trace = empty_trace(config, top_k);
   config.check_experts_per_token(top_k);
   trace.model = trace_fingerprint(model);
-  for (const TraceSequence& sequence : sequences) {
-    for (size_t i = 0; i < sequence.ids.size(); ++i) {
-      trace.token_id.push_back(static_cast<int32_t>(sequence.ids[i]));
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    for (size_t i = 0; i < sequences[s].size(); ++i) {
+      trace.token_id.push_back(static_cast<int32_t>(sequences[s][i]));
       trace.position.push_back(static_cast<int32_t>(i));
-      trace.doc.push_back(sequence.doc);
-      trace.domain.push_back(sequence.domain);
+      trace.doc.push_back(docs.at(s));
+      trace.domain.push_back(domains.at(s));
     }
   }
   Routing& routing = trace.routing;
@@ -102,15 +51,15 @@ torch::Tensor replay(MixtralImpl& model, const Trace& trace, const TraceOptions&
   require(trace.tokens() > 0 && trace.routing.tokens() == trace.tokens(), "replay: trace must not be empty");
   check_same_model(trace, model);
   model.config().check_experts_per_token(trace.routing.top_k);
-  std::vector<TraceSequence> sequences;
+  std::vector<std::vector<int64_t>> sequences;
   for (size_t i = 0; i < trace.token_id.size(); ++i) {
-    if (trace.position[i] == 0) sequences.push_back({{}, trace.doc[i], 0});
-    require(!sequences.empty() && static_cast<size_t>(trace.position[i]) == sequences.back().ids.size(),
+    if (trace.position[i] == 0) sequences.emplace_back();
+    require(!sequences.empty() && static_cast<size_t>(trace.position[i]) == sequences.back().size(),
             "replay: position must count from 0 in each sequence, got " + std::to_string(trace.position[i]) +
                 " at token " + std::to_string(i));
-    sequences.back().ids.push_back(trace.token_id[i]);
+    sequences.back().push_back(trace.token_id[i]);
   }
-  check_sequences(model, sequences);
+  check_sequences(model, sequences, [](size_t i) { return "replay: sequence " + std::to_string(i); });
   for (const uint8_t id : trace.routing.topk_ids)
     require(
         id < model.config().num_experts,

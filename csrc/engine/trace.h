@@ -43,13 +43,6 @@ struct Trace {
   int64_t tokens() const { return static_cast<int64_t>(token_id.size()); }
 };
 
-// A sequence that the model reads from its first position on.
-struct TraceSequence {
-  std::vector<int64_t> ids;
-  int32_t doc = 0;
-  uint8_t domain = 0;
-};
-
 struct TraceOptions {
   bool logits = false;                                        // keep the router's logits too
   int64_t experts_per_token = 0;                              // 0: as many as the config says
@@ -62,10 +55,13 @@ Trace empty_trace(const Config& config, int64_t experts_per_token);
 // 16 hexadecimal digits; the same whatever k the model runs with.
 std::string trace_fingerprint(const MixtralImpl& model);
 
-// Runs the sequences, many of them in one pass, and keeps what the routers decided. Throws std::invalid_argument for a
+// Runs the sequences, many of them in one pass, and keeps what the routers decided. docs, domains: of each sequence, as
+// in the trace. Throws std::invalid_argument for a
 // model without experts or with more than 256, an empty or too long sequence, an id outside the vocabulary, or an
 // option out of range; OutOfMemory when the key/value cache does not fit.
-Trace trace_sequences(MixtralImpl& model, const std::vector<TraceSequence>& sequences, const TraceOptions& options);
+Trace trace_sequences(MixtralImpl& model, const std::vector<std::vector<int64_t>>& sequences,
+                      const std::vector<int32_t>& docs, const std::vector<uint8_t>& domains,
+                      const TraceOptions& options);
 
 // Names the tokenizer, and marks its control tokens; without one, BOS and the end-of-sequence tokens of the config.
 void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& config);

@@ -280,7 +280,7 @@ def test_wrong_arguments_are_value_errors():
     model = tiny_model()
     with pytest.raises(ValueError, match="document 1 must not be empty"):
         model.trace([[3], []])
-    with pytest.raises(ValueError, match="at least one document"):
+    with pytest.raises(ValueError, match="at least one sequence"):
         model.trace([])
     with pytest.raises(ValueError, match="document 0 must fit the context of 512 tokens, got 513"):
         model.trace([5] * 513)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_SUBMODULES = ("transformers",)
+_SUBMODULES = ("lm_eval", "transformers")
 
 
 def __getattr__(name: str) -> object:
