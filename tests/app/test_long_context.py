@@ -56,6 +56,12 @@ def test_the_report_shows_the_numbers_and_the_line_of_xz(text):
     assert "mean_of_window_means" not in ok_json(*arguments[:-1])["contexts"][0]
 
 
+def test_without_the_program_xz_its_line_is_left_out(text):
+    arguments, nowhere = ["perplexity", text, "--contexts", "16"], environment(PATH="/nonexistent")
+    assert ok_json(*arguments, env=nowhere)["xz_bits_per_byte"] is None
+    assert b"xz" not in ok(*arguments, env=nowhere)
+
+
 def test_documents_come_from_jsonl_or_from_cutting(text, tmp_path):
     words = text.read_text().splitlines()
     file = tmp_path / "documents.jsonl"
