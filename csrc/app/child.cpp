@@ -7,7 +7,6 @@
 
 #include <cerrno>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <system_error>
 
@@ -58,12 +57,6 @@ ChildResult run_child(const std::vector<std::string>& arguments, const std::stri
   }
   throw_if_terminated();
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), contents(out.get())};
-}
-
-std::string python_program() {
-  if (const char* const named = std::getenv("MIXTRAL_PYTHON")) return named;
-  const char* const of_tree = MIXTRAL_SOURCE_DIR "/.venv/bin/python";
-  return ::access(of_tree, X_OK) == 0 ? of_tree : "python3";
 }
 
 }  // namespace mixtral::app

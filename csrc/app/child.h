@@ -15,8 +15,4 @@ struct ChildResult {
 // process can be made, Interrupted after SIGINT or SIGTERM.
 ChildResult run_child(const std::vector<std::string>& arguments, const std::string& input);
 
-// The Python that has, or may have, the package: that which started this program (MIXTRAL_PYTHON, set by
-// python/mixtral/__main__.py), else that of the source tree's environment, else the shell's.
-std::string python_program();
-
 }  // namespace mixtral::app

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "child.h"
+#include "python.h"
 
 namespace mixtral::app {
 namespace {

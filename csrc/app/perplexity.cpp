@@ -95,6 +95,8 @@ void run(PerplexityFlags& flags) {
   if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
   if (!flags.contexts.contexts.empty()) {
     if (!flags.compare_dtype.empty()) throw std::invalid_argument("--compare-dtype goes without --contexts");
+    if (!flags.routing.trace.empty()) throw std::invalid_argument("--trace goes without --contexts");
+    if (!flags.routing.replay.empty()) throw std::invalid_argument("--replay goes without --contexts");
     return run_contexts(flags.model, flags.contexts, file, flags.json);
   }
   for (const CLI::Option* option : flags.contexts.need_contexts)

@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace mixtral::app {
@@ -30,13 +29,13 @@ except ImportError:
     sys.exit(5)
 main())";
 
-std::string interpreter() {
-  if (const char* named = std::getenv("MIXTRAL_PYTHON")) return named;
+}  // namespace
+
+std::string python_program() {
+  if (const char* const named = std::getenv("MIXTRAL_PYTHON")) return named;
   const char* const of_tree = MIXTRAL_SOURCE_DIR "/.venv/bin/python";
   return ::access(of_tree, X_OK) == 0 ? of_tree : "python3";
 }
-
-}  // namespace
 
 void add_python_commands(CLI::App& app) {
   for (const PythonCommand& command : kPythonCommands) app.add_subcommand(command.name, command.help);
@@ -46,7 +45,7 @@ void hand_over_to_python(int argc, char** argv) {
   const std::string word = argc > 1 ? argv[1] : "";
   for (const PythonCommand& command : kPythonCommands) {
     if (word != command.name) continue;
-    const std::string python = interpreter();
+    const std::string python = python_program();
     std::vector<const char*> arguments = {python.c_str(), "-c", kProgram};
     arguments.insert(arguments.end(), argv + 1, argv + argc);
     arguments.push_back(nullptr);

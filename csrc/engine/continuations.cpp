@@ -1,10 +1,9 @@
 #include "continuations.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <string>
 
+#include "../model/parallel.h"
 #include "packed_passes.h"
 #include "require.h"
 #include "sampling.h"
@@ -43,7 +42,7 @@ void add_scores(MixtralImpl& model, const torch::Tensor& hidden, const std::vect
   const auto logits = model.logits(chosen).to(torch::kCPU);
   const int64_t vocab = logits.size(1);
   std::vector<TokenLogprob> found(targets.size());
-  at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(logits.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto index = static_cast<size_t>(i);
       found[index] = token_logprob(logits.data_ptr<float>() + i * vocab, vocab, targets[index].id, /*top=*/1);

@@ -1,9 +1,8 @@
 #include "window_score.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
+#include "../model/parallel.h"
 #include "cached_sequence.h"
 #include "sampling.h"
 
@@ -21,11 +20,13 @@ std::vector<double> window_logprobs(MixtralImpl& model, const std::vector<int64_
     if (end > first) {
       const int64_t from = std::max(begin, first);
       const auto logits = model.logits(hidden.narrow(0, from - begin, end - from)).to(torch::kCPU);  // [T,vocab]
-      at::parallel_for(from, end, 1, [&](int64_t t, int64_t last) {
-        for (; t < last; ++t) {
-          const float* const row = logits.data_ptr<float>() + (t - from) * logits.size(1);
+      parallel_for(end - from, 1, [&](int64_t row, int64_t last) {
+        for (; row < last; ++row) {
+          const int64_t t = from + row;
           logprobs[static_cast<size_t>(t - first)] =
-              token_logprob(row, logits.size(1), ids[static_cast<size_t>(t) + 1], /*top=*/0).logprob;
+              token_logprob(logits.data_ptr<float>() + row * logits.size(1), logits.size(1),
+                            ids[static_cast<size_t>(t) + 1], /*top=*/0)
+                  .logprob;
         }
       });
     }

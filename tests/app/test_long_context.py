@@ -149,6 +149,7 @@ def test_svg_without_python_says_what_to_install_before_any_work(tmp_path):
         (["perplexity", HELD_OUT, "--contexts", "64", "--targets", "first:2"], 2, "targets must be all, or last:N"),
         (["perplexity", HELD_OUT, "--protocol", "fixed"], 2, "--protocol needs --contexts"),
         (["perplexity", HELD_OUT, "--contexts", "64", "--compare-dtype", "float32"], 2, "--compare-dtype goes without"),
+        (["perplexity", HELD_OUT, "--contexts", "64", "--trace", "t.safetensors"], 2, "--trace goes without"),
         (["perplexity", "/dev/null", "--contexts", "64"], 2, "no tokens"),
         (["perplexity", "/nonexistent", "--contexts", "64"], 2, "cannot open /nonexistent"),
         (["perplexity", "/nonexistent", HELD_OUT, "--contexts", "64"], 3, "/nonexistent"),
