@@ -25,6 +25,7 @@ template <int kBytes>
 struct VectorOf {
   static constexpr int64_t kLanes = kBytes / sizeof(float);
   typedef float Float __attribute__((vector_size(kBytes)));
+  typedef float FloatInMemory __attribute__((vector_size(kBytes), aligned(4), may_alias));
   typedef uint32_t Word __attribute__((vector_size(kBytes)));
   typedef uint16_t HalfWord __attribute__((vector_size(kBytes / 2)));
 };
@@ -33,6 +34,12 @@ struct VectorOf {
 template <int kBytes, typename T>
 MIXTRAL_INLINE void load(const T* p, int64_t count, typename VectorOf<kBytes>::Float& out) {
   using V = VectorOf<kBytes>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == V::kLanes) {  // not through the stack, in halves, which a load of the whole would have to wait for
+      out = *reinterpret_cast<const typename V::FloatInMemory*>(p);
+      return;
+    }
+  }
   T values[V::kLanes] = {};
   std::memcpy(static_cast<void*>(values), p, (count == V::kLanes ? V::kLanes : count) * sizeof(T));
   if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of an f32
