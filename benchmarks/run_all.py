@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-CPU_ONLY = {"bench_pack_weight.py"}
+CPU_ONLY = {"bench_activity.py", "bench_pack_weight.py", "bench_trace.py"}
 MODEL = {
     "cpu": ["--isa", "avx2,avx512,no_amx", "--models", "mini,mid", "--rounds", "3", "--seconds", "10"],
     "cuda": ["--layers", "8"],
