@@ -17,7 +17,7 @@ SHAPE = Shape(hidden=1024, layers=8, heads=16, kv_heads=4, head_dim=64, intermed
 SPARSE, ACTIVE, TOTAL = "8 experts, 2 active", "dense, equal active", "dense, equal total"
 PROMPT = [5 + 7 * i % 4000 for i in range(256)]
 NEW_TOKENS = 9
-SECONDS = 45.0
+SECONDS = 30.0
 BATCHES = (1, 8)
 
 

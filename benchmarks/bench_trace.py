@@ -32,7 +32,7 @@ def decode(model: mixtral.Mixtral, traced: bool) -> float:
     return 16 / model.timings.decode_seconds
 
 
-SECONDS = {prefill: 10.0, decode: 36.0}  # a decoding step of the large model varies by 3 %
+SECONDS = {prefill: 8.0, decode: 30.0}  # a decoding step of the large model varies by 3 %
 
 
 def paired_ratios(on: list[float], off: list[float]) -> list[float]:

@@ -95,7 +95,7 @@ def test_a_task_gives_the_numbers_of_the_hf_model(task, checkpoint, tasks):
     for name, value in theirs[0].items():
         assert ours[0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
     if task == "generate":
-        # In a run of byte tokens that is no UTF-8 the tokenizers library replaces every byte, ours the wrong ones alone.
+        # Where byte tokens are no UTF-8 the tokenizers library replaces all of a run, ours the wrong ones alone.
         whole = [(a, b) for a, b in zip(ours[1], theirs[1], strict=True) if "\ufffd" not in b[0][0]]
         assert len(whole) >= 4 and all(a == b for a, b in whole) and any(b[0][0] for _, b in whole)
     elif task == "choice":
