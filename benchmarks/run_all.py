@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-CPU_ONLY = {"bench_activity.py", "bench_pack_weight.py", "bench_routing.py", "bench_system.py", "bench_trace.py"}
+CPU_ONLY = {
+    "bench_activity.py",
+    "bench_pack_weight.py",
+    "bench_routing.py",
+    "bench_system.py",
+    "bench_trace.py",
+    "bench_weight_kernels.py",
+}
 MODEL = {
     "cpu": ["--models", "small", "--isa", "native,avx2", "--measures", "prefill 512,decode,decode batch 8"],
     "cuda": ["--layers", "8"],

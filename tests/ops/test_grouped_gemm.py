@@ -71,7 +71,7 @@ def test_rows_do_not_depend_on_batch_or_threads(depth, device, dtype):
     a, b, _ = make((128, depth, 40, 1), "uniform", device, dtype)
     whole = with_threads(2, lambda: ops.grouped_gemm(a, b, torch.tensor([128], device=device)))
     for rows in (1, 16, 33, 100, 128):
-        for threads in (1, 2):
+        for threads in (1, 2, 4):
             part, ends = a[-rows:].contiguous(), torch.tensor([rows], device=device)
             actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, b, ends))
             assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
@@ -141,7 +141,7 @@ def test_rows_with_packed_weights_do_not_depend_on_batch_or_threads(depth, dtype
     packed = pack(b, quantize)
     whole = with_threads(2, lambda: ops.grouped_gemm(a, packed, torch.tensor([128], device=device)))
     for rows in (1, 2, 3, 4, 5, 16, 33, 100, 128):
-        for threads in (1, 2):
+        for threads in (1, 2, 4):
             part, ends = a[-rows:].contiguous(), torch.tensor([rows], device=device)
             actual = with_threads(threads, lambda part=part, ends=ends: ops.grouped_gemm(part, packed, ends))
             assert torch.equal(actual, whole[-rows:]), f"{rows} rows, {threads} threads"
