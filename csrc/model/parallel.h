@@ -8,7 +8,7 @@
 namespace mixtral {
 
 // Calls body(begin, end) for runs of [0, count), each of at least `grain`, on the threads of the calling one. Operators
-// inside a body run on its thread alone. A body must not throw: torch would lose the message.
+// inside a body run on its thread alone. If bodies throw, the first exception is thrown here, after all have ended.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body);
 
 }  // namespace mixtral

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -125,6 +126,8 @@ class Generation:
     def error(self) -> str: ...
     @property
     def logprobs(self) -> list[TokenLogprob]: ...
+    @property
+    def routed_experts(self) -> torch.Tensor | None: ...
 
 class Timings:
     @property
@@ -200,6 +203,8 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         session: str,
+        experts_per_token: int,
+        trace: bool,
         on_text: Callable[[int, str], bool | None] | None,
     ) -> tuple[list[Generation], Timings]: ...
     def submit(
@@ -207,6 +212,7 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         session: str,
+        experts_per_token: int,
         on_text: Callable[[str], bool | None],
         on_end: Callable[[Outcome], None],
     ) -> int: ...
@@ -247,3 +253,27 @@ def ids_and_bytes(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
 def passkey_prompt(
     tokenizer: Tokenizer, style: str, length: int, depth: float, key: str, name: str
 ) -> dict[str, list[int] | int]: ...
+def score_continuations(
+    model: Mixtral,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    chunk_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[float, bool]]: ...
+def trace(
+    model: Mixtral,
+    tokenizer: Tokenizer | None,
+    ids: Sequence[Sequence[int]],
+    docs: Sequence[int],
+    domains: Sequence[int],
+    domain_names: Sequence[str],
+    logits: bool,
+    experts_per_token: int,
+    chunk_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]: ...
+def replay(
+    model: Mixtral, fields: dict[str, Any], chunk_size: int, progress: Callable[[int, int], None] | None
+) -> torch.Tensor: ...
+def read_trace(path: str | PathLike[str]) -> dict[str, Any]: ...
+def write_trace(fields: dict[str, Any], path: str | PathLike[str]) -> None: ...

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <chrono>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -34,6 +36,11 @@ TEST(Parallel, EveryIndexIsVisitedOnce) {
     for (int64_t i = begin; i < end; ++i) ++visits[static_cast<size_t>(i)];
   });
   EXPECT_EQ(visits, std::vector<int>(1000, 1));
+}
+
+TEST(Parallel, AnExceptionReachesTheCaller) {
+  const auto fail = [](int64_t begin, int64_t) { throw std::out_of_range("from " + std::to_string(begin)); };
+  EXPECT_THROW(parallel_for(1000, 1, fail), std::out_of_range);
 }
 
 }  // namespace
