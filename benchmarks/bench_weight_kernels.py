@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -21,24 +22,36 @@ ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 LANES = {"avx2": 8}  # of f32; sixteen from avx512 on
 TYPES = ("bf16", "int8", "fp8", "int4")
 ROWS = (1, 2, 4, 8)
-COLUMNS, DEPTH = 64, 2048  # 256 KiB in bf16
+COLUMNS, DEPTH = (64, 320), 1024  # at most 640 KiB
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Of one call: the fastest of some runs."""
+    runs = []
+    for _ in range(30):
+        start = time.perf_counter()
+        for _ in range(20):
+            function()
+        runs.append((time.perf_counter() - start) / 20)
+    return min(runs)
 
 
 def weights_per_second() -> dict[str, float]:
-    """{type and rows: rate} of one thread under MIXTRAL_CPU_ISA; the fastest of some runs."""
+    """{type and rows: rate} of one thread under MIXTRAL_CPU_ISA. What a call costs beside its weights is not in it: the
+    time of a small product is subtracted from that of a larger one."""
     torch.set_num_threads(1)
-    rates, weight = {}, torch.randn(1, COLUMNS, DEPTH).bfloat16()
+    rates = {}
     for name in TYPES:
-        packed = ops.pack_weight(weight, None if name == "bf16" else name)
+        small, large = (
+            ops.pack_weight(torch.randn(1, columns, DEPTH).bfloat16(), None if name == "bf16" else name)
+            for columns in COLUMNS
+        )
         for rows in ROWS:
             a, offs = torch.randn(rows, DEPTH).bfloat16(), torch.tensor([rows])
-            seconds = []
-            for _ in range(40):
-                start = time.perf_counter()
-                for _ in range(20):
-                    ops.grouped_gemm(a, packed, offs)
-                seconds.append((time.perf_counter() - start) / 20)
-            rates[f"{name}, {rows} row{'s' * (rows > 1)}"] = weight.numel() / min(seconds)
+            more = seconds(lambda a=a, b=large, offs=offs: ops.grouped_gemm(a, b, offs)) - seconds(
+                lambda a=a, b=small, offs=offs: ops.grouped_gemm(a, b, offs)
+            )
+            rates[f"{name}, {rows} row{'s' * (rows > 1)}"] = (COLUMNS[1] - COLUMNS[0]) * DEPTH / more
     return rates
 
 

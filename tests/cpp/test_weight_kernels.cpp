@@ -38,8 +38,9 @@ TEST_P(EveryInstructionSet, HasPanelsOfItsOwnForEachFormat) {
 TEST_P(EveryInstructionSet, MultipliesFewRowsWithoutAPanel) {
   const auto& [name, kernels, multiplies_bf16] = GetParam();
   for (int64_t format = 0; format < kPackedFormats; ++format) {
-    const bool in_place = format == 0 && multiplies_bf16;  // by the micro-kernel
-    const bool is_fp8_of_amx = kernels == kAmxWeightKernels && format == 2;
+    const bool is_amx = kernels == kAmxWeightKernels;
+    const bool in_place = is_amx && format == 0;  // by the micro-kernel
+    const bool is_fp8_of_amx = is_amx && format == 2;
     const bool has_rows = kernels[format].f32_rows != nullptr || kernels[format].bf16_rows != nullptr;
     EXPECT_EQ(has_rows, !in_place && !is_fp8_of_amx) << format;
     EXPECT_EQ(kernels[format].f32_rows != nullptr, kernels[format].most_f32_rows > 0) << format;

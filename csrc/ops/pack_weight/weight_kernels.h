@@ -3,9 +3,9 @@
 //                     rows, from registers                 panels of many rows
 //   baseline          none                                 plain loops
 //   avx2, avx512      bf16 int8 fp8 int4, as f32           the same decoding, stored
-//   avx512_bf16       int8 fp8 int4, as bf16               the same decoding, stored; bf16 in place
+//   avx512_bf16       bf16 int8 fp8 int4, as bf16          the same decoding, stored; bf16 in place
 //   amx               int8 int4, as bf16; int8, one row,   the same decoding, stored; bf16 in place
-//                     as f32
+//                     as f32; bf16 in place
 //
 // Few rows, as in decoding, are multiplied with a block that is decoded in registers: the weights cross memory once,
 // packed. Many rows share a panel (../cpu/matmul.h). Either way an element's sum has one order (docs/numerics.md).

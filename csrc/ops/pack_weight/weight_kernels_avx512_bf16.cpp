@@ -102,7 +102,7 @@ constexpr int64_t kMostRows = 64;
 }  // namespace
 
 const WeightKernels kAvx512Bf16WeightKernels[kPackedFormats] = {
-    {nullptr, 0, nullptr, 0, nullptr, nullptr},  // bf16: in place, by the micro-kernel
+    {nullptr, 0, bf16_rows<Bf16Half>, kMostRows, nullptr, nullptr},
     {nullptr, 0, bf16_rows<Int8Half>, kMostRows, nullptr, bf16_panel<Int8Half>},
     {nullptr, 0, bf16_rows<Fp8Half>, 8, nullptr, bf16_panel<Fp8Half>},
     {nullptr, 0, bf16_rows<Int4Half>, kMostRows, nullptr, bf16_panel<Int4Half>},
