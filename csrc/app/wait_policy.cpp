@@ -29,7 +29,9 @@ void restart_with_short_waits(int, char** argv, char** environment) {
   }
   extended[count] = spin_count;
   extended[count + 1] = nullptr;
-  execve("/proc/self/exe", argv, extended);  // returns only if it fails; the program then runs as it is
+  char program[4096] = {};  // not the link itself: its name would be that of the process
+  if (readlink("/proc/self/exe", program, sizeof program - 1) <= 0) return;
+  execve(program, argv, extended);  // returns only if it fails; the program then runs as it is
 }
 
 __attribute__((section(".preinit_array"), used)) void (*const before_constructors)(int, char**,
