@@ -3,8 +3,8 @@
 //
 // One row of a block is bound by the fused multiply-adds' latency of four cycles, with four registers of sums: eight
 // weights a cycle. int4 takes 41 vector instructions for 64 weights, of which 30 have two or three of four ports: at
-// best 6 weights a cycle. Measured on Zen 5, in the cache: bf16 8.8, int8 7.1, int4 4.6 weights a cycle; eight rows
-// reach 84 % (int8) and 64 % (int4) of the peak of multiply-adds.
+// best 6 weights a cycle. Measured on Zen 5, in the cache: bf16 7.9, int8 6.5, int4 4.6 weights a cycle; eight rows
+// reach 86 % (int8) and 67 % (int4) of the peak of multiply-adds.
 #include "blocks_avx2.h"
 #include "weight_kernels.h"
 
