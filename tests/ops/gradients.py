@@ -1,8 +1,8 @@
 """What the tests of gradients share: references, random cases, threads, instruction sets and the ways of autograd.
 
 A gradient passes when every element is as near to autograd of the f64 reference as twice the largest error of autograd
-of the same reference in the op's dtype ("plain PyTorch"), or as the bound that the caller gives. The bound matters where
-plain PyTorch has few numbers to err on, and is exact by chance.
+of the same reference in the op's dtype ("plain PyTorch"), or as the bound that the caller gives. The bound matters
+where plain PyTorch has few numbers to err on, and is exact by chance.
 """
 
 import os
@@ -163,10 +163,10 @@ class BackwardOps(TorchDispatchMode):
         return results
 
 
-def assert_only_wanted_gradients(op: str, arguments: tuple, least: int = 0) -> None:
+def assert_only_wanted_gradients(op: str, arguments: tuple, extra: int = 0) -> None:
     """Whichever inputs require gradients, theirs have the bits that they have together, and others are not computed.
 
-    ``least``: elements that the backward ops return beyond the gradients that are wanted, at most.
+    ``extra``: elements that the backward ops may return beyond the gradients that are wanted.
     """
     function = getattr(ops, op)
     grads = random_grads(function, arguments)
@@ -180,7 +180,7 @@ def assert_only_wanted_gradients(op: str, arguments: tuple, least: int = 0) -> N
             some = gradients(function, arguments, grads, wanted)
         for chosen, actual, expected in zip(choice, some, everything, strict=True):
             assert (actual is not None) == chosen and (actual is None or torch.equal(actual, expected))
-        assert sum(recorded.elements) <= sum(arguments[i].numel() for i in wanted) + least
+        assert sum(recorded.elements) <= sum(arguments[i].numel() for i in wanted) + extra
 
 
 def assert_compiles(op: str, arguments: tuple) -> None:

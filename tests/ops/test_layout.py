@@ -21,9 +21,7 @@ PENDING = {
     "moe_permute",
     "moe_route",
     "moe_unpermute",
-    "rope",
     "sliding_window_attention",
-    "swiglu",
     "topk_softmax",
 }
 # Inverse pairs share a folder, and an op that only does something more before another one is in the folder of that.
