@@ -12,12 +12,26 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
   // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated
   m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
-  // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
+  // router_logits [T,E], select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
   m.def(
-      "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
-  // x [T,H], router [E,H] of f32 or the dtype of x -> weights f32 [T,K], ids int32 [T,K]
+      "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True, Tensor? select_bias=None) -> (Tensor "
+      "topk_weights, Tensor topk_ids)");
+  // grad f32 [T,K], router_logits [T,E], topk_weights f32 [T,K], topk_ids [T,K] -> [T,E]
   m.def(
-      "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
+      "topk_softmax_backward(Tensor grad, Tensor router_logits, Tensor topk_weights, Tensor topk_ids, bool "
+      "renormalize=True) -> Tensor");
+  // x [T,H], router [E,H] of f32 or the dtype of x -> f32 [T,E]
+  m.def("router_logits(Tensor x, Tensor router) -> Tensor");
+  // grad f32 [T,E], x [T,H], router [E,H] -> [T,H], [E,H]
+  m.def("router_logits_backward(Tensor grad, Tensor x, Tensor router) -> (Tensor grad_x, Tensor grad_router)");
+  // x [T,H], router [E,H] of f32 or the dtype of x, select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
+  m.def(
+      "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True, Tensor? select_bias=None) -> (Tensor "
+      "topk_weights, Tensor topk_ids)");
+  // grad f32 [T,K], x [T,H], router [E,H], topk_weights f32 [T,K], topk_ids [T,K] -> [T,H], [E,H]
+  m.def(
+      "moe_route_backward(Tensor grad, Tensor x, Tensor router, Tensor topk_weights, Tensor topk_ids, bool "
+      "renormalize=True) -> (Tensor grad_x, Tensor grad_router)");
   // x [T,H], topk_ids [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
   // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]
