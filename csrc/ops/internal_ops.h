@@ -42,7 +42,8 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
 void check_choice(const char* op, const Tensor& grad, const Tensor& weights, const Tensor& topk_ids,
                   const Tensor& first);
 
-// grad [T, K], logits [T, E], weights [T, K], topk_ids [T, K] -> [T, E] of the dtype of the logits
+// grad [T, K], logits [T, E] (values not read if renormalised), weights [T, K], topk_ids [T, K] -> [T, E] of the dtype
+// of the logits
 Tensor topk_softmax_backward(const char* op, const Tensor& grad, const Tensor& logits, const Tensor& weights,
                              const Tensor& topk_ids, bool renormalize);
 

@@ -89,18 +89,20 @@ Tensor router_logits(const Tensor& x, const Tensor& router) {
   return logits_of(op, x, router);
 }
 
-// grad [T, E], x [T, H], router [E, H] -> grad_x [T, H], grad_router [E, H]
-std::tuple<Tensor, Tensor> logits_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& router) {
+// grad [T, E], x [T, H], router [E, H] -> (grad_x [T, H], grad_router [E, H]), each without elements if not wanted.
+std::tuple<Tensor, Tensor> logits_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& router,
+                                           bool want_x, bool want_router) {
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = router.size(0);
   const Tensor grad_contiguous = as_contiguous(grad), x_contiguous = as_contiguous(x), rows = router_rows(router);
-  const Tensor grad_x = new_tensor(x, {tokens, hidden}), grad_router = new_tensor(router, {experts, hidden});
+  const Tensor grad_x = new_tensor(x, {want_x ? tokens : 0, hidden});
+  const Tensor grad_router = new_tensor(router, {want_router ? experts : 0, hidden});
   const float* grad_ptr = const_ptr<float>(grad_contiguous);
   dispatch_pair(op, x, router, [&](auto tag, auto router_tag) {
     using T = decltype(tag);
     using R = decltype(router_tag);
     const T* x_ptr = const_ptr<T>(x_contiguous);
-    T* grad_x_ptr = mutable_ptr<T>(grad_x);
-    R* grad_router_ptr = mutable_ptr<R>(grad_router);
+    T* grad_x_ptr = want_x ? mutable_ptr<T>(grad_x) : nullptr;
+    R* grad_router_ptr = want_router ? mutable_ptr<R>(grad_router) : nullptr;
     if constexpr (kWithCuda) {
       if (x.is_cuda()) {
         const CudaScope scope(x);
@@ -110,17 +112,19 @@ std::tuple<Tensor, Tensor> logits_backward(const char* op, const Tensor& grad, c
       }
     }
     const float* router_ptr = const_ptr<float>(rows);
-    parallel_rows(tokens, experts * hidden / 8, [=](int64_t begin, int64_t end) {
+    parallel_rows(grad_x.size(0), experts * hidden / 8, [=](int64_t begin, int64_t end) {
       launch_router_logits_backward_x_cpu(grad_ptr, router_ptr, grad_x_ptr, hidden, experts, begin, end);
     });
-    parallel_rows(ceil_div(hidden, kGradColumns), tokens * experts * kGradColumns / 8, [=](int64_t begin, int64_t end) {
+    const int64_t blocks = want_router ? ceil_div(hidden, kGradColumns) : 0;
+    parallel_rows(blocks, tokens * experts * kGradColumns / 8, [=](int64_t begin, int64_t end) {
       launch_router_logits_backward_router_cpu(grad_ptr, x_ptr, grad_router_ptr, tokens, hidden, experts, begin, end);
     });
   });
   return {grad_x, grad_router};
 }
 
-std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad, const Tensor& x, const Tensor& router) {
+std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad, const Tensor& x, const Tensor& router,
+                                                  bool want_x, bool want_router) {
   constexpr const char* op = "router_logits_backward";
   check_arguments(op, x, router);
   check_rank(op, "grad", grad, 2, "[T, E]");
@@ -128,18 +132,21 @@ std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad, const Tens
   check_size(op, "grad", grad, 0, x.size(0));
   check_size(op, "grad", grad, 1, router.size(0));
   check_same_device(op, "grad", grad, x);
-  return logits_backward(op, grad, x, router);
+  return logits_backward(op, grad, x, router, want_x, want_router);
 }
 
 // grad [T, K], x [T, H], router [E, H], topk_weights [T, K], topk_ids [T, K] -> grad_x [T, H], grad_router [E, H]
 std::tuple<Tensor, Tensor> moe_route_backward(const Tensor& grad, const Tensor& x, const Tensor& router,
-                                              const Tensor& topk_weights, const Tensor& topk_ids, bool renormalize) {
+                                              const Tensor& topk_weights, const Tensor& topk_ids, bool renormalize,
+                                              bool want_x, bool want_router) {
   constexpr const char* op = "moe_route_backward";
   check_arguments(op, x, router);
   internal::check_choice(op, grad, topk_weights, topk_ids, x);
-  const Tensor logits = logits_of(op, x, router);
-  return logits_backward(op, internal::topk_softmax_backward(op, grad, logits, topk_weights, topk_ids, renormalize), x,
-                         router);
+  // Renormalised weights have a gradient that does not need the logits: their values are left open.
+  const Tensor logits =
+      renormalize ? new_tensor(x, {x.size(0), router.size(0)}, ScalarType::Float) : logits_of(op, x, router);
+  const Tensor grad_logits = internal::topk_softmax_backward(op, grad, logits, topk_weights, topk_ids, renormalize);
+  return logits_backward(op, grad_logits, x, router, want_x, want_router);
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ template <typename T, typename R>
 void launch_router_logits_backward_router_cpu(const float* grad, const T* x, R* grad_router, int64_t tokens,
                                               int64_t hidden, int64_t experts, int64_t begin, int64_t end);
 
-// grad [T, E], x [T, H], router [E, H] -> grad_x [T, H], grad_router [E, H].
+// grad [T, E], x [T, H], router [E, H] -> grad_x [T, H], grad_router [E, H], each unless null.
 template <typename T, typename R>
 int launch_router_logits_backward_cuda(const float* grad, const T* x, const R* router, T* grad_x, R* grad_router,
                                        int64_t tokens, int64_t hidden, int64_t experts, cudaStream_t stream);

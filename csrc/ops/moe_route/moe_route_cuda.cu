@@ -31,12 +31,12 @@ template <typename T, typename R>
 int launch_router_logits_backward_cuda(const float* grad, const T* x, const R* router, T* grad_x, R* grad_router,
                                        int64_t tokens, int64_t hidden, int64_t experts, cudaStream_t stream) {
   if (hidden == 0) return cudaSuccess;
-  if (tokens > 0) {
+  if (grad_x && tokens > 0) {
     const dim3 blocks(static_cast<unsigned>(tokens), static_cast<unsigned>(ceil_div(hidden, kRouteThreads)));
     router_logits_backward_x_kernel<<<blocks, kRouteThreads, 0, stream>>>(grad, router, grad_x, hidden,
                                                                           static_cast<int>(experts));
   }
-  if (experts > 0) {
+  if (grad_router && experts > 0) {
     const dim3 blocks(static_cast<unsigned>(ceil_div(hidden, kWarpSize)),
                       static_cast<unsigned>(ceil_div(experts, kRouteExperts)));
     router_logits_backward_router_kernel<<<blocks, kRouteThreads, 0, stream>>>(grad, x, grad_router, tokens, hidden,

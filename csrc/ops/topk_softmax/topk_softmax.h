@@ -40,7 +40,8 @@ template <typename T>
 int launch_topk_softmax_cuda(const T* logits, const float* select_bias, float* weights, int32_t* ids, int64_t tokens,
                              int64_t experts, int64_t top_k, bool renormalize, cudaStream_t stream);
 
-// Rows [begin, end) of grad [T, K], logits [T, E], weights [T, K], ids [T, K] -> grad_logits [T, E].
+// Rows [begin, end) of grad [T, K], logits [T, E] (not read if renormalised), weights [T, K], ids [T, K] -> grad_logits
+// [T, E].
 template <typename T>
 void launch_topk_softmax_backward_cpu(const float* grad, const T* logits, const float* weights, IndexArray ids,
                                       T* grad_logits, int64_t experts, int64_t top_k, bool renormalize, int64_t begin,

@@ -71,7 +71,8 @@ __device__ __forceinline__ void warp_topk_softmax_backward(const float* grad, co
                                                            IndexArray ids, int64_t first, T* grad_logits, int experts,
                                                            int top_k, bool renormalize) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const SoftmaxTerms terms = warp_softmax_terms(row, experts);
+  // Renormalised, the logits are not read: moe_route_backward has none then.
+  const SoftmaxTerms terms = renormalize ? SoftmaxTerms{} : warp_softmax_terms(row, experts);
   float mean = 0.0f;
   for (int k = 0; k < top_k; ++k) mean = fmaf(grad[k], weights[k], mean);
   for (int e = lane; e < experts; e += kWarpSize) {
