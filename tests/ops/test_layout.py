@@ -18,9 +18,7 @@ WITHOUT_GRADIENT = {op for op in OPS if op.startswith("rolling_kv_cache") or "pa
 PENDING = {
     "grouped_gemm",
     "moe_mlp",
-    "rope",
     "sliding_window_attention",
-    "swiglu",
 }
 # Inverse pairs share a folder, and an op that only does something more before another one is in the folder of that.
 FOLDER = {
