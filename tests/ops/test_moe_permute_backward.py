@@ -77,22 +77,22 @@ def test_matches_reference(case, routing, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases_of_moe_permute(dtype):
+def test_random_cases_of_moe_permute(device, dtype):
     def make_arguments(dtype):
         tokens, experts = size(60), size(12)
         return normal(tokens, size(150), dtype=dtype), random_choice(tokens, experts, size(4)), experts
 
-    assert_random_cases("moe_permute", make_arguments, dtype)
+    assert_random_cases("moe_permute", make_arguments, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases_of_moe_unpermute(dtype):
+def test_random_cases_of_moe_unpermute(device, dtype):
     def make_arguments(dtype):
         tokens, experts, top_k = size(60), size(12), size(4)
         rows = reference.moe_permute(torch.empty(tokens, 0), random_choice(tokens, experts, top_k), experts)[2]
         return normal(tokens * top_k, size(150), dtype=dtype), torch.rand(tokens, top_k), rows
 
-    assert_random_cases("moe_unpermute", make_arguments, dtype, moe_unpermute_backward_bound)
+    assert_random_cases("moe_unpermute", make_arguments, device, dtype, moe_unpermute_backward_bound)
 
 
 def test_gradient_of_permute_adds_in_the_order_of_k(device):

@@ -73,23 +73,23 @@ def test_matches_reference(case, router_dtype, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases_of_router_logits(dtype):
+def test_random_cases_of_router_logits(device, dtype):
     def make_arguments(dtype):
         hidden = size(200)
         router = normal(size(20), hidden, dtype=torch.float32 if torch.rand(()) < 0.5 else dtype)
         return normal(size(300), hidden, dtype=dtype), router
 
-    assert_random_cases("router_logits", make_arguments, dtype, router_logits_backward_bound)
+    assert_random_cases("router_logits", make_arguments, device, dtype, router_logits_backward_bound)
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases_of_moe_route(dtype):
+def test_random_cases_of_moe_route(device, dtype):
     def make_arguments(dtype):
         experts = size(20)
         x, router = exact_products(size(80), size(200), experts, dtype)
         return x, router, min(size(5), experts), torch.rand(()).item() < 0.5
 
-    assert_random_cases("moe_route", make_arguments, dtype, moe_route_gradient_bound)
+    assert_random_cases("moe_route", make_arguments, device, dtype, moe_route_gradient_bound)
 
 
 @pytest.mark.every_isa

@@ -64,13 +64,13 @@ def test_matches_reference(case, renormalize, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases(dtype):
+def test_random_cases(device, dtype):
     def make_arguments(dtype):
         experts = size(40)
         logits = (3 * normal(size(80), experts, dtype=torch.float64)).to(dtype)
         return logits, min(size(8), experts), torch.rand(()).item() < 0.5
 
-    assert_random_cases("topk_softmax", make_arguments, dtype, topk_softmax_gradient_bound)
+    assert_random_cases("topk_softmax", make_arguments, device, dtype, topk_softmax_gradient_bound)
 
 
 def test_renormalised_experts_that_were_not_chosen_get_exactly_nothing(device, dtype):
