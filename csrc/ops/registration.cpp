@@ -29,6 +29,10 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("unpack_weight(Tensor packed) -> Tensor");
   // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
+  // grad [M,N], b [E,N,Kdim] or packed, offs [E] -> [M,Kdim]
+  m.def("grouped_gemm_backward_input(Tensor grad, Tensor b, Tensor offs) -> Tensor");
+  // grad [M,N], a [M,Kdim], offs [E] -> [E,N,Kdim]
+  m.def("grouped_gemm_backward_weight(Tensor grad, Tensor a, Tensor offs) -> Tensor");
   // gate_up [M,2I] -> [M,I]
   m.def("swiglu(Tensor gate_up) -> Tensor");
   // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
