@@ -282,6 +282,17 @@ def grouped_gemm_bound(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return rounded(reference.grouped_gemm(*wide), sums_bound(*wide, a.dtype), a.dtype)
 
 
+def grouped_gemm_backward_input_bound(grad: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return grouped_gemm_bound(grad, b.mT, offs)
+
+
+def grouped_gemm_backward_weight_bound(grad: Tensor, a: Tensor, offs: Tensor) -> Tensor:
+    starts = [0, *offs.tolist()]
+    groups = [slice(starts[e], starts[e + 1]) for e in range(len(offs))]
+    error = torch.stack([product_bound(grad[g].double().T, a[g].double().T, grad.dtype) for g in groups])
+    return rounded(reference.grouped_gemm_backward_weight(grad.double(), a.double(), offs), error, grad.dtype)
+
+
 def int8_gemm_bound(a: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """With int8 weights on the CPU, given as what they stand for in f64: a finished sum is multiplied by its scale."""
     out = reference.grouped_gemm(a.double(), weight, offs)
