@@ -27,7 +27,10 @@ TOLERANCES: dict[str, Callable] = {
     "swiglu": bounds.swiglu_bound,
     "swiglu_backward": bounds.swiglu_backward_bound,
     "topk_softmax": lambda *arguments: (bounds.topk_softmax_bound(*arguments), None),
+    "router_losses": bounds.router_losses_bound,
     "grouped_gemm": bounds.grouped_gemm_bound,
+    "grouped_gemm_backward_input": bounds.grouped_gemm_backward_input_bound,
+    "grouped_gemm_backward_weight": bounds.grouped_gemm_backward_weight_bound,
     "moe_unpermute": bounds.moe_unpermute_bound,
     "moe_mlp": bounds.moe_mlp_bound,
     "sliding_window_attention": bounds.sliding_window_attention_bound,
@@ -82,7 +85,7 @@ def share_of_tolerance(op: str, actual: Tensor | tuple[Tensor, ...], *arguments)
 
 
 def _of_dtype(op: str, result: Tensor, arguments: tuple) -> Tensor:
-    expected = torch.float32 if op == "topk_softmax" else arguments[0].dtype
+    expected = torch.float32 if op in ("topk_softmax", "router_losses") else arguments[0].dtype
     assert result.dtype == expected, f"{op}: dtype {result.dtype}, expected {expected}"
     return result
 
