@@ -39,6 +39,9 @@ void grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor
 // the device has a kernel for that.
 void grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
 
+// gate_up [M, 2I] -> out [M, I]
+void swiglu(const char* op, const Tensor& gate_up, const Tensor& out);
+
 // grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
 void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,
                                  const Tensor& out);

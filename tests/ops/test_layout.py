@@ -16,7 +16,6 @@ OPS = [schema for schema in SCHEMAS if not BACKWARD.search(schema)]
 WITHOUT_GRADIENT = {op for op in OPS if op.startswith("rolling_kv_cache") or "pack_weight" in op}
 # To come.
 PENDING = {
-    "moe_mlp",
     "moe_permute",
     "moe_route",
     "moe_unpermute",
