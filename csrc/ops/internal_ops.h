@@ -53,6 +53,9 @@ void check_choice(const char* op, const Tensor& grad, const Tensor& weights, con
 Tensor topk_softmax_backward(const char* op, const Tensor& grad, const Tensor& logits, const Tensor& weights,
                              const Tensor& topk_ids, bool renormalize);
 
+// gate_up [M, 2I] -> out [M, I]
+void swiglu(const char* op, const Tensor& gate_up, const Tensor& out);
+
 // grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
 void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,
                                  const Tensor& out);
