@@ -20,6 +20,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Op -> how far each element of its results may be from the f64 reference; None: the result is exact.
 TOLERANCES: dict[str, Callable] = {
     "rms_norm": bounds.rms_norm_bound,
+    "rms_norm_backward": bounds.rms_norm_backward_bound,
+    "add_rms_norm_backward": bounds.add_rms_norm_backward_bound,
     "rope": bounds.rope_bound,
     "swiglu": bounds.swiglu_bound,
     "topk_softmax": lambda *arguments: (bounds.topk_softmax_bound(*arguments), None),

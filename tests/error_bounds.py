@@ -46,6 +46,33 @@ def rms_norm_bound(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rounded(out, inherited + U * (out.abs() + inherited), x.dtype)
 
 
+def rms_norm_backward_bound(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    (rows, hidden), dtype = x.shape, x.dtype
+    grad, x, weight = grad.double(), x.double(), weight.double()
+    squares = min(hidden, max(-(-hidden // 16) + 4, -(-hidden // 256) + 18))  # as in rms_norm_bound
+    scale_error = (squares + 3) / 2 + 4
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    upper, normed = grad * weight, x * scale
+    products = (upper * normed).abs().mean(-1, keepdim=True)
+    size = scale * (upper.abs() + normed.abs() * (upper * normed).mean(-1, keepdim=True).abs())
+    error = scale * normed.abs() * products * (squares + 5 + 2 * scale_error) + size * (scale_error + 4)
+    exact = scale * (upper - normed * (upper * normed).mean(-1, keepdim=True))
+    if grad_sum is not None:
+        exact = exact + grad_sum.double()
+        error = error + exact.abs() + grad_sum.double().abs()
+    terms = (grad * normed).abs().sum(0) * (scale_error + 2 + min(rows, 32) + -(-rows // 32))  # row blocks of 32
+    grad_x = rounded(exact, error * U * SECOND_ORDER, dtype)
+    return grad_x, rounded((grad * normed).sum(0), terms * U * SECOND_ORDER, dtype)
+
+
+def add_rms_norm_backward_bound(
+    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return rms_norm_backward_bound(grad_normed, total, weight, eps, grad_sum)
+
+
 def rope_bound(
     q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,24 @@
 // Letters: T tokens, H hidden, I intermediate, E experts, K top-k, Nq query heads, Nkv key/value heads, D head dim,
 // B sequences, M = T*K permuted rows, P page size, R page-table columns. "float" is f32, bf16 or f16; index tensors
 // (cu_seqlens, kv_lens, page_table, slot_mapping, positions, offs, topk_ids, row_map) may be int32 or int64.
+//
+// <op>_backward takes the gradients of the results of <op> and returns those of its inputs. With want_<input>=False the
+// gradient of that input is not computed and has no elements.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mixtral, m) {
   // x [T,H] float, weight [H] -> [T,H]
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  // grad, x [T,H], weight [H] -> grad_x [T,H], grad_weight [H]
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool want_x=True, bool want_weight=True) -> "
+      "(Tensor grad_x, Tensor grad_weight)");
   // x [T,H], residual [T,H], weight [H] -> normed [T,H], sum [T,H]
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
+  // grad_normed, grad_sum (None: zero), sum [T,H], weight [H] -> grad_x [T,H], of x and of residual, grad_weight [H]
+  m.def(
+      "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_sum, Tensor sum, Tensor weight, float eps, bool "
+      "want_x=True, bool want_weight=True) -> (Tensor grad_x, Tensor grad_weight)");
   // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated
   m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
   // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]

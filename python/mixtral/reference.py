@@ -16,10 +16,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T,H], [T,H], [H] -> grad_x [T,H], grad_weight [H]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    normed, upper = x.to(wide) * scale, grad.to(wide) * weight.to(wide)
+    grad_x = scale * (upper - normed * (upper * normed).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype), (grad.to(wide) * normed).sum(0).to(x.dtype)
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T,H], [T,H] -> normed [T,H], sum [T,H]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_backward(
+    grad_normed: Tensor, grad_sum: Tensor | None, sum: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """[T,H], [T,H] (None: zero), [T,H], [H] -> grad_x [T,H], of x and of residual, grad_weight [H]."""
+    grad_x, grad_weight = rms_norm_backward(grad_normed, sum, weight, eps)
+    return grad_x if grad_sum is None else grad_x + grad_sum, grad_weight
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
