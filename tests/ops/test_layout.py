@@ -22,7 +22,6 @@ PENDING = {
     "moe_route",
     "moe_unpermute",
     "rope",
-    "sliding_window_attention",
     "swiglu",
     "topk_softmax",
 }
