@@ -163,7 +163,7 @@ def test_nan_reaches_only_what_sees_it(name, window, device, dtype):
         grad_q, grad_k, grad_v = actual = run(spoilt)
         assert grad_q[queries[0] : queries[-1] + 1, heads].isnan().all()
         assert grad_k[keys, 0].isnan().all()
-        assert grad_v[keys, 0].isnan().all() or name == "v"
+        assert grad_v[keys, 0].isnan().any(-1).all() or name == "v"
         expected = [x.clone() for x in clean]
         expected[0][queries[0] : queries[-1] + 1, heads] = torch.nan
         expected[1][keys, 0] = torch.nan
