@@ -101,6 +101,20 @@ def swiglu_bound(gate_up: Tensor, inherited: Tensor | None = None, dtype: torch.
     return rounded(silu * up, (before + own) * SECOND_ORDER + TINY, dtype)
 
 
+def swiglu_backward_bound(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    sigmoid, rest = gate.sigmoid(), (-gate).sigmoid()
+    relative = EXP + (3 if gate_up.dtype == torch.float32 else 4) * U  # exp, sum and division, as in swiglu_bound
+    slope = 1 + (gate * rest).abs()  # of silu: s (1 + gate (1 - s)), whose second term may cancel the first
+    slope_error = gate.abs() * (sigmoid * relative + U) + 2 * U * slope
+    size = torch.cat((grad.double() * up * sigmoid * slope, grad.double() * gate * sigmoid), -1).abs()
+    error = (relative + 3 * U) * size
+    error += torch.cat((grad.double() * up * sigmoid * slope_error, torch.zeros_like(gate)), -1).abs()
+    vanished = TINY * (grad.double().abs() * (1 + gate.abs())).repeat(1, 2) * (1 + up.abs()).repeat(1, 2)
+    exact = reference.swiglu_backward(grad.double(), gate_up.double())
+    return rounded(exact, error * SECOND_ORDER + vanished, gate_up.dtype)
+
+
 def topk_softmax_bound(
     router_logits: Tensor, top_k: int, renormalize: bool = True, inherited: Tensor | float = 0.0
 ) -> Tensor:

@@ -23,6 +23,10 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
       "want_x=True, bool want_weight=True) -> (Tensor grad_x, Tensor grad_weight)");
   // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated
   m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
+  // grad_q [T,Nq,D], grad_k [T,Nkv,D], positions [T] -> the same rotated back; a gradient without heads is skipped
+  m.def(
+      "rope_backward(Tensor grad_q, Tensor grad_k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, "
+      "Tensor)");
   // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
   m.def(
       "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
@@ -42,6 +46,8 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
   // gate_up [M,2I] -> [M,I]
   m.def("swiglu(Tensor gate_up) -> Tensor");
+  // grad [M,I], gate_up [M,2I] -> [M,2I]
+  m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
   // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
   m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
   // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]

@@ -85,6 +85,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """[M,I], [M,2I] -> [M,2I]."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    grad_gate, grad_up = grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    return torch.cat((grad_gate, grad_up), -1).to(gate_up.dtype)
+
+
 def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """[T,H], [T,K], [T,K], [E,2I,H], [E,H,I] -> [T,H]."""
     permuted, offs, row_map = moe_permute(x, topk_ids, len(gate_up_proj))
@@ -215,6 +224,13 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: boo
         return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
 
     return rotate(q), rotate(k)
+
+
+def rope_backward(
+    grad_q: Tensor, grad_k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """[T,Nq,D], [T,Nkv,D], [T] -> both rotated back."""
+    return rope(grad_q, grad_k, -positions, theta, interleaved)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

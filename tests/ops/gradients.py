@@ -1,8 +1,8 @@
 """What the tests of gradients share: references, random cases, threads, instruction sets and the ways of autograd.
 
 A gradient passes when every element is as near to autograd of the f64 reference as twice the largest error of autograd
-of the same reference in the op's dtype ("plain PyTorch"), or as the bound that the caller gives. The bound matters where
-plain PyTorch has few numbers to err on, and is exact by chance.
+of the same reference in the op's dtype ("plain PyTorch"), or as the bound that the caller gives. The bound matters
+where plain PyTorch has few numbers to err on, and is exact by chance.
 """
 
 import os
@@ -18,7 +18,7 @@ from conftest import share_of_bound, with_threads
 from error_bounds import U, half_ulp
 from mixtral import reference
 
-CASES = int(os.environ.get("MIXTRAL_GRADIENT_CASES", 150))  # random cases of each op and dtype
+CASES = int(os.environ.get("MIXTRAL_RANDOM_CASES", 150))  # of each op and dtype
 RANDOM_CASE_DTYPES = [torch.float32, torch.bfloat16]
 
 Results = Tensor | tuple[Tensor, ...]
@@ -95,12 +95,13 @@ def assert_gradients_within_tolerance(
 
 def assert_random_cases(
     op: str,
-    make: Callable[..., tuple],
+    make: Callable[[torch.dtype], tuple],
+    device: str,
     dtype: torch.dtype,
     bounds: Callable[..., tuple[Tensor | None, ...]] | None = None,
     cases: int = CASES,
 ) -> None:
-    """``make(dtype)`` gives random arguments; a failure names the seed, from which the case follows.
+    """``make(dtype)`` gives random arguments on the CPU; a failure names the seed, from which the case follows.
 
     What an op allocates starts as NaN, so that a value that no kernel writes shows.
     """
@@ -109,7 +110,8 @@ def assert_random_cases(
         for seed in range(cases):
             torch.manual_seed(seed)
             try:
-                assert_gradients_within_tolerance(op, make(dtype), bounds)
+                arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in make(dtype))
+                assert_gradients_within_tolerance(op, arguments, bounds)
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {error}") from error
     finally:
@@ -163,10 +165,10 @@ class BackwardOps(TorchDispatchMode):
         return results
 
 
-def assert_only_wanted_gradients(op: str, arguments: tuple, least: int = 0) -> None:
+def assert_only_wanted_gradients(op: str, arguments: tuple, extra: int = 0) -> None:
     """Whichever inputs require gradients, theirs have the bits that they have together, and others are not computed.
 
-    ``least``: elements that the backward ops return beyond the gradients that are wanted, at most.
+    ``extra``: elements that the backward ops may return beyond the gradients that are wanted.
     """
     function = getattr(ops, op)
     grads = random_grads(function, arguments)
@@ -180,7 +182,7 @@ def assert_only_wanted_gradients(op: str, arguments: tuple, least: int = 0) -> N
             some = gradients(function, arguments, grads, wanted)
         for chosen, actual, expected in zip(choice, some, everything, strict=True):
             assert (actual is not None) == chosen and (actual is None or torch.equal(actual, expected))
-        assert sum(recorded.elements) <= sum(arguments[i].numel() for i in wanted) + least
+        assert sum(recorded.elements) <= sum(arguments[i].numel() for i in wanted) + extra
 
 
 def assert_compiles(op: str, arguments: tuple) -> None:

@@ -25,8 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         grad_x = s (g weight - n mean(g weight n))    the mean over H
         grad_weight = sum(g n)                        over T
 
-    differentiated from the same equation. The rounding of ``n`` counts as the identity: both use ``n`` in f32, and round
-    once, at the end. Rows are added in one order, whatever the number of threads.
+    differentiated from the same equation. The rounding of ``n`` counts as the identity: both use ``n`` in f32, and
+    round once, at the end. Rows are added in one order, whatever the number of threads.
     """
     return torch.ops.mixtral.rms_norm.default(x, weight, eps)
 
