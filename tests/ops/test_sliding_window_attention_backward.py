@@ -7,6 +7,7 @@ import mixtral.ops as ops
 from conftest import opcheck, with_threads
 from error_bounds import sliding_window_attention_backward_bound
 from gradients import (
+    CASES,
     RANDOM_CASE_DTYPES,
     assert_compiles,
     assert_gradients_within_tolerance,
@@ -97,7 +98,7 @@ def test_random_cases(dtype):
         scale = [None, 0.1, -0.5][size(3) - 1]
         return (*problem, 0, False, scale) if size(4) == 4 else (*problem, size(100) - 1, True, scale)
 
-    assert_random_cases(OP, make_arguments, dtype, sliding_window_attention_backward_bound, cases=220)
+    assert_random_cases(OP, make_arguments, dtype, sliding_window_attention_backward_bound, cases=max(CASES, 220))
 
 
 @pytest.mark.every_isa
