@@ -54,6 +54,15 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def(
       "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, "
       "bool causal=True, float? scale=None) -> Tensor");
+  // the same -> out [Tq,Nq,D], lse f32 [Nq,Tq]
+  m.def(
+      "sliding_window_attention_for_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int window=0, bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
+  // grad and out as q; lse -> gradients of q, k and v
+  m.def(
+      "sliding_window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, bool causal=True, float? scale=None) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   // k_cache, v_cache [pages,P,Nkv,D], k, v [T,Nkv,D], slot_mapping [T]: page * P + row
   m.def(
       "rolling_kv_cache_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
