@@ -26,12 +26,26 @@ struct PermutationIndex {
 PermutationIndex moe_permute(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts,
                              const Tensor& out);
 
+// Throws unless offs [experts], on the CPU, cuts `rows` of the argument `name` into groups.
+void check_offsets(const char* op, const char* name, IndexArray offs, int64_t experts, int64_t rows);
+
+// Packed -> plain [E, N, Kdim] of type `type`: BFloat16 when quantised, else that of the weight.
+Tensor unpack_weight(const char* op, const Weight& weight, ScalarType type);
+
 // a [M, Kdim], b [E, N, Kdim], offs [E] -> out [M, N]
 void grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
 
 // a [M, Kdim], b [E, 2I, Kdim], offs [E] -> out [M, I]: the bits of grouped_gemm followed by swiglu, in one pass where
 // the device has a kernel for that.
 void grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
+
+// grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
+void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,
+                                 const Tensor& out);
+
+// grad [M, N], a [M, Kdim], offs [E] -> out [E, N, Kdim]
+void grouped_gemm_backward_weight(const char* op, const Tensor& grad, const Tensor& a, const Tensor& offs,
+                                  const Tensor& out);
 
 // y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
 Tensor moe_unpermute(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);

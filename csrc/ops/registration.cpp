@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("unpack_weight(Tensor packed) -> Tensor");
   // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
+  // grad [M,N], b [E,N,Kdim] or packed, offs [E] -> [M,Kdim]
+  m.def("grouped_gemm_backward_input(Tensor grad, Tensor b, Tensor offs) -> Tensor");
+  // grad [M,N], a [M,Kdim], offs [E] -> [E,N,Kdim]
+  m.def("grouped_gemm_backward_weight(Tensor grad, Tensor a, Tensor offs) -> Tensor");
   // gate_up [M,2I] -> [M,I]
   m.def("swiglu(Tensor gate_up) -> Tensor");
   // grad [M,I], gate_up [M,2I] -> [M,2I]

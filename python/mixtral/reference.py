@@ -89,6 +89,19 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return torch.cat([a[starts[e] : starts[e + 1]] @ b[e].T for e in range(len(b))])
 
 
+def grouped_gemm_backward_input(grad: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """grad [M,N], [E,N,Kdim], end offsets [E] -> [M,Kdim]."""
+    starts = [0, *offs.tolist()]
+    return torch.cat([grad[starts[e] : starts[e + 1]] @ b[e] for e in range(len(b))])
+
+
+def grouped_gemm_backward_weight(grad: Tensor, a: Tensor, offs: Tensor) -> Tensor:
+    """grad [M,N], a [M,Kdim], end offsets [E] -> [E,N,Kdim]; zeros for an expert without rows."""
+    starts = [0, *offs.tolist()]
+    rows = [slice(starts[e], starts[e + 1]) for e in range(len(offs))]
+    return torch.stack([grad[r].T @ a[r] for r in rows])
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """[M,2I] -> [M,I]."""
     gate, up = gate_up.chunk(2, dim=-1)
