@@ -278,3 +278,52 @@ def _attention_bound(attention: Callable, q: Tensor, k: Tensor, v: Tensor, *opti
 
 sliding_window_attention_bound = partial(_attention_bound, reference.sliding_window_attention)
 rolling_kv_cache_attention_bound = partial(_attention_bound, reference.rolling_kv_cache_attention)
+
+
+def sliding_window_attention_backward_bound(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradients of q, k and v, from the results of the op's own forward pass."""
+    dtype, options = q.dtype, (cu_seqlens_q, cu_seqlens_k, window, causal, scale)
+    out_error = sliding_window_attention_bound(q, k, v, *options)
+    grad, q, k, v = (x.double() for x in (grad, q, k, v))
+    out, lse = reference.sliding_window_attention_for_backward(q, k, v, *options)
+    exact = reference.sliding_window_attention_backward(grad, q, k, v, out, lse, *options)
+    depth, heads, group, scale = q.shape[2], q.shape[1], q.shape[1] // k.shape[1], reference._scale(q, scale)
+    # bf16: weights and their gradients are rounded for the products.
+    operand = half_ulp(torch.ones((), dtype=torch.float64), dtype) if dtype == torch.bfloat16 else 0.0
+    errors = [torch.zeros_like(x) for x in (q, k, v)]
+    for rows, keys, mask in reference._sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
+        if mask.numel() == 0:
+            continue
+        count = mask.shape[1] + mask.shape[0] * group  # no sum has more terms
+        for h in range(heads):
+            rows_q, rows_grad, keys_h, values = q[rows, h], grad[rows, h], k[keys, h // group], v[keys, h // group]
+            scores, sizes = rows_q @ keys_h.T * scale, rows_q.abs() @ keys_h.abs().T * abs(scale)
+            row_lse = torch.where(mask.any(-1), lse[h, rows], 0.0)[:, None]
+            score_error = (depth * U * sizes + 2 * U * (scores.abs() + row_lse.abs())) * mask
+            below = (row_lse - scores).abs() * mask
+            # lse: every weight of the row may be off, and the sum and its logarithm are rounded.
+            lse_error = (score_error + U * below).amax(-1, keepdim=True) + (count + 8) * (U + EXP) + operand
+            lse_error = lse_error + 2 * U * row_lse.abs()
+            p = torch.where(mask, torch.exp(scores - row_lse), 0.0)
+            p_error = p * (torch.expm1(score_error + lse_error + U * below + EXP) + operand) + TINY * mask
+            slope = rows_grad @ values.T - (rows_grad * out[rows, h]).sum(-1, keepdim=True)
+            slope_error = depth * U * rows_grad.abs() @ values.abs().T + U * slope.abs()
+            dot_error = rows_grad.abs() * (depth * U * out[rows, h].abs() + out_error[rows, h])
+            slope_error = slope_error + dot_error.sum(-1, keepdim=True)
+            ds = p * slope
+            ds_error = p_error * (slope.abs() + slope_error) + p * slope_error + (operand + 2 * U) * ds.abs()
+            errors[0][rows, h] = abs(scale) * (ds_error + count * U * ds.abs()) @ keys_h.abs()
+            errors[1][keys, h // group] += abs(scale) * (ds_error + count * U * ds.abs()).T @ rows_q.abs()
+            errors[2][keys, h // group] += (p_error + count * U * p).T @ rows_grad.abs()
+    results = zip(exact, errors, strict=True)
+    return tuple(rounded(x, (error + 2 * U * x.abs()) * SECOND_ORDER, dtype) for x, error in results)

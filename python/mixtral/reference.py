@@ -5,6 +5,8 @@ computes in the dtype it is given: in f64 it is the oracle of the tests, in bf16
 the op is compared with. Nothing here is fast.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -256,10 +258,14 @@ def rope_backward(
     return rope(grad_q, grad_k, -positions, theta, interleaved)
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """[Lq,Nq,D], [Lk,Nkv,D], mask [Lq,Lk] -> [Lq,Nq,D]; zeros where a row of the mask is empty."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * _scale(q, scale)
     weights = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, float("-inf")).softmax(-1)
     weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return torch.einsum("hij,jhd->ihd", weights.to(q.dtype), v)
@@ -269,6 +275,17 @@ def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> 
     """[Lq,Lk]: query i, at position i + Lk - Lq, sees key j if and only if 0 <= position - j < window."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance >= 0) & ((distance < window) | (window == 0))
+
+
+def _sequences(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int, causal: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each sequence: rows of q, rows of k, mask [Lq,Lk]."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        queries, length = len(q[rows]), len(k[keys])
+        yield rows, keys, _window_mask(queries, length, window, q.device) if causal else q.new_ones(queries, length) > 0
 
 
 def sliding_window_attention(
@@ -283,13 +300,56 @@ def sliding_window_attention(
 ) -> Tensor:
     """[Tq,Nq,D], [Tk,Nkv,D], [B+1], [B+1] -> [Tq,Nq,D]: dense masked attention, one sequence after the other."""
     out = torch.zeros_like(q)
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(starts_q) - 1):
-        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        queries, length = q[rows].shape[0], k[keys].shape[0]
-        mask = _window_mask(queries, length, window, q.device) if causal else q.new_ones(queries, length).bool()
+    for rows, keys, mask in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
         out[rows] = _masked_attention(q[rows], k[keys], v[keys], mask, scale)
     return out
+
+
+def sliding_window_attention_for_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same -> out [Tq,Nq,D], lse [Nq,Tq]: log of the sum of exp of a query's scores, -inf if it sees no key."""
+    lse = q.new_zeros(q.shape[1], q.shape[0])
+    for rows, keys, mask in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
+        for h in range(q.shape[1]):
+            scores = q[rows, h] @ k[keys, h * k.shape[1] // q.shape[1]].T * _scale(q, scale)
+            lse[h, rows] = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    return sliding_window_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale), lse
+
+
+def sliding_window_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[Tq,Nq,D], then the tensors of the forward pass -> gradients of q, k and v (Dao, FlashAttention-2, alg. 2)."""
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    scale = _scale(q, scale)
+    for rows, keys, mask in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
+        for h in range(q.shape[1]):
+            h_k = h * k.shape[1] // q.shape[1]
+            p = torch.where(mask, torch.exp(scale * q[rows, h] @ k[keys, h_k].T - lse[h, rows, None]), 0)
+            dot = (grad[rows, h] * out[rows, h]).sum(-1, keepdim=True)
+            ds = torch.where(mask, p * (grad[rows, h] @ v[keys, h_k].T - dot), 0)
+            grad_q[rows, h] = scale * ds @ k[keys, h_k]
+            grad_k[keys, h_k] += scale * ds.T @ q[rows, h]
+            grad_v[keys, h_k] += p.T @ grad[rows, h]
+    return grad_q, grad_k, grad_v
 
 
 def rolling_kv_cache_write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

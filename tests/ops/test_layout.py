@@ -21,7 +21,6 @@ PENDING = {
     "moe_permute",
     "moe_route",
     "moe_unpermute",
-    "sliding_window_attention",
     "topk_softmax",
 }
 # Inverse pairs share a folder, and an op that only does something more before another one is in the folder of that.

@@ -30,5 +30,5 @@ def install() -> None:
             return weights / weights.sum(-1, keepdim=True) if renormalize else weights, ids.int()
 
         either("topk_softmax", topk_softmax)
-        for name in "grouped_gemm moe_permute moe_unpermute sliding_window_attention".split():
+        for name in "moe_permute moe_unpermute".split():
             either(name, getattr(reference, name))
