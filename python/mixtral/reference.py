@@ -41,19 +41,56 @@ def add_rms_norm_backward(
     return grad_x if grad_sum is None else grad_x + grad_sum, grad_weight
 
 
-def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
-    """[T,E] -> weights [T,K] in at least f32, ids int32 [T,K]."""
+def topk_softmax(
+    router_logits: Tensor, top_k: int, renormalize: bool = True, select_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[T,E], [E] -> weights [T,K] in at least f32, ids int32 [T,K]."""
     wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-    ids = wide.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    scores = wide if select_bias is None else wide.softmax(-1) + select_bias
+    ids = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = wide.softmax(-1).gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, ids.int()
 
 
-def moe_route(x: Tensor, router: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
-    """[T,H], [E,H] -> weights [T,K] in at least f32, ids int32 [T,K]; the logits have the router's dtype."""
-    return topk_softmax(x.to(router.dtype) @ router.T, top_k, renormalize)
+def topk_softmax_backward(
+    grad: Tensor, router_logits: Tensor, topk_weights: Tensor, topk_ids: Tensor, renormalize: bool = True
+) -> Tensor:
+    """[T,K], [T,E], [T,K], [T,K] -> [T,E]."""
+    ids, mean = topk_ids.long(), (grad * topk_weights).sum(-1, keepdim=True)
+    chosen = topk_weights * (grad - mean)
+    if renormalize:
+        out = torch.zeros_like(router_logits, dtype=chosen.dtype).scatter(1, ids, chosen)
+    else:
+        p = router_logits.to(chosen.dtype).softmax(-1)
+        out = p * (torch.zeros_like(p).scatter(1, ids, grad) - mean)
+    return out.to(router_logits.dtype)
+
+
+def router_logits(x: Tensor, router: Tensor) -> Tensor:
+    """[T,H], [E,H] -> [T,E] in at least f32, rounded to the router's dtype."""
+    return (x.to(router.dtype) @ router.T).to(torch.promote_types(router.dtype, torch.float32))
+
+
+def router_logits_backward(grad: Tensor, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    """[T,E], [T,H], [E,H] -> [T,H], [E,H]."""
+    return (grad @ router.to(grad.dtype)).to(x.dtype), (grad.T @ x.to(grad.dtype)).to(router.dtype)
+
+
+def moe_route(
+    x: Tensor, router: Tensor, top_k: int, renormalize: bool = True, select_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[T,H], [E,H], [E] -> weights [T,K] in at least f32, ids int32 [T,K]; the logits have the router's dtype."""
+    return topk_softmax(router_logits(x, router), top_k, renormalize, select_bias)
+
+
+def moe_route_backward(
+    grad: Tensor, x: Tensor, router: Tensor, topk_weights: Tensor, topk_ids: Tensor, renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[T,K], [T,H], [E,H], [T,K], [T,K] -> [T,H], [E,H]."""
+    logits = router_logits(x, router)
+    return router_logits_backward(topk_softmax_backward(grad, logits, topk_weights, topk_ids, renormalize), x, router)
 
 
 def router_losses(
@@ -68,6 +105,19 @@ def router_losses(
     return load, wide.softmax(-1).sum(0), wide.logsumexp(-1).square().sum(), count
 
 
+def router_losses_backward(
+    grad_prob_sum: Tensor, grad_z_sum: Tensor, router_logits: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """[E], [], [T,E], bool [T] -> [T,E]; zeros in masked rows."""
+    out = torch.zeros_like(router_logits)
+    mask = torch.ones(len(out), dtype=torch.bool, device=out.device) if mask is None else mask
+    wide = router_logits[mask].to(grad_prob_sum.dtype)
+    p, lse = wide.softmax(-1), wide.logsumexp(-1, keepdim=True)
+    balance = grad_prob_sum - (p * grad_prob_sum).sum(-1, keepdim=True)
+    out[mask] = (p * (balance + 2 * grad_z_sum * lse)).to(out.dtype)
+    return out
+
+
 def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T,H], [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]."""
     copies = topk_ids.flatten().long()
@@ -78,11 +128,26 @@ def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, 
     return x[order // topk_ids.shape[1]], offs.int(), row_map.reshape(topk_ids.shape).int()
 
 
+def moe_permute_backward(grad: Tensor, row_map: Tensor) -> Tensor:
+    """[M,H], [T,K] -> [T,H]."""
+    return moe_unpermute(grad, torch.ones(row_map.shape, device=grad.device), row_map)
+
+
 def moe_unpermute(y: Tensor, topk_weights: Tensor, row_map: Tensor) -> Tensor:
     """[M,H], [T,K], [T,K] -> [T,H]."""
     wide = torch.promote_types(y.dtype, torch.float32)
     copies = torch.where(row_map[..., None] >= 0, y[row_map.long()], 0).to(wide)
     return (topk_weights[..., None].to(wide) * copies).sum(1).to(y.dtype)
+
+
+def moe_unpermute_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, row_map: Tensor) -> tuple[Tensor, Tensor]:
+    """[T,H], [M,H], [T,K], [T,K] -> [M,H], [T,K]."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    kept, rows, grads = row_map >= 0, row_map.long(), grad[:, None].to(wide)
+    grad_y = torch.zeros_like(y)
+    grad_y[rows[kept]] = (topk_weights[..., None].to(wide) * grads)[kept].to(y.dtype)
+    dots = (grads * torch.where(kept[..., None], y[rows], 0).to(wide)).sum(-1)
+    return grad_y, dots.to(topk_weights.dtype)
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
