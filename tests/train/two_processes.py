@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+import plain_ops
 import torch
 import torch.distributed as dist
-from mixtral.train import Batch, Mixtral, RouterOptions, StepTotals
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import plain_ops
+from mixtral.train import Batch, Mixtral, RouterOptions, StepTotals
 
 DOCUMENTS = [[(7 * i + i * i * d) % 61 for i in range(n)] for d, n in enumerate((9, 30, 14, 22))]
 OPTIONS = RouterOptions(balance="global")
