@@ -40,8 +40,7 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   // grad f32 [T,E], x [T,H], router [E,H] -> [T,H], [E,H]
   m.def(
       "router_logits_backward(Tensor grad, Tensor x, Tensor router, bool want_x=True, bool want_router=True) -> "
-      "(Tensor "
-      "grad_x, Tensor grad_router)");
+      "(Tensor grad_x, Tensor grad_router)");
   // x [T,H], router [E,H] of f32 or the dtype of x, select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
   m.def(
       "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True, Tensor? select_bias=None) -> (Tensor "
@@ -50,12 +49,10 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def(
       "moe_route_backward(Tensor grad, Tensor x, Tensor router, Tensor topk_weights, Tensor topk_ids, bool "
       "renormalize=True, bool want_x=True, bool want_router=True) -> (Tensor grad_x, Tensor grad_router)");
-  // router_logits [T,E], topk_ids [T,K], mask bool [T] -> load int64 [E], prob_sum f32 [E], z_sum f32 [], count int64
-  // []
+  // router_logits [T,E], topk_ids [T,K], mask bool [T] -> load [E] and count [] int64, prob_sum [E] and z_sum [] f32
   m.def(
       "router_losses(Tensor router_logits, Tensor topk_ids, Tensor? mask=None) -> (Tensor load, Tensor prob_sum, "
-      "Tensor "
-      "z_sum, Tensor count)");
+      "Tensor z_sum, Tensor count)");
   // grad_prob_sum f32 [E], grad_z_sum f32 [], router_logits [T,E], mask bool [T] -> [T,E]
   m.def(
       "router_losses_backward(Tensor grad_prob_sum, Tensor grad_z_sum, Tensor router_logits, Tensor? mask=None) -> "

@@ -16,7 +16,6 @@ OPS = [schema for schema in SCHEMAS if not BACKWARD.search(schema)]
 WITHOUT_GRADIENT = {op for op in OPS if op.startswith("rolling_kv_cache") or "pack_weight" in op}
 # To come.
 PENDING = {
-    "grouped_gemm",
     "moe_mlp",
 }
 # Inverse pairs share a folder, and an op that only does something more before another one is in the folder of that.
