@@ -92,6 +92,28 @@ def test_packed_sequences(window):
     assert_close(ours(ids, **options).logits, eager(ids, **options).logits)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_attention_trains(form, window):
+    """Every parameter of a model gets the gradient that eager attention gives it."""
+    eager, ours = pair(sliding_window=window)
+    ours.set_experts_implementation("eager")
+    ids, tokens, options = torch.randint(96, (2, LENGTH)), torch.ones(2, LENGTH, dtype=torch.bool), {}
+    if form == "padded":
+        tokens[1, :9] = False
+        options = {"attention_mask": tokens.long()}
+    else:
+        positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])
+        options = {"position_ids": positions.expand(2, -1)}
+    slope = torch.randn(2, LENGTH, 96)[tokens]
+    with torch.enable_grad():
+        for model in (eager, ours):
+            (model(ids, use_cache=False, **options).logits[tokens] * slope).sum().backward()
+    for (name, expected), actual in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        error = (actual.grad - expected.grad).abs().max()
+        assert error <= 1e-4 * expected.grad.abs().max(), f"{name}: {error}"
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 def test_chunks_through_the_cache(window):
     eager, ours = pair(sliding_window=window)
