@@ -84,6 +84,15 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
   // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
   m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
+  // the same -> out [T,H], gate_up [M,2I], activated [M,I] if it is kept, else [0,I]
+  m.def(
+      "moe_mlp_for_backward(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj, "
+      "bool keep_activated=False) -> (Tensor out, Tensor gate_up, Tensor activated)");
+  // grad [T,H], the arguments of moe_mlp, gate_up [M,2I] and activated [M,I] or None: computed again
+  m.def(
+      "moe_mlp_backward(Tensor grad, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor "
+      "down_proj, Tensor? gate_up=None, Tensor? activated=None, bool want_x=True, bool want_topk_weights=True, bool "
+      "want_gate_up_proj=True, bool want_down_proj=True) -> (Tensor, Tensor, Tensor, Tensor)");
   // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]
   m.def(
       "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, "

@@ -15,9 +15,7 @@ OPS = [schema for schema in SCHEMAS if not BACKWARD.search(schema)]
 # Nothing trains through a cache or a packed weight.
 WITHOUT_GRADIENT = {op for op in OPS if op.startswith("rolling_kv_cache") or "pack_weight" in op}
 # To come.
-PENDING = {
-    "moe_mlp",
-}
+PENDING: set[str] = set()
 # Inverse pairs share a folder, and an op that only does something more before another one is in the folder of that.
 FOLDER = {
     "add_rms_norm": "rms_norm",
