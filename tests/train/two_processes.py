@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import plain_ops
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -17,7 +16,6 @@ OPTIONS = RouterOptions(balance="global")
 
 
 def run(rank: int, folder: Path, model_folder: Path) -> None:
-    plain_ops.install()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:

@@ -1,3 +1,0 @@
-import plain_ops
-
-plain_ops.install()
