@@ -41,6 +41,9 @@ void grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor
 // the device has a kernel for that.
 void grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
 
+// gate_up [M, 2I] -> out [M, I]
+void swiglu(const char* op, const Tensor& gate_up, const Tensor& out);
+
 // Checks that topk_softmax and moe_route share. `reference` or `first` is the tensor whose device and T count.
 void check_top_k(const char* op, int64_t top_k, int64_t experts);
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& select_bias, int64_t experts,
@@ -52,9 +55,6 @@ void check_choice(const char* op, const Tensor& grad, const Tensor& weights, con
 // of the logits
 Tensor topk_softmax_backward(const char* op, const Tensor& grad, const Tensor& logits, const Tensor& weights,
                              const Tensor& topk_ids, bool renormalize);
-
-// gate_up [M, 2I] -> out [M, I]
-void swiglu(const char* op, const Tensor& gate_up, const Tensor& out);
 
 // grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
 void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,

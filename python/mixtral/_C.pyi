@@ -20,6 +20,7 @@ class Config:
     top_k: int
     renormalize: bool
     router_in_f32: bool
+    select_bias: bool
     rms_norm_eps: float
     rope_theta: float
     window: int
@@ -39,6 +40,9 @@ class Config:
     @staticmethod
     def from_folder(folder: str | PathLike[str]) -> Config: ...
     def kv_bytes_per_token(self, element_size: int) -> int: ...
+    def config_json(self) -> str: ...
+    def params_json(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 class Tokenizer:
     @staticmethod

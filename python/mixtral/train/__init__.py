@@ -1,5 +1,8 @@
-"""Training on ``mixtral.ops``: losses of the router and of the vocabulary."""
+"""Training on ``mixtral.ops``: the model as a module, its batches, and the losses of routers and vocabulary."""
 
+from typing import TYPE_CHECKING
+
+from .batch import Batch, Losses, StepTotals
 from .losses import (
     CONVENTIONS,
     RouterSums,
@@ -11,8 +14,17 @@ from .losses import (
     z_loss,
     z_loss_from_sums,
 )
+from .options import RouterOptions
+
+if TYPE_CHECKING:
+    from .model import Mixtral as Mixtral
 
 __all__ = [
+    "Batch",
+    "Losses",
+    "Mixtral",
+    "RouterOptions",
+    "StepTotals",
     "CONVENTIONS",
     "RouterSums",
     "distill_cross_entropy",
@@ -23,3 +35,12 @@ __all__ = [
     "z_loss",
     "z_loss_from_sums",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The model needs the model library; losses and batches do not."""
+    if name == "Mixtral":
+        from .model import Mixtral
+
+        return Mixtral
+    raise AttributeError(f"module 'mixtral.train' has no attribute {name!r}")
