@@ -81,8 +81,7 @@ class DataSettings:
     """[data]: the tokenizer, the domains, and the share of passkey documents.
 
     ``separator`` cuts text files into documents; "" makes each file one. ``token_type`` is that of .bin files.
-    ``passkeys`` is a share of the tokens; ``passkey_weight`` multiplies the loss of the answer's digits, and
-    ``passkey_digits`` is how many there are at most.
+    ``passkeys`` is a share of the tokens; ``passkey_weight`` multiplies the loss of the answer's digits.
     """
 
     tokenizer: str = ""
@@ -93,7 +92,6 @@ class DataSettings:
     domains: dict[str, DomainSettings] = field(default_factory=dict)
     passkeys: float = 0.0
     passkey_weight: float = 5.0
-    passkey_digits: int = 5
 
 
 @dataclass
@@ -330,5 +328,5 @@ def _check_data(data: DataSettings, source: str | PathLike[str]) -> None:
             raise SettingsError(f"{source}: data.domains.{name}: held_out and held_out_share exclude each other")
     if not 0 <= data.passkeys < 1:
         raise SettingsError(f"{source}: data.passkeys is a share of the tokens, in [0, 1), got {data.passkeys}")
-    if data.passkey_weight <= 0 or not 1 <= data.passkey_digits <= 18:
-        raise SettingsError(f"{source}: data.passkey_weight must be positive and data.passkey_digits in [1, 18]")
+    if data.passkey_weight <= 0:
+        raise SettingsError(f"{source}: data.passkey_weight must be positive, got {data.passkey_weight}")
