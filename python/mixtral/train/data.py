@@ -76,8 +76,8 @@ class Mixture:
         if data.passkeys:
             texts = [d.train for d in domains]
             self.passkeys = PasskeyMaker(tokenizer, texts, data.passkey_weight)
-            if train.context < self.passkeys.shortest:
-                raise ValueError(f"train.context {train.context} is too short for passkeys: {self.passkeys.shortest}")
+            if train.context <= self.passkeys.shortest:
+                raise ValueError(f"train.context {train.context} is too short for passkeys, which have {self.passkeys.shortest} or more tokens")
         total = sum(d.weight for d in domains)
         self.shares = [(1 - data.passkeys) * d.weight / total for d in domains]
         self.passkey_share = data.passkeys
@@ -94,10 +94,9 @@ class Mixture:
             pieces += [(ids, None) for ids in stream.pieces(begin, end, context) if len(ids) > 1]
         if self.passkeys is not None:
             rng = np.random.default_rng([self.train.seed, len(self.streams), step])
-            room = int((step + 1) * size * self.passkey_share) - int(step * size * self.passkey_share)
-            while length := self.passkeys.length(rng, min(room, context)):
+            share = size * self.passkey_share
+            for length in self.passkeys.lengths(rng, step * share, (step + 1) * share, context):
                 pieces.append(self.passkeys.make(rng, length))
-                room -= length
         return pieces
 
     def __call__(self, step: int, context: int) -> list[Batch]:

@@ -89,11 +89,17 @@ class PasskeyMaker:
             ids += self.repeated
         return ids[:count], 0.0
 
-    def length(self, rng: np.random.Generator, longest: int) -> int:
-        """A random length in [shortest, longest]; 0 when not even the shortest fits."""
-        if longest < self.shortest:
-            return 0
-        return int(np.exp(rng.uniform(np.log(self.shortest), np.log(longest + 1))))
+    def lengths(self, rng: np.random.Generator, begin: float, end: float, longest: int) -> list[int]:
+        """Log-uniform lengths in [shortest, longest] of the documents that fill the tokens from ``begin`` to ``end``.
+
+        As many as have that many tokens on average: a document more or less, but no length is preferred.
+        """
+        if longest <= self.shortest:
+            return []
+        ratio = (longest + 1) / self.shortest
+        mean = (longest + 1 - self.shortest) / np.log(ratio)
+        count = int(end / mean) - int(begin / mean)
+        return [int(self.shortest * ratio**share) for share in rng.random(count)]
 
     def make(self, rng: np.random.Generator, length: int) -> tuple[list[int], list[float]]:
         """A document of ``length`` tokens with BOS and EOS, and the weight of each token as a target."""
