@@ -17,6 +17,9 @@ struct PythonCommand {
 // As COMMANDS in python/mixtral/__main__.py.
 constexpr PythonCommand kPythonCommands[] = {
     {"route", "Analyse what the router does with texts (Python)"},
+    {"upcycle", "Make a mixture of experts of a dense model (Python)"},
+    {"distill", "Train a small dense model with a large one as its teacher (Python)"},
+    {"finetune", "Train a model on conversations, whole or by LoRA adapters (Python)"},
 };
 
 // `python -m mixtral`, but one line instead of a traceback where the package is not installed.

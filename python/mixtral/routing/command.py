@@ -3,16 +3,13 @@
 import argparse
 import json
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import LoadError
+from ..command_line import OK, Parser, run_command
 
-OK, USAGE, BAD_FILE, NO_MEMORY, RUN_TIME = 0, 2, 3, 4, 5
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy")
 
 EPILOG = """\
@@ -25,11 +22,6 @@ Examples:
   mixtral route --domain text=held_out.txt --reference earlier/trace.safetensors --out later
   mixtral route --domain text=held_out.txt --ansi --layers 0,3
   mixtral route --counts expert_counts.json#mistral --out counts"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see mixtral route --help)")
 
 
 def _count(text: str) -> int:
@@ -60,12 +52,10 @@ def _layers(text: str) -> list[int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "mixtral route",
         description="Analyse what the router does: writes trace.safetensors, metrics.json and report.html.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("path", metavar="MODEL", nargs="?", help="folder or .gguf file; without it, the bundled demo model")
@@ -88,31 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit status. Errors are one line on stderr."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"mixtral: warning: {message}", file=sys.stderr)
-            return _run(_parser().parse_intermixed_args(arguments))
-    except SystemExit as exit_:  # --help, SIGTERM
-        return int(exit_.code or 0)
-    except KeyboardInterrupt:
-        return _fail(128 + signal.SIGINT, "interrupted")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except LoadError as error:
-        return _fail(BAD_FILE, error)
-    except MemoryError as error:
-        return _fail(NO_MEMORY, error or "out of memory")
-    except ValueError as error:
-        return _fail(USAGE, error)
-    except (OSError, RuntimeError, ImportError) as error:
-        return _fail(RUN_TIME, error)
-
-
-def _fail(status: int, message: object) -> int:
-    text = str(message).removeprefix("mixtral: ").partition("\n")[0]
-    print(f"mixtral: {text}", file=sys.stderr)
-    return status
+    return run_command(lambda: _run(_parser().parse_intermixed_args(arguments)))
 
 
 def _run(flags: argparse.Namespace) -> int:
