@@ -108,7 +108,7 @@ class DenseFolder:
         raise _load_error(
             self.folder,
             "",
-            "holds no weights in safetensors or PyTorch's files: write it as such a folder with `mixtral convert` first",
+            "holds no weights in safetensors or PyTorch's files: write it as such a folder with `mixtral convert`",
         )
 
     def _hugging_face_name(self, name: str) -> str:

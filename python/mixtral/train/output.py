@@ -53,7 +53,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def carry_files(source: Path, folder: Path) -> list[str]:
-    """Copies what belongs to the model ``source`` beside its weights: tokenizer, chat template, licence. Their names."""
+    """Copies what lies beside the weights of ``source``: tokenizer, chat template, licence. Returns their names."""
     carried = []
     for file in sorted(source.iterdir()):
         name = file.name

@@ -40,7 +40,7 @@ class UpcycleSettings:
         experts, top_k: of the new model; 1 <= top_k <= experts.
         router_std: of the router's normal distribution, cut at two sigma (Switch Transformer, section 2.4).
         scale: None, or "nvidia": softmax over all experts before the top-k, whose weights are then near 1/E, and all
-            expert matrices times (E/K)^(1/3), so that the output keeps its size (He et al., section 3.2, granularity 1).
+            expert matrices times (E/K)^(1/3), so that the output keeps its size (He et al., granularity 1).
         noise: sigma of the normal noise on the experts' weights, as a share of the standard deviation of each matrix.
         noise_share: the share of the weights that get noise.
         seed: of the router and the noise.
@@ -70,7 +70,7 @@ class UpcycleSettings:
         check(self.dtype in ("auto", *DTYPES), "dtype", "auto, float32, bfloat16 or float16")
         if self.top_k == 1 and not self.scale:
             raise ValueError(
-                "top_k 1: the one weight of a token is always 1 after Mixtral's softmax, so the router gets no gradient; "
+                "top_k 1: the one weight of a token is always 1 after Mixtral's softmax: the router gets no gradient; "
                 "take --top-k 2, or --scale nvidia, which takes the softmax over all experts"
             )
 
