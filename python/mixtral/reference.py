@@ -37,6 +37,18 @@ def moe_route(x: Tensor, router: Tensor, top_k: int, renormalize: bool = True) -
     return topk_softmax(x.to(router.dtype) @ router.T, top_k, renormalize)
 
 
+def router_losses(
+    router_logits: Tensor, topk_ids: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[T,E], [T,K], bool [T] -> load int64 [E], prob_sum [E], z_sum [], count int64 []; masked rows are left out."""
+    wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    if mask is not None:
+        wide, topk_ids = wide[mask], topk_ids[mask]
+    load = topk_ids.flatten().long().bincount(minlength=wide.shape[1])
+    count = torch.tensor(len(wide), device=wide.device)
+    return load, wide.softmax(-1).sum(0), wide.logsumexp(-1).square().sum(), count
+
+
 def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T,H], [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]."""
     copies = topk_ids.flatten().long()
