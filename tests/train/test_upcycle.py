@@ -44,8 +44,8 @@ def consolidated(dense: Path, folder: Path, pth: bool) -> Path:
         for theirs, ours in {
             "model.": "", "embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
             "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
-            "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-            "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+            "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", 
+            "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
         }.items():  # fmt: skip
             name = name.replace(theirs, ours)
         renamed[name] = weight
