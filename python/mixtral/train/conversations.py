@@ -1,4 +1,4 @@
-"""Examples to tune on, a JSON object a line, as token ids and which of them are scored. The formats of mistral-finetune:
+"""Examples to tune on, as token ids and which of them are scored: a JSON object a line, as mistral-finetune reads:
 
     {"messages": [{"role": "system" | "user" | "assistant", "content": "...", "weight": 0 | 1}, ...]}
     {"prompt": "...", "completion": "..."}
