@@ -3,6 +3,8 @@
 #include "../checkpoint/config_reader.h"
 #include "../checkpoint/folder.h"
 #include "../checkpoint/generation_config.h"
+#include "../checkpoint/output_folder.h"
+#include "../checkpoint/save.h"
 #include "bindings.h"
 
 namespace mixtral {
@@ -24,9 +26,20 @@ py::dict sampling_defaults(const std::filesystem::path& folder) {
   return values;
 }
 
+// For copies and pickles.
+py::tuple pickled(const Config& config) { return py::make_tuple(config_json(config), config.window_source); }
+
+Config unpickled(const py::tuple& state) {
+  Config config = parse_config(state[0].cast<std::string>(), CheckpointLayout::kHuggingFace, "Config");
+  config.window_source = state[1].cast<std::string>();
+  return config;
+}
+
 }  // namespace
 
 void bind_config(py::module_& m) {
+  m.def("carry_files", &carry_files, py::arg("source"), py::arg("folder"),
+        "Copies what belongs to the model `source` but for weights and their description: tokenizer, licence, card.");
   m.def("sampling_defaults", &sampling_defaults, py::arg("folder"),
         "The sampling of generation_config.json as arguments of generate. Raises LoadError.");
   py::class_<Config>(m, "Config", "The architecture of a checkpoint. Sizes are counts; `window` is keys a query sees.")
@@ -67,6 +80,12 @@ void bind_config(py::module_& m) {
       .def_property_readonly("is_moe", &Config::is_moe)
       .def_property_readonly("total_parameters", &Config::total_parameters)
       .def_property_readonly("active_parameters", &Config::active_parameters, "Per token.")
+      .def("config_json", &config_json, "The text of a config.json.")
+      .def("params_json", &params_json, "The text of a params.json, of a consolidated folder.")
+      .def(
+          "to_dict", [](const Config& self) { return py::module_::import("json").attr("loads")(config_json(self)); },
+          "config.json as a dict, as configurations of transformers have it.")
+      .def(py::pickle(&pickled, &unpickled))
       .def("kv_bytes_per_token", &Config::kv_bytes_per_token, py::arg("element_size"));
 }
 

@@ -88,6 +88,28 @@ std::string config_json(const Config& config) {
   return result.dump(2) + "\n";
 }
 
+std::string params_json(const Config& config) {
+  json result = {{"dim", config.hidden_size},
+                 {"hidden_dim", config.intermediate_size},
+                 {"n_layers", config.num_layers},
+                 {"n_heads", config.num_heads},
+                 {"n_kv_heads", config.num_kv_heads},
+                 {"head_dim", config.head_dim},
+                 {"vocab_size", config.vocab_size},
+                 {"max_seq_len", config.max_position},
+                 {"norm_eps", config.rms_norm_eps},
+                 {"rope_theta", config.rope_theta},
+                 {"sliding_window", config.window > 0 ? json(config.window) : json(nullptr)},
+                 {"tied_embeddings", config.tie_word_embeddings},
+                 {"norm_topk_prob", config.renormalize},
+                 {"router_dtype", config.router_in_f32 ? "float32" : "model"},
+                 {"dtype", config.dtype},
+                 {"bos_token_id", config.bos_token_id},
+                 {"eos_token_id", config.eos_token_ids}};
+  if (config.is_moe()) result["moe"] = {{"num_experts", config.num_experts}, {"num_experts_per_tok", config.top_k}};
+  return result.dump(2) + "\n";
+}
+
 void save_quantized(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
                     const Progress& progress) {
   const WeightType type = model.weight_type();

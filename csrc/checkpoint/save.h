@@ -21,6 +21,9 @@ class MixtralImpl;
 // window_source.
 std::string config_json(const Config& config);
 
+// The same as a params.json.
+std::string params_json(const Config& config);
+
 // `model` quantised to int8, fp8 or int4, read from folder `source`, into an unused `folder`, which appears complete or
 // not at all. Throws std::invalid_argument when the model is not quantised or `folder` is in use; std::runtime_error
 // when it cannot be written.

@@ -1,5 +1,6 @@
-"""Training on ``mixtral.ops``: losses of the router and of the vocabulary."""
+"""Training on ``mixtral.ops``: the model as a module, its batches, and the losses of routers and vocabulary."""
 
+from .batch import Batch, Losses, StepTotals
 from .losses import (
     CONVENTIONS,
     RouterSums,
@@ -11,8 +12,15 @@ from .losses import (
     z_loss,
     z_loss_from_sums,
 )
+from .model import Mixtral
+from .options import RouterOptions
 
 __all__ = [
+    "Batch",
+    "Losses",
+    "Mixtral",
+    "RouterOptions",
+    "StepTotals",
     "CONVENTIONS",
     "RouterSums",
     "distill_cross_entropy",

@@ -1,0 +1,193 @@
+"""Mixtral as a ``torch.nn.Module`` on ``mixtral.ops``, with the parameter names of Hugging Face transformers 5.
+
+On the CPU its logits are, bit for bit, those of the C++ model, which is the one for inference. Letters as in
+``mixtral.ops``.
+"""
+
+import math
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Config
+from . import folders
+from .batch import Batch, Losses, StepTotals
+from .layers import Decoder, Linear, Router, Routing
+from .losses import RouterSums, linear_cross_entropy, load_balance_loss_from_sums, router_sums, z_loss_from_sums
+from .options import RouterOptions
+
+
+class Mixtral(nn.Module):
+    """A Mixtral, Mistral or Switch-style model for training; a new one is in training mode.
+
+    Attributes:
+        config: its architecture.
+        router: how its routers are trained.
+        gradient_checkpointing: keep the inputs of each layer alone and compute it again in backward.
+        folder: where it was loaded from; None when it is new.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        router: RouterOptions = RouterOptions(),  # noqa: B008
+        gradient_checkpointing: bool = False,
+        recompute: str = "act",
+    ) -> None:
+        """Users call ``from_config`` or ``from_pretrained``, with these options.
+
+        Args:
+            config: of a model that is not quantised.
+            router: how its routers are trained.
+            gradient_checkpointing: as the attribute, which may be set at any time.
+            recompute: what backward computes again of each expert layer (:func:`mixtral.ops.moe_mlp`).
+        """
+        super().__init__()
+        self.config, self.router, self.gradient_checkpointing, self.folder = (
+            config,
+            router,
+            gradient_checkpointing,
+            None,
+        )
+        self.model = Decoder(config, router, recompute)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        **options: object,
+    ) -> "Mixtral":
+        """A new model: weights from a normal distribution of deviation 0.02, cut at three deviations; norms of 1."""
+        with torch.device(device):
+            model = cls(config, **options)
+        model.init_weights(seed)
+        return model.to_dtype(dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | PathLike[str],
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        **options: object,
+    ) -> "Mixtral":
+        """A model of any folder or file that ``mixtral.Mixtral.from_pretrained`` reads and that is not quantised.
+
+        Args:
+            folder: as there.
+            dtype: float32, bfloat16 or float16; "auto": as in the files. Routers stay in f32 unless the model says
+                otherwise.
+            options: those of the constructor.
+
+        Raises:
+            LoadError: a file is missing, wrong or quantised; it names the file, the item and the reason.
+            ValueError: an unknown dtype.
+        """
+        return folders.load(cls, folder, dtype, device, **options)
+
+    def save_pretrained(self, folder: str | PathLike[str], format: str = "huggingface") -> None:
+        """Write a folder that transformers and the C++ model load; it appears whole or not at all.
+
+        Args:
+            folder: must not exist or be empty.
+            format: "huggingface" (names of transformers 5), "huggingface_v4" (a tensor for each expert) or
+                "consolidated" (Mistral's own).
+
+        Raises:
+            ValueError: an unknown format, or ``folder`` is in use.
+            OSError: it cannot be written.
+        """
+        folders.save(self, folder, format)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights anew, in f32 before they are rounded, and set biases of selection to zero."""
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for path, module in self.named_modules():
+            for name, weight in module.named_parameters(recurse=False):
+                scale = self.router.init_scale if isinstance(module, Router) else None
+                deviation = 0.02 if scale is None else math.sqrt(scale / weight.shape[-1])
+                if weight.dim() == 1:
+                    nn.init.ones_(weight)
+                elif not (self.config.tie_word_embeddings and path == "lm_head"):
+                    nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation, generator=generator)
+            for buffer in module.buffers(recurse=False):
+                buffer.zero_()
+
+    def to_dtype(self, dtype: torch.dtype | str) -> "Mixtral":
+        """Convert all weights but those of f32 routers: selective precision (Switch Transformers, section 2.4)."""
+        dtype = folders.float_dtype(dtype)
+        for name, weight in self.named_parameters():
+            if not (self.config.router_in_f32 and name.endswith("mlp.gate.weight")):
+                weight.data = weight.data.to(dtype)
+        return self
+
+    def loss(self, batch: Batch, step: StepTotals | None = None) -> Losses:
+        """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses."""
+        return self(batch, step)
+
+    def forward(self, inputs: Tensor | Batch, step: StepTotals | None = None) -> Tensor | Losses:
+        """input_ids int64 [B, S] -> logits f32 [B, S, vocab]; or a batch -> its losses, as wrappers such as DDP need.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        if isinstance(inputs, Batch):
+            return self._losses(inputs, step)
+        hidden, _ = self._hidden_states(Batch.from_padded(inputs))
+        return self.lm_head(hidden).float().view(*inputs.shape, -1)
+
+    def _hidden_states(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
+        folders.check_ids(batch.input_ids, self.config.vocab_size)
+        return self.model(batch, self.gradient_checkpointing)
+
+    def _losses(self, batch: Batch, step: StepTotals | None) -> Losses:
+        hidden, routings = self._hidden_states(batch)
+        targets = batch.targets
+        step = StepTotals(targets, batch.tokens) if step is None else step
+        cross_entropy = linear_cross_entropy(hidden, self.lm_head.weight, batch.labels, batch.weights)
+        cross_entropy = cross_entropy / step.targets
+        if not routings:
+            none = hidden.new_zeros((), dtype=torch.float32)
+            empty = none.new_zeros(0)
+            return Losses(cross_entropy, cross_entropy.detach(), none, none, targets, batch.tokens, empty[None], empty)
+        logits, ids = zip(*routings, strict=True)
+        sums = router_sums(logits, self.config.top_k, topk_ids=ids)
+        balance = _balance(sums, self.config.top_k, self.router.balance, step)
+        z = z_loss_from_sums(sums.z_sum, torch.full_like(sums.count, step.tokens))
+        coefficient = self.router.balance_coefficient if self.router.balance in ("switch", "global") else 0.0
+        total = cross_entropy + coefficient * balance + self.router.z_coefficient * z
+        with torch.no_grad():
+            max_logit = torch.stack([x.abs().amax() for x in logits])
+        parts = (x.detach() for x in (cross_entropy, balance, z))
+        return Losses(total, *parts, targets, batch.tokens, sums.load, max_logit)
+
+    @torch.no_grad()
+    def update_balance(self, load: Tensor) -> None:
+        """After a step of "loss_free": raise the bias of experts below the mean load, lower it of those above.
+
+        Args:
+            load: [L, E], of the whole step.
+        """
+        for layer, counts in zip(self.model.layers, load.float(), strict=True):
+            step = self.router.bias_update_rate * torch.sign(counts.mean() - counts)
+            layer.mlp.gate.e_score_correction_bias += step
+
+
+def _balance(sums: RouterSums, top_k: int, balance: str, step: StepTotals) -> Tensor:
+    """The microbatch's share in the balance loss of the step."""
+    if balance != "global":
+        share = sums.count[0] / step.tokens
+        return share * load_balance_loss_from_sums(sums.load, sums.prob_sum, sums.count, top_k)
+    load = sums.load if step.load is None else step.load
+    return load_balance_loss_from_sums(load, sums.prob_sum, torch.full_like(sums.count, step.tokens), top_k)
