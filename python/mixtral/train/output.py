@@ -9,13 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import _C
-
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Not of the tokenizer, and made anew for another model, or too large for a description.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx")
-_DESCRIPTIONS = ("config.json", "params.json", "quantize_config.json", "adapter_config.json", "upcycle.json")
-_MAX_CARRIED_BYTES = 16 << 20
 
 
 def check_unused(out: Path) -> None:
@@ -52,19 +46,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def carry_files(source: Path, folder: Path) -> list[str]:
-    """Copies what lies beside the weights of ``source``: tokenizer, chat template, licence. Returns their names."""
-    carried = []
-    for file in sorted(source.iterdir()):
-        name = file.name
-        described = name in _DESCRIPTIONS or name.endswith((".index.json", ".incomplete", *_WEIGHTS))
-        small = file.is_file() and file.stat().st_size <= _MAX_CARRIED_BYTES
-        if small and not name.startswith(".") and (name.startswith("tokenizer") or not described):
-            shutil.copyfile(file, folder / name)
-            carried.append(name)
-    return carried
-
-
 def write_safetensors(
     path: Path,
     tensors: Sequence[tuple[str, tuple[int, ...]]],
@@ -94,36 +75,3 @@ def write_safetensors(
                 progress(written.nbytes)
         if file.tell() != 8 + len(text) + end:
             raise RuntimeError(f"{path}: the pieces are not of the announced sizes")
-
-
-def config_json(config: _C.Config) -> str:
-    """config.json of ``config`` as transformers and this project read it."""
-    moe = config.is_moe
-    fields = {
-        "architectures": ["MixtralForCausalLM" if moe else "MistralForCausalLM"],
-        "model_type": "mixtral" if moe else "mistral",
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "sliding_window": config.window or None,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": config.dtype,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
-    }
-    if moe:
-        fields |= {
-            "num_local_experts": config.num_experts,
-            "num_experts_per_tok": config.top_k,
-            "norm_topk_prob": config.renormalize,
-            "router_dtype": "float32" if config.router_in_f32 else "model",
-        }
-    return json.dumps(fields, indent=2) + "\n"

@@ -5,6 +5,7 @@ router logits first and their softmax then, so the weights of a token add up to 
 model computes what the dense one does (He et al., 2410.07524, section 2.3). Training makes the experts differ.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import _C
 from ..command_line import Parser, run_command
 from .dense import DenseFolder, Origin, dense_shapes
-from .output import carry_files, check_space, check_unused, config_json, new_folder, write_safetensors
+from .output import check_space, check_unused, new_folder, write_safetensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,8 +108,9 @@ def upcycle(dense: str | Path, out: str | Path, settings: UpcycleSettings = Upcy
     total = sum(torch.Size(shape).numel() for shape in growth.shapes.values()) * dtype.itemsize
     check_space(out, total + (64 << 20))
     with new_folder(out) as folder, tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-        carried = carry_files(source.folder, folder)
-        (folder / "config.json").write_text(config_json(_grown_config(source, settings)))
+        _C.carry_files(source.folder, folder)
+        carried = sorted(file.name for file in folder.iterdir())
+        (folder / "config.json").write_text(_grown_config(source, settings).config_json())
         for file, names in files.items():
             tensors = [(name, growth.shapes[name]) for name in names]
             write_safetensors(folder / file, tensors, dtype, growth.parts, bar.update)
@@ -238,8 +241,8 @@ def _split(shapes: dict[str, tuple[int, ...]], source: DenseFolder, dtype: torch
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _grown_config(source: DenseFolder, settings: UpcycleSettings) -> object:
-    config = type(source.config).from_folder(source.folder)
+def _grown_config(source: DenseFolder, settings: UpcycleSettings) -> _C.Config:
+    config = copy.copy(source.config)
     config.num_experts, config.top_k = settings.experts, settings.top_k
     config.renormalize = not settings.scale
     if settings.dtype != "auto":
