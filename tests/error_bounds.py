@@ -46,6 +46,33 @@ def rms_norm_bound(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rounded(out, inherited + U * (out.abs() + inherited), x.dtype)
 
 
+def rms_norm_backward_bound(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    (rows, hidden), dtype = x.shape, x.dtype
+    grad, x, weight = grad.double(), x.double(), weight.double()
+    squares = min(hidden, max(-(-hidden // 16) + 4, -(-hidden // 256) + 18))  # as in rms_norm_bound
+    scale_error = (squares + 3) / 2 + 4
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    upper, normed = grad * weight, x * scale
+    products = (upper * normed).abs().mean(-1, keepdim=True)
+    size = scale * (upper.abs() + normed.abs() * (upper * normed).mean(-1, keepdim=True).abs())
+    error = scale * normed.abs() * products * (squares + 5 + 2 * scale_error) + size * (scale_error + 4)
+    exact = scale * (upper - normed * (upper * normed).mean(-1, keepdim=True))
+    if grad_sum is not None:
+        exact = exact + grad_sum.double()
+        error = error + exact.abs() + grad_sum.double().abs()
+    terms = (grad * normed).abs().sum(0) * (scale_error + 2 + min(rows, 32) + -(-rows // 32))  # row blocks of 32
+    grad_x = rounded(exact, error * U * SECOND_ORDER, dtype)
+    return grad_x, rounded((grad * normed).sum(0), terms * U * SECOND_ORDER, dtype)
+
+
+def add_rms_norm_backward_bound(
+    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return rms_norm_backward_bound(grad_normed, total, weight, eps, grad_sum)
+
+
 def rope_bound(
     q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +99,20 @@ def swiglu_bound(gate_up: Tensor, inherited: Tensor | None = None, dtype: torch.
     # exp, sum, division and product. With 16 bits CUDA divides to 2 units in the last place.
     own = (EXP + (3 if dtype == torch.float32 else 6) * U) * (silu * up + before)
     return rounded(silu * up, (before + own) * SECOND_ORDER + TINY, dtype)
+
+
+def swiglu_backward_bound(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    sigmoid, rest = gate.sigmoid(), (-gate).sigmoid()
+    relative = EXP + (3 if gate_up.dtype == torch.float32 else 4) * U  # exp, sum and division, as in swiglu_bound
+    slope = 1 + (gate * rest).abs()  # of silu: s (1 + gate (1 - s)), whose second term may cancel the first
+    slope_error = gate.abs() * (sigmoid * relative + U) + 2 * U * slope
+    size = torch.cat((grad.double() * up * sigmoid * slope, grad.double() * gate * sigmoid), -1).abs()
+    error = (relative + 3 * U) * size
+    error += torch.cat((grad.double() * up * sigmoid * slope_error, torch.zeros_like(gate)), -1).abs()
+    vanished = TINY * (grad.double().abs() * (1 + gate.abs())).repeat(1, 2) * (1 + up.abs()).repeat(1, 2)
+    exact = reference.swiglu_backward(grad.double(), gate_up.double())
+    return rounded(exact, error * SECOND_ORDER + vanished, gate_up.dtype)
 
 
 def topk_softmax_bound(

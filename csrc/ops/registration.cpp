@@ -3,15 +3,30 @@
 // Letters: T tokens, H hidden, I intermediate, E experts, K top-k, Nq query heads, Nkv key/value heads, D head dim,
 // B sequences, M = T*K permuted rows, P page size, R page-table columns. "float" is f32, bf16 or f16; index tensors
 // (cu_seqlens, kv_lens, page_table, slot_mapping, positions, offs, topk_ids, row_map) may be int32 or int64.
+//
+// <op>_backward takes the gradients of the results of <op> and returns those of its inputs. With want_<input>=False the
+// gradient of that input is not computed and has no elements.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mixtral, m) {
   // x [T,H] float, weight [H] -> [T,H]
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  // grad, x [T,H], weight [H] -> grad_x [T,H], grad_weight [H]
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool want_x=True, bool want_weight=True) -> "
+      "(Tensor grad_x, Tensor grad_weight)");
   // x [T,H], residual [T,H], weight [H] -> normed [T,H], sum [T,H]
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
+  // grad_normed, grad_sum (None: zero), sum [T,H], weight [H] -> grad_x [T,H], of x and of residual, grad_weight [H]
+  m.def(
+      "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_sum, Tensor sum, Tensor weight, float eps, bool "
+      "want_x=True, bool want_weight=True) -> (Tensor grad_x, Tensor grad_weight)");
   // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated
   m.def("rope(Tensor q, Tensor k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, Tensor)");
+  // grad_q [T,Nq,D], grad_k [T,Nkv,D], positions [T] -> the same rotated back; a gradient without heads is skipped
+  m.def(
+      "rope_backward(Tensor grad_q, Tensor grad_k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, "
+      "Tensor)");
   // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
   m.def(
       "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
@@ -31,12 +46,23 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
   // gate_up [M,2I] -> [M,I]
   m.def("swiglu(Tensor gate_up) -> Tensor");
+  // grad [M,I], gate_up [M,2I] -> [M,2I]
+  m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
   // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
   m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
   // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]
   m.def(
       "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, "
       "bool causal=True, float? scale=None) -> Tensor");
+  // the same -> out [Tq,Nq,D], lse f32 [Nq,Tq]
+  m.def(
+      "sliding_window_attention_for_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int window=0, bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
+  // grad and out as q; lse -> gradients of q, k and v
+  m.def(
+      "sliding_window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, bool causal=True, float? scale=None) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   // k_cache, v_cache [pages,P,Nkv,D], k, v [T,Nkv,D], slot_mapping [T]: page * P + row
   m.def(
       "rolling_kv_cache_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");

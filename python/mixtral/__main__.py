@@ -14,6 +14,7 @@ BINARIES = (PACKAGE / "bin" / "mixtral", PACKAGE.parent.parent / "build" / "bin"
 # Commands that Python runs; the binary starts them too (csrc/app/python.cpp).
 COMMANDS = {
     "route": "mixtral.routing.command",
+    "train": "mixtral.train.command",
     "upcycle": "mixtral.train.upcycle",
     "distill": "mixtral.train.distill",
     "finetune": "mixtral.train.finetune",

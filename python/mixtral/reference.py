@@ -16,10 +16,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T,H], [T,H], [H] -> grad_x [T,H], grad_weight [H]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    normed, upper = x.to(wide) * scale, grad.to(wide) * weight.to(wide)
+    grad_x = scale * (upper - normed * (upper * normed).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype), (grad.to(wide) * normed).sum(0).to(x.dtype)
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T,H], [T,H] -> normed [T,H], sum [T,H]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_backward(
+    grad_normed: Tensor, grad_sum: Tensor | None, sum: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """[T,H], [T,H] (None: zero), [T,H], [H] -> grad_x [T,H], of x and of residual, grad_weight [H]."""
+    grad_x, grad_weight = rms_norm_backward(grad_normed, sum, weight, eps)
+    return grad_x if grad_sum is None else grad_x + grad_sum, grad_weight
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
@@ -76,6 +93,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """[M,2I] -> [M,I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """[M,I], [M,2I] -> [M,2I]."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    grad_gate, grad_up = grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    return torch.cat((grad_gate, grad_up), -1).to(gate_up.dtype)
 
 
 def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -208,6 +234,13 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: boo
         return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
 
     return rotate(q), rotate(k)
+
+
+def rope_backward(
+    grad_q: Tensor, grad_k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """[T,Nq,D], [T,Nkv,D], [T] -> both rotated back."""
+    return rope(grad_q, grad_k, -positions, theta, interleaved)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:

@@ -205,9 +205,9 @@ def test_mixtral_needs_no_scipy() -> None:
 
 
 def test_route_says_what_to_install(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name in ("scipy", "pandas") else name)
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name in ("scipy", "pandas") else name)
     assert command.main(["--domain", "a=b"]) == 5
-    assert capsys.readouterr().err == "mixtral: route needs pandas, scipy: pip install pandas scipy\n"
+    assert capsys.readouterr().err == "mixtral: route needs pandas, scipy: pip install 'mixtral[routing]'\n"
 
 
 # ---- bad input

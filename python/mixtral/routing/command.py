@@ -5,10 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from ..command_line import OK, Parser, run_command
+from ..command_line import OK, Parser, require_packages, run_command
 
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy")
 
@@ -52,11 +51,7 @@ def _layers(text: str) -> list[int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "mixtral route",
-        description="Analyse what the router does: writes trace.safetensors, metrics.json and report.html.",
-        epilog=EPILOG,
-    )
+    parser = Parser("route", "Analyse what the router does: writes trace.safetensors, metrics.json and report.html.", EPILOG)
     add = parser.add_argument
     add("path", metavar="MODEL", nargs="?", help="folder or .gguf file; without it, the bundled demo model")
     add("-m", "--model", metavar="MODEL", help="the same as a flag")
@@ -82,8 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise RuntimeError(f"route needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    require_packages("route", PACKAGES, "routing")
     if flags.counts:
         return _run_counts(flags)
     if not flags.domain and not flags.parallel:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, metrics
-from .batch import Batch
-from .model import Losses, StepTotals
+from .batch import Batch, Losses, StepTotals
 from .optimizer import Optimizer, learning_rate
 from .parallel import Ranks
 from .settings import OutputSettings, SettingsError, TrainSettings
@@ -121,13 +120,9 @@ class _Loop:
 
     def start(self, resume: bool) -> None:
         """Takes the last checkpoint, or makes sure that there is none."""
-        found = checkpoint.paths(self.out)
-        if found and not resume:
-            raise SettingsError(f"{self.out} holds a run already: --resume goes on with it; or name another --out")
-        if resume and not found:
-            raise SettingsError(f"{self.out} holds no checkpoint to resume from: start without --resume")
+        checkpoint.check_folder(self.out, resume)
         if resume:
-            self._restore(found[-1])
+            self._restore(checkpoint.paths(self.out)[-1])
         self.reporter = metrics.Reporter(self.out, self.step, self.steps or None, self.ranks.is_first)
         if not resume:  # the last good checkpoint exists before the first step
             self.save()
@@ -167,8 +162,8 @@ class _Loop:
         totals = step_totals(all_batches)
         device = self.settings.device
         mine = [(i, b.to(device)) for i, b in enumerate(all_batches) if i % self.ranks.size == self.ranks.rank]
-        if self.model.router.balance == "global" and len(all_batches) > 1:
-            totals = dataclasses.replace(totals, load=self._route(mine, totals))
+        if self.model.config.is_moe and self.model.router.balance == "global" and len(all_batches) > 1:
+            totals = totals._replace(load=self._route(mine, totals))
         sums: dict[str, Tensor] = {}
         load, max_logit = None, -math.inf
         for index, batch in mine:
@@ -180,9 +175,9 @@ class _Loop:
             for name, value in (terms | extra).items():
                 value = torch.as_tensor(value).detach().double()
                 sums[name] = sums[name] + value if name in sums else value
-            if losses.load is not None:
+            if losses.load.numel():
                 load = losses.load.double() if load is None else load + losses.load.double()
-                max_logit = max(max_logit, float(losses.max_logit))
+                max_logit = max(max_logit, float(losses.max_logit.max()))
         self._finish_step(began, totals, sums, load, max_logit)
 
     def _context(self) -> int:
@@ -221,13 +216,15 @@ class _Loop:
         lr = learning_rate(ahead, self.settings)
         self.optimizer.step(lr, norm)
         if load is not None and self.model.router.balance == "loss_free":
-            self.model.update_select_bias(load)
+            self.model.update_balance(load)
 
         seconds = self.ranks.largest(time.monotonic() - began)  # all ranks see the same clock
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + int(totals.tokens), self.seconds + seconds
         row = {"step": self.step, "tokens": self.tokens, "lr": lr, **terms, "grad_norm": norm}
         if load is not None:
-            row |= {"max_logit": max_logit, **metrics.expert_statistics(load)}
+            # Switch sums over layers; f counts all K choices here.
+            row |= {"balance_switch": terms["balance"] * len(load), "max_logit": max_logit}
+            row |= metrics.expert_statistics(load)
         row |= {
             "seconds": self.seconds,
             "tokens_per_second": totals.tokens / seconds,
@@ -288,11 +285,7 @@ class _Loop:
 
 def step_totals(batches: list[Batch]) -> StepTotals:
     """Targets and tokens of the whole step; the load is not known yet."""
-    targets = 0.0
-    for batch in batches:
-        scored = batch.labels >= 0
-        targets += float(scored.sum() if batch.weights is None else batch.weights[scored].double().sum())
-    return StepTotals(targets=targets, tokens=sum(len(batch.input_ids) for batch in batches), load=None)
+    return StepTotals(sum(float(batch.targets) for batch in batches), sum(batch.tokens for batch in batches))
 
 
 class _Pending:
