@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import _C
-from ..command_line import Parser, run_command
+from ..command_line import OK, Parser, run_command
 from .dense import DenseFolder, Origin, dense_shapes
 from .output import check_space, check_unused, new_folder, write_safetensors
 
@@ -255,8 +255,8 @@ def main(arguments: Sequence[str]) -> int:
     return run_command(lambda: _run(arguments))
 
 
-def _run(arguments: Sequence[str]) -> None:
-    parser = Parser("mixtral upcycle", description="Make a mixture of experts of a dense model.", epilog=EPILOG)
+def _run(arguments: Sequence[str]) -> int:
+    parser = Parser("upcycle", "Make a mixture of experts of a dense model.", EPILOG)
     add = parser.add_argument
     add("dense", metavar="DENSE", help="folder of a dense model, such as Mistral 7B")
     add("out", metavar="OUT", help="folder to write; it must not exist or be empty")
@@ -279,3 +279,4 @@ def _run(arguments: Sequence[str]) -> None:
         print("It does not compute what the dense model does: --scale or --noise change it.")
     if settings.scale:
         print("transformers takes the softmax after the top-k, whatever norm_topk_prob says: run and train it here.")
+    return OK
