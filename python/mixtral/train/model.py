@@ -79,6 +79,7 @@ class Mixtral(nn.Module):
         folder: str | PathLike[str],
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        lora: str | PathLike[str] | None = None,
         **options: object,
     ) -> "Mixtral":
         """A model of any folder or file that ``mixtral.Mixtral.from_pretrained`` reads and that is not quantised.
@@ -87,13 +88,14 @@ class Mixtral(nn.Module):
             folder: as there.
             dtype: float32, bfloat16 or float16; "auto": as in the files. Routers stay in f32 unless the model says
                 otherwise.
+            lora: folder of an adapter of PEFT or mistral-finetune, which is merged into the weights in f32.
             options: those of the constructor.
 
         Raises:
             LoadError: a file is missing, wrong or quantised; it names the file, the item and the reason.
             ValueError: an unknown dtype.
         """
-        return folders.load(cls, folder, dtype, device, **options)
+        return folders.load(cls, folder, dtype, device, lora, **options)
 
     def save_pretrained(self, folder: str | PathLike[str], format: str = "huggingface") -> None:
         """Write a folder that transformers and the C++ model load; it appears whole or not at all.
