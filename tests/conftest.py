@@ -27,6 +27,7 @@ TOLERANCES: dict[str, Callable] = {
     "swiglu": bounds.swiglu_bound,
     "swiglu_backward": bounds.swiglu_backward_bound,
     "topk_softmax": lambda *arguments: (bounds.topk_softmax_bound(*arguments), None),
+    "router_losses": bounds.router_losses_bound,
     "grouped_gemm": bounds.grouped_gemm_bound,
     "moe_unpermute": bounds.moe_unpermute_bound,
     "moe_mlp": bounds.moe_mlp_bound,
@@ -82,7 +83,7 @@ def share_of_tolerance(op: str, actual: Tensor | tuple[Tensor, ...], *arguments)
 
 
 def _of_dtype(op: str, result: Tensor, arguments: tuple) -> Tensor:
-    expected = torch.float32 if op == "topk_softmax" else arguments[0].dtype
+    expected = torch.float32 if op in ("topk_softmax", "router_losses") else arguments[0].dtype
     assert result.dtype == expected, f"{op}: dtype {result.dtype}, expected {expected}"
     return result
 

@@ -27,16 +27,49 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def(
       "rope_backward(Tensor grad_q, Tensor grad_k, Tensor positions, float theta, bool interleaved=False) -> (Tensor, "
       "Tensor)");
-  // router_logits [T,E] -> weights f32 [T,K], ids int32 [T,K]
+  // router_logits [T,E], select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
   m.def(
-      "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
-  // x [T,H], router [E,H] of f32 or the dtype of x -> weights f32 [T,K], ids int32 [T,K]
+      "topk_softmax(Tensor router_logits, int top_k, bool renormalize=True, Tensor? select_bias=None) -> (Tensor "
+      "topk_weights, Tensor topk_ids)");
+  // grad f32 [T,K], router_logits [T,E], topk_weights f32 [T,K], topk_ids [T,K] -> [T,E]
   m.def(
-      "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True) -> (Tensor topk_weights, Tensor topk_ids)");
+      "topk_softmax_backward(Tensor grad, Tensor router_logits, Tensor topk_weights, Tensor topk_ids, bool "
+      "renormalize=True) -> Tensor");
+  // x [T,H], router [E,H] of f32 or the dtype of x -> f32 [T,E]
+  m.def("router_logits(Tensor x, Tensor router) -> Tensor");
+  // grad f32 [T,E], x [T,H], router [E,H] -> [T,H], [E,H]
+  m.def(
+      "router_logits_backward(Tensor grad, Tensor x, Tensor router, bool want_x=True, bool want_router=True) -> "
+      "(Tensor "
+      "grad_x, Tensor grad_router)");
+  // x [T,H], router [E,H] of f32 or the dtype of x, select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
+  m.def(
+      "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True, Tensor? select_bias=None) -> (Tensor "
+      "topk_weights, Tensor topk_ids)");
+  // grad f32 [T,K], x [T,H], router [E,H], topk_weights f32 [T,K], topk_ids [T,K] -> [T,H], [E,H]
+  m.def(
+      "moe_route_backward(Tensor grad, Tensor x, Tensor router, Tensor topk_weights, Tensor topk_ids, bool "
+      "renormalize=True, bool want_x=True, bool want_router=True) -> (Tensor grad_x, Tensor grad_router)");
+  // router_logits [T,E], topk_ids [T,K], mask bool [T] -> load int64 [E], prob_sum f32 [E], z_sum f32 [], count int64
+  // []
+  m.def(
+      "router_losses(Tensor router_logits, Tensor topk_ids, Tensor? mask=None) -> (Tensor load, Tensor prob_sum, "
+      "Tensor "
+      "z_sum, Tensor count)");
+  // grad_prob_sum f32 [E], grad_z_sum f32 [], router_logits [T,E], mask bool [T] -> [T,E]
+  m.def(
+      "router_losses_backward(Tensor grad_prob_sum, Tensor grad_z_sum, Tensor router_logits, Tensor? mask=None) -> "
+      "Tensor");
   // x [T,H], topk_ids [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts) -> (Tensor permuted, Tensor offs, Tensor row_map)");
+  // grad [M,H], row_map [T,K] -> [T,H]
+  m.def("moe_permute_backward(Tensor grad, Tensor row_map) -> Tensor");
   // y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [T,H]
   m.def("moe_unpermute(Tensor y, Tensor topk_weights, Tensor row_map) -> Tensor");
+  // grad [T,H], y [M,H], topk_weights f32 [T,K], row_map [T,K] -> [M,H], f32 [T,K]
+  m.def(
+      "moe_unpermute_backward(Tensor grad, Tensor y, Tensor topk_weights, Tensor row_map, bool want_y=True, bool "
+      "want_topk_weights=True) -> (Tensor grad_y, Tensor grad_topk_weights)");
   // weight [E,N,Kdim] -> the same packed for the CPU kernels (pack_weight/pack_weight.h); quantize: "int8", "fp8"
   // or "int4", whose scales uint8 [E,N,Kdim/32] may be given
   m.def("pack_weight(Tensor weight, str? quantize=None, Tensor? scales=None) -> Tensor");
@@ -44,6 +77,10 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("unpack_weight(Tensor packed) -> Tensor");
   // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor offs) -> Tensor");
+  // grad [M,N], b [E,N,Kdim] or packed, offs [E] -> [M,Kdim]
+  m.def("grouped_gemm_backward_input(Tensor grad, Tensor b, Tensor offs) -> Tensor");
+  // grad [M,N], a [M,Kdim], offs [E] -> [E,N,Kdim]
+  m.def("grouped_gemm_backward_weight(Tensor grad, Tensor a, Tensor offs) -> Tensor");
   // gate_up [M,2I] -> [M,I]
   m.def("swiglu(Tensor gate_up) -> Tensor");
   // grad [M,I], gate_up [M,2I] -> [M,2I]

@@ -74,22 +74,21 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   Tensor out = new_tensor(q, q.sizes());
   dispatch_float(op, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const AttentionProblem<T> problem{
-        const_ptr<T>(q_contiguous),
-        const_ptr<T>(k),
-        const_ptr<T>(v),
-        mutable_ptr<T>(out),
-        const_ptr<int64_t>(cu_seqlens_q),
-        keys,
-        tokens,
-        sequences,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        window,
-        causal,
-        score_scale(scale, head_dim),
-        lse != nullptr ? mutable_ptr<float>(*lse) : nullptr};
+    const AttentionProblem<T> problem{const_ptr<T>(q_contiguous),
+                                      const_ptr<T>(k),
+                                      const_ptr<T>(v),
+                                      mutable_ptr<T>(out),
+                                      const_ptr<int64_t>(cu_seqlens_q),
+                                      keys,
+                                      tokens,
+                                      sequences,
+                                      num_heads,
+                                      num_kv_heads,
+                                      head_dim,
+                                      window,
+                                      causal,
+                                      score_scale(scale, head_dim),
+                                      lse != nullptr ? mutable_ptr<float>(*lse) : nullptr};
     if constexpr (kWithCuda) {
       if (q.is_cuda()) {
         MIXTRAL_CHECK(head_dim <= kMaxHeadDimCuda, op, ": q must have a head dim of at most ", kMaxHeadDimCuda,

@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> sliding_window_attention_for_backward(const Tensor& q
   constexpr const char* kOp = "sliding_window_attention_for_backward";
   const PackedSequences packed = packed_sequences(kOp, q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal);
   const Tensor lse = new_tensor(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  const Tensor out = attend(kOp, q, as_contiguous(k), as_contiguous(v), packed.cu_seqlens_q, packed.keys, window,
-                            causal, scale, &lse);
+  const Tensor out =
+      attend(kOp, q, as_contiguous(k), as_contiguous(v), packed.cu_seqlens_q, packed.keys, window, causal, scale, &lse);
   return {out, lse};
 }
 
@@ -67,8 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> sliding_window_attention_backward(
         return;
       }
     }
-    const Tensor sums =
-        new_tensor(q, {2, k.size(1), k.size(0), round_up(head_dim, kPanelColumns)}, ScalarType::Float);
+    const Tensor sums = new_tensor(q, {2, k.size(1), k.size(0), round_up(head_dim, kPanelColumns)}, ScalarType::Float);
     problem.sum_k = mutable_ptr<float>(sums);
     problem.sum_v = problem.sum_k + sums.numel() / 2;
     cpu::SharedWork items = cpu::SharedWork::of_items(problem.num_items());

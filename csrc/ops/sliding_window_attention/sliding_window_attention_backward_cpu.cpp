@@ -10,13 +10,11 @@
 // and threads: those of dK and dV run over the rows of a tile, tile after tile; those of dQ over the keys of a block,
 // block after block. D is the diagonal of dO out^T, in the order of dP: where a query sees one key, they cancel.
 //
-// 0 * NaN is NaN: rows of Q, dO and K that are not finite become zeros where they meet a weight. A query with such a row
-// of Q or dO gets the lse NaN, which reaches the gradients of all keys that it sees, and no others.
+// 0 * NaN is NaN: rows of Q, dO and K that are not finite become zeros where they meet a weight. A query with such a
+// row of Q or dO gets the lse NaN, which reaches the gradients of all keys that it sees, and no others.
 //
 // Bound, for Mixtral (4 query heads a key head of 128 values): a pair of query and key costs 5 x 128 FMAs, forward
 // 2 x 128.
-#include "sliding_window_attention_backward.h"
-
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -27,6 +25,7 @@
 #include "../cpu/simd.h"
 #include "../cpu/transpose.h"
 #include "pack_keys.h"
+#include "sliding_window_attention_backward.h"
 
 namespace mixtral {
 namespace {
@@ -45,7 +44,8 @@ struct Scratch {
 
 // Columns d to d + 31 of `count` rows become a panel, the depth being rows.
 MIXTRAL_INLINE void pack_depth(const float* const* rows, int64_t count, int64_t d, float* panel) {
-  for (int64_t j = 0; j < count; ++j) std::memcpy(panel + j * kPanelColumns, rows[j] + d, kPanelColumns * sizeof(float));
+  for (int64_t j = 0; j < count; ++j)
+    std::memcpy(panel + j * kPanelColumns, rows[j] + d, kPanelColumns * sizeof(float));
 }
 
 MIXTRAL_INLINE void pack_depth(const BFloat16* const* rows, int64_t count, int64_t d, BFloat16* panel) {
@@ -81,18 +81,6 @@ MIXTRAL_INLINE void transpose(const BFloat16* const* rows, int64_t width, BFloat
   }
 }
 
-template <typename Operand>
-MIXTRAL_INLINE bool is_finite(const Operand* row, int64_t width) {
-  using Bits = std::conditional_t<sizeof(Operand) == 2, uint16_t, uint32_t>;
-  Bits largest = 0;
-  for (int64_t d = 0; d < width; ++d) {
-    Bits bits;
-    std::memcpy(&bits, row + d, sizeof bits);
-    largest = std::max(largest, static_cast<Bits>(bits & static_cast<Bits>(~Bits{0} >> 1)));
-  }
-  return largest < 0x7f800000u >> (32 - 8 * sizeof(Operand));
-}
-
 // Weights P^T and gradients dS^T of the keys [begin, end) of a block, rows of stride `stride`, from their scores and
 // dP^T [64, 32]. Query c sees the keys seen[c], counted from the first key of the block.
 template <typename Operand>
@@ -103,7 +91,7 @@ MIXTRAL_INLINE void weights_and_gradients(const float* scores, const float* dp, 
     float weight[kPanelColumns], gradient[kPanelColumns];
     for (int64_t c = 0; c < kPanelColumns; ++c) {
       const bool sees = j >= seen[0][c] && j < seen[1][c];
-      const float x = exp_nonpositive(scores[j * kPanelColumns + c] * scale - lse[c]);
+      const float x = exp_nonpositive(__builtin_fmaf(scores[j * kPanelColumns + c], scale, -lse[c]));
       const float y = x * (dp[j * kPanelColumns + c] - delta[c]);
       weight[c] = sees ? x : 0.0f;
       gradient[c] = sees ? y : 0.0f;
@@ -213,8 +201,7 @@ class HeadWorker {
       pack_depth(grad_rows, kPanelColumns, d, grad_by_row_ + d * max_rows_ + r * kPanelColumns);
     }
     float products[kPanelColumns * kPanelColumns] = {};
-    multiply_(rows_ + 2 * kPanelColumns * width_, width_, kPanelColumns, grad_by_column_ + r * width_, width_, products,
-              kPanelColumns);
+    multiply_rows(rows_ + 2 * kPanelColumns * width_, kPanelColumns, grad_by_column_ + r * width_, products);
     for (int64_t i = 0; i < kPanelColumns; ++i) delta_[r + i] = products[i * kPanelColumns + i];
   }
 
@@ -254,14 +241,21 @@ class HeadWorker {
     }
   }
 
+  // products [count, 32] += rows [count, width] * panel. An error of a score is one of all gradients: short sums have
+  // smaller ones.
+  MIXTRAL_INLINE void multiply_rows(const Operand* rows, int64_t count, const Operand* panel, float* products) {
+    for (int64_t d = 0; d < width_; d += kStepDepth)
+      multiply_(rows + d, width_, count, panel + d * kPanelColumns, kStepDepth, products, kPanelColumns);
+  }
+
   // Rows r to r + 31 and the keys [first, last) of the block
   MIXTRAL_INLINE void add_panel(int64_t start, int64_t r, int64_t first, int64_t last) {
     float scores[kBlockElements], dp[kBlockElements];
     const int64_t begin = first * kPanelColumns, count = last - first;
     std::fill_n(scores + begin, count * kPanelColumns, 0.0f);
     std::fill_n(dp + begin, count * kPanelColumns, 0.0f);
-    multiply_(k_ + first * width_, width_, count, q_by_column_ + r * width_, width_, scores + begin, kPanelColumns);
-    multiply_(v_ + first * width_, width_, count, grad_by_column_ + r * width_, width_, dp + begin, kPanelColumns);
+    multiply_rows(k_ + first * width_, count, q_by_column_ + r * width_, scores + begin);
+    multiply_rows(v_ + first * width_, count, grad_by_column_ + r * width_, dp + begin);
     int32_t seen[2][kPanelColumns];
     for (int64_t c = 0; c < kPanelColumns; ++c) {
       seen[0][c] = static_cast<int32_t>(std::clamp(seen_[r + c].begin - start, int64_t{0}, kKeyBlock));
@@ -295,14 +289,14 @@ class HeadWorker {
   const int64_t group_, width_, max_rows_;
   // Panels of the rows of a tile: [rows/32][width, 32] by column, [width/32][max_rows, 32] by row.
   Operand *const q_by_column_, *const q_by_row_, *const grad_by_column_, *const grad_by_row_;
-  Operand* const rows_;                       // [3, 32, width]
-  Operand *const k_, *const v_;               // [64, width]; after the last key, a row of zeros
-  Operand* const k_transposed_;               // [width, 64]
-  Operand *const weights_, *const ds_;        // [64, max_rows]
-  Operand* const ds_panel_;                   // [64, 32]
-  float* const sum_q_;                        // [rows/32][width, 32]
-  float *const lse_, *const delta_;           // [rows]
-  KeyRange* const seen_;                      // [rows]
+  Operand* const rows_;                        // [3, 32, width]
+  Operand *const k_, *const v_;                // [64, width]; after the last key, a row of zeros
+  Operand* const k_transposed_;                // [width, 64]
+  Operand *const weights_, *const ds_;         // [64, max_rows]
+  Operand* const ds_panel_;                    // [64, 32]
+  float* const sum_q_;                         // [rows/32][width, 32]
+  float *const lse_, *const delta_;            // [rows]
+  KeyRange* const seen_;                       // [rows]
   float *sum_k_ = nullptr, *sum_v_ = nullptr;  // [keys of the sequence, width]
   int64_t sequence_ = 0, kv_head_ = 0, first_token_ = 0, tile_rows_ = 0, padded_rows_ = 0, keys_ = 0;
 };
