@@ -84,7 +84,7 @@ def train(settings: Any, source: Path, ranks: Any, resume: bool) -> int:
     domains = data.load_domains(settings.data, texts, tokenizer, root, str(source))
     del texts
     model = prepare.build_model(settings, tokenizer, source)
-    batches = data.Mixture(domains, settings.data, options, tokenizer)
+    batches = data.Mixture(domains, settings.data, options, tokenizer, str(source))
     evaluator = Evaluator(domains, tokenizer, options.context, options.tokens_per_step, options.device)
     digests = {"tokenizer": prepare.file_digest(tokenizer_file), "data": data.digest(domains)}
     outcome = loop.run(

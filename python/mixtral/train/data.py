@@ -16,7 +16,7 @@ from ..tokenizer import Tokenizer
 from . import documents
 from .batch import Batch
 from .documents import TOKEN_FILES, Documents
-from .passkeys import PasskeyMaker
+from .passkeys import DIGITS, PasskeyMaker
 from .settings import DataSettings, DomainSettings, SettingsError, TrainSettings
 
 
@@ -67,17 +67,22 @@ class Stream:
 class Mixture:
     """The microbatches of a step: of every domain its share of the tokens, and passkey documents."""
 
-    def __init__(self, domains: list[Domain], data: DataSettings, train: TrainSettings, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, domains: list[Domain], data: DataSettings, train: TrainSettings, tokenizer: Tokenizer, source: str = "data"
+    ) -> None:
         """
         Raises:
-            ValueError: passkeys with a tokenizer that joins digits, or a context too short for them.
+            SettingsError: passkeys with a tokenizer that joins digits, or a context too short for them.
         """
         self.train, self.passkeys = train, None
         if data.passkeys:
             texts = [d.train for d in domains]
             self.passkeys = PasskeyMaker(tokenizer, texts, data.passkey_weight)
+            if self.passkeys.digits_apart != DIGITS["landmark"]:
+                raise SettingsError(f"{source}: data.passkeys needs a tokenizer with a token for each digit")
             if train.context <= self.passkeys.shortest:
-                raise ValueError(f"train.context {train.context} is too short for passkeys, which have {self.passkeys.shortest} or more tokens")
+                short = f"train.context {train.context} is too short for passkeys"
+                raise SettingsError(f"{source}: {short}, which have {self.passkeys.shortest} or more tokens")
         total = sum(d.weight for d in domains)
         self.shares = [(1 - data.passkeys) * d.weight / total for d in domains]
         self.passkey_share = data.passkeys

@@ -48,18 +48,13 @@ class PasskeyMaker:
         """
         Args:
             texts: documents to take natural filler from; may be empty.
-
-        Raises:
-            ValueError: the tokenizer joins digits, so that an answer is not one token a digit.
         """
         self.tokenizer, self.weight = tokenizer, weight
         self.texts = [t for t in texts if len(t)]
         self.newline = tokenizer.encode("a\n")[len(tokenizer.encode("a")) :]
         self.garbage = tokenizer.encode(GARBAGE * 8)
         self.repeated = tokenizer.encode(GARBAGE * 9)[len(self.garbage) :]
-        digits = sum(has_digit(tokenizer, i) for i in self._parts("landmark", "10234", "")[3])
-        if digits != 5:
-            raise ValueError(f"passkeys need a tokenizer with a token for each digit; this one makes {digits} of 10234")
+        self.digits_apart = sum(has_digit(tokenizer, i) for i in self._parts("landmark", "10234", "")[3])
         self.shortest = max(
             sum(map(len, self._parts(style, "0" * count, name))) + 2 * len(self.newline) + 1
             for style, count in DIGITS.items()
