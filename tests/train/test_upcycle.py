@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import mixtral
 from binary import DEMO, ROOT, edit_config, environment
 from checkpoints import interleaved, random_model
+from mixtral.train import Batch, Mixtral
 from mixtral.train import upcycle as command
 from mixtral.train.upcycle import UpcycleSettings, upcycle
 
@@ -81,9 +82,15 @@ def tensors_of(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
 
 @pytest.mark.parametrize("experts, top_k", [(8, 2), (4, 4), (3, 2)])
 def test_the_new_model_computes_what_the_dense_one_does(dense: Path, tmp_path: Path, experts: int, top_k: int) -> None:
+    """In C++ and in the module for training."""
     receipt = upcycle(dense, tmp_path / "out", UpcycleSettings(experts=experts, top_k=top_k))
     assert receipt["identity"]
     assert difference(tmp_path / "out", dense) <= 1e-5
+    with torch.no_grad():
+        module, expected = (Mixtral.from_pretrained(folder).eval()(IDS) for folder in (tmp_path / "out", dense))
+    assert (module - expected).abs().max() <= 1e-5 * expected.abs().max()
+    balance = Mixtral.from_pretrained(tmp_path / "out").loss(Batch.from_padded(IDS)).load
+    assert (balance > 0).sum() > balance.shape[0], "several experts are used"
 
 
 def test_transformers_reads_the_new_model(dense: Path, tmp_path: Path) -> None:

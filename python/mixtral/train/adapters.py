@@ -70,7 +70,7 @@ def check_lora(config: Config, rank: int, targets: Sequence[str], train_router: 
         raise ValueError(f"the rank must be at least 1, got {rank}")
     wrong = [target for target in targets if target not in TARGETS]
     if wrong or not targets:
-        raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {', '.join(targets) or 'none'}")
+        raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {', '.join(wrong) or 'none'}")
     if train_router and not config.is_moe:
         raise ValueError("a dense model has no router to train")
 

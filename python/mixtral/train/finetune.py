@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait waste a shared machine
 
 from ..command_line import OK, Parser, require_packages, run_command  # noqa: E402
+from .run_flags import add_train_flags, train_settings  # noqa: E402
 
 EPILOG = """\
 FILE has a JSON object a line, as mistral-finetune reads them: {"messages": [{"role": ..., "content": ...}, ...]},
@@ -55,45 +55,6 @@ class FinetuneSettings:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit status. Errors are one line on stderr."""
     return run_command(lambda: _run(arguments))
-
-
-def add_train_flags(add: object, steps: int, lr: float) -> None:
-    """The flags of a run that distill and finetune share, as settings.TrainSettings has them."""
-    add("--steps", metavar="N", type=int, default=steps, help=f"length of the run (default: {steps})")
-    add("--lr", metavar="X", type=float, default=lr, help=f"peak learning rate (default: {lr:g})")
-    add("--warmup", metavar="X", type=float, default=0.05, help="share of the run (default: 0.05)")
-    add("--weight-decay", metavar="X", type=float, default=0.1, help="of matrices (default: 0.1)")
-    add("--tokens-per-step", metavar="N", type=int, default=8192, help="of all microbatches (default: 8192)")
-    add("--accumulation", metavar="N", type=int, default=1, help="microbatches of a step (default: 1)")
-    add("--context", metavar="N", type=int, default=0, help="longest document; the rest is cut (default: the model's)")
-    add("--seed", metavar="N", type=int, default=0, help="of new weights and the order of the data (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    add("-t", "--threads", metavar="N", type=int, default=0, help="CPU threads; 0: one per core")
-    add("--gradient-checkpointing", action="store_true", help="keep the inputs of layers alone: less memory, more time")
-    add("--checkpoint-every", metavar="N", type=int, default=200, help="steps; 0: at the end alone (default: 200)")
-    add("--evaluate-every", metavar="N", type=int, default=0, help="steps; 0: at the end alone (default: 0)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in OUT")
-
-
-def train_settings(flags: argparse.Namespace, max_position: int, source: str) -> object:
-    """TrainSettings of ``add_train_flags``; the cosine ends at a tenth of the peak.
-
-    Raises:
-        SettingsError: a value that no run can have.
-    """
-    from .settings import SettingsError, TrainSettings, check_train
-
-    if flags.context > max_position:
-        raise SettingsError(f"{source}: --context {flags.context} exceeds max_position {max_position} of the model")
-    names = "steps lr warmup weight_decay tokens_per_step accumulation seed dtype device threads gradient_checkpointing"
-    settings = TrainSettings(
-        **{name: getattr(flags, name) for name in names.split()},
-        min_lr=flags.lr / 10,
-        context=flags.context or min(max_position, flags.tokens_per_step),
-    )
-    check_train(settings, source)
-    return settings
 
 
 def _parser() -> Parser:
@@ -142,6 +103,7 @@ def _finetune(flags: argparse.Namespace, settings: FinetuneSettings, ranks: obje
     from . import adapters, checkpoint, example_batches, loop
     from .model import Mixtral
     from .options import RouterOptions
+    from .output import put_model
     from .settings import OutputSettings
 
     out = Path(flags.out)
@@ -256,11 +218,3 @@ def _identity(flags: argparse.Namespace, settings: FinetuneSettings, folder: Pat
     for name in ("data", "held_out"):
         flat[name] = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in getattr(settings, name)]
     return flat
-
-
-def put_model(model: object, out: Path) -> None:
-    """Writes a model into a folder that holds other files too; config.json, which makes it a model, comes last."""
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as aside:
-        model.save_pretrained(Path(aside) / "model")
-        for file in sorted((Path(aside) / "model").iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, out / file.name)

@@ -5,6 +5,7 @@ On the CPU its logits are, bit for bit, those of the C++ model, which is the one
 """
 
 import math
+from collections.abc import Callable
 from os import PathLike
 
 import torch
@@ -16,6 +17,8 @@ from .batch import Batch, Losses, StepTotals
 from .layers import Decoder, Linear, Routing
 from .losses import RouterSums, linear_cross_entropy, load_balance_loss_from_sums, router_sums, z_loss_from_sums
 from .options import RouterOptions
+
+VocabularyLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # hidden, weight, labels, weights -> sum
 
 
 class Mixtral(nn.Module):
@@ -134,30 +137,45 @@ class Mixtral(nn.Module):
                 weight.data = weight.data.to(dtype)
         return self
 
-    def loss(self, batch: Batch, step: StepTotals | None = None) -> Losses:
-        """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses."""
-        return self(batch, step)
+    def loss(
+        self, batch: Batch, step: StepTotals | None = None, vocabulary_loss: VocabularyLoss = linear_cross_entropy
+    ) -> Losses:
+        """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses.
 
-    def forward(self, inputs: Tensor | Batch, step: StepTotals | None = None) -> Tensor | Losses:
+        Args:
+            vocabulary_loss: what takes the place of the cross-entropy, with the arguments and the result of
+                :func:`linear_cross_entropy`, such as a part of :func:`distill_cross_entropy`.
+        """
+        return self(batch, step, vocabulary_loss)
+
+    def forward(
+        self,
+        inputs: Tensor | Batch,
+        step: StepTotals | None = None,
+        vocabulary_loss: VocabularyLoss = linear_cross_entropy,
+    ) -> Tensor | Losses:
         """input_ids int64 [B, S] -> logits f32 [B, S, vocab]; or a batch -> its losses, as wrappers such as DDP need.
 
         Raises:
             ValueError: an id is outside the vocabulary.
         """
         if isinstance(inputs, Batch):
-            return self._losses(inputs, step)
-        hidden, _ = self._hidden_states(Batch.from_padded(inputs))
-        return self.lm_head(hidden).float().view(*inputs.shape, -1)
+            return self._losses(inputs, step, vocabulary_loss)
+        return self.logits(Batch.from_padded(inputs)).view(*inputs.shape, -1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """f32 [T, vocab], after every token of a batch."""
+        return self.lm_head(self._hidden_states(batch)[0]).float()
 
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
         folders.check_ids(batch.input_ids, self.config.vocab_size)
         return self.model(batch, self.gradient_checkpointing)
 
-    def _losses(self, batch: Batch, step: StepTotals | None) -> Losses:
+    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss) -> Losses:
         hidden, routings = self._hidden_states(batch)
         targets = batch.targets
         step = StepTotals(targets, batch.tokens) if step is None else step
-        cross_entropy = linear_cross_entropy(hidden, self.lm_head.weight, batch.labels, batch.weights)
+        cross_entropy = vocabulary_loss(hidden, self.lm_head.weight, batch.labels, batch.weights)
         cross_entropy = cross_entropy / step.targets
         if not routings:
             none = hidden.new_zeros((), dtype=torch.float32)

@@ -1,13 +1,19 @@
 """Folders that appear complete or not at all, and safetensors written a tensor at a time."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .model import Mixtral
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -75,3 +81,11 @@ def write_safetensors(
                 progress(written.nbytes)
         if file.tell() != 8 + len(text) + end:
             raise RuntimeError(f"{path}: the pieces are not of the announced sizes")
+
+
+def put_model(model: "Mixtral", out: Path) -> None:
+    """Writes a model into a folder that holds other files too; config.json, which makes it a model, comes last."""
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as aside:
+        model.save_pretrained(Path(aside) / "model")
+        for file in sorted((Path(aside) / "model").iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)
