@@ -1,29 +1,27 @@
-"""Text and tokenizer for the demo model: the King James Bible and the SQLite documentation, both in the public domain.
+"""Text for the demo model: the King James Bible and the SQLite documentation, both in the public domain.
 
-Both come from Debian packages (`apt install bible-kjv bible-kjv-text sqlite3-doc`). Nothing is downloaded here and no
-text is kept: `load_corpora` reads the installed packages and returns documents, with whole books and whole pages
-held out for evaluation.
+    apt install bible-kjv bible-kjv-text sqlite3-doc
+    python scripts/demo_data.py                # writes build/demo_data, in some seconds
+    mixtral train models/demo.toml --out build/demo
 
-    python scripts/demo_data.py            # sizes, checksums and a look at each domain
+Nothing is downloaded. Whole books and whole pages are held out for evaluation. To train on, every chapter and every page
+is there three times: whole with its title, whole without it, and cut into passages of some paragraphs. So a document may
+begin with a title, as a chapter or a page begins, or in the middle, and its first words say of which domain it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 import re
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-import sentencepiece
-import torch
-from torch import Tensor
-
-BOS, EOS = 1, 2
+ROOT = Path(__file__).resolve().parent.parent
 SQLITE_DOC = Path("/usr/share/doc/sqlite3")
 PACKAGES = ("bible-kjv-text", "sqlite3-doc")
 HELD_OUT_BOOKS = ("Luke", "Acts")
@@ -240,113 +238,28 @@ def package_versions() -> dict[str, str]:
     return dict(line.split(" ") for line in output.splitlines())
 
 
-def train_tokenizer(corpora: list[Corpus], vocabulary: int) -> bytes:
-    """A SentencePiece model of the same kind as Mistral's, with a smaller vocabulary."""
-    model = io.BytesIO()
-    lines = (line for c in corpora for d in c.train for line in d.text.splitlines() if line)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocabulary,
-        normalization_rule_name="identity",
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        character_coverage=1.0,
-        max_sentence_length=16384,
-        unk_id=0,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+def forms(document: Document) -> list[str]:
+    """A document as it is trained on: whole with its title, whole without, and in passages."""
+    whole = "\n\n".join(document.paragraphs) + "\n"
+    return [document.text, whole, *passages(document)]
 
 
-def tokenizer_json(tokenizer: sentencepiece.SentencePieceProcessor) -> bytes:
-    """The same tokenizer for the `tokenizers` library, which wants merges: every split of a piece into two pieces."""
-    pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    merges: list[tuple[str, str]] = []
-    for piece in pieces[3 + 256 :]:  # after <unk>, <s>, </s> and the bytes, in the order of their scores
-        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += sorted((s for s in splits if s[0] in ids and s[1] in ids), key=lambda s: (ids[s[0]], ids[s[1]]))
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-
-    def template(*names: str) -> list[dict]:
-        return [
-            part
-            for i, name in enumerate(names)
-            for part in ({"SpecialToken": {"id": "<s>", "type_id": i}}, {"Sequence": {"id": name, "type_id": i}})
-        ]
-
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in range(3)],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": template("A"),
-            "pair": template("A", "B"),
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": merges,
-        },
-    }
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def token_stream(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, seed: int) -> Tensor:
-    """Every document whole and once more cut into untitled passages, shuffled: BOS text EOS BOS text EOS ..."""
-    texts = [t for d in corpus.train for t in (d.text, *passages(d))]
-    random.Random(seed).shuffle(texts)
-    return torch.tensor([i for ids in tokenizer.encode(texts) for i in (BOS, *ids, EOS)])
-
-
-def held_out_stream(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[Tensor, int]:
-    """The held-out documents, one after the other, and their size in bytes."""
-    texts = [d.text for d in corpus.held_out]
-    stream = torch.tensor([i for ids in tokenizer.encode(texts) for i in (BOS, *ids, EOS)])
-    return stream, sum(len(t.encode()) for t in texts)
+def write(folder: Path) -> None:
+    """NAME.train.jsonl and NAME.held_out.jsonl of both domains: an object {"text": ...} a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    print(", ".join(f"{package} {version}" for package, version in package_versions().items()))
+    for corpus in load_corpora():
+        texts = {
+            "train": [text for document in corpus.train for text in forms(document)],
+            "held_out": [document.text for document in corpus.held_out],
+        }
+        for split, documents in texts.items():
+            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+            path = folder / f"{corpus.name}.{split}.jsonl"
+            path.write_text("".join(lines), encoding="utf-8")
+            print(f"{path}: {len(documents)} documents, {sum(len(text.encode()) for text in documents)} bytes of text")
+        print(f"  sha256 of the text, without its repetitions: {corpus.sha256()}")
 
 
 if __name__ == "__main__":
-    print(package_versions())
-    for corpus in load_corpora():
-        for split in ("train", "held_out"):
-            documents = getattr(corpus, split)
-            size = sum(len(d.text.encode()) for d in documents)
-            print(f"{corpus.name:7s}{split:9s}{len(documents):5d} documents {size:9d} bytes")
-        print(f"  sha256 {corpus.sha256()}\n{corpus.train[0].text[:400]}\n")
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "demo_data")

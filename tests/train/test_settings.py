@@ -36,7 +36,7 @@ BAD = [
     ('tokenizer = "tokenizer"', 'tokenizer = "nowhere"', "no tokenizer: expected a file, or a folder with"),
     ('tokenizer = "tokenizer"', "train_tokenizer = 4096", "data.train_tokenizer must be a table, got 4096"),
     ('tokenizer = "tokenizer"', "train_tokenizer = { vocab_size = 90000 }", "data.train_tokenizer: a tokenizer of 90000"),
-    ('tokenizer = "tokenizer"', 'tokenizer = "tokenizer"\npasskeys = 0.5', "train.context 48 is too short for passkeys"),
+    ('tokenizer = "tokenizer"', 'tokenizer = "tokenizer"\npasskeys = 0.5', "a context of 48 is too short for passkeys"),
     ("num_experts = 4", "num_experts = 4\nvocab_size = 100", "vocabulary mismatch: the tokenizer has 320 tokens, the model 100"),
     ("num_experts = 4", "num_experts = 4\nmax_position = 20", "train.context 48 exceeds max_position 20"),
     ('folder = "out"', "", "output.folder is missing"),

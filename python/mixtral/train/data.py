@@ -80,8 +80,10 @@ class Mixture:
             self.passkeys = PasskeyMaker(tokenizer, texts, data.passkey_weight)
             if self.passkeys.digits_apart != DIGITS["landmark"]:
                 raise SettingsError(f"{source}: data.passkeys needs a tokenizer with a token for each digit")
-            if train.context <= self.passkeys.shortest:
-                short = f"train.context {train.context} is too short for passkeys"
+            self.longest_passkey = data.passkey_context or train.context
+            longest = min(self.longest_passkey, train.context)
+            if longest <= self.passkeys.shortest:
+                short = f"a context of {longest} is too short for passkeys"
                 raise SettingsError(f"{source}: {short}, which have {self.passkeys.shortest} or more tokens")
         total = sum(d.weight for d in domains)
         self.shares = [(1 - data.passkeys) * d.weight / total for d in domains]
@@ -99,8 +101,8 @@ class Mixture:
             pieces += [(ids, None) for ids in stream.pieces(begin, end, context) if len(ids) > 1]
         if self.passkeys is not None:
             rng = np.random.default_rng([self.train.seed, len(self.streams), step])
-            share = size * self.passkey_share
-            for length in self.passkeys.lengths(rng, step * share, (step + 1) * share, context):
+            share, longest = size * self.passkey_share, min(context, self.longest_passkey)
+            for length in self.passkeys.lengths(rng, step * share, (step + 1) * share, longest):
                 pieces.append(self.passkeys.make(rng, length))
         return pieces
 

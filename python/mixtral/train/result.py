@@ -17,6 +17,9 @@ from .loop import Outcome
 from .model import Mixtral
 from .settings import Settings, SettingsError
 
+# What the folder of an earlier run holds besides its model, which save_pretrained carries along.
+_OF_A_RUN = ("metrics.jsonl", "loss.svg", "loss.png", "train.toml", "README.md")
+
 _CARD = """\
 ---
 library_name: transformers
@@ -67,7 +70,8 @@ def save_model(model: Mixtral, settings: Settings, tokenizer_file: Path) -> None
             for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", tokenizer_file.name):
                 if (source / name).is_file() and source != out and not (folder / name).exists():
                     shutil.copyfile(source / name, folder / name)
-            for file in sorted(folder.iterdir(), key=lambda f: f.name in ("config.json", "params.json")):
+            files = [f for f in folder.iterdir() if f.is_file() and f.name not in _OF_A_RUN]
+            for file in sorted(files, key=lambda f: f.name in ("config.json", "params.json")):
                 os.replace(file, out / file.name)
         except OSError as error:
             raise WriteError(f"{out}: the model cannot be written: {error}; --resume tries again") from None

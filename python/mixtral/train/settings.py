@@ -82,7 +82,8 @@ class DataSettings:
     """[data]: the tokenizer, the domains, and the share of passkey documents.
 
     ``separator`` cuts text files into documents; "" makes each file one. ``token_type`` is that of .bin files.
-    ``passkeys`` is a share of the tokens; ``passkey_weight`` multiplies the loss of the answer's digits.
+    ``passkeys`` is a share of the tokens; ``passkey_weight`` multiplies the loss of the answer's digits;
+    ``passkey_context`` is the longest of them, 0: the context of the step.
     """
 
     tokenizer: str = ""
@@ -93,6 +94,7 @@ class DataSettings:
     domains: dict[str, DomainSettings] = field(default_factory=dict)
     passkeys: float = 0.0
     passkey_weight: float = 5.0
+    passkey_context: int = 0
 
 
 @dataclass
@@ -332,6 +334,8 @@ def _check_data(data: DataSettings, source: str | PathLike[str]) -> None:
             raise SettingsError(f"{source}: data.domains.{name}: held_out and held_out_share exclude each other")
     if not 0 <= data.passkeys < 1:
         raise SettingsError(f"{source}: data.passkeys is a share of the tokens, in [0, 1), got {data.passkeys}")
+    if data.passkey_context < 0:
+        raise SettingsError(f"{source}: data.passkey_context must not be negative, got {data.passkey_context}")
     if data.passkey_weight <= 0:
         raise SettingsError(f"{source}: data.passkey_weight must be positive, got {data.passkey_weight}")
 
