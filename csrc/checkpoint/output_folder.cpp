@@ -29,7 +29,8 @@ bool is_carried(const fs::directory_entry& entry) {
   if (name.rfind("tokenizer", 0) == 0) return true;
   for (const char* weights : {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"})
     if (extension == weights) return false;
-  for (const char* written : {"config.json", "params.json", "quantize_config.json", "adapter_config.json"})
+  for (const char* written :
+       {"config.json", "params.json", "quantize_config.json", "adapter_config.json", "upcycle.json"})
     if (name == written) return false;
   return name.front() != '.' && name.find(".index.json") == std::string::npos && extension != ".incomplete" &&
          entry.file_size(ignored) <= kMaxCarriedBytes;

@@ -25,7 +25,9 @@ Message = dict[str, object]
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
-def render(template: str, file: str, messages: list[Message], special_tokens: dict[str, str]) -> str:
+def render(
+    template: str, file: str, messages: list[Message], special_tokens: dict[str, str], closed: bool = False
+) -> str:
     """The text of a conversation, up to where the model's answer begins.
 
     Args:
@@ -34,6 +36,7 @@ def render(template: str, file: str, messages: list[Message], special_tokens: di
         messages: with "role" and "content"; "prefix": True on the last one, an assistant's, makes the model go on with
             it.
         special_tokens: the template's variables ``bos_token``, ``eos_token`` and so on.
+        closed: up to the end of the last message instead, with what the template puts behind it.
 
     Raises:
         ValueError: the template raises an exception; the message holds its words.
@@ -43,7 +46,9 @@ def render(template: str, file: str, messages: list[Message], special_tokens: di
     shown = [{key: value for key, value in message.items() if key != "prefix"} for message in messages]
     if goes_on:
         shown[-1]["content"] = str(shown[-1]["content"]) + _CUT
-    variables = dict(special_tokens, messages=shown, add_generation_prompt=not goes_on, tools=None, documents=None)
+    variables = dict(
+        special_tokens, messages=shown, add_generation_prompt=not (goes_on or closed), tools=None, documents=None
+    )
     answer = _worker.ask({"template": template, "variables": variables})
     if "text" in answer:
         return _cut(answer["text"]) if goes_on else answer["text"]

@@ -45,8 +45,43 @@ class Tokenizer(_C.Tokenizer):
         if found is None:  # Mistral's formats are code: no template gives their ids for every text
             return _C.ChatFormat(self._folder, self, chat_template or "").encode(messages)
         _check(messages)
+        return self._encode_template(found, messages)
+
+    def encode_answer(self, messages: Sequence[Message], chat_template: str | None = None) -> tuple[list[int], int]:
+        """The ids of a conversation that ends with an answer, for training.
+
+        Args:
+            messages: as of ``apply_chat``; the last one is the assistant's, without prefix.
+            chat_template: as of ``apply_chat``.
+
+        Returns:
+            The ids, with the token that ends an answer in this format, and how many of them are prompt: those that
+            ``apply_chat`` gives for the messages before the last. Where a piece spans the end of the prompt and the
+            beginning of the answer, it counts as answer.
+
+        Raises:
+            ValueError, LoadError: as of ``apply_chat``; ValueError where the last message is no answer.
+        """
+        *before, answer = messages
+        if answer.get("role") != "assistant":
+            raise ValueError(f"chat: message {len(before)}: the last role must be assistant, got {answer.get('role')}")
+        prompt = self.apply_chat(before, chat_template)
+        ids = self.apply_chat([*before, {**answer, "prefix": True}], chat_template)
+        found = self._template(chat_template)
+        if found is None:
+            ids.append(self.eos_id)
+        else:
+            closed = self._encode_template(found, [*before, answer], closed=True)
+            rest = closed[common_prefix(ids, closed) :]
+            end = next((i for i, token in enumerate(rest) if self.is_control(token)), None)
+            ids = [*ids, self.eos_id] if end is None else [*closed[: len(closed) - len(rest)], *rest[: end + 1]]
+        return ids, common_prefix(prompt, ids)
+
+    def _encode_template(
+        self, template: tuple[str, str], messages: Sequence[Message], closed: bool = False
+    ) -> list[int]:
         tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
-        text = render(*found, list(messages), tokens | _C.special_token_texts(self._folder))
+        text = render(*template, list(messages), tokens | _C.special_token_texts(self._folder), closed)
         return self.encode(text, parse_special=True)
 
     def _template(self, wanted: str | None) -> tuple[str, str] | None:
@@ -59,6 +94,11 @@ class Tokenizer(_C.Tokenizer):
             return Path(wanted).read_text(encoding="utf-8"), wanted
         named = _C.named_chat_templates()
         return (named[wanted], wanted) if wanted in named else None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids are the same at the beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _check(messages: Sequence[Message]) -> None:

@@ -84,7 +84,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def load(
-    cls: type["Mixtral"], path: str | PathLike[str], dtype: torch.dtype | str, device: torch.device | str, **options
+    cls: type["Mixtral"],
+    path: str | PathLike[str],
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    lora: str | PathLike[str] | None = None,
+    **options,
 ) -> "Mixtral":
     """``Mixtral.from_pretrained``."""
     folder = _C.find_model(path)
@@ -94,7 +99,7 @@ def load(
         item, reason = "quantization_config", f"a model in {config.quantization} cannot be trained: take its original"
         raise LoadError(f"{folder}: {item}: {reason}", str(folder), item, reason)
     # One copy in memory: what is not split stays where the C++ model has put it.
-    source = _C.Mixtral.from_pretrained(folder, torch.device(device), name, False, "", False, 0, None)
+    source = _C.Mixtral.from_pretrained(folder, torch.device(device), name, False, lora or "", False, 0, None)
     with torch.device("meta"):
         model = cls(source.config, **options)
     weights = dict(_from_cpp(source.config, source.named_parameters()))

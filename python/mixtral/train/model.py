@@ -6,6 +6,7 @@ On the CPU its logits are, bit for bit, those of the C++ model, which is the one
 
 import copy
 import math
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from .losses import (
     z_loss_from_sums,
 )
 from .options import RouterOptions
+
+VocabularyLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # hidden, weight, labels, weights -> sum
 
 
 class Mixtral(nn.Module):
@@ -87,6 +90,7 @@ class Mixtral(nn.Module):
         folder: str | PathLike[str],
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        lora: str | PathLike[str] | None = None,
         **options: object,
     ) -> "Mixtral":
         """A model of any folder or file that ``mixtral.Mixtral.from_pretrained`` reads and that is not quantised.
@@ -95,13 +99,14 @@ class Mixtral(nn.Module):
             folder: as there.
             dtype: float32, bfloat16 or float16; "auto": as in the files. Routers stay in f32 unless the model says
                 otherwise.
+            lora: folder of an adapter of PEFT or mistral-finetune, which is merged into the weights in f32.
             options: those of the constructor.
 
         Raises:
             LoadError: a file is missing, wrong or quantised; it names the file, the item and the reason.
             ValueError: an unknown dtype.
         """
-        return folders.load(cls, folder, dtype, device, **options)
+        return folders.load(cls, folder, dtype, device, lora, **options)
 
     def save_pretrained(
         self,
@@ -146,31 +151,46 @@ class Mixtral(nn.Module):
                 weight.data = weight.data.to(dtype)
         return self
 
-    def loss(self, batch: Batch, step: StepTotals | None = None) -> Losses:
-        """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses."""
-        return self(batch, step)
+    def loss(
+        self, batch: Batch, step: StepTotals | None = None, vocabulary_loss: VocabularyLoss = linear_cross_entropy
+    ) -> Losses:
+        """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses.
 
-    def forward(self, inputs: Tensor | Batch, step: StepTotals | None = None) -> Tensor | Losses:
+        Args:
+            vocabulary_loss: what takes the place of the cross-entropy, with the arguments and the result of
+                :func:`linear_cross_entropy`, such as a part of :func:`distill_cross_entropy`.
+        """
+        return self(batch, step, vocabulary_loss)
+
+    def forward(
+        self,
+        inputs: Tensor | Batch,
+        step: StepTotals | None = None,
+        vocabulary_loss: VocabularyLoss = linear_cross_entropy,
+    ) -> Tensor | Losses:
         """input_ids int64 [B, S] -> logits f32 [B, S, vocab]; or a batch -> its losses, as wrappers such as DDP need.
 
         Raises:
             ValueError: an id is outside the vocabulary.
         """
         if isinstance(inputs, Batch):
-            return self._losses(inputs, step)
-        hidden, _ = self._hidden_states(Batch.from_padded(inputs))
-        return self.lm_head(hidden).float().view(*inputs.shape, -1)
+            return self._losses(inputs, step, vocabulary_loss)
+        return self.logits(Batch.from_padded(inputs)).view(*inputs.shape, -1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """f32 [T, vocab], after every token of a batch."""
+        return self.lm_head(self._hidden_states(batch)[0]).float()
 
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
         folders.check_ids(batch.input_ids, self.config.vocab_size)
         return self.model(batch, self.gradient_checkpointing)
 
-    def _losses(self, batch: Batch, step: StepTotals | None) -> Losses:
+    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss) -> Losses:
         hidden, routings = self._hidden_states(batch)
         targets = batch.targets
         step = StepTotals(targets, batch.tokens) if step is None else step
         any_targets = torch.as_tensor(step.targets, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
-        cross_entropy = self._sum_of_cross_entropies(hidden, batch) / any_targets
+        cross_entropy = self._sum_of_cross_entropies(hidden, batch, vocabulary_loss) / any_targets
         if not routings:
             none = hidden.new_zeros((), dtype=torch.float32)
             empty = none.new_zeros(0)
@@ -186,9 +206,9 @@ class Mixtral(nn.Module):
         parts = (x.detach() for x in (cross_entropy, balance, z))
         return Losses(total, *parts, targets, batch.tokens, sums.load, max_logit)
 
-    def _sum_of_cross_entropies(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _sum_of_cross_entropies(self, hidden: Tensor, batch: Batch, vocabulary_loss: VocabularyLoss) -> Tensor:
         if isinstance(self.lm_head, Linear):
-            return linear_cross_entropy(hidden, self.lm_head.weight, batch.labels, batch.weights)
+            return vocabulary_loss(hidden, self.lm_head.weight, batch.labels, batch.weights)
         rows = batch.labels != IGNORED  # the head is a wrapper, of PEFT for one: what it computes counts
         losses = functional.cross_entropy(self.lm_head(hidden[rows]).float(), batch.labels[rows], reduction="none")
         return (losses if batch.weights is None else losses * batch.weights[rows]).sum()
