@@ -20,9 +20,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Op -> how far each element of its results may be from the f64 reference; None: the result is exact.
 TOLERANCES: dict[str, Callable] = {
     "rms_norm": bounds.rms_norm_bound,
+    "rms_norm_backward": bounds.rms_norm_backward_bound,
+    "add_rms_norm_backward": bounds.add_rms_norm_backward_bound,
     "rope": bounds.rope_bound,
+    "rope_backward": bounds.rope_bound,  # of the gradients: it is a rotation too
     "swiglu": bounds.swiglu_bound,
+    "swiglu_backward": bounds.swiglu_backward_bound,
     "topk_softmax": lambda *arguments: (bounds.topk_softmax_bound(*arguments), None),
+    "router_losses": bounds.router_losses_bound,
     "grouped_gemm": bounds.grouped_gemm_bound,
     "moe_unpermute": bounds.moe_unpermute_bound,
     "moe_mlp": bounds.moe_mlp_bound,
@@ -78,7 +83,7 @@ def share_of_tolerance(op: str, actual: Tensor | tuple[Tensor, ...], *arguments)
 
 
 def _of_dtype(op: str, result: Tensor, arguments: tuple) -> Tensor:
-    expected = torch.float32 if op == "topk_softmax" else arguments[0].dtype
+    expected = torch.float32 if op in ("topk_softmax", "router_losses") else arguments[0].dtype
     assert result.dtype == expected, f"{op}: dtype {result.dtype}, expected {expected}"
     return result
 

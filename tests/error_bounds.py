@@ -46,6 +46,33 @@ def rms_norm_bound(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rounded(out, inherited + U * (out.abs() + inherited), x.dtype)
 
 
+def rms_norm_backward_bound(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    (rows, hidden), dtype = x.shape, x.dtype
+    grad, x, weight = grad.double(), x.double(), weight.double()
+    squares = min(hidden, max(-(-hidden // 16) + 4, -(-hidden // 256) + 18))  # as in rms_norm_bound
+    scale_error = (squares + 3) / 2 + 4
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    upper, normed = grad * weight, x * scale
+    products = (upper * normed).abs().mean(-1, keepdim=True)
+    size = scale * (upper.abs() + normed.abs() * (upper * normed).mean(-1, keepdim=True).abs())
+    error = scale * normed.abs() * products * (squares + 5 + 2 * scale_error) + size * (scale_error + 4)
+    exact = scale * (upper - normed * (upper * normed).mean(-1, keepdim=True))
+    if grad_sum is not None:
+        exact = exact + grad_sum.double()
+        error = error + exact.abs() + grad_sum.double().abs()
+    terms = (grad * normed).abs().sum(0) * (scale_error + 2 + min(rows, 32) + -(-rows // 32))  # row blocks of 32
+    grad_x = rounded(exact, error * U * SECOND_ORDER, dtype)
+    return grad_x, rounded((grad * normed).sum(0), terms * U * SECOND_ORDER, dtype)
+
+
+def add_rms_norm_backward_bound(
+    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return rms_norm_backward_bound(grad_normed, total, weight, eps, grad_sum)
+
+
 def rope_bound(
     q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -74,6 +101,20 @@ def swiglu_bound(gate_up: Tensor, inherited: Tensor | None = None, dtype: torch.
     return rounded(silu * up, (before + own) * SECOND_ORDER + TINY, dtype)
 
 
+def swiglu_backward_bound(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    sigmoid, rest = gate.sigmoid(), (-gate).sigmoid()
+    relative = EXP + (3 if gate_up.dtype == torch.float32 else 4) * U  # exp, sum and division, as in swiglu_bound
+    slope = 1 + (gate * rest).abs()  # of silu: s (1 + gate (1 - s)), whose second term may cancel the first
+    slope_error = gate.abs() * (sigmoid * relative + U) + 2 * U * slope
+    size = torch.cat((grad.double() * up * sigmoid * slope, grad.double() * gate * sigmoid), -1).abs()
+    error = (relative + 3 * U) * size
+    error += torch.cat((grad.double() * up * sigmoid * slope_error, torch.zeros_like(gate)), -1).abs()
+    vanished = TINY * (grad.double().abs() * (1 + gate.abs())).repeat(1, 2) * (1 + up.abs()).repeat(1, 2)
+    exact = reference.swiglu_backward(grad.double(), gate_up.double())
+    return rounded(exact, error * SECOND_ORDER + vanished, gate_up.dtype)
+
+
 def topk_softmax_bound(
     router_logits: Tensor, top_k: int, renormalize: bool = True, inherited: Tensor | float = 0.0
 ) -> Tensor:
@@ -87,6 +128,62 @@ def topk_softmax_bound(
     sum_error = (terms * term_errors).sum(-1, keepdim=True) / terms.sum(-1, keepdim=True) + additions * U
     relative = (1 + exp_error.gather(1, chosen)) / (1 - sum_error) - 1 + U
     return relative * SECOND_ORDER * reference.topk_softmax(logits, top_k, renormalize)[0]
+
+
+def topk_softmax_backward_bound(
+    grad: Tensor, router_logits: Tensor, topk_weights: Tensor, topk_ids: Tensor, renormalize: bool = True
+) -> Tensor:
+    grad, weights, logits, ids = grad.double(), topk_weights.double(), router_logits.double(), topk_ids.long()
+    own, mean = torch.zeros_like(logits).scatter(1, ids, grad.abs()), (grad * weights).abs().sum(-1, keepdim=True)
+    p, p_error = torch.zeros_like(logits).scatter(1, ids, weights), 0.0
+    if not renormalize:
+        p = logits.softmax(-1)
+        exp_error = U * (logits.amax(-1, keepdim=True) - logits) + EXP
+        p_error = exp_error + exp_error.mul(p).sum(-1, keepdim=True) + (logits.shape[1] / 32 + 6) * U
+    error = p * (own + mean) * (p_error + (ids.shape[1] + 3) * U)
+    exact = reference.topk_softmax_backward(grad, logits, weights, ids, renormalize)
+    return rounded(exact, error * SECOND_ORDER, router_logits.dtype)
+
+
+def router_logits_backward_bound(grad: Tensor, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    wide = grad.double(), x.double(), router.double()
+    exact, sizes = reference.router_logits_backward(*wide), reference.router_logits_backward(*(y.abs() for y in wide))
+    tokens, experts = grad.shape
+    additions = experts, min(tokens, 256) + -(-tokens // 256) if not x.is_cuda else -(-tokens // 8) + 8
+    return tuple(
+        rounded(value, (count + 1) * U * SECOND_ORDER * size, like.dtype)
+        for value, size, count, like in zip(exact, sizes, additions, (x, router), strict=True)
+    )
+
+
+def router_losses_bound(
+    router_logits: Tensor, topk_ids: Tensor, mask: Tensor | None = None
+) -> tuple[None, Tensor, Tensor, None]:
+    logits = router_logits.double() if mask is None else router_logits.double()[mask]
+    additions = -(-len(logits) // 256) + 9 if logits.is_cuda else 1  # the CPU adds in f64
+    p, lse, below = logits.softmax(-1), logits.logsumexp(-1), logits.amax(-1, keepdim=True) - logits
+    exp_error = U * below + EXP
+    total_error = (p * exp_error).sum(-1, keepdim=True) + (logits.shape[1] / 32 + 6) * U
+    lse_error = total_error[:, 0] + 4 * U * (1 + lse.abs())
+    prob_sum = (p * (exp_error + total_error + (additions + 1) * U)).sum(0)
+    z_sum = (lse_error * (2 * lse.abs() + lse_error) + additions * U * lse.square()).sum()
+    return None, prob_sum * SECOND_ORDER, (z_sum + U * lse.square().sum()) * SECOND_ORDER, None
+
+
+def router_losses_backward_bound(
+    grad_prob_sum: Tensor, grad_z_sum: Tensor, router_logits: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    wide = grad_prob_sum.double(), grad_z_sum.double(), router_logits.double(), mask
+    logits, a, b = wide[2], wide[0].abs(), wide[1].abs()
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None], 0)  # whose gradient is 0, as is its rounding
+    p, lse, below = logits.softmax(-1), logits.logsumexp(-1, keepdim=True), logits.amax(-1, keepdim=True) - logits
+    exp_error = U * below + EXP
+    total_error = (p * exp_error).sum(-1, keepdim=True) + (logits.shape[1] / 32 + 6) * U
+    relative = exp_error + total_error + (logits.shape[1] / 32 + 10) * U
+    size = p * (a + (a * p).sum(-1, keepdim=True) + 2 * b * lse.abs())
+    error = 2 * size * relative + 2 * p * b * (total_error + 4 * U * (1 + lse.abs()))
+    return rounded(reference.router_losses_backward(*wide), error * SECOND_ORDER, router_logits.dtype)
 
 
 def lanes_bound(terms: Tensor, lanes: int) -> Tensor:
@@ -169,6 +266,23 @@ def moe_unpermute_bound(
     return rounded(out, (before + sums) * SECOND_ORDER, dtype or y.dtype)
 
 
+def moe_permute_backward_bound(grad: Tensor, row_map: Tensor) -> Tensor:
+    return moe_unpermute_bound(grad, torch.ones(row_map.shape, device=grad.device), row_map)
+
+
+def moe_unpermute_backward_bound(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, row_map: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide, hidden = (grad.double(), y.double(), topk_weights.double(), row_map), y.shape[1]
+    exact, sizes = (
+        reference.moe_unpermute_backward(*wide),
+        reference.moe_unpermute_backward(*(x.abs() for x in wide[:3]), row_map),
+    )
+    additions = min(hidden, max(-(-hidden // 16) + 4, -(-hidden // 256) + 10))  # CPU: 16 lanes, a tree; CUDA: 256
+    grad_y = rounded(exact[0], U * exact[0].abs(), y.dtype)
+    return grad_y, (additions + 1) * U * SECOND_ORDER * sizes[1]
+
+
 def moe_mlp_bound(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     dtype, gate_up, down = x.dtype, gate_up.double(), down.double()
     rows, offs, row_map = reference.moe_permute(x.double(), topk_ids, len(gate_up))
@@ -237,3 +351,52 @@ def _attention_bound(attention: Callable, q: Tensor, k: Tensor, v: Tensor, *opti
 
 sliding_window_attention_bound = partial(_attention_bound, reference.sliding_window_attention)
 rolling_kv_cache_attention_bound = partial(_attention_bound, reference.rolling_kv_cache_attention)
+
+
+def sliding_window_attention_backward_bound(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradients of q, k and v, from the results of the op's own forward pass."""
+    dtype, options = q.dtype, (cu_seqlens_q, cu_seqlens_k, window, causal, scale)
+    out_error = sliding_window_attention_bound(q, k, v, *options)
+    grad, q, k, v = (x.double() for x in (grad, q, k, v))
+    out, lse = reference.sliding_window_attention_for_backward(q, k, v, *options)
+    exact = reference.sliding_window_attention_backward(grad, q, k, v, out, lse, *options)
+    depth, heads, group, scale = q.shape[2], q.shape[1], q.shape[1] // k.shape[1], reference._scale(q, scale)
+    # bf16: weights and their gradients are rounded for the products.
+    operand = half_ulp(torch.ones((), dtype=torch.float64), dtype) if dtype == torch.bfloat16 else 0.0
+    errors = [torch.zeros_like(x) for x in (q, k, v)]
+    for rows, keys, mask in reference._sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
+        if mask.numel() == 0:
+            continue
+        count = mask.shape[1] + mask.shape[0] * group  # no sum has more terms
+        for h in range(heads):
+            rows_q, rows_grad, keys_h, values = q[rows, h], grad[rows, h], k[keys, h // group], v[keys, h // group]
+            scores, sizes = rows_q @ keys_h.T * scale, rows_q.abs() @ keys_h.abs().T * abs(scale)
+            row_lse = torch.where(mask.any(-1), lse[h, rows], 0.0)[:, None]
+            score_error = (depth * U * sizes + 2 * U * (scores.abs() + row_lse.abs())) * mask
+            below = (row_lse - scores).abs() * mask
+            # lse: every weight of the row may be off, and the sum and its logarithm are rounded.
+            lse_error = (score_error + U * below).amax(-1, keepdim=True) + (count + 8) * (U + EXP) + operand
+            lse_error = lse_error + 2 * U * row_lse.abs()
+            p = torch.where(mask, torch.exp(scores - row_lse), 0.0)
+            p_error = p * (torch.expm1(score_error + lse_error + U * below + EXP) + operand) + TINY * mask
+            slope = rows_grad @ values.T - (rows_grad * out[rows, h]).sum(-1, keepdim=True)
+            slope_error = depth * U * rows_grad.abs() @ values.abs().T + U * slope.abs()
+            dot_error = rows_grad.abs() * (depth * U * out[rows, h].abs() + out_error[rows, h])
+            slope_error = slope_error + dot_error.sum(-1, keepdim=True)
+            ds = p * slope
+            ds_error = p_error * (slope.abs() + slope_error) + p * slope_error + (operand + 2 * U) * ds.abs()
+            errors[0][rows, h] = abs(scale) * (ds_error + count * U * ds.abs()) @ keys_h.abs()
+            errors[1][keys, h // group] += abs(scale) * (ds_error + count * U * ds.abs()).T @ rows_q.abs()
+            errors[2][keys, h // group] += (p_error + count * U * p).T @ rows_grad.abs()
+    results = zip(exact, errors, strict=True)
+    return tuple(rounded(x, (error + 2 * U * x.abs()) * SECOND_ORDER, dtype) for x, error in results)

@@ -35,8 +35,9 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 
 std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize) {
   static const auto op =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, bool)>("mixtral::moe_route");
-  return op.call(x, router, top_k, renormalize);
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, bool, const std::optional<Tensor>&)>(
+          "mixtral::moe_route");
+  return op.call(x, router, top_k, renormalize, /*select_bias=*/std::nullopt);
 }
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {

@@ -3,6 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../ops/cpu/huge_pages.h"
 #include "memory.h"
 #include "ops.h"
 

@@ -6,6 +6,8 @@
 // write into `out`, since that takes a look at the data.
 #pragma once
 
+#include <optional>
+
 #include "checks.h"
 #include "index_array.h"
 #include "pack_weight/weight_view.h"
@@ -26,12 +28,38 @@ struct PermutationIndex {
 PermutationIndex moe_permute(const char* op, const Tensor& x, const Tensor& topk_ids, int64_t num_experts,
                              const Tensor& out);
 
+// Throws unless offs [experts], on the CPU, cuts `rows` of the argument `name` into groups.
+void check_offsets(const char* op, const char* name, IndexArray offs, int64_t experts, int64_t rows);
+
+// Packed -> plain [E, N, Kdim] of type `type`: BFloat16 when quantised, else that of the weight.
+Tensor unpack_weight(const char* op, const Weight& weight, ScalarType type);
+
 // a [M, Kdim], b [E, N, Kdim], offs [E] -> out [M, N]
 void grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
 
 // a [M, Kdim], b [E, 2I, Kdim], offs [E] -> out [M, I]: the bits of grouped_gemm followed by swiglu, in one pass where
 // the device has a kernel for that.
 void grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
+
+// grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
+void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,
+                                 const Tensor& out);
+
+// grad [M, N], a [M, Kdim], offs [E] -> out [E, N, Kdim]
+void grouped_gemm_backward_weight(const char* op, const Tensor& grad, const Tensor& a, const Tensor& offs,
+                                  const Tensor& out);
+
+// Checks that topk_softmax and moe_route share. `reference` or `first` is the tensor whose device and T count.
+void check_top_k(const char* op, int64_t top_k, int64_t experts);
+std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& select_bias, int64_t experts,
+                                   const Tensor& reference);
+void check_choice(const char* op, const Tensor& grad, const Tensor& weights, const Tensor& topk_ids,
+                  const Tensor& first);
+
+// grad [T, K], logits [T, E] (values not read if renormalised), weights [T, K], topk_ids [T, K] -> [T, E] of the dtype
+// of the logits
+Tensor topk_softmax_backward(const char* op, const Tensor& grad, const Tensor& logits, const Tensor& weights,
+                             const Tensor& topk_ids, bool renormalize);
 
 // y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
 Tensor moe_unpermute(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);

@@ -5,6 +5,8 @@ computes in the dtype it is given: in f64 it is the oracle of the tests, in bf16
 the op is compared with. Nothing here is fast.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,25 +18,79 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T,H], [T,H], [H] -> grad_x [T,H], grad_weight [H]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    normed, upper = x.to(wide) * scale, grad.to(wide) * weight.to(wide)
+    grad_x = scale * (upper - normed * (upper * normed).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype), (grad.to(wide) * normed).sum(0).to(x.dtype)
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T,H], [T,H] -> normed [T,H], sum [T,H]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
-def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
-    """[T,E] -> weights [T,K] in at least f32, ids int32 [T,K]."""
+def add_rms_norm_backward(
+    grad_normed: Tensor, grad_sum: Tensor | None, sum: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """[T,H], [T,H] (None: zero), [T,H], [H] -> grad_x [T,H], of x and of residual, grad_weight [H]."""
+    grad_x, grad_weight = rms_norm_backward(grad_normed, sum, weight, eps)
+    return grad_x if grad_sum is None else grad_x + grad_sum, grad_weight
+
+
+def topk_softmax(
+    router_logits: Tensor, top_k: int, renormalize: bool = True, select_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[T,E], [E] -> weights [T,K] in at least f32, ids int32 [T,K]."""
     wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-    ids = wide.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    scores = wide if select_bias is None else wide.softmax(-1) + select_bias
+    ids = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = wide.softmax(-1).gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, ids.int()
 
 
-def moe_route(x: Tensor, router: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
-    """[T,H], [E,H] -> weights [T,K] in at least f32, ids int32 [T,K]; the logits have the router's dtype."""
-    return topk_softmax(x.to(router.dtype) @ router.T, top_k, renormalize)
+def topk_softmax_backward(
+    grad: Tensor, router_logits: Tensor, topk_weights: Tensor, topk_ids: Tensor, renormalize: bool = True
+) -> Tensor:
+    """[T,K], [T,E], [T,K], [T,K] -> [T,E]."""
+    ids, mean = topk_ids.long(), (grad * topk_weights).sum(-1, keepdim=True)
+    chosen = topk_weights * (grad - mean)
+    if renormalize:
+        out = torch.zeros_like(router_logits, dtype=chosen.dtype).scatter(1, ids, chosen)
+    else:
+        p = router_logits.to(chosen.dtype).softmax(-1)
+        out = p * (torch.zeros_like(p).scatter(1, ids, grad) - mean)
+    return out.to(router_logits.dtype)
+
+
+def router_logits(x: Tensor, router: Tensor) -> Tensor:
+    """[T,H], [E,H] -> [T,E] in at least f32, rounded to the router's dtype."""
+    return (x.to(router.dtype) @ router.T).to(torch.promote_types(router.dtype, torch.float32))
+
+
+def router_logits_backward(grad: Tensor, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    """[T,E], [T,H], [E,H] -> [T,H], [E,H]."""
+    return (grad @ router.to(grad.dtype)).to(x.dtype), (grad.T @ x.to(grad.dtype)).to(router.dtype)
+
+
+def moe_route(
+    x: Tensor, router: Tensor, top_k: int, renormalize: bool = True, select_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[T,H], [E,H], [E] -> weights [T,K] in at least f32, ids int32 [T,K]; the logits have the router's dtype."""
+    return topk_softmax(router_logits(x, router), top_k, renormalize, select_bias)
+
+
+def moe_route_backward(
+    grad: Tensor, x: Tensor, router: Tensor, topk_weights: Tensor, topk_ids: Tensor, renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[T,K], [T,H], [E,H], [T,K], [T,K] -> [T,H], [E,H]."""
+    logits = router_logits(x, router)
+    return router_logits_backward(topk_softmax_backward(grad, logits, topk_weights, topk_ids, renormalize), x, router)
 
 
 def router_losses(
@@ -49,6 +105,19 @@ def router_losses(
     return load, wide.softmax(-1).sum(0), wide.logsumexp(-1).square().sum(), count
 
 
+def router_losses_backward(
+    grad_prob_sum: Tensor, grad_z_sum: Tensor, router_logits: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """[E], [], [T,E], bool [T] -> [T,E]; zeros in masked rows."""
+    out = torch.zeros_like(router_logits)
+    mask = torch.ones(len(out), dtype=torch.bool, device=out.device) if mask is None else mask
+    wide = router_logits[mask].to(grad_prob_sum.dtype)
+    p, lse = wide.softmax(-1), wide.logsumexp(-1, keepdim=True)
+    balance = grad_prob_sum - (p * grad_prob_sum).sum(-1, keepdim=True)
+    out[mask] = (p * (balance + 2 * grad_z_sum * lse)).to(out.dtype)
+    return out
+
+
 def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T,H], [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]."""
     copies = topk_ids.flatten().long()
@@ -59,11 +128,26 @@ def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, 
     return x[order // topk_ids.shape[1]], offs.int(), row_map.reshape(topk_ids.shape).int()
 
 
+def moe_permute_backward(grad: Tensor, row_map: Tensor) -> Tensor:
+    """[M,H], [T,K] -> [T,H]."""
+    return moe_unpermute(grad, torch.ones(row_map.shape, device=grad.device), row_map)
+
+
 def moe_unpermute(y: Tensor, topk_weights: Tensor, row_map: Tensor) -> Tensor:
     """[M,H], [T,K], [T,K] -> [T,H]."""
     wide = torch.promote_types(y.dtype, torch.float32)
     copies = torch.where(row_map[..., None] >= 0, y[row_map.long()], 0).to(wide)
     return (topk_weights[..., None].to(wide) * copies).sum(1).to(y.dtype)
+
+
+def moe_unpermute_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, row_map: Tensor) -> tuple[Tensor, Tensor]:
+    """[T,H], [M,H], [T,K], [T,K] -> [M,H], [T,K]."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    kept, rows, grads = row_map >= 0, row_map.long(), grad[:, None].to(wide)
+    grad_y = torch.zeros_like(y)
+    grad_y[rows[kept]] = (topk_weights[..., None].to(wide) * grads)[kept].to(y.dtype)
+    dots = (grads * torch.where(kept[..., None], y[rows], 0).to(wide)).sum(-1)
+    return grad_y, dots.to(topk_weights.dtype)
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
@@ -72,10 +156,32 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return torch.cat([a[starts[e] : starts[e + 1]] @ b[e].T for e in range(len(b))])
 
 
+def grouped_gemm_backward_input(grad: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """grad [M,N], [E,N,Kdim], end offsets [E] -> [M,Kdim]."""
+    starts = [0, *offs.tolist()]
+    return torch.cat([grad[starts[e] : starts[e + 1]] @ b[e] for e in range(len(b))])
+
+
+def grouped_gemm_backward_weight(grad: Tensor, a: Tensor, offs: Tensor) -> Tensor:
+    """grad [M,N], a [M,Kdim], end offsets [E] -> [E,N,Kdim]; zeros for an expert without rows."""
+    starts = [0, *offs.tolist()]
+    rows = [slice(starts[e], starts[e + 1]) for e in range(len(offs))]
+    return torch.stack([grad[r].T @ a[r] for r in rows])
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """[M,2I] -> [M,I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """[M,I], [M,2I] -> [M,2I]."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    grad_gate, grad_up = grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    return torch.cat((grad_gate, grad_up), -1).to(gate_up.dtype)
 
 
 def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -210,10 +316,21 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: boo
     return rotate(q), rotate(k)
 
 
+def rope_backward(
+    grad_q: Tensor, grad_k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """[T,Nq,D], [T,Nkv,D], [T] -> both rotated back."""
+    return rope(grad_q, grad_k, -positions, theta, interleaved)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """[Lq,Nq,D], [Lk,Nkv,D], mask [Lq,Lk] -> [Lq,Nq,D]; zeros where a row of the mask is empty."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * _scale(q, scale)
     weights = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, float("-inf")).softmax(-1)
     weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return torch.einsum("hij,jhd->ihd", weights.to(q.dtype), v)
@@ -223,6 +340,17 @@ def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> 
     """[Lq,Lk]: query i, at position i + Lk - Lq, sees key j if and only if 0 <= position - j < window."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance >= 0) & ((distance < window) | (window == 0))
+
+
+def _sequences(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int, causal: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each sequence: rows of q, rows of k, mask [Lq,Lk]."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        queries, length = len(q[rows]), len(k[keys])
+        yield rows, keys, _window_mask(queries, length, window, q.device) if causal else q.new_ones(queries, length) > 0
 
 
 def sliding_window_attention(
@@ -237,13 +365,56 @@ def sliding_window_attention(
 ) -> Tensor:
     """[Tq,Nq,D], [Tk,Nkv,D], [B+1], [B+1] -> [Tq,Nq,D]: dense masked attention, one sequence after the other."""
     out = torch.zeros_like(q)
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(starts_q) - 1):
-        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        queries, length = q[rows].shape[0], k[keys].shape[0]
-        mask = _window_mask(queries, length, window, q.device) if causal else q.new_ones(queries, length).bool()
+    for rows, keys, mask in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
         out[rows] = _masked_attention(q[rows], k[keys], v[keys], mask, scale)
     return out
+
+
+def sliding_window_attention_for_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same -> out [Tq,Nq,D], lse [Nq,Tq]: log of the sum of exp of a query's scores, -inf if it sees no key."""
+    lse = q.new_zeros(q.shape[1], q.shape[0])
+    for rows, keys, mask in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
+        for h in range(q.shape[1]):
+            scores = q[rows, h] @ k[keys, h * k.shape[1] // q.shape[1]].T * _scale(q, scale)
+            lse[h, rows] = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    return sliding_window_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal, scale), lse
+
+
+def sliding_window_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[Tq,Nq,D], then the tensors of the forward pass -> gradients of q, k and v (Dao, FlashAttention-2, alg. 2)."""
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    scale = _scale(q, scale)
+    for rows, keys, mask in _sequences(q, k, cu_seqlens_q, cu_seqlens_k, window, causal):
+        for h in range(q.shape[1]):
+            h_k = h * k.shape[1] // q.shape[1]
+            p = torch.where(mask, torch.exp(scale * q[rows, h] @ k[keys, h_k].T - lse[h, rows, None]), 0)
+            dot = (grad[rows, h] * out[rows, h]).sum(-1, keepdim=True)
+            ds = torch.where(mask, p * (grad[rows, h] @ v[keys, h_k].T - dot), 0)
+            grad_q[rows, h] = scale * ds @ k[keys, h_k]
+            grad_k[keys, h_k] += scale * ds.T @ q[rows, h]
+            grad_v[keys, h_k] += p.T @ grad[rows, h]
+    return grad_q, grad_k, grad_v
 
 
 def rolling_kv_cache_write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

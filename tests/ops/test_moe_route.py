@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import assert_route_within_tolerance, opcheck, with_threads
+from conftest import assert_route_within_tolerance, assert_within_bound, opcheck, with_threads
+from error_bounds import route_logits_bound
 
 # T, H, E, K
 CASES = [(0, 8, 4, 2), (1, 1, 1, 1), (3, 5, 2, 1), (7, 33, 3, 3), (65, 128, 8, 2), (33, 260, 17, 4), (1029, 64, 8, 2)]
@@ -90,14 +91,38 @@ def test_bad_input_raises(x, router, top_k, message, device):
         ops.moe_route(x.to(device), router.to(device), top_k)
 
 
-def test_backward_is_an_error_in_words(device):
-    x = torch.ones(2, 4, device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="moe_route: has no backward"):
-        ops.moe_route(x, torch.ones(2, 4, device=device), 1)[0].sum().backward()
+@pytest.mark.every_isa
+@pytest.mark.parametrize("router_dtype", ROUTERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_topk_softmax_of_router_logits_bit_for_bit(case, router_dtype, device, dtype):
+    x, router = make(case, router_dtype, device, dtype)
+    logits = ops.router_logits(x, router)
+    assert logits.dtype == torch.float32
+    assert_within_bound(logits, x.double() @ router.double().T, route_logits_bound(x, router))
+    for options in ((True, None), (False, None), (True, torch.rand(len(router), device=device))):
+        expected = ops.topk_softmax(logits, case[3], *options)
+        for actual, want in zip(ops.moe_route(x, router, case[3], *options), expected, strict=True):
+            assert torch.equal(actual, want)
+
+
+def test_router_logits_of_no_experts(device):
+    assert ops.router_logits(torch.ones(3, 4, device=device), torch.ones(0, 4, device=device)).shape == (3, 0)
+
+
+def test_selective_precision_of_ten_logits_of_128_and_one_of_128_5(device):
+    """ST-MoE (2022), footnote 7: bf16 rounds 128.5 to 128, so that .1415 becomes .0909."""
+    x = torch.full((1, 2), 0.5, device=device, dtype=torch.bfloat16)
+    x[0, 0] = 128
+    router = torch.tensor([[1.0, 0.0]] * 10 + [[1.0, 1.0]], device=device)  # exact in bf16, as are its products
+    for of_dtype, share in ((router, 0.1415), (router.bfloat16(), 0.0909)):
+        weights, ids = ops.moe_route(x, of_dtype, 11, renormalize=False)
+        assert weights[0, (ids[0] == 10).nonzero().item()].item() == pytest.approx(share, abs=5e-5)
 
 
 @pytest.mark.parametrize("router_dtype", ROUTERS)
 @pytest.mark.parametrize("case", [(0, 8, 4, 2), (5, 12, 3, 1)], ids=str)
 def test_opcheck(case, router_dtype, device, dtype):
     x, router = make(case, router_dtype, device, dtype)
-    opcheck(torch.ops.mixtral.moe_route.default, (x, router, case[3]))
+    leaves = x.requires_grad_(), router.requires_grad_()
+    opcheck(torch.ops.mixtral.moe_route.default, (*leaves, case[3]))
+    opcheck(torch.ops.mixtral.router_logits.default, leaves)

@@ -87,14 +87,57 @@ def test_bad_input_raises(logits, top_k, message, device):
         ops.topk_softmax(logits.to(device), top_k)
 
 
-def test_backward_is_an_error_in_words(device):
-    logits = torch.ones(2, 4, device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="topk_softmax: has no backward"):
-        ops.topk_softmax(logits, 2)[0].sum().backward()
+@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalize", "plain"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_select_bias_moves_the_choice_alone(case, renormalize, device, dtype):
+    """The choice is that of p + bias in f64; the weights have the bits that the chosen experts have without a bias."""
+    tokens, experts, top_k = case
+    logits = torch.randn(tokens, experts, device=device).to(dtype)
+    bias = torch.randn(experts, device=device) / 4
+    weights, ids = ops.topk_softmax(logits, top_k, renormalize, bias)
+    scores = (logits.double().softmax(-1) + bias).sort(dim=-1, descending=True)
+    decided = (scores.values[:, : top_k + 1].diff(dim=-1) < -1e-6).all(-1)
+    assert torch.equal(ids[decided].long(), scores.indices[decided, :top_k]) and decided.sum() >= 0.9 * tokens
+    p, order = ops.topk_softmax(logits, experts, renormalize=False)
+    chosen = torch.zeros_like(p).scatter(1, order.long(), p).gather(1, ids.long())
+    if renormalize:
+        torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True), rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(weights, chosen)
+
+
+def test_select_bias_decides_between_experts(device, dtype):
+    logits = torch.tensor([[2, 0, 0, 1.5]], device=device, dtype=dtype)
+    for bias, expected in (([0, 0, 0, 0], [0, 3]), ([-9, 0, 1, 0], [2, 3]), ([0, 9, 9, 0], [1, 2])):
+        select_bias = torch.tensor(bias, device=device, dtype=torch.float32)
+        assert ops.topk_softmax(logits, 2, True, select_bias)[1].tolist() == [expected]
+
+
+def test_select_bias_leaves_rows_that_are_no_distribution_nan(device):
+    logits = torch.tensor([[NAN, 1, 2, 3], [INF, 0, 1, 2], [-INF] * 4, [0.0, 1, 2, 3]], device=device)
+    weights, ids = ops.topk_softmax(logits, 3, True, torch.tensor([0.1, 0.4, 0.0, 0.2], device=device))
+    assert weights[:3].isnan().all() and weights[3].isfinite().all()
+    assert all(len(set(row)) == 3 for row in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.ones(1, 4), r"select_bias must have 1 dimensions \[E\], got shape \[1, 4\]"),
+        (torch.ones(3), r"select_bias must have size 4 in dimension 0, got shape \[3\]"),
+        (torch.ones(4).half(), "select_bias must be Float, got Half"),
+    ],
+)
+def test_bad_select_bias_raises(bias, message, device):
+    with pytest.raises(RuntimeError, match="topk_softmax: " + message):
+        ops.topk_softmax(torch.ones(2, 4, device=device), 1, True, bias.to(device))
+    with pytest.raises(RuntimeError, match="moe_route: " + message):
+        ops.moe_route(torch.ones(2, 3, device=device), torch.ones(4, 3, device=device), 1, True, bias.to(device))
 
 
 @pytest.mark.parametrize("case", [(0, 8, 2), (5, 3, 1), (33, 8, 2)], ids=str)
 def test_opcheck(case, device, dtype):
     tokens, experts, top_k = case
-    logits = torch.randn(tokens, experts, device=device).to(dtype)
+    logits = torch.randn(tokens, experts, device=device).to(dtype).requires_grad_()
     opcheck(torch.ops.mixtral.topk_softmax.default, (logits, top_k))
+    opcheck(torch.ops.mixtral.topk_softmax.default, (logits, top_k, False, torch.randn(experts, device=device)))

@@ -30,6 +30,5 @@ def install() -> None:
             return weights / weights.sum(-1, keepdim=True) if renormalize else weights, ids.int()
 
         either("topk_softmax", topk_softmax)
-        for name in "rms_norm add_rms_norm rope swiglu grouped_gemm moe_permute moe_unpermute".split():
+        for name in "moe_permute moe_unpermute".split():
             either(name, getattr(reference, name))
-        either("sliding_window_attention", reference.sliding_window_attention)

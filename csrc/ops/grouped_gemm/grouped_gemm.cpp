@@ -13,18 +13,18 @@
 #endif
 
 namespace mixtral {
-namespace {
 
-// On the CPU, offs must cut all the rows of a into groups.
-void check_offsets(const char* op, IndexArray offs, int64_t experts, int64_t rows) {
+void internal::check_offsets(const char* op, const char* name, IndexArray offs, int64_t experts, int64_t rows) {
   int64_t begin = 0;
   for (int64_t e = 0; e < experts; ++e) {
     MIXTRAL_CHECK(offs[e] >= begin, op, ": offs must be >= 0 and must not decrease, got ", offs[e], " after ", begin,
                   " at expert ", e);
     begin = offs[e];
   }
-  MIXTRAL_CHECK(begin == rows, op, ": offs must end at the ", rows, " rows of a, got ", begin);
+  MIXTRAL_CHECK(begin == rows, op, ": offs must end at the ", rows, " rows of ", name, ", got ", begin);
 }
+
+namespace {
 
 // a [M, Kdim], contiguous, rounded for a product with weights of fp8.
 Tensor round_to_e4m3(const Tensor& a) {
@@ -98,7 +98,7 @@ void multiply(const char* op, const Tensor& a, const Weight& b, const Tensor& of
   Tensor a_contiguous = as_contiguous(a);
   if (b.view.format == WeightFormat::kFp8 && !a.is_cuda()) a_contiguous = round_to_e4m3(a_contiguous);
   const IndexArray ends = index_array(offs_contiguous);
-  if (!a.is_cuda()) check_offsets(op, ends, b.view.experts, a.size(0));
+  if (!a.is_cuda()) internal::check_offsets(op, "a", ends, b.view.experts, a.size(0));
   dispatch_float(op, a.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const GroupedGemm<T> gemm{const_ptr<T>(a_contiguous), b.view, ends, mutable_ptr<T>(out), a.size(0)};

@@ -36,6 +36,22 @@ void launch_grouped_gemm_cpu(const GroupedGemm<T>& gemm, GemmWork& work);
 template <typename T>
 void launch_grouped_gemm_swiglu_cpu(const GroupedGemm<T>& gemm, GemmWork& work);
 
+// The gradient of b from that of out: for every expert, out[e, n, k] = sum over its rows m of grad[m, n] * a[m, k],
+// from the first row on. The gradient of a needs no launcher of its own: it is the product of grad with b of the format
+// kTransposed.
+template <typename T>
+struct GroupedGemmWeightGradient {
+  const T* grad;  // [M, N]
+  const T* a;     // [M, Kdim]
+  IndexArray offs;
+  T* out;                                 // [E, N, Kdim]
+  int64_t rows, experts, columns, depth;  // M, E, N, Kdim
+};
+
+// The share of one of the threads that call this with the same work (GemmWork::of_depths).
+template <typename T>
+void launch_grouped_gemm_backward_weight_cpu(const GroupedGemmWeightGradient<T>& gradient, GemmWork& work);
+
 // Rows [row_begin, row_end) of a [M, depth], rounded to e4m3 with a scale for each row (pack_weight/e4m3.h) -> out
 // [M, depth]. A row with inf or NaN becomes NaN throughout.
 void launch_round_to_e4m3_cpu(const BFloat16* a, int64_t depth, BFloat16* out, int64_t row_begin, int64_t row_end);
@@ -46,5 +62,12 @@ int launch_round_to_e4m3_cuda(const BFloat16* a, int64_t depth, BFloat16* out, i
 // b is plain.
 template <typename T>
 int launch_grouped_gemm_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream);
+
+// The gradients on CUDA. b is of the format kTransposed; the gradient of rows after the last group is zero.
+template <typename T>
+int launch_grouped_gemm_backward_input_cuda(const GroupedGemm<T>& gemm, cudaStream_t stream);
+
+template <typename T>
+int launch_grouped_gemm_backward_weight_cuda(const GroupedGemmWeightGradient<T>& gradient, cudaStream_t stream);
 
 }  // namespace mixtral

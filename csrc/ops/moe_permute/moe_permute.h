@@ -2,8 +2,13 @@
 //                permuted[row_map[t, k]] = x[t];  rows offs[e-1] .. offs[e] belong to expert e.
 // moe_unpermute: out[t] = sum_k topk_weights[t, k] * y[row_map[t, k]], in f32, k in order, rounded once.
 //
+// moe_permute_backward:   grad_x[t] = sum_k grad[row_map[t, k]], the sum of moe_unpermute with weights of 1.
+// moe_unpermute_backward: grad_y[row_map[t, k]] = topk_weights[t, k] * grad[t];
+//                         grad_topk_weights[t, k] = <grad[t], y[row_map[t, k]]>, in f32: on the CPU 16 lanes, folded.
+//
 // No capacity: every copy is kept. A bad expert id is an error on the CPU; on CUDA its copy is dropped: row_map is -1,
-// no offset counts it, and moe_unpermute skips it. The rows of `permuted` that are then unused, at the end, are zero.
+// no offset counts it, and moe_unpermute skips it. The rows of `permuted` that are then unused, at the end, are zero,
+// as are gradients of rows that no copy has, and those of dropped weights.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +38,16 @@ struct CopyRows {
   }
 };
 
-// Tokens [begin, end) of out [T, H], from y [M, H] and weights [T, K].
+// Tokens [begin, end) of out [T, H], from y [M, H] and weights [T, K]; null: all 1.
 template <typename T>
 void launch_moe_unpermute_cpu(const T* y, const float* weights, CopyRows rows, T* out, int64_t top_k, int64_t hidden,
                               int64_t begin, int64_t end);
+
+// Tokens [begin, end) of grad [T, H], y [M, H], weights [T, K] -> rows of grad_y [M, H], grad_weights [T, K], each
+// unless null.
+template <typename T>
+void launch_moe_unpermute_backward_cpu(const T* grad, const T* y, const float* weights, CopyRows rows, T* grad_y,
+                                       float* grad_weights, int64_t top_k, int64_t hidden, int64_t begin, int64_t end);
 
 inline constexpr int64_t kMaxExpertsCuda = 4096;  // a block's shared memory holds two counts of each
 
@@ -47,5 +58,10 @@ int launch_moe_permute_cuda(const char* x, IndexArray ids, char* permuted, int32
 template <typename T>
 int launch_moe_unpermute_cuda(const T* y, const float* weights, CopyRows rows, T* out, int64_t tokens, int64_t top_k,
                               int64_t hidden, cudaStream_t stream);
+
+template <typename T>
+int launch_moe_unpermute_backward_cuda(const T* grad, const T* y, const float* weights, CopyRows rows, T* grad_y,
+                                       float* grad_weights, int64_t tokens, int64_t top_k, int64_t hidden,
+                                       cudaStream_t stream);
 
 }  // namespace mixtral

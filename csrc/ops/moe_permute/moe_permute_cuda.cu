@@ -40,11 +40,28 @@ int launch_moe_unpermute_cuda(const T* y, const float* weights, CopyRows rows, T
   return cudaGetLastError();
 }
 
-template int launch_moe_unpermute_cuda(const float*, const float*, CopyRows, float*, int64_t, int64_t, int64_t,
-                                       cudaStream_t);
-template int launch_moe_unpermute_cuda(const BFloat16*, const float*, CopyRows, BFloat16*, int64_t, int64_t, int64_t,
-                                       cudaStream_t);
-template int launch_moe_unpermute_cuda(const Half*, const float*, CopyRows, Half*, int64_t, int64_t, int64_t,
-                                       cudaStream_t);
+template <typename T>
+int launch_moe_unpermute_backward_cuda(const T* grad, const T* y, const float* weights, CopyRows rows, T* grad_y,
+                                       float* grad_weights, int64_t tokens, int64_t top_k, int64_t hidden,
+                                       cudaStream_t stream) {
+  if (tokens == 0) return cudaSuccess;
+  if (grad_y) {  // rows that no copy has get no gradient
+    const auto error = cudaMemsetAsync(grad_y, 0, tokens * top_k * hidden * sizeof(T), stream);
+    if (error != cudaSuccess) return error;
+  }
+  moe_unpermute_backward_token_kernel<<<static_cast<unsigned>(tokens), kPermuteThreads, 0, stream>>>(
+      grad, y, weights, rows, grad_y, grad_weights, top_k, hidden);
+  return cudaGetLastError();
+}
+
+#define MIXTRAL_INSTANTIATE(T)                                                                                     \
+  template int launch_moe_unpermute_cuda(const T*, const float*, CopyRows, T*, int64_t, int64_t, int64_t,          \
+                                         cudaStream_t);                                                            \
+  template int launch_moe_unpermute_backward_cuda(const T*, const T*, const float*, CopyRows, T*, float*, int64_t, \
+                                                  int64_t, int64_t, cudaStream_t);
+MIXTRAL_INSTANTIATE(float)
+MIXTRAL_INSTANTIATE(BFloat16)
+MIXTRAL_INSTANTIATE(Half)
+#undef MIXTRAL_INSTANTIATE
 
 }  // namespace mixtral

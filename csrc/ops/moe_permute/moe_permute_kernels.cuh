@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../cuda/kernel.cuh"  // Vector, kWarpSize, dynamic_shared_memory
+#include "../cuda/kernel.cuh"  // Vector, kWarpSize, dynamic_shared_memory, block_sum
 #include "../host_device.h"
 #include "../index_array.h"
 #include "moe_permute.h"
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kPermuteThreads)
   }
 }
 
-// A block per token; every thread sums its columns over k in order, kValues of them at a time.
+// A block per token; every thread sums its columns over k in order, kValues of them at a time. No weights: all 1.
 template <typename T, int kValues>
 __global__ void __launch_bounds__(kPermuteThreads)
     moe_unpermute_token_kernel(const T* __restrict__ y, const float* __restrict__ weights, CopyRows rows,
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kPermuteThreads)
     for (int64_t k = 0; k < top_k; ++k) {
       const int64_t row = rows[t * top_k + k];
       if (row < 0) continue;
-      const float weight = weights[t * top_k + k];
+      const float weight = weights ? weights[t * top_k + k] : 1.0f;
       const Values values = *reinterpret_cast<const Values*>(y + row * hidden + h);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) sums[i] = fmaf(weight, to_float(values.values[i]), sums[i]);
@@ -132,6 +132,26 @@ __global__ void __launch_bounds__(kPermuteThreads)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) result.values[i] = from_float<T>(sums[i]);
     *reinterpret_cast<Values*>(out + t * hidden + h) = result;
+  }
+}
+
+// A block per token: rows of grad_y [M, H], and grad_weights [T, K] by sums over its threads, each unless null.
+template <typename T>
+__global__ void __launch_bounds__(kPermuteThreads)
+    moe_unpermute_backward_token_kernel(const T* __restrict__ grad, const T* __restrict__ y,
+                                        const float* __restrict__ weights, CopyRows rows, T* __restrict__ grad_y,
+                                        float* __restrict__ grad_weights, int64_t top_k, int64_t hidden) {
+  const int64_t t = blockIdx.x;
+  for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
+    const int64_t row = rows[i];
+    float dot = 0.0f;
+    for (int64_t h = threadIdx.x; row >= 0 && h < hidden; h += kPermuteThreads) {
+      const float g = to_float(grad[t * hidden + h]);
+      if (grad_weights) dot = fmaf(g, to_float(y[row * hidden + h]), dot);
+      if (grad_y) grad_y[row * hidden + h] = from_float<T>(weights[i] * g);
+    }
+    dot = block_sum(dot);
+    if (grad_weights && threadIdx.x == 0) grad_weights[i] = dot;
   }
 }
 

@@ -140,29 +140,40 @@ auto route_block_kernel() {
 }  // namespace
 
 template <typename T, typename R>
-void launch_moe_route_cpu(const T* x, const float* router, float* weights, int32_t* ids, int64_t hidden,
-                          int64_t experts, int64_t top_k, bool renormalize, int64_t begin, int64_t end) {
-  thread_local Buffer<float> buffer;
-  float* logits = buffer.grow(kBlockTokens * experts);  // [tokens of a block, E]
+void launch_router_logits_cpu(const T* x, const float* router, float* logits, int64_t hidden, int64_t experts,
+                              int64_t begin, int64_t end) {
   const auto route = route_block_kernel<T>();
   for (int64_t first = begin; first < end; first += kBlockTokens) {
     const int64_t tokens = std::min(kBlockTokens, end - first);
-    route(x + first * hidden, router, tokens, hidden, experts, logits);
-    for (int64_t i = 0; i < tokens * experts; ++i) logits[i] = to_float(from_float<R>(logits[i]));
-    launch_topk_softmax_cpu(logits, weights + first * top_k, ids + first * top_k, experts, top_k, renormalize, 0,
-                            tokens);
+    float* block = logits + first * experts;
+    route(x + first * hidden, router, tokens, hidden, experts, block);
+    for (int64_t i = 0; i < tokens * experts; ++i) block[i] = to_float(from_float<R>(block[i]));
   }
 }
 
-template void launch_moe_route_cpu<float, float>(const float*, const float*, float*, int32_t*, int64_t, int64_t,
-                                                 int64_t, bool, int64_t, int64_t);
-template void launch_moe_route_cpu<BFloat16, float>(const BFloat16*, const float*, float*, int32_t*, int64_t, int64_t,
-                                                    int64_t, bool, int64_t, int64_t);
-template void launch_moe_route_cpu<Half, float>(const Half*, const float*, float*, int32_t*, int64_t, int64_t, int64_t,
-                                                bool, int64_t, int64_t);
-template void launch_moe_route_cpu<BFloat16, BFloat16>(const BFloat16*, const float*, float*, int32_t*, int64_t,
-                                                       int64_t, int64_t, bool, int64_t, int64_t);
-template void launch_moe_route_cpu<Half, Half>(const Half*, const float*, float*, int32_t*, int64_t, int64_t, int64_t,
-                                               bool, int64_t, int64_t);
+template <typename T, typename R>
+void launch_moe_route_cpu(const T* x, const float* router, const float* select_bias, float* weights, int32_t* ids,
+                          int64_t hidden, int64_t experts, int64_t top_k, bool renormalize, int64_t begin,
+                          int64_t end) {
+  thread_local Buffer<float> buffer;
+  float* logits = buffer.grow(kBlockTokens * experts);  // [tokens of a block, E]
+  for (int64_t first = begin; first < end; first += kBlockTokens) {
+    const int64_t tokens = std::min(kBlockTokens, end - first);
+    launch_router_logits_cpu<T, R>(x + first * hidden, router, logits, hidden, experts, 0, tokens);
+    launch_topk_softmax_cpu(logits, select_bias, weights + first * top_k, ids + first * top_k, experts, top_k,
+                            renormalize, 0, tokens);
+  }
+}
+
+#define MIXTRAL_INSTANTIATE(T, R)                                                                                    \
+  template void launch_router_logits_cpu<T, R>(const T*, const float*, float*, int64_t, int64_t, int64_t, int64_t);  \
+  template void launch_moe_route_cpu<T, R>(const T*, const float*, const float*, float*, int32_t*, int64_t, int64_t, \
+                                           int64_t, bool, int64_t, int64_t);
+MIXTRAL_INSTANTIATE(float, float)
+MIXTRAL_INSTANTIATE(BFloat16, float)
+MIXTRAL_INSTANTIATE(Half, float)
+MIXTRAL_INSTANTIATE(BFloat16, BFloat16)
+MIXTRAL_INSTANTIATE(Half, Half)
+#undef MIXTRAL_INSTANTIATE
 
 }  // namespace mixtral

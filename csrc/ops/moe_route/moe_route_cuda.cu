@@ -12,8 +12,8 @@ constexpr int64_t kManyTokens = 1024;  // enough to fill a GPU with four in a bl
 }  // namespace
 
 template <typename T, typename R>
-int launch_moe_route_cuda(const T* x, const R* router, float* weights, int32_t* ids, int64_t tokens, int64_t hidden,
-                          int64_t experts, int64_t top_k, bool renormalize, cudaStream_t stream) {
+int launch_moe_route_cuda(const T* x, const R* router, const float* select_bias, RouteOutputs out, int64_t tokens,
+                          int64_t hidden, int64_t experts, int64_t top_k, bool renormalize, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   const bool wide = vectors_fit<T, 4>(x, hidden) && vectors_fit<R, 4>(router, hidden);
   const bool many = tokens >= kManyTokens;
@@ -23,19 +23,38 @@ int launch_moe_route_cuda(const T* x, const R* router, float* weights, int32_t* 
   const int block_tokens = many ? 4 : 1;
   kernel<<<static_cast<unsigned>(ceil_div(tokens, block_tokens)), kRouteThreads,
            route_shared_bytes(block_tokens, experts), stream>>>(
-      x, router, weights, ids, tokens, hidden, static_cast<int>(experts), static_cast<int>(top_k), renormalize);
+      x, router, select_bias, out, tokens, hidden, static_cast<int>(experts), static_cast<int>(top_k), renormalize);
   return cudaGetLastError();
 }
 
-template int launch_moe_route_cuda(const float*, const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t,
-                                   bool, cudaStream_t);
-template int launch_moe_route_cuda(const BFloat16*, const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t,
-                                   bool, cudaStream_t);
-template int launch_moe_route_cuda(const Half*, const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t,
-                                   bool, cudaStream_t);
-template int launch_moe_route_cuda(const BFloat16*, const BFloat16*, float*, int32_t*, int64_t, int64_t, int64_t,
-                                   int64_t, bool, cudaStream_t);
-template int launch_moe_route_cuda(const Half*, const Half*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t, bool,
-                                   cudaStream_t);
+template <typename T, typename R>
+int launch_router_logits_backward_cuda(const float* grad, const T* x, const R* router, T* grad_x, R* grad_router,
+                                       int64_t tokens, int64_t hidden, int64_t experts, cudaStream_t stream) {
+  if (hidden == 0) return cudaSuccess;
+  if (grad_x && tokens > 0) {
+    const dim3 blocks(static_cast<unsigned>(tokens), static_cast<unsigned>(ceil_div(hidden, kRouteThreads)));
+    router_logits_backward_x_kernel<<<blocks, kRouteThreads, 0, stream>>>(grad, router, grad_x, hidden,
+                                                                          static_cast<int>(experts));
+  }
+  if (grad_router && experts > 0) {
+    const dim3 blocks(static_cast<unsigned>(ceil_div(hidden, kWarpSize)),
+                      static_cast<unsigned>(ceil_div(experts, kRouteExperts)));
+    router_logits_backward_router_kernel<<<blocks, kRouteThreads, 0, stream>>>(grad, x, grad_router, tokens, hidden,
+                                                                               static_cast<int>(experts));
+  }
+  return cudaGetLastError();
+}
+
+#define MIXTRAL_INSTANTIATE(T, R)                                                                                      \
+  template int launch_moe_route_cuda(const T*, const R*, const float*, RouteOutputs, int64_t, int64_t, int64_t,        \
+                                     int64_t, bool, cudaStream_t);                                                     \
+  template int launch_router_logits_backward_cuda(const float*, const T*, const R*, T*, R*, int64_t, int64_t, int64_t, \
+                                                  cudaStream_t);
+MIXTRAL_INSTANTIATE(float, float)
+MIXTRAL_INSTANTIATE(BFloat16, float)
+MIXTRAL_INSTANTIATE(Half, float)
+MIXTRAL_INSTANTIATE(BFloat16, BFloat16)
+MIXTRAL_INSTANTIATE(Half, Half)
+#undef MIXTRAL_INSTANTIATE
 
 }  // namespace mixtral

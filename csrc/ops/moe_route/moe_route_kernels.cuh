@@ -45,9 +45,8 @@ __device__ __forceinline__ void partial_logits(const T* const (&x)[kTokens], con
 
 template <typename T, typename R, int kTokens, int kValues>
 __global__ void __launch_bounds__(kRouteThreads)
-    moe_route_kernel(const T* __restrict__ x, const R* __restrict__ router, float* __restrict__ weights,
-                     int32_t* __restrict__ ids, int64_t tokens, int64_t hidden, int experts, int top_k,
-                     bool renormalize) {
+    moe_route_kernel(const T* __restrict__ x, const R* __restrict__ router, const float* __restrict__ select_bias,
+                     RouteOutputs out, int64_t tokens, int64_t hidden, int experts, int top_k, bool renormalize) {
   auto* logits = reinterpret_cast<float*>(dynamic_shared_memory());  // [kTokens, E]
   float* partial = logits + kTokens * experts;                       // [warps, kTokens, kRouteExperts]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -77,9 +76,51 @@ __global__ void __launch_bounds__(kRouteThreads)
     __syncthreads();
   }
   const int64_t token = first_token + warp;
-  if (warp < kTokens && token < tokens)
-    warp_topk_softmax(logits + warp * experts, weights + token * top_k, ids + token * top_k, experts, top_k,
-                      renormalize);
+  if (warp >= kTokens || token >= tokens) return;
+  if (out.logits) {
+    for (int e = lane; e < experts; e += kWarpSize) out.logits[token * experts + e] = logits[warp * experts + e];
+    return;
+  }
+  warp_topk_softmax(logits + warp * experts, select_bias, out.weights + token * top_k, out.ids + token * top_k, experts,
+                    top_k, renormalize);
+}
+
+// A block per token and kRouteThreads columns: grad_x [T, H].
+template <typename T, typename R>
+__global__ void __launch_bounds__(kRouteThreads)
+    router_logits_backward_x_kernel(const float* __restrict__ grad, const R* __restrict__ router,
+                                    T* __restrict__ grad_x, int64_t hidden, int experts) {
+  const int64_t t = blockIdx.x, h = static_cast<int64_t>(blockIdx.y) * kRouteThreads + threadIdx.x;
+  if (h >= hidden) return;
+  float sum = 0.0f;
+  for (int e = 0; e < experts; ++e) sum = fmaf(grad[t * experts + e], to_float(router[e * hidden + h]), sum);
+  grad_x[t * hidden + h] = from_float<T>(sum);
+}
+
+// A block per 32 columns and eight experts. Its warps take every eighth token each, in order, and their sums are added
+// in order: grad_router [E, H].
+template <typename T, typename R>
+__global__ void __launch_bounds__(kRouteThreads)
+    router_logits_backward_router_kernel(const float* __restrict__ grad, const T* __restrict__ x,
+                                         R* __restrict__ grad_router, int64_t tokens, int64_t hidden, int experts) {
+  __shared__ float partial[kRouteWarps][kRouteExperts][kWarpSize];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t h = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  const int first = static_cast<int>(blockIdx.y) * kRouteExperts;
+  float sums[kRouteExperts] = {};
+  for (int64_t t = warp; t < tokens && h < hidden; t += kRouteWarps) {
+    const float value = to_float(x[t * hidden + h]);
+#pragma unroll
+    for (int e = 0; e < kRouteExperts; ++e)
+      if (first + e < experts) sums[e] = fmaf(grad[t * experts + first + e], value, sums[e]);
+  }
+#pragma unroll
+  for (int e = 0; e < kRouteExperts; ++e) partial[warp][e][lane] = sums[e];
+  __syncthreads();
+  if (first + warp >= experts || h >= hidden) return;  // warp e adds the sums of expert first + e
+  float sum = 0.0f;
+  for (int w = 0; w < kRouteWarps; ++w) sum += partial[w][warp][lane];
+  grad_router[(first + warp) * hidden + h] = from_float<R>(sum);
 }
 
 }  // namespace mixtral::cuda

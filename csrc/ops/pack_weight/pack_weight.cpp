@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../dispatch.h"
+#include "../internal_ops.h"
 #include "weight_view.h"
 
 namespace mixtral {
@@ -74,24 +75,18 @@ Tensor pack_weight(const Tensor& weight, std::optional<std::string> quantize, st
   return packed;
 }
 
-// packed -> weight [E, N, Kdim]; BFloat16 when quantised
-Tensor unpack_weight(const Tensor& packed) {
-  constexpr const char* op = "unpack_weight";
-  const bool quantized = is_quantized(weight_format(packed));
-  if (!quantized) check_float(op, "packed", packed);
-  const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
-  const Weight weight = as_weight(op, "packed", packed, type, "[E, N/32, Kdim/32, 1024]");
+}  // namespace
+
+Tensor internal::unpack_weight(const char* op, const Weight& weight, ScalarType type) {
   const WeightView& view = weight.view;
-  MIXTRAL_CHECK(view.format != WeightFormat::kPlain, op, ": packed must be a packed weight, got shape ",
-                shape_string(packed));
-  const Tensor out = new_tensor(packed, {view.experts, view.columns, view.depth}, type);
+  const Tensor out = new_tensor(weight.tensor, {view.experts, view.columns, view.depth}, type);
   dispatch_float(op, type, [&](auto tag) {
     using T = decltype(tag);
     const char* from = static_cast<const char*>(view.data);
     T* to = mutable_ptr<T>(out);
     if constexpr (kWithCuda) {
-      if (packed.is_cuda()) {
-        const CudaScope scope(packed);
+      if (out.is_cuda()) {
+        const CudaScope scope(out);
         return check_launch(op, launch_unpack_weight_cuda(view, to, scope.stream()));
       }
     }
@@ -100,6 +95,20 @@ Tensor unpack_weight(const Tensor& packed) {
     });
   });
   return out;
+}
+
+namespace {
+
+// packed -> weight [E, N, Kdim]; BFloat16 when quantised
+Tensor unpack_weight(const Tensor& packed) {
+  constexpr const char* op = "unpack_weight";
+  const bool quantized = is_quantized(weight_format(packed));
+  if (!quantized) check_float(op, "packed", packed);
+  const ScalarType type = quantized ? ScalarType::BFloat16 : packed.scalar_type();
+  const Weight weight = as_weight(op, "packed", packed, type, "[E, N/32, Kdim/32, 1024]");
+  MIXTRAL_CHECK(weight.view.format != WeightFormat::kPlain, op, ": packed must be a packed weight, got shape ",
+                shape_string(packed));
+  return internal::unpack_weight(op, weight, type);
 }
 
 }  // namespace

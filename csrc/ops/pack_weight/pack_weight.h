@@ -40,7 +40,8 @@ namespace mixtral {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-enum class WeightFormat { kPlain, kPacked, kInt8, kFp8, kInt4 };
+// kTransposed: [E, depth, columns], as a weight looks to its own gradient's products. No tensor of a user has it.
+enum class WeightFormat { kTransposed, kPlain, kPacked, kInt8, kFp8, kInt4 };
 
 inline constexpr int64_t kBlockRows = kPanelColumns;
 inline constexpr int64_t kScaleGroup = kStepDepth;                                           // depths of an int4 scale
@@ -48,9 +49,7 @@ inline constexpr int64_t kInt4StepBytes = kBlockRows + kStepElements / 2;       
 inline constexpr int64_t kRowScaleBytes = kBlockRows * static_cast<int64_t>(sizeof(float));  // of an int8 or fp8 block
 inline constexpr float kInt8Unit = 65536;  // int8 panels hold q * 2^16: the bf16 values that are cheapest to make of q
 
-MIXTRAL_HOST_DEVICE constexpr bool is_quantized(WeightFormat format) {
-  return format != WeightFormat::kPlain && format != WeightFormat::kPacked;
-}
+MIXTRAL_HOST_DEVICE constexpr bool is_quantized(WeightFormat format) { return format > WeightFormat::kPacked; }
 
 // Whether a block ends with an f32 scale for each of its rows.
 MIXTRAL_HOST_DEVICE constexpr bool has_row_scales(WeightFormat format) {

@@ -72,9 +72,61 @@ MIXTRAL_INLINE void widen_pairs(const BFloat16* pairs, float* out) {
     }
 }
 
+// Up to 32 depths of 32 columns of a weight of the format kTransposed, with zeros outside it.
+template <typename T>
+class TransposedRows {
+ public:
+  TransposedRows(const WeightView& weight, int64_t expert, int64_t column, int64_t k)
+      : first_(static_cast<const T*>(weight.data) + (expert * weight.depth + k) * weight.columns + column),
+        stride_(weight.columns) {
+    const int64_t columns = std::min(weight.columns - column, kPanelColumns);
+    const int64_t depth = std::min(weight.depth - k, kStepDepth);
+    if (columns == kPanelColumns && depth == kStepDepth) return;
+    std::memset(static_cast<void*>(padded_), 0, sizeof padded_);
+    for (int64_t d = 0; d < depth; ++d)
+      std::memcpy(static_cast<void*>(padded_[d]), first_ + d * stride_, columns * sizeof(T));
+    first_ = padded_[0];
+    stride_ = kPanelColumns;
+  }
+  TransposedRows(const TransposedRows&) = delete;
+
+  MIXTRAL_INLINE const T* operator[](int64_t d) const { return first_ + d * stride_; }
+
+ private:
+  const T* first_;
+  int64_t stride_;
+  T padded_[kStepDepth][kPanelColumns];
+};
+
+// A step in pair order.
+MIXTRAL_INLINE void zip_step(const TransposedRows<BFloat16>& rows, BFloat16* out) {
+  for (int64_t p = 0; p < kStepDepth / 2; ++p)
+    for (int64_t half = 0; half < 2; ++half) {
+      const BFloat16 *even = rows[2 * p] + half * kHalf, *odd = rows[2 * p + 1] + half * kHalf;
+      BFloat16* to = out + (half * kHalf + p) * kStepDepth;
+      for (int64_t j = 0; j < kHalf; ++j) {
+        const uint32_t word = even[j].x | static_cast<uint32_t>(odd[j].x) << 16;
+        std::memcpy(to + 2 * j, &word, sizeof word);
+      }
+    }
+}
+
+template <typename T>
+MIXTRAL_INLINE void widen_step(const TransposedRows<T>& rows, float* out) {
+  for (int64_t d = 0; d < kStepDepth; ++d)
+    for (int64_t j = 0; j < kPanelColumns; ++j) out[d * kPanelColumns + j] = to_float(rows[d][j]);
+}
+
 const BFloat16* load_pairs(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                            BFloat16* scratch) {
   const int64_t steps = ceil_div(depth, kStepDepth);
+  if (weight.format == WeightFormat::kTransposed) {
+    for (int64_t s = 0; s < steps; ++s) {
+      const TransposedRows<BFloat16> rows(weight, expert, column, k + s * kStepDepth);
+      for_cpu_isa([&] { zip_step(rows, scratch + s * kStepElements); });
+    }
+    return scratch;
+  }
   if (weight.format == WeightFormat::kPlain) {
     for (int64_t s = 0; s < steps; ++s)
       transpose_step(weight, expert, column, k + s * kStepDepth, scratch + s * kStepElements);
@@ -91,6 +143,13 @@ template <typename T>
 const float* load_floats(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                          float* scratch) {
   const int64_t steps = ceil_div(depth, kStepDepth);
+  if (weight.format == WeightFormat::kTransposed) {
+    for (int64_t s = 0; s < steps; ++s) {
+      const TransposedRows<T> rows(weight, expert, column, k + s * kStepDepth);
+      for_cpu_isa([&] { widen_step(rows, scratch + s * kStepElements); });
+    }
+    return scratch;
+  }
   const T* packed =
       static_cast<const T*>(weight.data) + (expert * weight.columns + column) * weight.depth + k * kPanelColumns;
   if constexpr (std::is_same_v<T, float>) {

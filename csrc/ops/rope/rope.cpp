@@ -9,21 +9,22 @@
 
 namespace mixtral {
 
-void check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions, double theta) {
-  check_rank(op, "q", q, 3, "[T, Nq, D]");
-  check_float(op, "q", q);
-  check_rank(op, "k", k, 3, "[T, Nkv, D]");
-  check_dtype(op, "k", k, q.scalar_type());
-  check_same_device(op, "k", k, q);
-  check_size(op, "k", k, 0, q.size(0));
-  check_size(op, "k", k, 2, q.size(2));
+void check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
+                const char* q_name, const char* k_name) {
+  check_rank(op, q_name, q, 3, "[T, Nq, D]");
+  check_float(op, q_name, q);
+  check_rank(op, k_name, k, 3, "[T, Nkv, D]");
+  check_dtype(op, k_name, k, q.scalar_type());
+  check_same_device(op, k_name, k, q);
+  check_size(op, k_name, k, 0, q.size(0));
+  check_size(op, k_name, k, 2, q.size(2));
   check_rank(op, "positions", positions, 1, "[T]");
   check_index(op, "positions", positions);
   check_same_device(op, "positions", positions, q);
   check_size(op, "positions", positions, 0, q.size(0));
-  MIXTRAL_CHECK(q.size(2) % 2 == 0, op, ": q must have an even head dim, got shape ", shape_string(q));
-  MIXTRAL_CHECK(!q.is_cuda() || q.size(2) / 2 <= kMaxRopePairsCuda, op, ": q must have a head dim of at most ",
-                2 * kMaxRopePairsCuda, " on CUDA, got shape ", shape_string(q));
+  MIXTRAL_CHECK(q.size(2) % 2 == 0, op, ": ", q_name, " must have an even head dim, got shape ", shape_string(q));
+  MIXTRAL_CHECK(!q.is_cuda() || q.size(2) / 2 <= kMaxRopePairsCuda, op, ": ", q_name,
+                " must have a head dim of at most ", 2 * kMaxRopePairsCuda, " on CUDA, got shape ", shape_string(q));
   MIXTRAL_CHECK(theta > 0 && std::isfinite(theta), op, ": theta must be positive and finite, got ", theta);
 }
 
@@ -43,17 +44,18 @@ Tensor as_rows(const Tensor& x) {
 
 namespace {
 
-constexpr const char* kOp = "rope";
+enum class Turn { kForth, kBack };
 
-std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
-                                bool interleaved) {
-  check_rope(kOp, q, k, positions, theta);
+std::tuple<Tensor, Tensor> rotate(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
+                                  double theta, bool interleaved, Turn turn) {
   const int64_t tokens = q.size(0), head_dim = q.size(2);
   const Tensor q_rows = as_rows(q), k_rows = as_rows(k);
   const Tensor index = as_index(positions, ScalarType::Long);
   Tensor q_out = new_tensor(q, q.sizes()), k_out = new_tensor(k, k.sizes());
-  const std::vector<float> frequencies = inverse_frequencies(theta, head_dim);
-  dispatch_float(kOp, q.scalar_type(), [&](auto tag) {
+  std::vector<float> frequencies = inverse_frequencies(theta, head_dim);
+  if (turn == Turn::kBack)
+    for (float& frequency : frequencies) frequency = -frequency;
+  dispatch_float(op, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const RopeTensor<T> q_rope{const_ptr<T>(q_rows), q_rows.stride(0), mutable_ptr<T>(q_out), q.size(1)};
     const RopeTensor<T> k_rope{const_ptr<T>(k_rows), k_rows.stride(0), mutable_ptr<T>(k_out), k.size(1)};
@@ -61,8 +63,8 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
     if constexpr (kWithCuda) {
       if (q.is_cuda()) {
         const CudaScope scope(q);
-        check_launch(kOp, launch_rope_cuda(q_rope, k_rope, index_ptr, frequencies.data(), tokens, head_dim, interleaved,
-                                           scope.stream()));
+        check_launch(op, launch_rope_cuda(q_rope, k_rope, index_ptr, frequencies.data(), tokens, head_dim, interleaved,
+                                          scope.stream()));
         return;
       }
     }
@@ -73,12 +75,30 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   return {q_out, k_out};
 }
 
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
+                                bool interleaved) {
+  check_rope("rope", q, k, positions, theta);
+  return rotate("rope", q, k, positions, theta, interleaved, Turn::kForth);
+}
+
+std::tuple<Tensor, Tensor> rope_backward(const Tensor& grad_q, const Tensor& grad_k, const Tensor& positions,
+                                         double theta, bool interleaved) {
+  check_rope("rope_backward", grad_q, grad_k, positions, theta, "grad_q", "grad_k");
+  return rotate("rope_backward", grad_q, grad_k, positions, theta, interleaved, Turn::kBack);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) { m.impl("rope", TORCH_BOX(&rope)); }
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CPU, m) {
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward));
+}
 
 #ifdef MIXTRAL_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) { m.impl("rope", TORCH_BOX(&rope)); }
+STABLE_TORCH_LIBRARY_IMPL(mixtral, CUDA, m) {
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward));
+}
 #endif
 
 }  // namespace mixtral

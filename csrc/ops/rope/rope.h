@@ -3,6 +3,9 @@
 //   out[a] = x[a] * cos - x[b] * sin,  out[b] = x[b] * cos + x[a] * sin
 // for i < D/2 and the pair (a, b) = (i, i + D/2), or (2i, 2i + 1) when interleaved. Cosine, sine and the rotation are
 // f32, rounded once.
+//
+// A rotation is orthogonal, so its gradient is the rotation back: the same with -angle (rope_backward). cos is even and
+// sin is odd, so negative frequencies make the same kernels rotate back.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,8 @@
 namespace mixtral {
 
 // q [T, Nq, D], k [T, Nkv, D], positions [T]: ranks, sizes, dtypes, devices; D even and within the CUDA kernels' limit.
-void check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions, double theta);
+void check_rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
+                const char* q_name = "q", const char* k_name = "k");
 
 // [D/2], rounded to f32 after each operation, as torch computes 1.0 / theta ** (arange(0, D, 2) / D).
 std::vector<float> inverse_frequencies(double theta, int64_t head_dim);

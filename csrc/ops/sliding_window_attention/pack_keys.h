@@ -1,7 +1,10 @@
 // A block of keys and values as operands of the products of attention.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "../cpu/simd.h"
 #include "../cpu/transpose.h"
@@ -14,6 +17,20 @@ template <typename T, typename Operand>
 MIXTRAL_INLINE void convert_row(const T* from, int64_t size, int64_t width, Operand* to) {
   for (int64_t d = 0; d < size; ++d) to[d] = cpu::from_float<Operand>(cpu::to_float(from[d]));
   for (int64_t d = size; d < width; ++d) to[d] = Operand(0.0f);
+}
+
+// Whether no value of the row is infinite or NaN: by the largest bits without the sign.
+template <typename T>
+MIXTRAL_INLINE bool is_finite(const T* row, int64_t size) {
+  using Bits = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+  constexpr Bits kInfinity = std::is_same_v<T, float> ? 0x7f800000 : std::is_same_v<T, cpu::Half> ? 0x7c00 : 0x7f80;
+  Bits largest = 0;
+  for (int64_t d = 0; d < size; ++d) {
+    Bits bits;
+    std::memcpy(&bits, row + d, sizeof bits);
+    largest = std::max<Bits>(largest, bits & std::numeric_limits<Bits>::max());
+  }
+  return largest < kInfinity;
 }
 
 // Where a panel of 32 keys holds the value of column j, or the pair of values of bf16, at depth d (product_order.h).

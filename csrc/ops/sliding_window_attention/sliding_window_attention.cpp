@@ -48,7 +48,7 @@ template <typename T>
 int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem, cudaStream_t stream) {
 #ifdef MIXTRAL_WITH_HOPPER
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const bool hopper = use_hopper_kernels(q);
+    const bool hopper = use_hopper_kernels(q) && problem.lse == nullptr;
     if (hopper && takes_attention_decode_hopper(problem)) {  // few queries a sequence
       const int64_t bytes = decode_workspace_bytes(problem, decode_plan(problem));
       const Tensor workspace = new_tensor(q, {bytes}, ScalarType::Byte);
@@ -65,7 +65,7 @@ int launch_attention_on_gpu(const Tensor& q, const AttentionProblem<T>& problem,
 }  // namespace
 
 Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-              const KeyLayout& keys, int64_t window, bool causal, std::optional<double> scale) {
+              const KeyLayout& keys, int64_t window, bool causal, std::optional<double> scale, const Tensor* lse) {
   const int64_t tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k.size(k.dim() - 2);
   const int64_t sequences = cu_seqlens_q.size(0) - 1;
   MIXTRAL_CHECK(tokens == 0 || sequences > 0, op, ": cu_seqlens_q must have at least 2 elements, got shape ",
@@ -74,21 +74,21 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   Tensor out = new_tensor(q, q.sizes());
   dispatch_float(op, q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const AttentionProblem<T> problem{
-        const_ptr<T>(q_contiguous),
-        const_ptr<T>(k),
-        const_ptr<T>(v),
-        mutable_ptr<T>(out),
-        const_ptr<int64_t>(cu_seqlens_q),
-        keys,
-        tokens,
-        sequences,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        window,
-        causal,
-        static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))))};
+    const AttentionProblem<T> problem{const_ptr<T>(q_contiguous),
+                                      const_ptr<T>(k),
+                                      const_ptr<T>(v),
+                                      mutable_ptr<T>(out),
+                                      const_ptr<int64_t>(cu_seqlens_q),
+                                      keys,
+                                      tokens,
+                                      sequences,
+                                      num_heads,
+                                      num_kv_heads,
+                                      head_dim,
+                                      window,
+                                      causal,
+                                      score_scale(scale, head_dim),
+                                      lse != nullptr ? mutable_ptr<float>(*lse) : nullptr};
     if constexpr (kWithCuda) {
       if (q.is_cuda()) {
         MIXTRAL_CHECK(head_dim <= kMaxHeadDimCuda, op, ": q must have a head dim of at most ", kMaxHeadDimCuda,
@@ -104,25 +104,21 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   return out;
 }
 
-namespace {
-
-constexpr const char* kOp = "sliding_window_attention";
-
-Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                const Tensor& cu_seqlens_k, int64_t window, bool causal, std::optional<double> scale) {
-  check_rank(kOp, "k", k, 3, "[Tk, Nkv, D]");
-  check_attention_tensors(kOp, q, "k", k, "v", v);
-  check_rank(kOp, "cu_seqlens_q", cu_seqlens_q, 1, "[B + 1]");
-  check_index(kOp, "cu_seqlens_q", cu_seqlens_q);
-  check_same_device(kOp, "cu_seqlens_q", cu_seqlens_q, q);
-  MIXTRAL_CHECK(cu_seqlens_q.size(0) > 0, kOp, ": cu_seqlens_q must have at least 1 element, got shape ",
+PackedSequences packed_sequences(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t window, bool causal) {
+  check_rank(op, "k", k, 3, "[Tk, Nkv, D]");
+  check_attention_tensors(op, q, "k", k, "v", v);
+  check_rank(op, "cu_seqlens_q", cu_seqlens_q, 1, "[B + 1]");
+  check_index(op, "cu_seqlens_q", cu_seqlens_q);
+  check_same_device(op, "cu_seqlens_q", cu_seqlens_q, q);
+  MIXTRAL_CHECK(cu_seqlens_q.size(0) > 0, op, ": cu_seqlens_q must have at least 1 element, got shape ",
                 shape_string(cu_seqlens_q));
-  check_rank(kOp, "cu_seqlens_k", cu_seqlens_k, 1, "[B + 1]");
-  check_index(kOp, "cu_seqlens_k", cu_seqlens_k);
-  check_same_device(kOp, "cu_seqlens_k", cu_seqlens_k, q);
-  check_size(kOp, "cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0));
-  check_window(kOp, window);
-  MIXTRAL_CHECK(causal || window == 0, kOp, ": window must be 0 when causal is false, got ", window);
+  check_rank(op, "cu_seqlens_k", cu_seqlens_k, 1, "[B + 1]");
+  check_index(op, "cu_seqlens_k", cu_seqlens_k);
+  check_same_device(op, "cu_seqlens_k", cu_seqlens_k, q);
+  check_size(op, "cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0));
+  check_window(op, window);
+  MIXTRAL_CHECK(causal || window == 0, op, ": window must be 0 when causal is false, got ", window);
   const Tensor index_q = as_index(cu_seqlens_q, ScalarType::Long), index_k = as_index(cu_seqlens_k, ScalarType::Long);
   KeyLayout keys;
   keys.cu_seqlens = const_ptr<int64_t>(index_k);
@@ -130,10 +126,23 @@ Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& 
   keys.page_size = k.size(0);
   if (!q.is_cuda()) {
     const int64_t sequences = index_q.size(0) - 1;
-    check_cu_seqlens(kOp, "cu_seqlens_q", const_ptr<int64_t>(index_q), sequences, q.size(0));
-    check_cu_seqlens(kOp, "cu_seqlens_k", keys.cu_seqlens, sequences, k.size(0));
+    check_cu_seqlens(op, "cu_seqlens_q", const_ptr<int64_t>(index_q), sequences, q.size(0));
+    check_cu_seqlens(op, "cu_seqlens_k", keys.cu_seqlens, sequences, k.size(0));
   }
-  return attend(kOp, q, as_contiguous(k), as_contiguous(v), index_q, keys, window, causal, scale);
+  return {index_q, index_k, keys};
+}
+
+float score_scale(std::optional<double> scale, int64_t head_dim) {
+  return static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
+}
+
+namespace {
+
+Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                const Tensor& cu_seqlens_k, int64_t window, bool causal, std::optional<double> scale) {
+  constexpr const char* kOp = "sliding_window_attention";
+  const PackedSequences packed = packed_sequences(kOp, q, k, v, cu_seqlens_q, cu_seqlens_k, window, causal);
+  return attend(kOp, q, as_contiguous(k), as_contiguous(v), packed.cu_seqlens_q, packed.keys, window, causal, scale);
 }
 
 }  // namespace

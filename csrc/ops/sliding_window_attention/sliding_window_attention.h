@@ -30,6 +30,8 @@ struct AttentionProblem {
   int64_t window;  // 0: none
   bool causal;
   float scale;
+  float* lse =
+      nullptr;  // [Nq, T], if the backward pass will need it: log sum_j exp(scale * q.k_j) of the keys in sight
 
   // The key range of query row `token` of `sequence`.
   constexpr KeyRange visible(int64_t sequence, int64_t token) const {

@@ -6,6 +6,7 @@
 // key it sees. So its sums run over the same key blocks in the same order for any neighbours, chunks and layout of the
 // keys. A key that a row does not see has the weight 0, which does not change the sums as long as its value is finite.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <utility>
 
@@ -82,12 +83,18 @@ class TileWorker {
       const float sum = sum_lanes(states_[r].sum), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no key was seen
       T* out = problem_.out + row_offset(r);
       for (int64_t d = 0; d < problem_.head_dim; ++d) out[d] = from_float<T>(acc_[r * width_ + d] * inverse);
+      if (problem_.lse != nullptr)
+        problem_.lse[lse_index(r)] = sum == 0.0f ? states_[r].max : states_[r].max + std::log(sum);
     }
   }
 
  private:
   int64_t row_offset(int64_t r) const {
     return ((tile_.begin + r / group_) * problem_.num_heads + kv_head_ * group_ + r % group_) * problem_.head_dim;
+  }
+
+  int64_t lse_index(int64_t r) const {
+    return (kv_head_ * group_ + r % group_) * problem_.tokens + tile_.begin + r / group_;
   }
 
   KeyRange visible(int64_t token) const { return problem_.visible(tile_.sequence, tile_.begin + token); }
@@ -140,17 +147,9 @@ class TileWorker {
   }
 
   MIXTRAL_INLINE bool values_are_finite(const Block<T>& block) const {
-    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-    constexpr Bits kInfinity = std::is_same_v<T, Half> ? 0x7c00u : 0x7f800000u >> (32 - 8 * sizeof(T));
-    Bits largest = 0;
-    for (int64_t j = block.seen.begin; j < block.seen.end; ++j) {
-      for (int64_t d = 0; d < problem_.head_dim; ++d) {
-        Bits bits;
-        std::memcpy(&bits, block.rows[kKeyBlock + j] + d, sizeof bits);
-        largest = std::max(largest, static_cast<Bits>(bits & static_cast<Bits>(~Bits{0} >> 1)));
-      }
-    }
-    return largest < kInfinity;
+    for (int64_t j = block.seen.begin; j < block.seen.end; ++j)
+      if (!is_finite(block.rows[kKeyBlock + j], problem_.head_dim)) return false;
+    return true;
   }
 
   // The rows [begin, end) of a block as `Stored`, in copies of `width` values.

@@ -1,4 +1,5 @@
-// One value of swiglu, for all CUDA kernels that compute it: the op and products with swiglu give the same bits.
+// One value of swiglu and of its gradient, for all CUDA kernels that compute them: the op and products with swiglu give
+// the same bits.
 #pragma once
 
 #include "../cuda/kernel.cuh"  // to_float, from_float
@@ -12,6 +13,20 @@ __device__ __forceinline__ T swiglu_value(T gate, T up) {
   // An exact division costs a branch and as much as all the rest; 16-bit results keep at most 11 of its 24 bits.
   const float silu = sizeof(T) == sizeof(float) ? g / divisor : __fdividef(g, divisor);
   return from_float<T>(silu * to_float(up));
+}
+
+template <typename T>
+struct GateUp {
+  T gate, up;
+};
+
+// The gradients of gate and up (swiglu_backward.h) in f32, rounded once.
+template <typename T>
+__device__ __forceinline__ GateUp<T> swiglu_gradient(T grad, T gate, T up) {
+  const float g = to_float(gate), upper = to_float(grad), divisor = 1.0f + expf(-g);
+  const float sigmoid = sizeof(T) == sizeof(float) ? 1.0f / divisor : __fdividef(1.0f, divisor);
+  return {from_float<T>(upper * to_float(up) * sigmoid * (1.0f + g * (1.0f - sigmoid))),
+          from_float<T>(upper * g * sigmoid)};
 }
 
 }  // namespace mixtral::cuda

@@ -7,18 +7,26 @@ Experts: any SwiGLU experts with concatenated gate and up projections and no bia
 Attention: causal self-attention, with the sliding window of the layer or without one; grouped-query heads; padding on
 the left or the right; packed sequences; the dynamic cache. What does not fit is an error, never a silent fallback.
 
+Both have gradients: a model trains under ``Trainer``, with PEFT (experts too) and gradient checkpointing.
+``correct_load_balance_loss`` repairs the loss that keeps the load of the experts even.
+
 Letters as in ``mixtral.ops``; Sq and Sk are the padded lengths of queries and keys in a batch of B rows.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral import modeling_mixtral
 
 from .. import ops
+from ..train.losses import IGNORED, load_balance_loss
 
 PADDING = -1  # the segment of a key that is no token
 
@@ -171,3 +179,61 @@ def check_plain(attention_mask: object, dropout: float, is_causal: bool, extras:
     for name in ("softcap", "s_aux", "position_bias", "output_attentions"):
         if not (extras.get(name) is None or extras[name] is False):
             raise ValueError(f"mixtral attention: {name} expected none, got {type(extras[name]).__name__}")
+
+
+def correct_load_balance_loss(convention: str = "mixtral") -> ExitStack:
+    """Train Mixtral models of transformers with ``mixtral.train.load_balance_loss``, until the result is closed.
+
+    As it is, transformers 5 leaves the loss out unless ``output_router_logits`` is set; pools all layers, so that
+    layers with opposite loads hide each other; and adds it once for every microbatch of an accumulated step, while
+    cross-entropy is divided by the labels of the whole step. From now on a model in training mode that is given labels
+    has the loss whenever ``router_aux_loss_coef`` is not zero and ``output_router_logits`` is not given as False;
+    each microbatch counts by its share of the step's labels.
+
+        with correct_load_balance_loss():
+            trainer.train()
+
+    Args:
+        convention: how it counts, a key of ``mixtral.train.CONVENTIONS``. The default is 1 for an even load, half of
+            transformers' value for two experts per token.
+
+    Returns:
+        Its ``close()``, or leaving it as a context, puts transformers' own loss back.
+
+    Raises:
+        RuntimeError: it is in force already.
+        ValueError: the convention is not known.
+    """
+    model_class, original = modeling_mixtral.MixtralForCausalLM, modeling_mixtral.MixtralForCausalLM.forward
+    if hasattr(original, "load_balance_convention"):
+        raise RuntimeError("correct_load_balance_loss: in force already; close the first one before")
+    load_balance_loss([torch.zeros(1, 1)], 1, convention)  # raises for an unknown convention
+
+    parameters = signature(original)
+
+    def loss(gate_logits, num_experts=None, top_k=2, attention_mask=None):
+        if not isinstance(gate_logits, tuple):
+            return 0
+        mask = None if attention_mask is None else attention_mask.flatten().bool()
+        return load_balance_loss([logits.float() for logits in gate_logits], top_k, convention, mask)
+
+    @wraps(original)
+    def forward(self, *args, return_dict=None, num_items_in_batch=None, **kwargs):
+        call = parameters.bind(self, *args, **kwargs)
+        labels = call.arguments.get("labels")
+        wanted = labels is not None and self.training and self.router_aux_loss_coef != 0
+        if wanted and call.arguments.get("output_router_logits") is None:
+            call.arguments["output_router_logits"] = True
+        outputs = original(*call.args, **call.kwargs, num_items_in_batch=num_items_in_batch, return_dict=True)
+        if num_items_in_batch is not None and labels is not None and outputs.aux_loss is not None:
+            share = (call.kwargs.get("shift_labels", labels[:, 1:]) != IGNORED).sum() / num_items_in_batch
+            outputs.loss = outputs.loss + (share - 1) * self.router_aux_loss_coef * outputs.aux_loss
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if as_dict else outputs.to_tuple()
+
+    forward.load_balance_convention = convention
+    undo = ExitStack()
+    undo.callback(setattr, model_class, "forward", original)
+    undo.callback(setattr, modeling_mixtral, "load_balancing_loss_func", modeling_mixtral.load_balancing_loss_func)
+    model_class.forward, modeling_mixtral.load_balancing_loss_func = forward, loss
+    return undo

@@ -12,7 +12,7 @@ load_library()
 from .grouped_gemm import grouped_gemm  # noqa: E402
 from .moe_mlp import moe_mlp  # noqa: E402
 from .moe_permute import moe_permute, moe_unpermute  # noqa: E402
-from .moe_route import moe_route  # noqa: E402
+from .moe_route import moe_route, router_logits  # noqa: E402
 from .pack_weight import pack_weight, unpack_weight  # noqa: E402
 from .rms_norm import add_rms_norm, rms_norm  # noqa: E402
 from .rolling_kv_cache import (  # noqa: E402
@@ -21,6 +21,7 @@ from .rolling_kv_cache import (  # noqa: E402
     rolling_kv_cache_write,
 )
 from .rope import rope  # noqa: E402
+from .router_losses import router_losses  # noqa: E402
 from .sliding_window_attention import sliding_window_attention  # noqa: E402
 from .swiglu import swiglu  # noqa: E402
 from .topk_softmax import topk_softmax  # noqa: E402
@@ -38,6 +39,8 @@ __all__ = [
     "rolling_kv_cache_rope_write",
     "rolling_kv_cache_write",
     "rope",
+    "router_logits",
+    "router_losses",
     "sliding_window_attention",
     "swiglu",
     "topk_softmax",

@@ -27,6 +27,15 @@ def register_no_backward(op: str) -> None:
     torch.library.register_autograd(f"mixtral::{op}", backward)
 
 
+def register_no_second_backward(op: str) -> None:
+    """Make a backward pass through ``op``, itself the backward of another op, an error in words."""
+
+    def backward(ctx: object, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"{op}: gradients of gradients are not supported; call autograd without create_graph")
+
+    torch.library.register_autograd(f"mixtral::{op}", backward)
+
+
 def register_fake(op: str) -> Callable:
     """Decorator: the function gives the shapes, dtypes and strides of the op's outputs without computing them."""
     return torch.library.register_fake(f"mixtral::{op}")

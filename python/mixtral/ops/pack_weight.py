@@ -68,6 +68,13 @@ def weight_columns(weight: Tensor) -> int:
     return weight.shape[1] * (32 if packed else 1)
 
 
+def weight_depth(weight: Tensor) -> int:
+    """Kdim of a plain or packed weight."""
+    if weight.dtype in ROW_SCALED.values():
+        return (weight.shape[2] - 128) // 32
+    return weight.shape[2] * (32 if weight.dim() == 4 else 1)
+
+
 @register_fake("pack_weight")
 def _(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None) -> Tensor:
     experts, columns, depth = weight.shape
@@ -80,10 +87,8 @@ def _(weight: Tensor, quantize: str | None = None, scales: Tensor | None = None)
 
 @register_fake("unpack_weight")
 def _(packed: Tensor) -> Tensor:
-    row_scaled = packed.dtype in ROW_SCALED.values()
-    depth = (packed.shape[2] - 128) // 32 if row_scaled else packed.shape[2] * 32
-    dtype = torch.bfloat16 if row_scaled or packed.dtype == torch.uint8 else packed.dtype
-    return packed.new_empty((packed.shape[0], weight_columns(packed), depth), dtype=dtype)
+    dtype = packed.dtype if packed.dtype.is_floating_point and packed.dim() == 4 else torch.bfloat16
+    return packed.new_empty((packed.shape[0], weight_columns(packed), weight_depth(packed)), dtype=dtype)
 
 
 register_no_backward("pack_weight")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._library import register_fake, register_no_backward
+from ._library import register_fake, register_no_second_backward
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -21,6 +21,8 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: boo
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or D is odd.
+
+    A rotation is orthogonal: the gradients of ``q`` and ``k`` are those of the results, rotated by ``-positions``.
     """
     return torch.ops.mixtral.rope.default(q, k, positions, theta, interleaved)
 
@@ -30,4 +32,30 @@ def _(q: Tensor, k: Tensor, positions: Tensor, theta: float, interleaved: bool =
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-register_no_backward("rope")
+@register_fake("rope_backward")
+def _(
+    grad_q: Tensor, grad_k: Tensor, positions: Tensor, theta: float, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, _, positions, ctx.theta, ctx.interleaved = inputs
+    ctx.save_for_backward(positions)
+    ctx.set_materialize_grads(False)  # a result that is not used has the gradient None
+
+
+def _backward(ctx, *grads: Tensor | None) -> tuple:
+    wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    given = [grad for grad in wanted if grad is not None]
+    if not given:
+        return (None,) * 5
+    no_heads = given[0][:, :0]
+    rotated = torch.ops.mixtral.rope_backward.default(
+        *(no_heads if grad is None else grad for grad in wanted), *ctx.saved_tensors, ctx.theta, ctx.interleaved
+    )
+    return *(None if grad is None else back for grad, back in zip(wanted, rotated, strict=True)), None, None, None
+
+
+torch.library.register_autograd("mixtral::rope", _backward, setup_context=_setup)
+register_no_second_backward("rope_backward")

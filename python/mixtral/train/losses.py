@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import ops, reference
+from .. import ops
 
 IGNORED = -100  # the label of a token without a loss
 
@@ -80,7 +80,7 @@ def router_sums(
         raise ValueError("router_sums: router_logits must hold the logits of at least one layer")
     if topk_ids is None:
         topk_ids = [ops.topk_softmax(logits.detach(), top_k)[1] for logits in router_logits]
-    layers = [reference.router_losses(x, ids, mask) for x, ids in zip(router_logits, topk_ids, strict=True)]
+    layers = [ops.router_losses(x, ids, mask) for x, ids in zip(router_logits, topk_ids, strict=True)]
     return RouterSums(*(torch.stack(sums) for sums in zip(*layers, strict=True)))
 
 

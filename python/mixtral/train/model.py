@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model import Config
 from . import folders
 from .batch import Batch, Losses, StepTotals
-from .layers import Decoder, Linear, Router, Routing
+from .layers import Decoder, Linear, Routing
 from .losses import RouterSums, linear_cross_entropy, load_balance_loss_from_sums, router_sums, z_loss_from_sums
 from .options import RouterOptions
 
@@ -113,16 +113,16 @@ class Mixtral(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw all weights anew, in f32 before they are rounded, and set biases of selection to zero."""
         generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
-        for path, module in self.named_modules():
-            for name, weight in module.named_parameters(recurse=False):
-                scale = self.router.init_scale if isinstance(module, Router) else None
-                deviation = 0.02 if scale is None else math.sqrt(scale / weight.shape[-1])
-                if weight.dim() == 1:
-                    nn.init.ones_(weight)
-                elif not (self.config.tie_word_embeddings and path == "lm_head"):
-                    nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation, generator=generator)
-            for buffer in module.buffers(recurse=False):
-                buffer.zero_()
+        scale = self.router.init_scale
+        for name, weight in self.named_parameters():
+            of_router = scale is not None and name.endswith("mlp.gate.weight")
+            deviation = math.sqrt(scale / weight.shape[1]) if of_router else 0.02
+            if weight.dim() == 1:
+                nn.init.ones_(weight)
+            else:
+                nn.init.trunc_normal_(weight, 0, deviation, -3 * deviation, 3 * deviation, generator)
+        for bias in self.buffers():
+            bias.zero_()
 
     def to_dtype(self, dtype: torch.dtype | str) -> "Mixtral":
         """Convert all weights but those of f32 routers: selective precision (Switch Transformers, section 2.4)."""

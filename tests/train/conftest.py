@@ -1,0 +1,3 @@
+import plain_ops
+
+plain_ops.install()
