@@ -17,6 +17,10 @@ struct PythonCommand {
 // As COMMANDS in python/mixtral/__main__.py.
 constexpr PythonCommand kPythonCommands[] = {
     {"route", "Analyse what the router does with texts (Python)"},
+    {"train", "Train a model from text, by a configuration in TOML (Python)"},
+    {"upcycle", "Make a mixture of experts of a dense model, with the same logits (Python)"},
+    {"distill", "Train a small model to imitate a large one (Python)"},
+    {"finetune", "Train LoRA adapters or a whole model on conversations (Python)"},
 };
 
 // `python -m mixtral`, but one line instead of a traceback where the package is not installed.
@@ -24,8 +28,9 @@ constexpr const char* kProgram = R"(import sys
 try:
     from mixtral.__main__ import main
 except ImportError:
+    extra = "routing" if sys.argv[1] == "route" else "train"
     print(f"mixtral: {sys.argv[1]} runs in Python, and {sys.executable} has no mixtral package: run scripts/setup.sh, "
-          "or pip install 'mixtral[routing]' and name that Python in MIXTRAL_PYTHON", file=sys.stderr)
+          f"or pip install 'mixtral[{extra}]' and name that Python in MIXTRAL_PYTHON", file=sys.stderr)
     sys.exit(5)
 main())";
 

@@ -12,7 +12,13 @@ PACKAGE = Path(__file__).resolve().parent
 # In an installed package; in a source tree.
 BINARIES = (PACKAGE / "bin" / "mixtral", PACKAGE.parent.parent / "build" / "bin" / "mixtral")
 # Commands that Python runs; the binary starts them too (csrc/app/python.cpp).
-COMMANDS = {"route": "mixtral.routing.command"}
+COMMANDS = {
+    "route": "mixtral.routing.command",
+    "train": "mixtral.train.command",
+    "upcycle": "mixtral.train.upcycle",
+    "distill": "mixtral.train.distill",
+    "finetune": "mixtral.train.finetune",
+}
 
 
 def main() -> None:

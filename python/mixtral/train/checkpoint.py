@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import LoadError
+from .settings import SettingsError
 
 FOLDER = "checkpoints"
 
@@ -41,19 +42,37 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def _publish(temporary: Path, path: Path) -> None:
     """Syncs a file and renames it, then syncs the folder so that the name survives too."""
-    for name in (temporary, path.parent):
-        if name is path.parent:
-            os.replace(temporary, path)
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def paths(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted((out / FOLDER).glob("step-*.safetensors"))
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises SettingsError for a folder that a new run may not have, or that no run can be resumed in."""
+    found = bool(paths(out))
+    if found and not resume:
+        raise SettingsError(f"{out} holds a run already: --resume goes on with it; or name another --out")
+    if resume and not found:
+        raise SettingsError(f"{out} holds no checkpoint to resume from: start without --resume")
+    if not resume and out.exists() and (not out.is_dir() or (out / "config.json").exists()):
+        raise SettingsError(f"{out} is in use: name another --out, or remove it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
 
 
 def save(out: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:

@@ -1,10 +1,6 @@
 """``mixtral train``: a model from text or token files, by a configuration in TOML."""
 
-import dataclasses
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,33 +67,45 @@ def train(settings: Any, source: Path, ranks: Any, resume: bool) -> int:
     import torch
 
     from ..tokenizer import Tokenizer
-    from . import data, loop
+    from . import checkpoint, data, loop, prepare, result
     from .evaluation import Evaluator
+    from .settings import to_toml
 
-    root, out = source.parent, source.parent / settings.output.folder
+    options, root = settings.train, source.parent
+    out = root / settings.output.folder
     settings.output.folder = str(out)
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
+    checkpoint.check_folder(out, resume)
+    text = result.card_text(settings, source)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     texts = data.load_texts(settings.data, root, str(source))
-    tokenizer_path = prepare_tokenizer(settings, texts, source, ranks, resume)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer_file = prepare.prepare_tokenizer(settings, texts, source, ranks, resume)
+    tokenizer = Tokenizer(tokenizer_file)
     domains = data.load_domains(settings.data, texts, tokenizer, root, str(source))
     del texts
-    model = build_model(settings, tokenizer, source)
-    batches = data.Mixture(domains, settings.data, settings.train, tokenizer)
-    evaluator = Evaluator(
-        domains, tokenizer, settings.train.context, settings.train.tokens_per_step, settings.train.device
-    )
-    identity = run_identity(settings) | {"tokenizer": file_digest(tokenizer_path), "data": data.digest(domains)}
+    model = prepare.build_model(settings, tokenizer, source)
+    batches = data.Mixture(domains, settings.data, options, tokenizer, str(source))
+    evaluator = Evaluator(domains, tokenizer, options.context, options.tokens_per_step, options.device)
+    digests = {"tokenizer": prepare.file_digest(tokenizer_file), "data": data.digest(domains)}
     outcome = loop.run(
-        model, batches, settings.train, settings.output, identity=identity, evaluate=evaluator, resume=resume, ranks=ranks
+        model,
+        batches,
+        options,
+        settings.output,
+        identity=prepare.run_identity(settings) | digests,
+        evaluate=evaluator,
+        resume=resume,
+        ranks=ranks,
     )
     if outcome.status == OK and ranks.is_first:
-        if round_weights(model, settings):
+        if prepare.round_weights(model, settings):
             with torch.no_grad():
                 outcome.scores = evaluator(model.eval())
-        save_model(model, settings, out)
-        write_card(settings, model.config, domains, outcome, source, tokenizer)
+        result.save_model(model, settings, tokenizer_file)
+        sample = result.sample(out, settings.output.prompt) if settings.output.prompt else ""
+        card = result.card(settings, model.config, domains, outcome, text, sample)
+        checkpoint.replace_file(out / "README.md", card.encode())
+        checkpoint.replace_file(out / "train.toml", to_toml(settings).encode())
         print(f"{out}: {outcome.step:,} steps, {outcome.tokens:,} tokens, {outcome.seconds:,.0f} seconds")
         for name, score in outcome.scores.items():
             print(f"{name}: {score['bits_per_byte']:.4f} bits per byte, xz -9 {score['xz_bits_per_byte']:.4f}")

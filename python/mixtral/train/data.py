@@ -16,7 +16,7 @@ from ..tokenizer import Tokenizer
 from . import documents
 from .batch import Batch
 from .documents import TOKEN_FILES, Documents
-from .passkeys import PasskeyMaker
+from .passkeys import DIGITS, PasskeyMaker
 from .settings import DataSettings, DomainSettings, SettingsError, TrainSettings
 
 
@@ -67,17 +67,22 @@ class Stream:
 class Mixture:
     """The microbatches of a step: of every domain its share of the tokens, and passkey documents."""
 
-    def __init__(self, domains: list[Domain], data: DataSettings, train: TrainSettings, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, domains: list[Domain], data: DataSettings, train: TrainSettings, tokenizer: Tokenizer, source: str = "data"
+    ) -> None:
         """
         Raises:
-            ValueError: passkeys with a tokenizer that joins digits, or a context too short for them.
+            SettingsError: passkeys with a tokenizer that joins digits, or a context too short for them.
         """
         self.train, self.passkeys = train, None
         if data.passkeys:
             texts = [d.train for d in domains]
             self.passkeys = PasskeyMaker(tokenizer, texts, data.passkey_weight)
-            if train.context < self.passkeys.shortest:
-                raise ValueError(f"train.context {train.context} is too short for passkeys: {self.passkeys.shortest}")
+            if self.passkeys.digits_apart != DIGITS["landmark"]:
+                raise SettingsError(f"{source}: data.passkeys needs a tokenizer with a token for each digit")
+            if train.context <= self.passkeys.shortest:
+                short = f"train.context {train.context} is too short for passkeys"
+                raise SettingsError(f"{source}: {short}, which have {self.passkeys.shortest} or more tokens")
         total = sum(d.weight for d in domains)
         self.shares = [(1 - data.passkeys) * d.weight / total for d in domains]
         self.passkey_share = data.passkeys
@@ -94,10 +99,9 @@ class Mixture:
             pieces += [(ids, None) for ids in stream.pieces(begin, end, context) if len(ids) > 1]
         if self.passkeys is not None:
             rng = np.random.default_rng([self.train.seed, len(self.streams), step])
-            room = int((step + 1) * size * self.passkey_share) - int(step * size * self.passkey_share)
-            while length := self.passkeys.length(rng, min(room, context)):
+            share = size * self.passkey_share
+            for length in self.passkeys.lengths(rng, step * share, (step + 1) * share, context):
                 pieces.append(self.passkeys.make(rng, length))
-                room -= length
         return pieces
 
     def __call__(self, step: int, context: int) -> list[Batch]:

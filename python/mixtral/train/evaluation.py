@@ -52,7 +52,7 @@ def windows(documents: Documents, tokenizer: Tokenizer, context: int, batch_toke
         ids = [tokenizer.bos_id, *document, tokenizer.eos_id]
         scored = 1  # the tokens that have been targets, or need not be
         while scored < len(ids):
-            begin = max(0, scored - context // 4) if scored > 1 else 0
+            begin = scored - max(1, context // 4) if scored > 1 else 0
             window = ids[begin : begin + context]
             rows.append((window, [begin + i >= scored for i in range(len(window))]))
             scored = begin + len(window)

@@ -120,13 +120,9 @@ class _Loop:
 
     def start(self, resume: bool) -> None:
         """Takes the last checkpoint, or makes sure that there is none."""
-        found = checkpoint.paths(self.out)
-        if found and not resume:
-            raise SettingsError(f"{self.out} holds a run already: --resume goes on with it; or name another --out")
-        if resume and not found:
-            raise SettingsError(f"{self.out} holds no checkpoint to resume from: start without --resume")
+        checkpoint.check_folder(self.out, resume)
         if resume:
-            self._restore(found[-1])
+            self._restore(checkpoint.paths(self.out)[-1])
         self.reporter = metrics.Reporter(self.out, self.step, self.steps or None, self.ranks.is_first)
         if not resume:  # the last good checkpoint exists before the first step
             self.save()

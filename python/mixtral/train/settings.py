@@ -5,6 +5,7 @@ A key that no dataclass has, or a value of another type, is one error with the k
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -133,7 +134,9 @@ class OutputSettings:
     """[output]: where the run goes, and how often it is saved and evaluated.
 
     ``checkpoint_every`` and ``evaluate_every`` count steps, 0: at the end alone. ``keep`` checkpoints stay.
-    ``dtype`` is that of the weights in the final folder; "auto": float32 for a run in float32.
+    ``dtype`` is that of the weights in the final folder; "auto": that of the run. ``format`` names the tensors as
+    transformers 5 ("huggingface") or 4 does, or as Mistral's own files. The rest is for the model card: ``card`` is a
+    Markdown file to put into it, ``prompt`` the beginning of an example.
     """
 
     folder: str = ""
@@ -142,6 +145,7 @@ class OutputSettings:
     evaluate_every: int = 0
     log_every: int = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    format: Literal["huggingface", "huggingface_v4", "consolidated"] = "huggingface"
     title: str = "Mixtral"
     license: str = ""
     card: str = ""
@@ -334,3 +338,17 @@ def _check_data(data: DataSettings, source: str | PathLike[str]) -> None:
         raise SettingsError(f"{source}: data.passkeys is a share of the tokens, in [0, 1), got {data.passkeys}")
     if data.passkey_weight <= 0:
         raise SettingsError(f"{source}: data.passkey_weight must be positive, got {data.passkey_weight}")
+
+
+def to_toml(settings: Any) -> str:
+    """The settings as a configuration that ``read_settings`` takes."""
+
+    def lines(value: dict[str, Any], path: str) -> list[str]:
+        tables = {k: v for k, v in value.items() if isinstance(v, dict)}
+        rows = [f"{k.removesuffix('_')} = {json.dumps(v)}" for k, v in value.items() if k not in tables and v is not None]
+        found = [f"[{path}]", *rows, ""] if path and (rows or not tables) else rows
+        for name, table in tables.items():
+            found += lines(table, f"{path}.{name}" if path else name)
+        return found
+
+    return "\n".join(lines(dataclasses.asdict(settings), ""))

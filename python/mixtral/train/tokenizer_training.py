@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,8 +62,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=3,
         )
     except (RuntimeError, OSError) as error:
-        logging.getLogger(__name__).debug("%s", error)
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
+        reason = str(error).strip().rpartition("] ")[2] or "no text"  # behind the place in its source
         raise ValueError(f"a tokenizer of {vocab_size} pieces cannot be trained from this text: {reason}") from None
     return model.getvalue()
 

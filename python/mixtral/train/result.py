@@ -1,7 +1,9 @@
-"""The model card of a run: README.md with what the model is, what it was trained on, and how it scores."""
+"""What a finished run leaves: the model folder, and its card with what it was trained on and how it scores."""
 
 import os
 import platform
+import shutil
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import torch
 
 from ..model import Config
 from . import metrics
+from .checkpoint import WriteError
 from .data import Domain
 from .loop import Outcome
-from .settings import Settings
+from .model import Mixtral
+from .settings import Settings, SettingsError
 
 _CARD = """\
 ---
@@ -34,7 +38,7 @@ query heads and
 {steps:,} steps, {tokens:,} tokens, {seconds:,.0f} seconds on {device}. Documents begin with BOS and end with EOS, are \
 packed, and do
 not see each other; the longest has {context} tokens. AdamW, peak learning rate {lr}, {dtype}. {versions}.
-The configuration is `train.toml`; `mixtral train train.toml` repeats the run where its files are.
+All settings are in `train.toml`, for `mixtral train`.
 
 ## Evaluation
 
@@ -44,6 +48,46 @@ Held-out documents, never trained on, each on its own, beside `xz -9` of the sam
 |---|---|---|---|---|---|
 {scores}
 {load}"""
+
+
+def save_model(model: Mixtral, settings: Settings, tokenizer_file: Path) -> None:
+    """Puts the model and its tokenizer into the output folder; the configuration, which makes it a model, last.
+
+    Raises:
+        WriteError: the disk is full.
+    """
+    out = Path(settings.output.folder)
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as aside:
+        folder = Path(aside) / "model"
+        try:
+            if settings.output.dtype != "auto":
+                model = model.to(getattr(torch, settings.output.dtype))
+            model.save_pretrained(folder, settings.output.format)
+            source = tokenizer_file.parent
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", tokenizer_file.name):
+                if (source / name).is_file() and source != out and not (folder / name).exists():
+                    shutil.copyfile(source / name, folder / name)
+            for file in sorted(folder.iterdir(), key=lambda f: f.name in ("config.json", "params.json")):
+                os.replace(file, out / file.name)
+        except OSError as error:
+            raise WriteError(f"{out}: the model cannot be written: {error}; --resume tries again") from None
+
+
+def sample(out: Path, prompt: str) -> str:
+    """What the saved model writes after a prompt, greedily."""
+    from ..model import Mixtral as Inference
+
+    return prompt + Inference.from_pretrained(out).generate([prompt], max_tokens=60, temperature=0.0)[0].text
+
+
+def card_text(settings: Settings, source: Path) -> str:
+    """The text of ``output.card``; read before the run, so that a wrong name does not show after it."""
+    if not settings.output.card:
+        return ""
+    try:
+        return (source.parent / settings.output.card).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{source}: output.card: {error.filename}: {error.strerror}") from None
 
 
 def card(settings: Settings, config: Config, domains: list[Domain], outcome: Outcome, text: str, sample: str) -> str:
