@@ -1,7 +1,7 @@
 """The losses of training: balance and z-loss of the routers, cross-entropy of the vocabulary.
 
-Letters: T tokens, E experts, K top-k, L layers, H hidden, V vocabulary. Tokens without a loss are left out by selection:
-whatever they hold, NaN too, changes no bit. docs/training.md has the equations.
+Letters: T tokens, E experts, K top-k, L layers, H hidden, V vocabulary. Tokens without a loss are left out by
+selection: whatever they hold, NaN too, changes no bit. docs/training.md has the equations.
 """
 
 from collections.abc import Sequence
