@@ -119,6 +119,15 @@ def test_selective_precision_of_ten_logits_of_128_and_one_of_128_5(device):
         assert weights[0, (ids[0] == 10).nonzero().item()].item() == pytest.approx(share, abs=5e-5)
 
 
+def test_rounding_the_logits_changes_the_choice_of_few_tokens():
+    """Of random tokens and a router of standard deviation .02: docs/numerics.md quotes this."""
+    x, router = torch.randn(4096, 4096, dtype=torch.bfloat16), (torch.randn(8, 4096) * 0.02).bfloat16()
+    rounded, selective = (ops.moe_route(x, r, 2)[1].sort(-1).values for r in (router, router.float()))
+    share = (rounded != selective).any(-1).double().mean().item()
+    print(f"{100 * share:.2f} % of tokens choose another pair")
+    assert 0.0005 < share < 0.005
+
+
 @pytest.mark.parametrize("router_dtype", ROUTERS)
 @pytest.mark.parametrize("case", [(0, 8, 4, 2), (5, 12, 3, 1)], ids=str)
 def test_opcheck(case, router_dtype, device, dtype):
