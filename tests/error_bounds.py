@@ -196,11 +196,17 @@ def grouped_gemm_backward_input_bound(grad: Tensor, b: Tensor, offs: Tensor) -> 
     return grouped_gemm_bound(grad, b.mT, offs)
 
 
-def grouped_gemm_backward_weight_bound(grad: Tensor, a: Tensor, offs: Tensor) -> Tensor:
+def weight_sums_bound(grad: Tensor, a: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor:
+    """f64 grad [M,N], a [M,Kdim] -> [E,N,Kdim]: before the gradient of b is rounded to ``dtype``."""
     starts = [0, *offs.tolist()]
     groups = [slice(starts[e], starts[e + 1]) for e in range(len(offs))]
-    error = torch.stack([product_bound(grad[g].double().T, a[g].double().T, grad.dtype) for g in groups])
-    return rounded(reference.grouped_gemm_backward_weight(grad.double(), a.double(), offs), error, grad.dtype)
+    return torch.stack([product_bound(grad[g].T, a[g].T, dtype) for g in groups])
+
+
+def grouped_gemm_backward_weight_bound(grad: Tensor, a: Tensor, offs: Tensor) -> Tensor:
+    wide = grad.double(), a.double(), offs
+    error = weight_sums_bound(*wide, grad.dtype)
+    return rounded(reference.grouped_gemm_backward_weight(*wide), error, grad.dtype)
 
 
 def int8_gemm_bound(a: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -231,6 +237,63 @@ def moe_mlp_bound(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Te
     inherited = reference.grouped_gemm(activated_error, down.abs(), offs) * SECOND_ORDER
     y_error = rounded(y, inherited + sums_bound(activated, down, offs, dtype), dtype)
     return moe_unpermute_bound(y, topk_weights, row_map, y_error, dtype)
+
+
+def _grad_gate_up_bound(upper: Tensor, upper_error: Tensor, gate_up: Tensor, error: Tensor) -> Tensor:
+    """Of swiglu_backward in f32, of inputs that are off by so much; all f64."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate_error, up_error = error.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu, slope = (gate * sigmoid).abs(), (sigmoid * (1 + gate * (1 - sigmoid))).abs()
+    larger = upper.abs() + upper_error
+    # silu has a slope below 1.1, which itself has one of at most 0.5.
+    of_gate = larger * (up.abs() + up_error) * (slope + 0.5 * gate_error) - upper.abs() * up.abs() * slope
+    of_up = larger * (silu + 1.1 * gate_error) - upper.abs() * silu
+    return torch.cat((of_gate, of_up), -1) + 1.1 * swiglu_backward_bound(upper, gate_up)
+
+
+def moe_mlp_backward_bound(
+    grad: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, gate_up_proj, down_proj = x.dtype, gate_up_proj.double(), down_proj.double()
+    rows, offs, row_map = reference.moe_permute(x.double(), topk_ids, len(gate_up_proj))
+    upper = reference.moe_permute(grad.double(), topk_ids, len(gate_up_proj))[0]
+    weights = topk_weights.double().flatten()[row_map.flatten().argsort()][:, None]
+
+    gate_up = reference.grouped_gemm(rows, gate_up_proj, offs)
+    gate_up_error = rounded(gate_up, sums_bound(rows, gate_up_proj, offs, dtype), dtype)
+    activated, activated_error = reference.swiglu(gate_up), swiglu_bound(gate_up, gate_up_error, dtype)
+    product = reference.grouped_gemm_backward_input(upper, down_proj, offs)
+    product_error = rounded(product, sums_bound(upper, down_proj.mT, offs, dtype), dtype)
+
+    sizes = (product.abs() + product_error) * (activated.abs() + activated_error)
+    additions = max(activated.shape[1] / 16 + 5, activated.shape[1] / 256 + 10)  # CPU: 16 lanes, CUDA: 256
+    of_weights = sizes * (1 + additions * U * SECOND_ORDER) - (product * activated).abs()
+
+    weighted = weights * product
+    grad_gate_up = reference.swiglu_backward(weighted, gate_up)
+    inherited = weights.abs() * product_error + U * weighted.abs()
+    error = _grad_gate_up_bound(weighted, inherited, gate_up, gate_up_error)
+    grad_gate_up_error = rounded(grad_gate_up, error * SECOND_ORDER, dtype)
+
+    of_copies = reference.grouped_gemm_backward_input(grad_gate_up_error, gate_up_proj.abs(), offs) * SECOND_ORDER
+    of_copies += sums_bound(grad_gate_up, gate_up_proj.mT, offs, dtype)
+    copies = reference.grouped_gemm_backward_input(grad_gate_up, gate_up_proj, offs)
+    ones = torch.ones_like(topk_weights)
+    of_x = moe_unpermute_bound(copies, ones, row_map, rounded(copies, of_copies, dtype), dtype)
+
+    of_gate_up_proj = reference.grouped_gemm_backward_weight(grad_gate_up_error, rows.abs(), offs) * SECOND_ORDER
+    of_gate_up_proj += weight_sums_bound(grad_gate_up, rows, offs, dtype)
+    terms = weights * activated
+    terms_error = rounded(terms, (weights.abs() * activated_error + U * terms.abs()) * SECOND_ORDER, dtype)
+    of_down_proj = reference.grouped_gemm_backward_weight(upper.abs(), terms_error, offs) * SECOND_ORDER
+    of_down_proj += weight_sums_bound(upper, terms, offs, dtype)
+    return (
+        of_x,
+        of_weights.sum(-1)[row_map.long()],
+        rounded(reference.grouped_gemm_backward_weight(grad_gate_up, rows, offs), of_gate_up_proj, dtype),
+        rounded(reference.grouped_gemm_backward_weight(upper, terms, offs), of_down_proj, dtype),
+    )
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_matches_reference(case, routing, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases(dtype):
+def test_random_cases(device, dtype):
     def make_arguments(dtype):
         case = size(80), size(80), size(80), size(5)
         _, a, b, offs = make(case, ROUTINGS[size(4) - 1], "cpu", dtype)
@@ -82,7 +82,7 @@ def test_random_cases(dtype):
             grouped_gemm_backward_weight_bound(grad, a, offs),
         )
 
-    assert_random_cases("grouped_gemm", make_arguments, dtype, bounds)
+    assert_random_cases("grouped_gemm", make_arguments, device, dtype, bounds)
 
 
 @pytest.mark.every_isa
