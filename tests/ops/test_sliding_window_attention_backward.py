@@ -74,8 +74,8 @@ def test_prompts_around_multiples_of_the_window(window, device, dtype):
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (6, 2), (32, 8), (13, 1)], ids=str)
-@pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 128, 160, 256])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (13, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [1, 7, 33, 128, 256])
 def test_head_counts_and_head_dims(heads, head_dim, device, dtype):
     assert_matches_reference(*make([5, 1, 19], [9, 40, 19], device, dtype, heads, head_dim), 11)
 
@@ -83,11 +83,11 @@ def test_head_counts_and_head_dims(heads, head_dim, device, dtype):
 @pytest.mark.every_isa
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (100, True), (0, False)])
 def test_many_tiles_of_queries_and_blocks_of_keys(window, causal, device, dtype):
-    assert_matches_reference(*make([70, 300], [300, 200], device, dtype, (8, 2), 64), window, causal)
+    assert_matches_reference(*make([70, 300], [300, 200], device, dtype, (4, 2), 64), window, causal)
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases(dtype):
+def test_random_cases(device, dtype):
     def make_arguments(dtype):
         sequences, kv_heads = size(4), size(3)
         lengths = [(size(90), size(90)) for _ in range(sequences)]
@@ -98,7 +98,7 @@ def test_random_cases(dtype):
         scale = [None, 0.1, -0.5][size(3) - 1]
         return (*problem, 0, False, scale) if size(4) == 4 else (*problem, size(100) - 1, True, scale)
 
-    assert_random_cases(OP, make_arguments, dtype, sliding_window_attention_backward_bound, cases=max(CASES, 220))
+    assert_random_cases(OP, make_arguments, device, dtype, sliding_window_attention_backward_bound, max(CASES, 220))
 
 
 @pytest.mark.every_isa
