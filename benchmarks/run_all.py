@@ -19,6 +19,7 @@ CPU_ONLY = {
     "bench_routing.py",
     "bench_system.py",
     "bench_trace.py",
+    "bench_train.py",
     "bench_weight_kernels.py",
 }
 MODEL = {

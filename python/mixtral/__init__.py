@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import ops as ops
     from . import reference as reference
     from . import routing as routing
+    from . import train as train
     from .errors import LoadError as LoadError
     from .model import Config as Config
     from .model import Generation as Generation
@@ -40,7 +41,7 @@ _MODULE_OF = {
     "Tokenizer": "model",
     "Trace": "model",
 }
-_SUBMODULES = ("integrations", "long_context", "ops", "reference", "routing")
+_SUBMODULES = ("integrations", "long_context", "ops", "reference", "routing", "train")
 
 __all__ = [*_MODULE_OF, *_SUBMODULES]
 

@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from transformers.models.mixtral import modeling_mixtral
+
+import mixtral
+from mixtral.train import Batch, Mixtral, RouterOptions, StepTotals
 from training_models import (
     CROSS_ENTROPY_ALONE,
     DENSE,
@@ -15,10 +19,6 @@ from training_models import (
     random_config,
     small_config,
 )
-from transformers.models.mixtral import modeling_mixtral
-
-import mixtral
-from mixtral.train import Batch, Mixtral, RouterOptions, StepTotals
 
 
 @pytest.mark.parametrize("seed", range(24))

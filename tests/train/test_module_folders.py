@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_models import DENSE, in_transformers, livelier, random_batch, random_config, small_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mixtral
 from mixtral.train import Mixtral, folders
+from training_models import DENSE, in_transformers, livelier, random_batch, random_config, small_config
 
 FORMATS = ["huggingface", "huggingface_v4", "consolidated"]
 

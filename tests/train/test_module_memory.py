@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from training_models import random_batch, small_config
 
 from mixtral.train import Mixtral
+from training_models import random_batch, small_config
 
 # The proportions of Mixtral 8x7B.
 SIZES = {"hidden_size": 64, "intermediate_size": 224, "num_heads": 4, "num_kv_heads": 1, "head_dim": 16}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from training_models import CROSS_ENTROPY_ALONE, DENSE, SWITCH, livelier, random_batch, small_config
 
 from mixtral.train import Batch, Mixtral, RouterOptions, z_loss
+from training_models import CROSS_ENTROPY_ALONE, DENSE, SWITCH, livelier, random_batch, small_config
 
 
 def test_renormalised_top_1_is_refused_and_switch_reaches_the_router() -> None:
