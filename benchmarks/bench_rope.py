@@ -1,9 +1,9 @@
-"""rope against the eager formula of Hugging Face. Bound: one read and one write of q and k."""
+"""rope against the eager formula of Hugging Face. Bound: one read and one write of q and k, and as much backward."""
 
 import torch
 
 import mixtral.ops as ops
-from common import Bench, main
+from common import Bench, main, with_backward
 
 HEADS, KV_HEADS, HEAD_DIM, THETA = 32, 8, 128, 1e6
 
@@ -27,6 +27,12 @@ def run(bench: Bench) -> None:
                 lambda q=q, k=k, p=positions: ops.rope(q, k, p, THETA),
                 {"eager Hugging Face": lambda q=q, k=k, p=positions: hugging_face(q, k, p)},
                 gigabytes=2 * (q.nbytes + k.nbytes) / 1e9,
+            )
+            bench.compare(
+                f"rope and backward T={tokens} Nq={HEADS} Nkv={KV_HEADS} {dtype}",
+                with_backward(lambda q, k, p=positions: ops.rope(q, k, p, THETA), q, k),
+                {"eager Hugging Face": with_backward(lambda q, k, p=positions: hugging_face(q, k, p), q, k)},
+                gigabytes=4 * (q.nbytes + k.nbytes) / 1e9,
             )
 
 

@@ -1,10 +1,11 @@
-"""swiglu against silu(gate) * up. Bound: one read of both halves, one write."""
+"""swiglu against silu(gate) * up. Bound: one read of both halves, one write; backward reads the halves and one
+gradient and writes two."""
 
 import torch
 import torch.nn.functional as F
 
 import mixtral.ops as ops
-from common import Bench, main
+from common import Bench, main, with_backward
 
 
 def eager(gate_up: torch.Tensor) -> torch.Tensor:
@@ -22,6 +23,12 @@ def run(bench: Bench) -> None:
                 lambda x=gate_up: ops.swiglu(x),
                 {"torch": lambda x=gate_up: eager(x)},
                 gigabytes=3 * rows * intermediate * gate_up.element_size() / 1e9,
+            )
+            bench.compare(
+                f"forward and backward M={rows} I={intermediate} {dtype}",
+                with_backward(ops.swiglu, gate_up),
+                {"torch": with_backward(eager, gate_up)},
+                gigabytes=8 * rows * intermediate * gate_up.element_size() / 1e9,
             )
 
 

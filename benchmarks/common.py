@@ -123,6 +123,19 @@ class Bench:
         print(f"wrote {path}")
 
 
+def with_backward(function: Callable, *inputs: torch.Tensor) -> Callable:
+    """A call of ``function(*inputs)`` and of its backward to every input, at random gradients of the results."""
+
+    def results() -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            out = function(*leaves)
+        return out if isinstance(out, tuple) else (out,)
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    grads = [torch.randn_like(x) for x in results()]
+    return lambda: torch.autograd.grad(results(), leaves, grads)
+
+
 def record_text(record: dict, rows: list[dict]) -> str:
     """JSON with one row a line."""
     head = json.dumps(record, indent=1).removesuffix("\n}")

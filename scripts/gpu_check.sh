@@ -52,9 +52,10 @@ run_sanitizers() {
   for kernels in $(kernel_choices); do
     for tool in memcheck racecheck initcheck synccheck; do
       # No caching allocator: every access past an allocation is seen.
-      MIXTRAL_CUDA_KERNELS=$kernels MIXTRAL_RANDOM_CASES=12 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      MIXTRAL_CUDA_KERNELS=$kernels MIXTRAL_RANDOM_CASES=12 MIXTRAL_GRADIENT_CASES=4 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$logs/$kernels-$tool.log" \
-        "$python" -m pytest tests/ops/test_random_cases.py -k cuda -q --junitxml="$logs/$kernels-$tool.xml" || status=1
+        "$python" -m pytest tests/ops/test_random_cases.py tests/ops/test_*_backward.py -k "cuda and random_cases" -q \
+        --junitxml="$logs/$kernels-$tool.xml" || status=1
       grep -h "ERROR SUMMARY" "$logs/$kernels-$tool.log"
     done
   done

@@ -29,6 +29,8 @@ TOLERANCES: dict[str, Callable] = {
     "topk_softmax": lambda *arguments: (bounds.topk_softmax_bound(*arguments), None),
     "router_losses": bounds.router_losses_bound,
     "grouped_gemm": bounds.grouped_gemm_bound,
+    "grouped_gemm_backward_input": bounds.grouped_gemm_backward_input_bound,
+    "grouped_gemm_backward_weight": bounds.grouped_gemm_backward_weight_bound,
     "moe_unpermute": bounds.moe_unpermute_bound,
     "moe_mlp": bounds.moe_mlp_bound,
     "sliding_window_attention": bounds.sliding_window_attention_bound,

@@ -131,8 +131,14 @@ def topk_softmax_bound(
 
 
 def topk_softmax_backward_bound(
-    grad: Tensor, router_logits: Tensor, topk_weights: Tensor, topk_ids: Tensor, renormalize: bool = True
+    grad: Tensor,
+    router_logits: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    renormalize: bool = True,
+    weights_error: Tensor | float = 0.0,
 ) -> Tensor:
+    """``weights_error``: the error of topk_weights itself, which are then exact, in f64."""
     grad, weights, logits, ids = grad.double(), topk_weights.double(), router_logits.double(), topk_ids.long()
     own, mean = torch.zeros_like(logits).scatter(1, ids, grad.abs()), (grad * weights).abs().sum(-1, keepdim=True)
     p, p_error = torch.zeros_like(logits).scatter(1, ids, weights), 0.0
@@ -140,20 +146,48 @@ def topk_softmax_backward_bound(
         p = logits.softmax(-1)
         exp_error = U * (logits.amax(-1, keepdim=True) - logits) + EXP
         p_error = exp_error + exp_error.mul(p).sum(-1, keepdim=True) + (logits.shape[1] / 32 + 6) * U
-    error = p * (own + mean) * (p_error + (ids.shape[1] + 3) * U)
+    inherited = torch.zeros_like(logits).scatter(1, ids, weights_error * torch.ones_like(weights)) * (own + mean)
+    inherited = inherited + p * (grad.abs() * weights_error).sum(-1, keepdim=True)
+    error = inherited + p * (own + mean) * (p_error + (ids.shape[1] + 3) * U)
     exact = reference.topk_softmax_backward(grad, logits, weights, ids, renormalize)
     return rounded(exact, error * SECOND_ORDER, router_logits.dtype)
 
 
-def router_logits_backward_bound(grad: Tensor, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+def topk_softmax_gradient_bound(
+    grad: Tensor, router_logits: Tensor, top_k: int, renormalize: bool = True
+) -> tuple[Tensor]:
+    """Of autograd: the weights are those of the forward pass."""
+    choice = reference.topk_softmax(router_logits.double(), top_k, renormalize)
+    error = topk_softmax_bound(router_logits, top_k, renormalize)
+    return (topk_softmax_backward_bound(grad, router_logits, *choice, renormalize, error),)
+
+
+def router_logits_backward_bound(
+    grad: Tensor, x: Tensor, router: Tensor, grad_error: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``grad_error``: the error of grad itself, which is then exact, in f64."""
     wide = grad.double(), x.double(), router.double()
     exact, sizes = reference.router_logits_backward(*wide), reference.router_logits_backward(*(y.abs() for y in wide))
+    inherited = 0.0, 0.0
+    if grad_error is not None:
+        inherited = reference.router_logits_backward(grad_error, wide[1].abs(), wide[2].abs())
     tokens, experts = grad.shape
     additions = experts, min(tokens, 256) + -(-tokens // 256) if not x.is_cuda else -(-tokens // 8) + 8
     return tuple(
-        rounded(value, (count + 1) * U * SECOND_ORDER * size, like.dtype)
-        for value, size, count, like in zip(exact, sizes, additions, (x, router), strict=True)
+        rounded(value, ((count + 1) * U * size + before) * SECOND_ORDER, like.dtype)
+        for value, size, before, count, like in zip(exact, sizes, inherited, additions, (x, router), strict=True)
     )
+
+
+def moe_route_gradient_bound(
+    grad: Tensor, x: Tensor, router: Tensor, top_k: int, renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Of autograd, where the logits are exact."""
+    logits = x.double() @ router.double().T
+    choice = reference.topk_softmax(logits, top_k, renormalize)
+    exact = reference.topk_softmax_backward(grad.double(), logits, *choice, renormalize)
+    (error,) = topk_softmax_gradient_bound(grad, logits.float(), top_k, renormalize)
+    return router_logits_backward_bound(exact, x, router, error)
 
 
 def router_losses_bound(
@@ -246,6 +280,17 @@ def sums_bound(a: Tensor, b: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor
 def grouped_gemm_bound(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     wide = a.double(), b.double(), offs
     return rounded(reference.grouped_gemm(*wide), sums_bound(*wide, a.dtype), a.dtype)
+
+
+def grouped_gemm_backward_input_bound(grad: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return grouped_gemm_bound(grad, b.mT, offs)
+
+
+def grouped_gemm_backward_weight_bound(grad: Tensor, a: Tensor, offs: Tensor) -> Tensor:
+    starts = [0, *offs.tolist()]
+    groups = [slice(starts[e], starts[e + 1]) for e in range(len(offs))]
+    error = torch.stack([product_bound(grad[g].double().T, a[g].double().T, grad.dtype) for g in groups])
+    return rounded(reference.grouped_gemm_backward_weight(grad.double(), a.double(), offs), error, grad.dtype)
 
 
 def int8_gemm_bound(a: Tensor, weight: Tensor, offs: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ void bind_config(py::module_& m) {
       .def_readwrite("num_experts", &Config::num_experts)
       .def_readwrite("top_k", &Config::top_k)
       .def_readwrite("renormalize", &Config::renormalize)
+      .def_readwrite("select_bias", &Config::select_bias)
       .def_readwrite("router_in_f32", &Config::router_in_f32)
       .def_readwrite("rms_norm_eps", &Config::rms_norm_eps)
       .def_readwrite("rope_theta", &Config::rope_theta)

@@ -112,6 +112,7 @@ std::string read_quantization(const JsonFields& fields) {
 // The keys that both kinds of file share: the router's variants and the special tokens.
 void read_common(const JsonFields& fields, Config& config) {
   config.renormalize = fields.boolean("norm_topk_prob", true);
+  config.select_bias = fields.boolean("use_expert_bias", false);
   if (fields.find("router_dtype")) {
     const std::string dtype = fields.string("router_dtype");
     if (dtype != "float32" && dtype != "model") {

@@ -79,6 +79,7 @@ std::string config_json(const Config& config) {
                  {"torch_dtype", config.dtype},
                  {"bos_token_id", config.bos_token_id},
                  {"eos_token_id", config.eos_token_ids}};
+  if (config.select_bias) result["use_expert_bias"] = true;
   if (config.is_moe()) {
     result["num_local_experts"] = config.num_experts;
     result["num_experts_per_tok"] = config.top_k;
@@ -106,6 +107,7 @@ std::string params_json(const Config& config) {
                  {"dtype", config.dtype},
                  {"bos_token_id", config.bos_token_id},
                  {"eos_token_id", config.eos_token_ids}};
+  if (config.select_bias) result["use_expert_bias"] = true;
   if (config.is_moe()) result["moe"] = {{"num_experts", config.num_experts}, {"num_experts_per_tok", config.top_k}};
   return result.dump(2) + "\n";
 }

@@ -109,6 +109,7 @@ class SliceVisitor {
     const bool stacked = names_ == WeightNames::kStacked && config_.is_moe();
     if (name == "moe.router")
       return add_whole(parameter, path + (stacked ? "block_sparse_moe.gate" : spelling_.router));
+    if (name == "moe.select_bias") return add_bias(parameter, path, stacked);
     const std::string matrices = name.substr(name.find('.') + 1);  // "gate_up_proj"
     if (stacked) return add_stacked(parameter, path + "block_sparse_moe.", matrices);
     if (names_ == WeightNames::kGgufMerged && config_.is_moe()) return add_gguf_merged(parameter, path, matrices);
@@ -117,6 +118,11 @@ class SliceVisitor {
 
   void add_whole(const Parameter& parameter, const std::string& tensor) {
     visit_({tensor + ".weight", parameter.shape, parameter.name});
+  }
+
+  void add_bias(const Parameter& parameter, const std::string& path, bool stacked) {
+    const std::string gate = stacked ? "block_sparse_moe.gate" : spelling_.router;
+    visit_({path + gate + ".e_score_correction_bias", parameter.shape, parameter.name});
   }
 
   // The rows of the parameter, cut into tensors from the first row on.
@@ -199,6 +205,9 @@ class SliceVisitor {
   void add_merged(const Parameter& parameter, const std::string& from) {
     const std::string name = parameter.name.substr(parameter.name.rfind('.') + 1);
     if (name == "router") return add_whole(parameter, from + "gate");
+    if (name == "select_bias") {
+      return visit_({from + "gate.e_score_correction_bias", parameter.shape, parameter.name});
+    }
     visit_({from + "experts." + name, parameter.shape, parameter.name});
   }
 

@@ -49,6 +49,7 @@ void Config::validate(const std::string& source) const {
     check(top_k <= num_experts, source, kTopK.key(layout),
           "must be at most " + std::to_string(num_experts) + " experts, got " + std::to_string(top_k));
   }
+  check(!select_bias || is_moe(), source, "use_expert_bias", "must be false in a model without experts");
   const bool hugging_face = layout == CheckpointLayout::kHuggingFace;
   check_positive(rms_norm_eps, source, hugging_face ? "rms_norm_eps" : "norm_eps");
   check_positive(rope_theta, source, "rope_theta");

@@ -29,6 +29,9 @@ struct Config {
   bool renormalize = true;  // false: Switch router, the weight is the plain softmax probability
   // false ("router_dtype": "model"): logits rounded to the model's dtype, as in Hugging Face
   bool router_in_f32 = true;
+  // "use_expert_bias": a router's choice, not its weights, sees a bias of each expert (Wang et al.,
+  // "Auxiliary-Loss-Free Load Balancing", 2024)
+  bool select_bias = false;
   double rms_norm_eps = 0;
   double rope_theta = 0;
   int64_t window = 0;         // keys a query sees, itself included; 0: no window

@@ -1,6 +1,7 @@
 // The feed-forward block: a sparse mixture of experts, or one dense expert as in Mistral 7B.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "batch.h"
@@ -19,9 +20,10 @@ struct SparseMoeImpl : torch::nn::Module {
  private:
   int64_t top_k_;
   bool renormalize_;
-  torch::Tensor router_;        // [E,H], f32 unless config.router_in_f32 is false
-  torch::Tensor gate_up_proj_;  // [E,2I,H] or packed
-  torch::Tensor down_proj_;     // [E,H,I] or packed
+  torch::Tensor router_;                      // [E,H], f32 unless config.router_in_f32 is false
+  std::optional<torch::Tensor> select_bias_;  // f32 [E]
+  torch::Tensor gate_up_proj_;                // [E,2I,H] or packed
+  torch::Tensor down_proj_;                   // [E,H,I] or packed
 };
 TORCH_MODULE(SparseMoe);
 

@@ -33,11 +33,12 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   return op.call(q, k, positions, theta, /*interleaved=*/false);
 }
 
-std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize) {
+std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize,
+                                     const std::optional<Tensor>& select_bias) {
   static const auto op =
       find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, bool, const std::optional<Tensor>&)>(
           "mixtral::moe_route");
-  return op.call(x, router, top_k, renormalize, /*select_bias=*/std::nullopt);
+  return op.call(x, router, top_k, renormalize, select_bias);
 }
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs) {

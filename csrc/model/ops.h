@@ -20,8 +20,9 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps);
 // q [T,Nq,D], k [T,Nkv,D], positions [T] -> q, k rotated (half-split)
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, double theta);
-// x [T,H], router [E,H] -> weights f32 [T,K], ids int32 [T,K]
-std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize);
+// x [T,H], router [E,H], select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
+std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& router, int64_t top_k, bool renormalize,
+                                     const std::optional<Tensor>& select_bias = std::nullopt);
 // a [M,Kdim], b [E,N,Kdim] or packed, end offsets [E] -> [M,N]
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offs);
 // weight [E,N,Kdim] -> packed for the CPU kernels; quantize: "int8", "fp8" or "int4"; scales of int4 uint8

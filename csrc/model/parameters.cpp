@@ -29,6 +29,9 @@ void add_layer(std::vector<Parameter>& list, const std::string& path, const Conf
   list.push_back(matrix(path + "attention.o_proj", {H, q}, 1));
   if (!config.is_moe()) return add_mlp(list, path + "mlp.", config, 1);
   list.push_back({path + "moe.router", {config.num_experts, H}, /*is_matrix=*/false, config.router_in_f32});
+  if (config.select_bias) {
+    list.push_back({path + "moe.select_bias", {config.num_experts}, /*is_matrix=*/false, /*is_f32=*/true});
+  }
   add_mlp(list, path + "moe.", config, config.num_experts);
   for (auto expert = list.end() - 2; expert != list.end(); ++expert) expert->is_expert = true;
 }

@@ -5,7 +5,7 @@
 //   embed_tokens [vocab,H]                        norm [H]                      lm_head [vocab,H]
 //   layers.N.input_layernorm [H]                  layers.N.post_attention_layernorm [H]
 //   layers.N.attention.qkv_proj [(Nq+2Nkv)*D,H]   layers.N.attention.o_proj [H,Nq*D]
-//   layers.N.moe.router [E,H]
+//   layers.N.moe.router [E,H]                     layers.N.moe.select_bias [E], if the configuration asks for it
 //   layers.N.moe.gate_up_proj [E,2I,H]            layers.N.moe.down_proj [E,H,I]
 // A dense model has layers.N.mlp.gate_up_proj [1,2I,H] and layers.N.mlp.down_proj [1,H,I] instead of `moe`. With
 // tie_word_embeddings there is no lm_head: embed_tokens serves as both.
@@ -27,7 +27,7 @@ struct Parameter {
   std::string name;            // its path in the model: "layers.0.attention.qkv_proj"
   std::vector<int64_t> shape;  // when it is not packed
   bool is_matrix = false;      // multiplied as a whole, so it may be packed; false for embeddings, norms and routers
-  bool is_f32 = false;         // the router: in f32 unless config.router_in_f32 is false
+  bool is_f32 = false;         // the router, unless config.router_in_f32 is false, and its bias
   bool is_expert = false;      // its first dimension is the experts, of which a token uses top_k
   int shard_dim = -1;          // the dimension that tensor parallelism cuts; -1: every rank holds the whole
 

@@ -120,9 +120,10 @@ void MixtralImpl::init_random(uint64_t seed) {
   const auto normal = [&](std::vector<int64_t> shape) {
     return torch::empty(shape, torch::dtype(torch::kFloat32).device(device())).normal_(0, 0.02, generator);
   };
-  for (const auto& parameter : parameters()) {
+  for (const auto& item : named_parameters()) {
+    const torch::Tensor& parameter = item.value();
     if (parameter.dim() == 1) {
-      parameter.fill_(1);
+      parameter.fill_(item.key().find("select_bias") == std::string::npos ? 1 : 0);
     } else if (is_packed(parameter)) {
       init_random_packed(parameter, packing_, normal);
     } else {

@@ -52,8 +52,8 @@ class MixtralImpl : public torch::nn::Module {
   HiddenState run_layers(int64_t begin, int64_t end, HiddenState state, const Batch& batch, RollingKVCache* cache);
   torch::Tensor final_norm(const HiddenState& state);  // -> [T,H]
 
-  // Normal(0, 0.02) weights and unit norms, drawn on the model's device from `seed`; packed matrices repeat the same
-  // few million values. For tests and benchmarks.
+  // Normal(0, 0.02) weights, unit norms and zero biases, drawn on the model's device from `seed`; packed matrices
+  // repeat the same few million values. For tests and benchmarks.
   void init_random(uint64_t seed);
 
   // Throws std::invalid_argument unless every id is inside the vocabulary.

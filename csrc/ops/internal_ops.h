@@ -41,13 +41,8 @@ void grouped_gemm(const char* op, const Tensor& a, const Weight& b, const Tensor
 // the device has a kernel for that.
 void grouped_gemm_swiglu(const char* op, const Tensor& a, const Weight& b, const Tensor& offs, const Tensor& out);
 
-// grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
-void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,
-                                 const Tensor& out);
-
-// grad [M, N], a [M, Kdim], offs [E] -> out [E, N, Kdim]
-void grouped_gemm_backward_weight(const char* op, const Tensor& grad, const Tensor& a, const Tensor& offs,
-                                  const Tensor& out);
+// gate_up [M, 2I] -> out [M, I]
+void swiglu(const char* op, const Tensor& gate_up, const Tensor& out);
 
 // Checks that topk_softmax and moe_route share. `reference` or `first` is the tensor whose device and T count.
 void check_top_k(const char* op, int64_t top_k, int64_t experts);
@@ -60,6 +55,14 @@ void check_choice(const char* op, const Tensor& grad, const Tensor& weights, con
 // of the logits
 Tensor topk_softmax_backward(const char* op, const Tensor& grad, const Tensor& logits, const Tensor& weights,
                              const Tensor& topk_ids, bool renormalize);
+
+// grad [M, N], b [E, N, Kdim], offs [E] -> out [M, Kdim]
+void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weight& b, const Tensor& offs,
+                                 const Tensor& out);
+
+// grad [M, N], a [M, Kdim], offs [E] -> out [E, N, Kdim]
+void grouped_gemm_backward_weight(const char* op, const Tensor& grad, const Tensor& a, const Tensor& offs,
+                                  const Tensor& out);
 
 // y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
 Tensor moe_unpermute(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);

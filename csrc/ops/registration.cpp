@@ -40,8 +40,7 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   // grad f32 [T,E], x [T,H], router [E,H] -> [T,H], [E,H]
   m.def(
       "router_logits_backward(Tensor grad, Tensor x, Tensor router, bool want_x=True, bool want_router=True) -> "
-      "(Tensor "
-      "grad_x, Tensor grad_router)");
+      "(Tensor grad_x, Tensor grad_router)");
   // x [T,H], router [E,H] of f32 or the dtype of x, select_bias f32 [E] -> weights f32 [T,K], ids int32 [T,K]
   m.def(
       "moe_route(Tensor x, Tensor router, int top_k, bool renormalize=True, Tensor? select_bias=None) -> (Tensor "
@@ -50,12 +49,10 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def(
       "moe_route_backward(Tensor grad, Tensor x, Tensor router, Tensor topk_weights, Tensor topk_ids, bool "
       "renormalize=True, bool want_x=True, bool want_router=True) -> (Tensor grad_x, Tensor grad_router)");
-  // router_logits [T,E], topk_ids [T,K], mask bool [T] -> load int64 [E], prob_sum f32 [E], z_sum f32 [], count int64
-  // []
+  // router_logits [T,E], topk_ids [T,K], mask bool [T] -> load [E] and count [] int64, prob_sum [E] and z_sum [] f32
   m.def(
       "router_losses(Tensor router_logits, Tensor topk_ids, Tensor? mask=None) -> (Tensor load, Tensor prob_sum, "
-      "Tensor "
-      "z_sum, Tensor count)");
+      "Tensor z_sum, Tensor count)");
   // grad_prob_sum f32 [E], grad_z_sum f32 [], router_logits [T,E], mask bool [T] -> [T,E]
   m.def(
       "router_losses_backward(Tensor grad_prob_sum, Tensor grad_z_sum, Tensor router_logits, Tensor? mask=None) -> "
@@ -87,6 +84,15 @@ STABLE_TORCH_LIBRARY(mixtral, m) {
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
   // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
   m.def("moe_mlp(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj) -> Tensor");
+  // the same -> out [T,H], gate_up [M,2I], activated [M,I] if it is kept, else [0,I]
+  m.def(
+      "moe_mlp_for_backward(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor down_proj, "
+      "bool keep_activated=False) -> (Tensor out, Tensor gate_up, Tensor activated)");
+  // grad [T,H], the arguments of moe_mlp, gate_up [M,2I] and activated [M,I] or None: computed again
+  m.def(
+      "moe_mlp_backward(Tensor grad, Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up_proj, Tensor "
+      "down_proj, Tensor? gate_up=None, Tensor? activated=None, bool want_x=True, bool want_topk_weights=True, bool "
+      "want_gate_up_proj=True, bool want_down_proj=True) -> (Tensor, Tensor, Tensor, Tensor)");
   // q [Tq,Nq,D], k, v [Tk,Nkv,D], cu_seqlens_q, cu_seqlens_k [B+1] -> [Tq,Nq,D]
   m.def(
       "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int window=0, "

@@ -20,6 +20,7 @@ class Config:
     top_k: int
     renormalize: bool
     router_in_f32: bool
+    select_bias: bool
     rms_norm_eps: float
     rope_theta: float
     window: int

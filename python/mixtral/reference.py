@@ -191,6 +191,26 @@ def moe_mlp(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Ten
     return moe_unpermute(grouped_gemm(activated, down_proj, offs), topk_weights, row_map)
 
 
+def moe_mlp_backward(
+    grad: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad [T,H] and the arguments of moe_mlp -> gradients of x, topk_weights, gate_up_proj, down_proj."""
+    permuted, offs, row_map = moe_permute(x, topk_ids, len(gate_up_proj))
+    upper = moe_permute(grad, topk_ids, len(gate_up_proj))[0]
+    gate_up = grouped_gemm(permuted, gate_up_proj, offs)
+    activated = swiglu(gate_up)
+    weights = topk_weights.flatten()[row_map.flatten().argsort()][:, None]  # of each row
+    product = grouped_gemm_backward_input(upper, down_proj, offs)
+    grad_gate_up = swiglu_backward((weights * product).to(x.dtype), gate_up)
+    copies = grouped_gemm_backward_input(grad_gate_up, gate_up_proj, offs)
+    return (
+        moe_unpermute(copies, torch.ones_like(topk_weights), row_map),
+        (product.to(weights.dtype) * activated).sum(-1)[row_map.long()],
+        grouped_gemm_backward_weight(grad_gate_up, permuted, offs),
+        grouped_gemm_backward_weight(upper, (weights * activated).to(x.dtype), offs),
+    )
+
+
 def _pair_order(rows: Tensor) -> Tensor:
     """[E,N,Kdim] -> [E,N/32,Kdim/32,1024]: two neighbouring depths of a row side by side, 16 rows at a time."""
     experts, columns, depth = rows.shape

@@ -41,6 +41,31 @@ TEST(AttentionIndex, VisibleKeysNearTheEndsOfInt64) {
   EXPECT_EQ(visible_keys(-far, 0, most, true).end, 0);
 }
 
+TEST(AttentionIndex, SeeingQueriesAreThoseThatSeeOneOfTheKeys) {
+  for (const bool causal : {true, false}) {
+    for (const int64_t window : {0, 1, 2, 5, 19, 1000}) {
+      if (!causal && window > 0) continue;
+      for (int64_t length = 1; length < 16; ++length) {
+        for (int64_t queries = 0; queries < 20; ++queries) {
+          for (int64_t begin = 0; begin < length; ++begin) {
+            for (int64_t end = begin + 1; end <= length; ++end) {
+              const QueryRange range = seeing_queries({begin, end}, queries, length, window, causal);
+              for (int64_t i = 0; i < queries; ++i) {
+                const KeyRange keys = visible_keys(i + length - queries, length, window, causal);
+                const bool sees = keys.begin < end && keys.end > begin;
+                ASSERT_EQ(i >= range.begin && i < range.end, sees) << i << " " << begin << " " << end;
+              }
+              ASSERT_TRUE(range.begin >= 0 && range.begin <= range.end && range.end <= queries);
+            }
+          }
+        }
+      }
+    }
+  }
+  const int64_t most = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ(seeing_queries({3, 5}, 10, 10, most, true).end, 10);
+}
+
 TEST(AttentionIndex, PackedKeysFollowOneAnother) {
   const std::vector<int64_t> starts = {0, 3, 3, 10};
   KeyLayout keys;

@@ -114,5 +114,25 @@ TEST(GemmWork, ThereIsAPieceForEachThread) {
   EXPECT_GE(cover({505, 512}, 64, 16).shares, 16);  // nearly all rows at one expert
 }
 
+TEST(GemmWork, EveryBlockOfEveryRowOfAnExpertOnceWhateverItsDepth) {
+  constexpr int64_t kRows = 1100, kBlocks = 7, kThreads = 3;
+  const std::vector<int64_t> offs{0, 900, 900, 901};
+  GemmWork work = GemmWork::of_depths({offs.data(), /*is_int64=*/true}, 4, kRows, kBlocks, kThreads);
+  std::vector<int> times(4 * kRows * kBlocks);
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < kThreads; ++i)
+    threads.emplace_back([&] {
+      work.take([&](int64_t expert, int64_t row, int64_t count) {
+        EXPECT_LE(row + count, kRows);
+        return [&, expert, row, count](int64_t begin, int64_t end) {
+          for (int64_t r = row; r < row + count; ++r)
+            for (int64_t b = begin; b < end; ++b) ++times[(expert * kRows + r) * kBlocks + b];
+        };
+      });
+    });
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(times, std::vector<int>(times.size(), 1));
+}
+
 }  // namespace
 }  // namespace mixtral

@@ -136,13 +136,15 @@ struct Choice {
 };
 
 template <typename R, int kTokens, int kValues>
-Choice run_route(const std::vector<BFloat16>& x, const std::vector<R>& router, int64_t hidden, int experts, int top_k) {
+Choice run_route(const std::vector<BFloat16>& x, const std::vector<R>& router, int64_t hidden, int experts, int top_k,
+                 const std::vector<float>& bias = {}) {
   const int64_t tokens = static_cast<int64_t>(x.size()) / hidden;
   Choice choice{std::vector<float>(tokens * top_k, NAN), std::vector<int32_t>(tokens * top_k, -7)};
   const unsigned blocks = static_cast<unsigned>((tokens + kTokens - 1) / kTokens);
   emulator::launch({{blocks, 1, 1}, kRouteThreads, static_cast<size_t>(route_shared_bytes(kTokens, experts)), 5}, [&] {
-    moe_route_kernel<BFloat16, R, kTokens, kValues>(x.data(), router.data(), choice.weights.data(), choice.ids.data(),
-                                                    tokens, hidden, experts, top_k, true);
+    moe_route_kernel<BFloat16, R, kTokens, kValues>(x.data(), router.data(), bias.empty() ? nullptr : bias.data(),
+                                                    {nullptr, choice.weights.data(), choice.ids.data()}, tokens, hidden,
+                                                    experts, top_k, true);
   });
   return choice;
 }
@@ -188,6 +190,29 @@ TEST(MoeRouteKernel, ModelDtypeRoundsTheLogits) {
   EXPECT_EQ(rounded.ids, std::vector<int32_t>{0});
   const std::vector<float> wide(router.begin(), router.end());
   EXPECT_EQ((run_route<float, 1, 4>(x, wide, kHidden, 2, 1).ids), std::vector<int32_t>{1});
+}
+
+TEST(MoeRouteKernel, BiasMovesTheChoiceAndNotTheWeights) {
+  constexpr int64_t kHidden = 4;
+  const std::vector<BFloat16> x(kHidden, BFloat16(1.0f));
+  std::vector<float> router(3 * kHidden, 0.0f);
+  router[kHidden] = 1.0f;  // logits 0, 1, 0
+  const Choice choice = run_route<float, 1, 4>(x, router, kHidden, 3, 2, {0.0f, -1.0f, 0.1f});
+  EXPECT_EQ(choice.ids, (std::vector<int32_t>{2, 0}));
+  EXPECT_EQ(choice.weights, (std::vector<float>{0.5f, 0.5f}));
+}
+
+TEST(MoeRouteKernel, LeavesTheLogitsAlone) {
+  constexpr int64_t kTokens = 5, kHidden = 40;
+  constexpr int kExperts = 3;
+  std::vector<BFloat16> x(kTokens * kHidden, BFloat16(1.0f));
+  std::vector<float> router(kExperts * kHidden, 0.25f), logits(kTokens * kExperts, NAN);
+  router[2 * kHidden] = 8.0f;
+  emulator::launch({{2, 1, 1}, kRouteThreads, static_cast<size_t>(route_shared_bytes(4, kExperts)), 5}, [&] {
+    moe_route_kernel<BFloat16, float, 4, 4>(x.data(), router.data(), nullptr, {logits.data(), nullptr, nullptr},
+                                            kTokens, kHidden, kExperts, 0, false);
+  });
+  for (int64_t i = 0; i < kTokens * kExperts; ++i) EXPECT_EQ(logits[i], i % kExperts == 2 ? 17.75f : 10.0f);
 }
 
 TEST(RmsNormKernel, NormsTheRoundedSumAtEveryVectorSize) {

@@ -18,7 +18,7 @@ from conftest import share_of_bound, with_threads
 from error_bounds import U, half_ulp
 from mixtral import reference
 
-CASES = int(os.environ.get("MIXTRAL_GRADIENT_CASES", 150))  # random cases of each op and dtype
+CASES = int(os.environ.get("MIXTRAL_GRADIENT_CASES", 150))  # random ones, of each op and dtype
 RANDOM_CASE_DTYPES = [torch.float32, torch.bfloat16]
 
 Results = Tensor | tuple[Tensor, ...]
@@ -95,12 +95,13 @@ def assert_gradients_within_tolerance(
 
 def assert_random_cases(
     op: str,
-    make: Callable[..., tuple],
+    make: Callable[[torch.dtype], tuple],
+    device: str,
     dtype: torch.dtype,
     bounds: Callable[..., tuple[Tensor | None, ...]] | None = None,
     cases: int = CASES,
 ) -> None:
-    """``make(dtype)`` gives random arguments; a failure names the seed, from which the case follows.
+    """``make(dtype)`` gives random arguments on the CPU; a failure names the seed, from which the case follows.
 
     What an op allocates starts as NaN, so that a value that no kernel writes shows.
     """
@@ -109,7 +110,8 @@ def assert_random_cases(
         for seed in range(cases):
             torch.manual_seed(seed)
             try:
-                assert_gradients_within_tolerance(op, make(dtype), bounds)
+                arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in make(dtype))
+                assert_gradients_within_tolerance(op, arguments, bounds)
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {error}") from error
     finally:

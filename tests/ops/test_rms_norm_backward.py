@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixtral.ops as ops
-from conftest import assert_within_tolerance, opcheck
+from conftest import assert_within_tolerance, opcheck, share_of_tolerance
 from error_bounds import add_rms_norm_backward_bound, rms_norm_backward_bound
 from gradients import (
     RANDOM_CASE_DTYPES,
@@ -60,16 +60,16 @@ def test_matches_reference(shape, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases_of_rms_norm(dtype):
+def test_random_cases_of_rms_norm(device, dtype):
     def make_arguments(dtype):
         hidden = size(300)
         return normal(size(80), hidden, dtype=dtype), normal(hidden, dtype=dtype), EPS
 
-    assert_random_cases("rms_norm", make_arguments, dtype, rms_norm_backward_bound)
+    assert_random_cases("rms_norm", make_arguments, device, dtype, rms_norm_backward_bound)
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases_of_add_rms_norm(dtype):
+def test_random_cases_of_add_rms_norm(device, dtype):
     def make_arguments(dtype):
         tokens, hidden = size(80), size(300)
         x, residual = (torch.randint(-31, 32, (2, tokens, hidden)) / 16).to(dtype)  # whose sums are exact
@@ -79,7 +79,26 @@ def test_random_cases_of_add_rms_norm(dtype):
         grad_x, grad_weight = add_rms_norm_backward_bound(grad_normed, grad_sum, x + residual, weight, eps)
         return grad_x, grad_x, grad_weight
 
-    assert_random_cases("add_rms_norm", make_arguments, dtype, bounds)
+    assert_random_cases("add_rms_norm", make_arguments, device, dtype, bounds)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("hidden", [100, 4096])
+def test_faults_are_caught(hidden, dtype):
+    grad, _, x, weight = make((70, hidden), "cpu", dtype)
+    arguments = (grad, x, weight, EPS)
+    grad_x, grad_weight = rms_norm_backward(*arguments)
+    shorter = torch.cat((x[:, :-1], torch.zeros_like(x[:, -1:])), 1)
+    wrong = [
+        (rms_norm_backward(grad, shorter, weight, EPS)[0], grad_weight),  # without the last square and product
+        (grad_x, rms_norm_backward(grad[:-1], x[:-1], weight, EPS)[1]),  # without the last token
+        ((grad * weight * torch.rsqrt(x.double().square().mean(-1, keepdim=True))).to(dtype), grad_weight),  # no mean
+    ]
+    if dtype != torch.float32:  # the normalised value rounded to 16 bits
+        normed = reference.rms_norm(x.double(), torch.ones(hidden).double(), EPS).to(dtype).double()
+        wrong.append((grad_x, (grad.double() * normed).sum(0).to(dtype)))
+    for results in wrong:
+        assert share_of_tolerance("rms_norm_backward", results, *arguments) > 1
 
 
 def test_strided_and_expanded_inputs(device, dtype):

@@ -55,7 +55,7 @@ def test_matches_reference(shape, interleaved, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases(dtype):
+def test_random_cases(device, dtype):
     def make_arguments(dtype):
         shape = (size(40), size(8), size(4), 2 * size(64))
         return *make(shape, "cpu", dtype), (1e4, THETA)[size(2) - 1], size(2) == 2
@@ -63,7 +63,7 @@ def test_random_cases(dtype):
     def bounds(grad_q, grad_k, q, k, *rest):
         return rope_bound(grad_q, grad_k, *rest)
 
-    assert_random_cases("rope", make_arguments, dtype, bounds)
+    assert_random_cases("rope", make_arguments, device, dtype, bounds)
 
 
 @pytest.mark.every_isa

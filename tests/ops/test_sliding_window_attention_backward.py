@@ -7,6 +7,7 @@ import mixtral.ops as ops
 from conftest import opcheck, with_threads
 from error_bounds import sliding_window_attention_backward_bound
 from gradients import (
+    CASES,
     RANDOM_CASE_DTYPES,
     assert_compiles,
     assert_gradients_within_tolerance,
@@ -97,7 +98,7 @@ def test_random_cases(dtype):
         scale = [None, 0.1, -0.5][size(3) - 1]
         return (*problem, 0, False, scale) if size(4) == 4 else (*problem, size(100) - 1, True, scale)
 
-    assert_random_cases(OP, make_arguments, dtype, sliding_window_attention_backward_bound, cases=220)
+    assert_random_cases(OP, make_arguments, dtype, sliding_window_attention_backward_bound, cases=max(CASES, 220))
 
 
 @pytest.mark.every_isa
@@ -163,7 +164,7 @@ def test_nan_reaches_only_what_sees_it(name, window, device, dtype):
         grad_q, grad_k, grad_v = actual = run(spoilt)
         assert grad_q[queries[0] : queries[-1] + 1, heads].isnan().all()
         assert grad_k[keys, 0].isnan().all()
-        assert grad_v[keys, 0].isnan().all() or name == "v"
+        assert grad_v[keys, 0].isnan().any(-1).all() or name == "v"
         expected = [x.clone() for x in clean]
         expected[0][queries[0] : queries[-1] + 1, heads] = torch.nan
         expected[1][keys, 0] = torch.nan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import assert_within_tolerance, opcheck
+from conftest import assert_within_tolerance, opcheck, share_of_tolerance
 from error_bounds import swiglu_backward_bound
 from gradients import (
     RANDOM_CASE_DTYPES,
@@ -41,11 +41,26 @@ def test_matches_reference(shape, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANDOM_CASE_DTYPES, ids=str)
-def test_random_cases(dtype):
+def test_random_cases(device, dtype):
     def make_arguments(dtype):
         return (size(8) * normal(size(40), 2 * size(200), dtype=dtype),)
 
-    assert_random_cases("swiglu", make_arguments, dtype, lambda *arguments: (swiglu_backward_bound(*arguments),))
+    assert_random_cases(
+        "swiglu", make_arguments, device, dtype, lambda *arguments: (swiglu_backward_bound(*arguments),)
+    )
+
+
+@pytest.mark.every_isa
+def test_faults_are_caught(dtype):
+    grad, gate_up = make((33, 257), "cpu", dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    right = swiglu_backward(grad, gate_up)
+    for wrong in (
+        torch.cat(((grad.double() * up * gate.sigmoid()).to(dtype), right[:, 257:]), -1),  # without the slope
+        torch.cat(((1.01 * right[:, :257].double()).to(dtype), right[:, 257:]), -1),
+        swiglu_backward(grad, 1.01 * gate_up),
+    ):
+        assert share_of_tolerance("swiglu_backward", wrong, grad, gate_up) > 1
 
 
 @pytest.mark.every_isa

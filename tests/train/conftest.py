@@ -1,9 +1,6 @@
 from pathlib import Path
 
-import plain_ops
 import pytest
-
-plain_ops.install()
 
 
 @pytest.fixture

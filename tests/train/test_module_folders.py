@@ -4,13 +4,14 @@ import json
 import os
 from pathlib import Path
 
-import mixtral
 import pytest
 import torch
-from mixtral.train import Mixtral, RouterOptions, folders
 from safetensors.torch import load_file
 from training_models import DENSE, in_transformers, livelier, random_batch, random_config, small_config
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import mixtral
+from mixtral.train import Mixtral, folders
 
 FORMATS = ["huggingface", "huggingface_v4", "consolidated"]
 
@@ -59,7 +60,9 @@ def test_from_pretrained_reads_what_transformers_writes(tmp_path: Path) -> None:
     assert again.lm_head.weight.dtype == torch.bfloat16
     assert again.model.layers[0].mlp.gate.weight.dtype == torch.float32
     for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name].float(), weight if "gate.weight" in name else weight.bfloat16().float())
+        assert torch.equal(
+            again.state_dict()[name].float(), weight if "gate.weight" in name else weight.bfloat16().float()
+        )
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from mixtral.train import Batch, Mixtral, RouterOptions, z_loss
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from training_models import CROSS_ENTROPY_ALONE, DENSE, SWITCH, livelier, random_batch, small_config
+
+from mixtral.train import Batch, Mixtral, RouterOptions, z_loss
 
 
 def test_renormalised_top_1_is_refused_and_switch_reaches_the_router() -> None:
@@ -62,6 +64,29 @@ def test_weights_of_labels() -> None:
     torch.testing.assert_close(losses.total, (weights * each)[used].sum() / weights[used].sum())
 
 
+def test_a_head_that_peft_has_wrapped_counts() -> None:
+    model = livelier(Mixtral.from_config(small_config()))
+    batch = random_batch(model.config)
+    batch.labels[2:7] = -100
+    expected = model.loss(batch).total
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    logits = tuned.base_model.model(batch.input_ids[None, :9])[0, :2]
+    losses = tuned(batch)
+    assert abs(losses.total - expected) > 0.01
+    one = Batch(batch.input_ids[:2], batch.labels[:2], batch.positions[:2], torch.tensor([0, 2], dtype=torch.int32))
+    expected = functional.cross_entropy(logits, one.labels)
+    torch.testing.assert_close(tuned(one).cross_entropy, expected)
+
+
+def test_no_targets() -> None:
+    model = livelier(Mixtral.from_config(small_config(), router=CROSS_ENTROPY_ALONE))
+    batch = random_batch(model.config)
+    batch.labels[:] = -100
+    losses = model.loss(batch)
+    losses.total.backward()
+    assert losses.total == 0 and not any(weight.grad.any() for weight in model.parameters())
+
+
 def test_loss_free_balancing_evens_the_load() -> None:
     options = RouterOptions(balance="loss_free", bias_update_rate=0.01)
     model = livelier(Mixtral.from_config(small_config(), router=options))
@@ -113,7 +138,9 @@ def test_jitter_and_expert_dropout_act_in_training_alone() -> None:
 
 def test_expert_dropout_keeps_the_mean() -> None:
     config = small_config(num_layers=1)
-    experts = livelier(Mixtral.from_config(config, router=RouterOptions(expert_dropout=0.4))).model.layers[0].mlp.experts
+    experts = (
+        livelier(Mixtral.from_config(config, router=RouterOptions(expert_dropout=0.4))).model.layers[0].mlp.experts
+    )
     x, weights = torch.randn(1, 40).expand(4000, -1), torch.full((4000, 2), 0.5)
     ids = torch.tensor([1, 3], dtype=torch.int32).expand(4000, -1).contiguous()
     with torch.no_grad():

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from mixtral.train import Batch, Mixtral, RouterOptions
 from peft import LoraConfig, get_peft_model
 from training_models import DENSE, livelier, random_batch, small_config
 from two_processes import DOCUMENTS, OPTIONS, run
+
+from mixtral.train import Batch, Mixtral, RouterOptions
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def settings(out: Path, **train: object) -> Settings:
 
 def mixtral_train(*arguments: object, before: str = "", ranks: int = 1, **options) -> subprocess.CompletedProcess:
     """``mixtral train`` in a process, or in several under torchrun; ``before`` is code that runs first."""
-    program = f"import plain_ops; plain_ops.install()\n{before}\nfrom mixtral.__main__ import main\nmain()"
+    program = f"{before}\nfrom mixtral.__main__ import main\nmain()"
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'python'}:{ROOT / 'tests' / 'train'}"}
     script = Path(options.pop("script", "/dev/null"))
     if ranks > 1:

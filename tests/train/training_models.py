@@ -4,9 +4,10 @@ import random
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
+
 from mixtral.model import Config
 from mixtral.train import Batch, Mixtral, RouterOptions
-from transformers import AutoModelForCausalLM
 
 CROSS_ENTROPY_ALONE = RouterOptions(balance="none", z_coefficient=0.0)
 
@@ -53,6 +54,7 @@ def random_config(seed: int) -> Config:
         renormalize=draw.random() < 0.5,
         router_in_f32=draw.random() < 0.7,
         tie_word_embeddings=draw.random() < 0.4,
+        select_bias=experts > 0 and draw.random() < 0.3,
     )
 
 

@@ -4,20 +4,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mixtral.train import Batch, Mixtral, RouterOptions, StepTotals
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import plain_ops
+from mixtral.train import Batch, Mixtral, RouterOptions, StepTotals
 
 DOCUMENTS = [[(7 * i + i * i * d) % 61 for i in range(n)] for d, n in enumerate((9, 30, 14, 22))]
 OPTIONS = RouterOptions(balance="global")
 
 
 def run(rank: int, folder: Path, model_folder: Path) -> None:
-    plain_ops.install()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:

@@ -1,6 +1,7 @@
 // Memory that starts at a cache line: a tile or vector load of a row of 64 bytes then touches one line, not two.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -49,6 +49,8 @@ MIXTRAL_INLINE void multiply_f32(const float* a, int64_t lda, int64_t rows, cons
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
     multiply_rows_f32<kAhead, kBytes, kRows, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
+  for (; r + 4 <= rows; r += 4)
+    multiply_rows_f32<kAhead, kBytes, 4, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
   for (; r < rows; ++r)
     multiply_rows_f32<kAhead, kBytes, 1, kVectors>(a + r * lda, lda, panel, depth, c + r * ldc, ldc);
 }

@@ -1,4 +1,3 @@
-#include "../cpu/huge_pages.h"
 #include "../dispatch.h"
 #include "../internal_ops.h"
 #include "gemm_work.h"
@@ -26,7 +25,6 @@ template <typename T>
 void launch_weight_on_cpu(const GroupedGemmWeightGradient<T>& gradient) {
   const auto& [grad, a, offs, out, rows, experts, columns, depth] = gradient;
   if (experts * columns * depth == 0) return;
-  advise_huge_pages(out, experts * columns * depth * sizeof(T));
   const int64_t blocks = ceil_div(depth, kPanelColumns), threads = torch::stable::get_num_threads();
   GemmWork work = GemmWork::of_depths(offs, experts, columns, blocks, threads);
   share_work(threads, (rows + experts) * columns * depth,

@@ -7,13 +7,7 @@
 namespace mixtral {
 namespace {
 
-constexpr const char* op = "moe_mlp";
-
-struct Weights {
-  Weight gate_up, down;  // [E, 2I, H], [E, H, I]
-};
-
-void check_routing(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids) {
+void check_routing(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids) {
   check_rank(op, "topk_ids", topk_ids, 2, "[T, K]");
   check_index(op, "topk_ids", topk_ids);
   check_size(op, "topk_ids", topk_ids, 0, x.size(0));
@@ -26,7 +20,7 @@ void check_routing(const Tensor& x, const Tensor& topk_weights, const Tensor& to
   check_same_device(op, "topk_weights", topk_weights, x);
 }
 
-Weight check_gate_up(const Tensor& x, const Tensor& gate_up_proj) {
+Weight check_gate_up(const char* op, const Tensor& x, const Tensor& gate_up_proj) {
   const Weight gate_up = as_weight(op, "gate_up_proj", gate_up_proj, x.scalar_type(), "[E, 2I, H]");
   const int64_t columns = gate_up.view.columns;
   check_weight_shape(op, "gate_up_proj", gate_up, columns, x.size(1));
@@ -42,18 +36,22 @@ Weight check_gate_up(const Tensor& x, const Tensor& gate_up_proj) {
   return gate_up;
 }
 
-Weights check_arguments(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
-                        const Tensor& down_proj) {
+}  // namespace
+
+MoeWeights check_moe_arguments(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
+                               const Tensor& gate_up_proj, const Tensor& down_proj) {
   check_rank(op, "x", x, 2, "[T, H]");
   check_float(op, "x", x);
-  check_routing(x, topk_weights, topk_ids);
-  const Weight gate_up = check_gate_up(x, gate_up_proj);
+  check_routing(op, x, topk_weights, topk_ids);
+  const Weight gate_up = check_gate_up(op, x, gate_up_proj);
   const Weight down = as_weight(op, "down_proj", down_proj, x.scalar_type(), "[E, H, I]");
   check_size(op, "down_proj", down_proj, 0, gate_up.view.experts);
   check_weight_shape(op, "down_proj", down, x.size(1), gate_up.view.columns / 2);
   check_same_device(op, "down_proj", down_proj, x);
   return {gate_up, down};
 }
+
+namespace {
 
 enum Slot { kCopiedRows, kActivatedRows, kSlots };
 
@@ -73,7 +71,8 @@ Tensor temporary(Slot slot, const Tensor& like, int64_t rows, int64_t columns) {
 // each plain or packed -> [T, H]
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj) {
-  const auto [gate_up, down] = check_arguments(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+  constexpr const char* op = "moe_mlp";
+  const auto [gate_up, down] = check_moe_arguments(op, x, topk_weights, topk_ids, gate_up_proj, down_proj);
 #ifdef MIXTRAL_WITH_HOPPER
   if (takes_moe_mlp_hopper(x, topk_ids, gate_up, down))
     return moe_mlp_hopper(op, x, topk_weights, topk_ids, gate_up, down);

@@ -11,6 +11,15 @@
 
 namespace mixtral {
 
+// The weights of the layer: [E, 2I, H] and [E, H, I].
+struct MoeWeights {
+  Weight gate_up, down;
+};
+
+// Checks the arguments of moe_mlp, which are those of its gradient too.
+MoeWeights check_moe_arguments(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
+                               const Tensor& gate_up_proj, const Tensor& down_proj);
+
 // In builds with kernels for Hopper. Whether moe_mlp_hopper can compute the layer, by dtype, shapes, formats and
 // layout: T K up to 64, and with int4 weights up to 32 rows (T for the first product, T K for the second). Arguments
 // were checked.

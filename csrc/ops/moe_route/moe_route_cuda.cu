@@ -39,8 +39,8 @@ int launch_router_logits_backward_cuda(const float* grad, const T* x, const R* r
   if (grad_router && experts > 0) {
     const dim3 blocks(static_cast<unsigned>(ceil_div(hidden, kWarpSize)),
                       static_cast<unsigned>(ceil_div(experts, kRouteExperts)));
-    router_logits_backward_router_kernel<<<blocks, kRouteThreads, 0, stream>>>(grad, x, grad_router, tokens, hidden,
-                                                                               static_cast<int>(experts));
+    router_logits_backward_router_kernel<<<blocks, kRouteThreads, kRouterGradBytes, stream>>>(
+        grad, x, grad_router, tokens, hidden, static_cast<int>(experts));
   }
   return cudaGetLastError();
 }

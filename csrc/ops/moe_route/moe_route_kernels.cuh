@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(kRouteThreads)
                     top_k, renormalize);
 }
 
+inline constexpr int kRouterGradBytes = kRouteWarps * kRouteExperts * kWarpSize * static_cast<int>(sizeof(float));
+
 // A block per token and kRouteThreads columns: grad_x [T, H].
 template <typename T, typename R>
 __global__ void __launch_bounds__(kRouteThreads)
@@ -103,7 +105,7 @@ template <typename T, typename R>
 __global__ void __launch_bounds__(kRouteThreads)
     router_logits_backward_router_kernel(const float* __restrict__ grad, const T* __restrict__ x,
                                          R* __restrict__ grad_router, int64_t tokens, int64_t hidden, int experts) {
-  __shared__ float partial[kRouteWarps][kRouteExperts][kWarpSize];
+  auto* partial = reinterpret_cast<float*>(dynamic_shared_memory());  // [warps, kRouteExperts, 32]
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t h = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
   const int first = static_cast<int>(blockIdx.y) * kRouteExperts;
@@ -115,11 +117,11 @@ __global__ void __launch_bounds__(kRouteThreads)
       if (first + e < experts) sums[e] = fmaf(grad[t * experts + first + e], value, sums[e]);
   }
 #pragma unroll
-  for (int e = 0; e < kRouteExperts; ++e) partial[warp][e][lane] = sums[e];
+  for (int e = 0; e < kRouteExperts; ++e) partial[(warp * kRouteExperts + e) * kWarpSize + lane] = sums[e];
   __syncthreads();
   if (first + warp >= experts || h >= hidden) return;  // warp e adds the sums of expert first + e
   float sum = 0.0f;
-  for (int w = 0; w < kRouteWarps; ++w) sum += partial[w][warp][lane];
+  for (int w = 0; w < kRouteWarps; ++w) sum += partial[(w * kRouteExperts + warp) * kWarpSize + lane];
   grad_router[(first + warp) * hidden + h] = from_float<R>(sum);
 }
 

@@ -21,6 +21,23 @@ constexpr KeyRange visible_keys(int64_t position, int64_t length, int64_t window
   return {cut ? position - window + 1 : 0, position + 1};
 }
 
+// Query tokens [begin, end) of a sequence, counted from its first one.
+struct QueryRange {
+  int64_t begin, end;
+};
+
+// The queries, among the last `queries` positions of a sequence of `length` keys, that see a key of [keys.begin,
+// keys.end): those between the first key and the end of the window of the last one.
+constexpr QueryRange seeing_queries(const KeyRange& keys, int64_t queries, int64_t length, int64_t window,
+                                    bool causal) {
+  if (keys.begin >= keys.end) return {0, 0};
+  if (!causal) return {0, queries};
+  const int64_t first = length - queries;  // position of query 0
+  const bool cut = window > 0 && window < length - keys.end + 1;
+  const int64_t begin = keys.begin > first ? keys.begin : first, end = cut ? keys.end - 1 + window : length;
+  return begin < end ? QueryRange{begin - first, end - first} : QueryRange{0, 0};
+}
+
 // Where the keys of a batch lie: sequence after sequence (packed, one page of all rows), or in pages (the rolling
 // cache). On CUDA the numbers behind the pointers are unchecked.
 struct KeyLayout {

@@ -62,6 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> sliding_window_attention_backward(
       if (q.is_cuda()) {
         MIXTRAL_CHECK(head_dim <= kMaxHeadDimCuda, kOp, ": q must have a head dim of at most ", kMaxHeadDimCuda,
                       " on CUDA, got shape ", shape_string(q));
+        const Tensor delta = new_tensor(q, {q.size(1), q.size(0)}, ScalarType::Float);
+        problem.delta = mutable_ptr<float>(delta);
         const CudaScope scope(q);
         check_launch(kOp, launch_attention_backward_cuda(problem, scope.stream()));
         return;

@@ -22,6 +22,8 @@ struct AttentionBackwardProblem {
   T* grad_q;                    // [T, Nq, D]
   T *grad_k, *grad_v;           // [Tk, Nkv, D]
 
+  float* delta = nullptr;  // CUDA: room for D, [Nq, T]
+
   // CPU: room for the sums of grad_k and grad_v in f32, [Nkv, Tk, D rounded up to 32] each.
   float *sum_k = nullptr, *sum_v = nullptr;
 

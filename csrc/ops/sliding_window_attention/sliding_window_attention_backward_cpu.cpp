@@ -88,13 +88,15 @@ MIXTRAL_INLINE void weights_and_gradients(const float* scores, const float* dp, 
                                           const int32_t (&seen)[2][kPanelColumns], float scale, const float* lse,
                                           const float* delta, int64_t stride, Operand* p, Operand* ds) {
   for (int64_t j = begin; j < end; ++j) {
+    const float *score = scores + j * kPanelColumns, *slope = dp + j * kPanelColumns;
+    const auto key = static_cast<int32_t>(j);
     float weight[kPanelColumns], gradient[kPanelColumns];
+    for (int64_t c = 0; c < kPanelColumns; ++c) weight[c] = exp_nonpositive(__builtin_fmaf(score[c], scale, -lse[c]));
+    for (int64_t c = 0; c < kPanelColumns; ++c) gradient[c] = weight[c] * (slope[c] - delta[c]);
     for (int64_t c = 0; c < kPanelColumns; ++c) {
-      const bool sees = j >= seen[0][c] && j < seen[1][c];
-      const float x = exp_nonpositive(__builtin_fmaf(scores[j * kPanelColumns + c], scale, -lse[c]));
-      const float y = x * (dp[j * kPanelColumns + c] - delta[c]);
-      weight[c] = sees ? x : 0.0f;
-      gradient[c] = sees ? y : 0.0f;
+      const bool sees = (key >= seen[0][c]) & (key < seen[1][c]);
+      weight[c] = sees ? weight[c] : 0.0f;
+      gradient[c] = sees ? gradient[c] : 0.0f;
     }
     for (int64_t c = 0; c < kPanelColumns; ++c) p[j * stride + c] = from_float<Operand>(weight[c]);
     for (int64_t c = 0; c < kPanelColumns; ++c) ds[j * stride + c] = from_float<Operand>(gradient[c]);

@@ -1,6 +1,7 @@
 #include "swiglu.h"
 
 #include "../dispatch.h"
+#include "../internal_ops.h"
 #include "swiglu_backward.h"
 
 namespace mixtral {
@@ -13,13 +14,11 @@ void check_gate_up(const char* op, const Tensor& gate_up) {
                 shape_string(gate_up));
 }
 
-// gate_up [M, 2I] -> [M, I]
-Tensor swiglu(const Tensor& gate_up) {
-  constexpr const char* op = "swiglu";
-  check_gate_up(op, gate_up);
+}  // namespace
+
+void internal::swiglu(const char* op, const Tensor& gate_up, const Tensor& out) {
   const int64_t rows = gate_up.size(0), intermediate = gate_up.size(1) / 2;
   const Tensor gate_up_contiguous = as_contiguous(gate_up);
-  const Tensor out = new_tensor(gate_up, {rows, intermediate});
   dispatch_float(op, gate_up.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* gate_up_ptr = const_ptr<T>(gate_up_contiguous);
@@ -35,6 +34,16 @@ Tensor swiglu(const Tensor& gate_up) {
       launch_swiglu_cpu(gate_up_ptr, out_ptr, intermediate, begin, end);
     });
   });
+}
+
+namespace {
+
+// gate_up [M, 2I] -> [M, I]
+Tensor swiglu(const Tensor& gate_up) {
+  constexpr const char* op = "swiglu";
+  check_gate_up(op, gate_up);
+  const Tensor out = new_tensor(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
+  internal::swiglu(op, gate_up, out);
   return out;
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_fake
+from ._library import register_fake, register_no_second_backward
 from .pack_weight import weight_columns, weight_depth
 
 
@@ -72,3 +72,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 
 torch.library.register_autograd("mixtral::grouped_gemm", _backward, setup_context=_save)
+register_no_second_backward("grouped_gemm_backward_input")
+register_no_second_backward("grouped_gemm_backward_weight")

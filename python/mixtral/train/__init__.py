@@ -1,5 +1,7 @@
 """Training on ``mixtral.ops``: the model as a module, its batches, and the losses of routers and vocabulary."""
 
+from typing import TYPE_CHECKING
+
 from .batch import Batch, Losses, StepTotals
 from .losses import (
     CONVENTIONS,
@@ -12,8 +14,10 @@ from .losses import (
     z_loss,
     z_loss_from_sums,
 )
-from .model import Mixtral
 from .options import RouterOptions
+
+if TYPE_CHECKING:
+    from .model import Mixtral as Mixtral
 
 __all__ = [
     "Batch",
@@ -31,3 +35,12 @@ __all__ = [
     "z_loss",
     "z_loss_from_sums",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The model needs the model library; losses and batches do not."""
+    if name == "Mixtral":
+        from .model import Mixtral
+
+        return Mixtral
+    raise AttributeError(f"module 'mixtral.train' has no attribute {name!r}")

@@ -100,7 +100,7 @@ class StepTotals(NamedTuple):
 
     targets: float | Tensor  # labels, or the sum of their weights (Batch.targets)
     tokens: int | Tensor
-    load: Tensor | None = None  # [L, E], tokens that chose an expert; for balance "global"
+    load: Tensor | None = None  # [L, E], tokens that chose an expert, for balance "global"; None: those of the batch
 
 
 class Losses(NamedTuple):

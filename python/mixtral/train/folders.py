@@ -43,7 +43,12 @@ _CONSOLIDATED = {
     ".mlp.": ".feed_forward.",
 }
 _V4 = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts."}
-_CPP = {".attention.": ".self_attn.", ".moe.router": ".mlp.gate", ".moe.": ".mlp.experts."}
+_CPP = {
+    ".attention.": ".self_attn.",
+    ".moe.router": ".mlp.gate.weight",
+    ".moe.select_bias": ".mlp.gate.e_score_correction_bias",
+    ".moe.": ".mlp.experts.",
+}
 
 
 def _renamed(name: str, pieces: dict[str, str]) -> str:
@@ -91,19 +96,14 @@ def load(
     name = dtype if dtype == "auto" else dtype_name(float_dtype(dtype))
     config = Config.from_folder(folder)
     if config.quantization:
-        raise LoadError(
-            f"{folder}: quantization_config: a model in {config.quantization} cannot be trained; take the folder that "
-            "it was made from",
-            str(folder),
-            "quantization_config",
-            f"a model in {config.quantization} cannot be trained; take the folder that it was made from",
-        )
+        item, reason = "quantization_config", f"a model in {config.quantization} cannot be trained: take its original"
+        raise LoadError(f"{folder}: {item}: {reason}", str(folder), item, reason)
     # One copy in memory: what is not split stays where the C++ model has put it.
     source = _C.Mixtral.from_pretrained(folder, torch.device(device), name, False, lora or "", False, 0, None)
     with torch.device("meta"):
         model = cls(source.config, **options)
     weights = dict(_from_cpp(source.config, source.named_parameters()))
-    for buffer, value in model.named_buffers():  # biases of selection of a model that has none start at zero
+    for buffer, value in model.named_buffers():  # the biases that "loss_free" adds to a model
         weights.setdefault(buffer, torch.zeros(value.shape, device=device))
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
@@ -127,7 +127,7 @@ def _from_cpp(config: Config, parameters: dict[str, Tensor]) -> Iterator[tuple[s
             yield path.replace("gate_up_proj", "up_proj.weight"), up.clone()
         elif name.endswith("mlp.down_proj"):
             yield path + ".weight", tensor[0]
-        elif ".moe." in name and not name.endswith("router"):
+        elif ".moe." in name:
             yield path, tensor
         else:
             yield path + ".weight", tensor
@@ -138,7 +138,7 @@ def _from_cpp(config: Config, parameters: dict[str, Tensor]) -> Iterator[tuple[s
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(model: "Mixtral", folder: str | PathLike[str], format: str) -> None:
+def save(model: "Mixtral", folder: str | PathLike[str], format: str, state: dict[str, Tensor]) -> None:
     """``Mixtral.save_pretrained``."""
     if format not in FORMATS:
         raise ValueError(f"save_pretrained: format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -155,7 +155,7 @@ def save(model: "Mixtral", folder: str | PathLike[str], format: str) -> None:
         (incomplete / ("params.json" if consolidated else "config.json")).write_text(text)
         if model.folder is not None:
             _C.carry_files(model.folder, incomplete)
-        weights = _named_for(format, config, model.state_dict())
+        weights = _named_for(format, config, state)
         _write_shards(weights, incomplete, "consolidated" if consolidated else "model", not consolidated)
         incomplete.chmod(0o777 & ~_umask())
         os.rename(incomplete, final)

@@ -62,7 +62,7 @@ class Router(nn.Module):
         self.top_k, self.renormalize, self.in_f32 = config.top_k, config.renormalize, config.router_in_f32
         self.jitter, self.num_experts = options.jitter, config.num_experts
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        bias = torch.zeros(config.num_experts, dtype=torch.float32) if options.balance == "loss_free" else None
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.select_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,9 +77,9 @@ class Router(nn.Module):
             x = x.to(weight.dtype)
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = ops.router_logits(x, weight)
-        bias = self.e_score_correction_bias
-        extra = {} if bias is None else {"select_bias": bias}
-        return logits, *ops.topk_softmax(logits, self.top_k, self.renormalize, **extra)
+        bias = self.e_score_correction_bias  # in f32, whatever the model was converted to
+        bias = None if bias is None else bias.float()
+        return logits, *ops.topk_softmax(logits, self.top_k, self.renormalize, bias)
 
 
 class Experts(nn.Module):

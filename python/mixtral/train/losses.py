@@ -171,15 +171,17 @@ def z_loss(router_logits: Sequence[Tensor], mask: Tensor | None = None) -> Tenso
 
 # ---- vocabulary ------------------------------------------------------------------------------------------------------
 
-CHUNK_LOGITS = 2**22  # a chunk of rows holds at most so many logits: 16 MiB in f32
+CHUNK_LOGITS = 2**23  # a chunk of rows holds at most so many logits: 32 MiB in f32
 # Sums of fewer than 2^15 numbers are made by one thread, so that their bits do not depend on the number of threads.
 MAX_CHUNK_ROWS = 4096
 
 Teacher = Tensor | tuple[Tensor, Tensor]
 
 
-def _teacher_rows(teacher: Teacher, rows: Tensor) -> Teacher:
-    return tuple(part[rows] for part in teacher) if isinstance(teacher, tuple) else teacher[rows]
+def _teacher_rows(teacher: Teacher | None, rows: Tensor | slice) -> Teacher | None:
+    if teacher is None:
+        return None
+    return tuple(part.detach()[rows] for part in teacher) if isinstance(teacher, tuple) else teacher.detach()[rows]
 
 
 def _sum_of_losses(
@@ -196,49 +198,50 @@ def _sum_of_losses(
     return (loss if weights is None else weights * loss).sum()
 
 
-class _LinearLoss(torch.autograd.Function):
-    """The loss of hidden [n, H] through the vocabulary's matrix [V, H], and both gradients, chunk by chunk of rows.
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[n, H], [V, H] -> f32 [n, V]: the product that the model's own logits come from."""
+    offs = torch.full((1,), len(hidden), dtype=torch.int32, device=hidden.device)
+    return ops.grouped_gemm(hidden, weight[None], offs).float()
 
-    Forward and gradient of a chunk are computed at once: its logits are made one time and then forgotten.
+
+class _LinearLoss(torch.autograd.Function):
+    """The loss of hidden [n, H] through the vocabulary's matrix [V, H], chunk by chunk of rows.
+
+    A chunk's gradients are computed with its loss: its logits are made one time and then forgotten.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, teacher, alpha, temperature):
-        vocabulary, train = len(weight), any(ctx.needs_input_grad[:2])
-        rows = min(MAX_CHUNK_ROWS, max(1, CHUNK_LOGITS // vocabulary))
+    def forward(ctx, hidden, weight, labels, weights, teacher, alpha, temperature, grad_enabled):
+        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if train else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        weight_columns = weight.T.contiguous()[None] if train else None
+        rows = min(MAX_CHUNK_ROWS, max(1, CHUNK_LOGITS // len(weight)))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            product = _product(hidden[part], weight[None])
-            logits = product.float().requires_grad_(train)
-            chunk = (logits, labels[part], None if weights is None else weights[part])
-            with torch.set_grad_enabled(train):
-                loss = _sum_of_losses(
-                    *chunk, None if teacher is None else _teacher_rows(teacher, part), alpha, temperature
-                )
+            of_part = (labels[part], None if weights is None else weights[part], _teacher_rows(teacher, part))
+            leaves = [x.detach().requires_grad_(want) for x, want in zip((hidden[part], weight), wanted, strict=True)]
+            with torch.set_grad_enabled(any(wanted)):
+                loss = _sum_of_losses(_logits(*leaves), *of_part, alpha, temperature)
             total += loss.detach()
-            if train:
-                (grad,) = torch.autograd.grad(loss, logits)
-                grad = grad.to(hidden.dtype)
-                grad_hidden[part] = _product(grad, weight_columns)
-                grad_weight += _product(grad.T.contiguous(), hidden[part].T.contiguous()[None])
-        if train:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.dtype = weight.dtype
+            if any(wanted):
+                grads = iter(torch.autograd.grad(loss, [x for x in leaves if x.requires_grad]))
+                if wanted[0]:
+                    grad_hidden[part] = next(grads)
+                if wanted[1]:
+                    grad_weight += next(grads)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
         return total.float()
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad).to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtype), *[None] * 5
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[n, Kdim], [1, N, Kdim] -> [n, N]: the product that the model's own logits come from."""
-    return ops.grouped_gemm(a, b, torch.full((1,), len(a), dtype=torch.int32, device=a.device))
+        return (
+            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
+            *[None] * 6,
+        )
 
 
 def _selected(labels: Tensor, rows: int, name: str) -> Tensor:
@@ -265,7 +268,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights
     """
     rows = _selected(labels, len(hidden), "linear_cross_entropy")
     weights = None if weights is None else weights[rows]
-    return _LinearLoss.apply(hidden[rows], weight, labels[rows].long(), weights, None, 0.0, 1.0)
+    return _LinearLoss.apply(
+        hidden[rows], weight, labels[rows].long(), weights, None, 0.0, 1.0, torch.is_grad_enabled()
+    )
 
 
 def distill_cross_entropy(
@@ -303,5 +308,5 @@ def distill_cross_entropy(
     rows = _selected(labels, len(first), "distill_cross_entropy")
     chosen = (labels[rows].long(), None if weights is None else weights[rows], _teacher_rows(teacher, rows))
     if isinstance(student, tuple):
-        return _LinearLoss.apply(first[rows], student[1], *chosen, alpha, temperature)
+        return _LinearLoss.apply(first[rows], student[1], *chosen, alpha, temperature, torch.is_grad_enabled())
     return _sum_of_losses(student[rows].float(), *chosen, alpha, temperature)

@@ -4,18 +4,28 @@ On the CPU its logits are, bit for bit, those of the C++ model, which is the one
 ``mixtral.ops``.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..model import Config
 from . import folders
 from .batch import Batch, Losses, StepTotals
 from .layers import Decoder, Linear, Routing
-from .losses import RouterSums, linear_cross_entropy, load_balance_loss_from_sums, router_sums, z_loss_from_sums
+from .losses import (
+    IGNORED,
+    RouterSums,
+    linear_cross_entropy,
+    load_balance_loss_from_sums,
+    router_sums,
+    z_loss_from_sums,
+)
 from .options import RouterOptions
 
 VocabularyLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # hidden, weight, labels, weights -> sum
@@ -47,12 +57,10 @@ class Mixtral(nn.Module):
             recompute: what backward computes again of each expert layer (:func:`mixtral.ops.moe_mlp`).
         """
         super().__init__()
-        self.config, self.router, self.gradient_checkpointing, self.folder = (
-            config,
-            router,
-            gradient_checkpointing,
-            None,
-        )
+        config = copy.copy(config)
+        config.select_bias |= router.balance == "loss_free"
+        self.config, self.router, self.gradient_checkpointing = config, router, gradient_checkpointing
+        self.folder: Path | None = None
         self.model = Decoder(config, router, recompute)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -100,19 +108,25 @@ class Mixtral(nn.Module):
         """
         return folders.load(cls, folder, dtype, device, lora, **options)
 
-    def save_pretrained(self, folder: str | PathLike[str], format: str = "huggingface") -> None:
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        format: str = "huggingface",
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write a folder that transformers and the C++ model load; it appears whole or not at all.
 
         Args:
             folder: must not exist or be empty.
             format: "huggingface" (names of transformers 5), "huggingface_v4" (a tensor for each expert) or
                 "consolidated" (Mistral's own).
+            state_dict: saved instead of the model's own, as where FSDP's shards were gathered.
 
         Raises:
             ValueError: an unknown format, or ``folder`` is in use.
             OSError: it cannot be written.
         """
-        folders.save(self, folder, format)
+        folders.save(self, folder, format, self.state_dict() if state_dict is None else state_dict)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -138,7 +152,7 @@ class Mixtral(nn.Module):
         return self
 
     def loss(
-        self, batch: Batch, step: StepTotals | None = None, vocabulary_loss: VocabularyLoss = linear_cross_entropy
+        self, batch: Batch, step: StepTotals | None = None, vocabulary_loss: VocabularyLoss | None = None
     ) -> Losses:
         """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses.
 
@@ -152,7 +166,7 @@ class Mixtral(nn.Module):
         self,
         inputs: Tensor | Batch,
         step: StepTotals | None = None,
-        vocabulary_loss: VocabularyLoss = linear_cross_entropy,
+        vocabulary_loss: VocabularyLoss | None = None,
     ) -> Tensor | Losses:
         """input_ids int64 [B, S] -> logits f32 [B, S, vocab]; or a batch -> its losses, as wrappers such as DDP need.
 
@@ -171,12 +185,15 @@ class Mixtral(nn.Module):
         folders.check_ids(batch.input_ids, self.config.vocab_size)
         return self.model(batch, self.gradient_checkpointing)
 
-    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss) -> Losses:
+    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss | None) -> Losses:
         hidden, routings = self._hidden_states(batch)
         targets = batch.targets
         step = StepTotals(targets, batch.tokens) if step is None else step
-        cross_entropy = vocabulary_loss(hidden, self.lm_head.weight, batch.labels, batch.weights)
-        cross_entropy = cross_entropy / step.targets
+any_targets = torch.as_tensor(step.targets, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
+        if vocabulary_loss is None:
+            cross_entropy = self._sum_of_cross_entropies(hidden, batch) / any_targets
+        else:
+            cross_entropy = vocabulary_loss(hidden, self.lm_head.weight, batch.labels, batch.weights) / any_targets
         if not routings:
             none = hidden.new_zeros((), dtype=torch.float32)
             empty = none.new_zeros(0)
@@ -191,6 +208,13 @@ class Mixtral(nn.Module):
             max_logit = torch.stack([x.abs().amax() for x in logits])
         parts = (x.detach() for x in (cross_entropy, balance, z))
         return Losses(total, *parts, targets, batch.tokens, sums.load, max_logit)
+
+    def _sum_of_cross_entropies(self, hidden: Tensor, batch: Batch) -> Tensor:
+        if isinstance(self.lm_head, Linear):
+            return linear_cross_entropy(hidden, self.lm_head.weight, batch.labels, batch.weights)
+        rows = batch.labels != IGNORED  # the head is a wrapper, of PEFT for one: what it computes counts
+        losses = functional.cross_entropy(self.lm_head(hidden[rows]).float(), batch.labels[rows], reduction="none")
+        return (losses if batch.weights is None else losses * batch.weights[rows]).sum()
 
     @torch.no_grad()
     def update_balance(self, load: Tensor) -> None:

@@ -1,0 +1,114 @@
+// The CUDA kernels for the gradients of rms_norm, add_rms_norm and swiglu, on the emulated GPU.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "gpu_emulator/hopper.h"
+// The kernels, after the building blocks.
+#include "ops/host_device.h"
+#include "ops/rms_norm/rms_norm_backward_kernels.cuh"
+#include "ops/swiglu/swiglu_backward_kernels.cuh"
+
+namespace mixtral::cuda {
+namespace {
+
+std::vector<float> normal_values(size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (auto& value : values) value = normal(random);
+  return values;
+}
+
+struct NormGradients {
+  std::vector<float> x, weight;
+};
+
+// grad, grad_sum (empty: none), x [T, H], weight [H]; as launch_rms_norm_backward_cuda launches.
+NormGradients run_norm(const std::vector<float>& grad, const std::vector<float>& grad_sum, const std::vector<float>& x,
+                       const std::vector<float>& weight, bool want_x) {
+  const int64_t hidden = static_cast<int64_t>(weight.size()), rows = static_cast<int64_t>(x.size()) / hidden;
+  const auto blocks = static_cast<unsigned>(ceil_div(rows, kNormRowBlock));
+  const auto columns = static_cast<unsigned>(ceil_div(hidden, kNormBackwardThreads));
+  NormGradients out{std::vector<float>(x.size(), NAN), std::vector<float>(hidden, NAN)};
+  std::vector<float> scales(rows, NAN), block_sums(blocks * hidden, NAN);
+  const RmsNormBackward<float> norm{grad.data(),
+                                    grad_sum.empty() ? nullptr : grad_sum.data(),
+                                    x.data(),
+                                    weight.data(),
+                                    want_x ? out.x.data() : nullptr,
+                                    block_sums.data(),
+                                    rows,
+                                    hidden,
+                                    1e-5f};
+  emulator::launch({{static_cast<unsigned>(rows), 1, 1}, kNormBackwardThreads, 0, 1},
+                   [&] { rms_norm_backward_row_kernel(norm, scales.data()); });
+  emulator::launch({{blocks, columns, 1}, kNormBackwardThreads, 0, 2},
+                   [&] { rms_norm_backward_weight_kernel(norm, scales.data()); });
+  emulator::launch({{columns, 1, 1}, kNormBackwardThreads, 0, 3},
+                   [&] { rms_norm_backward_sum_kernel<float>(block_sums.data(), out.weight.data(), blocks, hidden); });
+  return out;
+}
+
+void expect_norm(int64_t rows, int64_t hidden, bool with_sum) {
+  const std::vector<float> grad = normal_values(rows * hidden, 1), x = normal_values(rows * hidden, 2);
+  const std::vector<float> grad_sum = with_sum ? normal_values(rows * hidden, 3) : std::vector<float>{};
+  const std::vector<float> weight = normal_values(hidden, 4);
+  const NormGradients actual = run_norm(grad, grad_sum, x, weight, true);
+  std::vector<double> grad_weight(hidden);
+  for (int64_t t = 0; t < rows; ++t) {
+    double squares = 0, products = 0;
+    for (int64_t h = 0; h < hidden; ++h) {
+      const int64_t i = t * hidden + h;
+      squares += double(x[i]) * x[i];
+      products += double(grad[i]) * weight[h] * x[i];
+    }
+    const double scale = 1 / std::sqrt(squares / hidden + 1e-5), mean = products * scale * scale / hidden;
+    for (int64_t h = 0; h < hidden; ++h) {
+      const int64_t i = t * hidden + h;
+      const double expected = scale * (double(grad[i]) * weight[h] - x[i] * mean) + (with_sum ? grad_sum[i] : 0);
+      EXPECT_NEAR(actual.x[i], expected, 2e-5);
+      grad_weight[h] += double(grad[i]) * x[i] * scale;
+    }
+  }
+  for (int64_t h = 0; h < hidden; ++h) EXPECT_NEAR(actual.weight[h], grad_weight[h], 1e-4);
+}
+
+TEST(RmsNormBackwardKernels, GiveTheGradientsOfRowsAndOfTheWeight) {
+  expect_norm(1, 1, false);
+  expect_norm(2, 700, true);
+  expect_norm(70, 3, false);  // three row blocks
+  expect_norm(32, 5, true);
+}
+
+TEST(RmsNormBackwardKernels, WriteOnlyTheGradientThatIsWanted) {
+  const std::vector<float> grad = normal_values(80, 1), x = normal_values(80, 2), weight = normal_values(2, 3);
+  const NormGradients some = run_norm(grad, {}, x, weight, false);
+  EXPECT_TRUE(std::isnan(some.x[0]));
+  EXPECT_EQ(some.weight, run_norm(grad, {}, x, weight, true).weight);
+}
+
+TEST(SwigluBackwardKernel, GivesTheGradientsOfGateAndValue) {
+  constexpr int64_t kRows = 3, kIntermediate = 600;
+  const std::vector<float> grad = normal_values(kRows * kIntermediate, 1);
+  std::vector<float> gate_up = normal_values(2 * kRows * kIntermediate, 2);
+  gate_up[0] = 200.0f;
+  gate_up[1] = -200.0f;
+  std::vector<float> out(gate_up.size(), NAN);
+  emulator::launch({{kRows, 2, 1}, kSwigluBackwardThreads, 0, 0},
+                   [&] { swiglu_backward_elementwise_kernel(grad.data(), gate_up.data(), out.data(), kIntermediate); });
+  for (int64_t m = 0; m < kRows; ++m) {
+    for (int64_t i = 0; i < kIntermediate; ++i) {
+      const int64_t gate_at = m * 2 * kIntermediate + i, up_at = gate_at + kIntermediate;
+      const double upper = grad[m * kIntermediate + i], gate = gate_up[gate_at], up = gate_up[up_at];
+      const double sigmoid = 1 / (1 + std::exp(-gate));
+      EXPECT_NEAR(out[gate_at], upper * up * sigmoid * (1 + gate * (1 - sigmoid)), 1e-5);
+      EXPECT_NEAR(out[up_at], upper * gate * sigmoid, 1e-5 * (1 + std::abs(gate)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mixtral::cuda
