@@ -3,7 +3,7 @@
 import torch
 
 import mixtral.ops as ops
-from common import Bench, main
+from common import Bench, main, with_backward
 from mixtral import reference
 
 
@@ -35,6 +35,18 @@ def run(bench: Bench) -> None:
                 lambda y=permuted, w=weights, m=row_map: ops.moe_unpermute(y, w, m),
                 {"torch": lambda y=permuted, w=weights, m=row_map: reference.moe_unpermute(y, w, m)},
                 gigabytes=gigabytes,
+            )
+            bench.compare(
+                f"moe_permute and backward {case}",
+                with_backward(lambda x, i=ids: ops.moe_permute(x, i, experts)[0], x),
+                {"torch": with_backward(lambda x, i=ids: sort_rows(x, i, experts)[0], x)},
+                gigabytes=2 * gigabytes,
+            )
+            bench.compare(
+                f"moe_unpermute and backward {case}",
+                with_backward(lambda y, w, m=row_map: ops.moe_unpermute(y, w, m), permuted, weights),
+                {"torch": with_backward(lambda y, w, m=row_map: reference.moe_unpermute(y, w, m), permuted, weights)},
+                gigabytes=(2 + 3 * top_k) * tokens * hidden * x.element_size() / 1e9,
             )
 
 

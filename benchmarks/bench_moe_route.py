@@ -3,7 +3,7 @@
 import torch
 
 import mixtral.ops as ops
-from common import Bench, main
+from common import Bench, main, with_backward
 
 
 def eager(x: torch.Tensor, router: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +21,12 @@ def run(bench: Bench) -> None:
             lambda x=x: ops.moe_route(x, router, top_k),
             {"torch": lambda x=x: eager(x, router, top_k)},
             gigabytes=(x.numel() * 2 + router.numel() * 4) / 1e9,
+        )
+        bench.compare(
+            f"moe_route and backward T={tokens} H={hidden} E={experts} K={top_k} bfloat16",
+            with_backward(lambda x, r: ops.moe_route(x, r, top_k)[0], x, router),
+            {"torch": with_backward(lambda x, r: eager(x, r, top_k)[0], x, router)},
+            gigabytes=(3 * x.numel() * 2 + 3 * router.numel() * 4) / 1e9,
         )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 import mixtral.ops as ops
-from common import Bench, main
+from common import Bench, main, with_backward
 
 
 def eager(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +21,12 @@ def run(bench: Bench) -> None:
                 lambda x=logits: ops.topk_softmax(x, top_k),
                 {"torch": lambda x=logits: eager(x, top_k)},
                 gigabytes=tokens * (experts * logits.element_size() + top_k * 8) / 1e9,
+            )
+            bench.compare(
+                f"topk_softmax and backward T={tokens} E={experts} K={top_k} {dtype}",
+                with_backward(lambda x: ops.topk_softmax(x, top_k)[0], logits),
+                {"torch": with_backward(lambda x: eager(x, top_k)[0], logits)},
+                gigabytes=tokens * (3 * experts * logits.element_size() + 2 * top_k * 8) / 1e9,
             )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import error_bounds as bounds
 from mixtral import reference
+from routing_bounds import router_losses_bound
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +28,7 @@ TOLERANCES: dict[str, Callable] = {
     "swiglu": bounds.swiglu_bound,
     "swiglu_backward": bounds.swiglu_backward_bound,
     "topk_softmax": lambda *arguments: (bounds.topk_softmax_bound(*arguments), None),
-    "router_losses": bounds.router_losses_bound,
+    "router_losses": router_losses_bound,
     "grouped_gemm": bounds.grouped_gemm_bound,
     "grouped_gemm_backward_input": bounds.grouped_gemm_backward_input_bound,
     "grouped_gemm_backward_weight": bounds.grouped_gemm_backward_weight_bound,

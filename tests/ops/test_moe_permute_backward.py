@@ -5,7 +5,6 @@ import torch
 
 import mixtral.ops as ops
 from conftest import assert_within_bound, opcheck, with_threads
-from error_bounds import moe_permute_backward_bound, moe_unpermute_backward_bound
 from gradients import (
     RANDOM_CASE_DTYPES,
     assert_compiles,
@@ -20,6 +19,7 @@ from gradients import (
 )
 from mixtral import reference
 from routing import ROUTINGS, make_routing
+from routing_bounds import moe_permute_backward_bound, moe_unpermute_backward_bound
 
 # T, H, E, K
 CASES = [(0, 8, 4, 2), (1, 1, 1, 1), (3, 5, 2, 2), (7, 33, 3, 1), (65, 64, 8, 2), (129, 100, 16, 4)]

@@ -5,7 +5,6 @@ import torch
 
 import mixtral.ops as ops
 from conftest import assert_within_bound, opcheck, with_threads
-from error_bounds import moe_route_gradient_bound, router_logits_backward_bound
 from gradients import (
     RANDOM_CASE_DTYPES,
     assert_compiles,
@@ -19,6 +18,7 @@ from gradients import (
     size,
 )
 from mixtral import reference
+from routing_bounds import moe_route_gradient_bound, router_logits_backward_bound
 
 # T, H, E
 CASES = [(0, 8, 4), (1, 1, 1), (3, 5, 2), (7, 33, 3), (65, 128, 8), (33, 260, 17), (600, 70, 9)]

@@ -5,7 +5,6 @@ import torch
 
 import mixtral.ops as ops
 from conftest import assert_within_bound, assert_within_tolerance, opcheck, with_threads
-from error_bounds import router_losses_backward_bound
 from gradients import (
     RANDOM_CASE_DTYPES,
     assert_compiles,
@@ -18,6 +17,7 @@ from gradients import (
     size,
 )
 from mixtral import reference
+from routing_bounds import router_losses_backward_bound
 
 # T, E, K
 CASES = [(0, 8, 2), (1, 1, 1), (3, 2, 1), (7, 3, 3), (33, 8, 2), (65, 16, 4), (700, 100, 7)]

@@ -5,7 +5,6 @@ import torch
 
 import mixtral.ops as ops
 from conftest import assert_within_bound, opcheck, with_threads
-from error_bounds import topk_softmax_backward_bound, topk_softmax_gradient_bound
 from gradients import (
     RANDOM_CASE_DTYPES,
     assert_compiles,
@@ -17,6 +16,7 @@ from gradients import (
     size,
 )
 from mixtral import reference
+from routing_bounds import topk_softmax_backward_bound, topk_softmax_gradient_bound
 
 # T, E, K
 CASES = [(0, 8, 2), (1, 1, 1), (3, 2, 1), (7, 3, 3), (33, 8, 2), (65, 16, 4), (5, 100, 7)]

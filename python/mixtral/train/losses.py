@@ -1,8 +1,7 @@
 """The losses of training: balance and z-loss of the routers, cross-entropy of the vocabulary.
 
-Letters: T tokens, E experts, K top-k, L layers, H hidden, V vocabulary, m entries of a teacher. Tokens without a loss
-(padding, prompts) are left out by selection, never multiplied by zero: whatever they hold, NaN too, changes no bit.
-docs/training.md has the equations and the conventions side by side.
+Letters: T tokens, E experts, K top-k, L layers, H hidden, V vocabulary. Tokens without a loss are left out by
+selection: whatever they hold, NaN too, changes no bit. docs/training.md has the equations.
 """
 
 from collections.abc import Sequence
@@ -64,17 +63,10 @@ def router_sums(
     mask: Tensor | None = None,
     topk_ids: Sequence[Tensor] | None = None,
 ) -> RouterSums:
-    """The sums of all layers.
+    """The sums of all layers, of router_logits L [T, E] and mask bool [T] (true: a token).
 
-    Args:
-        router_logits: L tensors [T, E], float.
-        top_k: K, the choices that ``load`` counts.
-        mask: bool [T], true for a token, false for padding.
-        topk_ids: L tensors [T, K], the choices made, if not the K largest logits (a selection bias, a replay).
-
-    Raises:
-        ValueError: there is no layer.
-        RuntimeError: a shape or dtype does not fit.
+    ``load`` counts ``topk_ids`` L [T, K], by default the ``top_k`` largest logits. Raises ValueError if there is no
+    layer, RuntimeError if a shape or dtype does not fit.
     """
     if len(router_logits) == 0:
         raise ValueError("router_sums: router_logits must hold the logits of at least one layer")
@@ -89,8 +81,7 @@ def load_balance_loss_from_sums(
 ) -> Tensor:
     """The load-balancing loss of sums, f32 []; 0 where there is no token.
 
-    The loss is linear in ``prob_sum``. With ``load`` and ``count`` of a whole step and ``prob_sum`` of one microbatch
-    it is that microbatch's share, and the shares add up to the loss of the step.
+    With ``load`` and ``count`` of a whole step and ``prob_sum`` of a microbatch it is that microbatch's share in it.
 
     Args:
         load: [L, E], of first choices for ``"switch"``, else of all K.
@@ -123,15 +114,14 @@ def load_balance_loss(
     f_e is the share of tokens that chose expert e, P_e the mean probability of e. Implementations differ in what f
     counts and in how layers are joined, by factors of K and L; values for balanced routing and for one pair of eight:
 
-    ============  ====================================  ==========================  ========  ========
-    convention    f                                     layers                      balanced  one pair
-    ============  ====================================  ==========================  ========  ========
-    "switch"      share of first choices                sum                         L         8 L (one expert)
-    "t5x"         sums to K; mean over ``groups``       mean                        K         8
-    "hf"          sums to K                             f and P of all layers       K         8
-    "megablocks"  counts / (T K)                        mean                        1         4
-    "mixtral"     counts / (T K)                        mean                        1         4
-    ============  ====================================  ==========================  ========  ========
+    ============  ==============================  ======================  ========  ================
+    convention    f                               layers                  balanced  one pair
+    "switch"      share of first choices          sum                     L         8 L (one expert)
+    "t5x"         sums to K; mean over groups     mean                    K         8
+    "hf"          sums to K                       f and P of all layers   K         8
+    "megablocks"  counts / (T K)                  mean                    1         4
+    "mixtral"     counts / (T K)                  mean                    1         4
+    ============  ==============================  ======================  ========  ================
 
     Args:
         router_logits: L tensors [T, E], float.
@@ -145,9 +135,9 @@ def load_balance_loss(
         RuntimeError: a shape or dtype does not fit.
     """
     how = _convention(convention)
+    if groups is not None and convention != "t5x":
+        raise ValueError(f"load_balance_loss: groups are for the convention 't5x', not {convention!r}")
     if groups is not None:
-        if convention != "t5x":
-            raise ValueError(f"load_balance_loss: groups are for the convention 't5x', not {convention!r}")
         present = groups.unique() if mask is None else groups[mask].unique()
         parts = [groups == group if mask is None else mask & (groups == group) for group in present]
         return torch.stack([load_balance_loss(router_logits, top_k, convention, part) for part in parts]).mean()
@@ -225,23 +215,19 @@ class _LinearLoss(torch.autograd.Function):
                 loss = _sum_of_losses(_logits(*leaves), *of_part, alpha, temperature)
             total += loss.detach()
             if any(wanted):
-                grads = iter(torch.autograd.grad(loss, [x for x in leaves if x.requires_grad]))
-                if wanted[0]:
-                    grad_hidden[part] = next(grads)
+                grads = list(torch.autograd.grad(loss, [x for x in leaves if x.requires_grad]))
                 if wanted[1]:
-                    grad_weight += next(grads)
+                    grad_weight += grads.pop()
+                if wanted[0]:
+                    grad_hidden[part] = grads.pop()
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return total.float()
 
     @staticmethod
     def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
-            *[None] * 6,
-        )
+        both = [None if x is None else (x * grad).to(ctx.dtype) for x in ctx.saved_tensors]
+        return *both, *[None] * 6
 
 
 def _selected(labels: Tensor, rows: int, name: str) -> Tensor:

@@ -189,7 +189,7 @@ class Mixtral(nn.Module):
         hidden, routings = self._hidden_states(batch)
         targets = batch.targets
         step = StepTotals(targets, batch.tokens) if step is None else step
-any_targets = torch.as_tensor(step.targets, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
+        any_targets = torch.as_tensor(step.targets, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
         if vocabulary_loss is None:
             cross_entropy = self._sum_of_cross_entropies(hidden, batch) / any_targets
         else:
