@@ -37,6 +37,9 @@ py::dict to_dict(const std::shared_ptr<Trace>& trace) {
   fields["topk_weights"] = view(trace, r.topk_weights, {n, r.layers, r.top_k}, kHalf);
   fields["router_logits"] = py::none();
   if (!r.router_logits.empty()) fields["router_logits"] = view(trace, r.router_logits, {n, r.layers, r.experts}, kHalf);
+  fields["next_gate_ids"] = py::none();
+  if (!r.next_gate_ids.empty())
+    fields["next_gate_ids"] = view(trace, r.next_gate_ids, {n, r.layers - 1, r.top_k}, torch::kUInt8);
   fields["domain_names"] = t.domains;
   fields["num_experts"] = r.experts;
   fields["model"] = t.model;
@@ -80,6 +83,10 @@ Trace from_dict(const py::dict& fields) {
   routing.topk_weights = numbers<uint16_t>(fields, "topk_weights", kHalf, chosen);
   if (!fields["router_logits"].is_none()) {
     routing.router_logits = numbers<uint16_t>(fields, "router_logits", kHalf, {chosen[0], chosen[1], routing.experts});
+  }
+  if (!fields["next_gate_ids"].is_none()) {
+    routing.next_gate_ids =
+        numbers<uint8_t>(fields, "next_gate_ids", torch::kUInt8, {chosen[0], chosen[1] - 1, chosen[2]});
   }
   trace.domains = fields["domain_names"].cast<std::vector<std::string>>();
   trace.model = fields["model"].cast<std::string>();

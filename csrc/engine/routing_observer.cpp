@@ -51,7 +51,13 @@ void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& r
   if (!forced_.empty()) replace_experts(logits, topk_weights, topk_ids);
   weights_.push_back(topk_weights);
   ids_.push_back(topk_ids);
-  if (keep_logits_) logits_.push_back(logits);
+  if (!keep_logits_) return;
+  logits_.push_back(logits);
+  if (previous_x_.defined()) {
+    const auto guess = ops::moe_route(previous_x_, router, topk_ids.size(1), config_.renormalize);
+    next_gate_ids_.push_back(std::get<1>(guess));
+  }
+  previous_x_ = x;
 }
 
 void RoutingObserver::replace_experts(const torch::Tensor& logits, torch::Tensor& topk_weights,
@@ -75,10 +81,12 @@ void RoutingObserver::append_to(Routing& routing, int64_t begin, int64_t count) 
   move_to_host(ids_);
   move_to_host(weights_);
   move_to_host(logits_);
+  move_to_host(next_gate_ids_);
   const auto byte = [](int32_t id) { return static_cast<uint8_t>(id); };
   append_rows<int32_t>(ids_, begin, count, routing.topk_ids, byte);
   append_rows<float>(weights_, begin, count, routing.topk_weights, half_bits);
   if (keep_logits_) append_rows<float>(logits_, begin, count, routing.router_logits, half_bits);
+  if (!next_gate_ids_.empty()) append_rows<int32_t>(next_gate_ids_, begin, count, routing.next_gate_ids, byte);
 }
 
 }  // namespace mixtral

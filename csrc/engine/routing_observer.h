@@ -37,6 +37,8 @@ class RoutingObserver : public ForwardObserver {
   std::vector<const uint8_t*> forced_;        // one a row; empty: none
   std::vector<torch::Tensor> weights_, ids_;  // of each layer: f32 and int32 [T,K]
   std::vector<torch::Tensor> logits_;         // of each layer: f32 [T,E]
+  std::vector<torch::Tensor> next_gate_ids_;  // of each layer but the last: int32 [T,K]
+  torch::Tensor previous_x_;                  // [T,H], what the router of the layer before read
 };
 
 }  // namespace mixtral

@@ -33,7 +33,10 @@ Trace trace_sequences(MixtralImpl& model, const std::vector<std::vector<int64_t>
   const int64_t total = trace.tokens();
   routing.topk_ids.reserve(static_cast<size_t>(total * routing.layers * routing.top_k));
   routing.topk_weights.reserve(routing.topk_ids.capacity());
-  if (options.logits) routing.router_logits.reserve(static_cast<size_t>(total * routing.layers * routing.experts));
+  if (options.logits) {
+    routing.router_logits.reserve(static_cast<size_t>(total * routing.layers * routing.experts));
+    routing.next_gate_ids.reserve(static_cast<size_t>(total * (routing.layers - 1) * routing.top_k));
+  }
   for_each_pass(model, sequences, std::min(options.chunk_size, total), [&](Batch batch, RollingKVCache& cache) {
     RoutingObserver observer(config, options.logits);
     batch.observer = &observer;

@@ -22,6 +22,7 @@ struct Routing {
   std::vector<uint8_t> topk_ids;        // [N,L,K], falling weights
   std::vector<uint16_t> topk_weights;   // [N,L,K], bits of f16
   std::vector<uint16_t> router_logits;  // [N,L,E], bits of f16; empty unless asked for
+  std::vector<uint8_t> next_gate_ids;   // [N,L-1,K], what layer l + 1's router makes of layer l's input; as above
 
   int64_t tokens() const { return layers == 0 ? 0 : static_cast<int64_t>(topk_ids.size()) / (layers * top_k); }
   const uint8_t* experts_of(int64_t token) const { return topk_ids.data() + token * layers * top_k; }  // [L,K]
@@ -44,7 +45,7 @@ struct Trace {
 };
 
 struct TraceOptions {
-  bool logits = false;                                        // keep the router's logits too
+  bool logits = false;                                        // keep router_logits and next_gate_ids too
   int64_t experts_per_token = 0;                              // 0: as many as the config says
   int64_t chunk_size = kChunkSize;                            // tokens per forward pass; does not change the result
   std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each pass; may throw to end the work

@@ -23,7 +23,7 @@ void visit_tensors(AnyTrace& trace, F f) {
   auto& routing = trace.routing;
   const int64_t n = trace.tokens();
   const std::vector<int64_t> one = {n}, chosen = {n, routing.layers, routing.top_k},
-                             all = {n, routing.layers, routing.experts};
+                             all = {n, routing.layers, routing.experts}, next = {n, routing.layers - 1, routing.top_k};
   f("token_id", "I32", trace.token_id, one);
   f("predicted_id", "I32", trace.predicted_id, one);
   f("position", "I32", trace.position, one);
@@ -33,6 +33,7 @@ void visit_tensors(AnyTrace& trace, F f) {
   f("topk_ids", "U8", routing.topk_ids, chosen);
   f("topk_weights", "F16", routing.topk_weights, chosen);
   f("router_logits", "F16", routing.router_logits, all);
+  f("next_gate_ids", "U8", routing.next_gate_ids, next);
 }
 
 std::map<std::string, std::string> metadata_of(const Trace& trace) {
@@ -97,7 +98,8 @@ class TraceReader {
   template <typename T>
   void read_into(const std::string& name, const char* dtype, std::vector<T>& values,
                  const std::vector<int64_t>& shape) const {
-    if (name == "router_logits" && file_.entries().count(name) == 0) return;
+    const bool optional = name == "router_logits" || name == "next_gate_ids";
+    if (optional && file_.entries().count(name) == 0) return;
     const TensorEntry& found = entry(name);
     check(found.dtype == dtype && found.shape == shape, name, "has another type or shape than the other tensors say");
     values.resize((found.end - found.begin) / sizeof(T));
@@ -111,8 +113,10 @@ class TraceReader {
     const auto below = [](const std::vector<uint8_t>& values, size_t end) {
       return std::all_of(values.begin(), values.end(), [end](uint8_t value) { return value < end; });
     };
-    check(below(routing.topk_ids, static_cast<size_t>(routing.experts)), "topk_ids",
-          "must be below num_experts, " + std::to_string(routing.experts));
+    for (const auto& [name, ids] :
+         {std::pair("topk_ids", &routing.topk_ids), {"next_gate_ids", &routing.next_gate_ids}})
+      check(below(*ids, static_cast<size_t>(routing.experts)), name,
+            "must be below num_experts, " + std::to_string(routing.experts));
     check(below(trace.domain, trace.domains.size()), "domain",
           "must be below the number of domains, " + std::to_string(trace.domains.size()));
   }

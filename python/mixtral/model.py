@@ -341,7 +341,7 @@ class Mixtral:
                 into sequences of at most ``ctx_size`` tokens, each behind a BOS token of its own. Token ids are used as
                 they are.
             domains: the name of each document's domain; None: all are "text".
-            logits: keep the router's logits too.
+            logits: keep ``router_logits`` and ``next_gate_ids`` too.
             experts_per_token: another number of experts than the checkpoint's.
             ctx_size: tokens of a sequence, BOS included; 0: what the model was made for.
             chunk_size: tokens in one forward pass; it bounds the memory and does not change the result.

@@ -22,6 +22,8 @@ class Trace:
         topk_ids: uint8 [N, L, K], falling weights, ties to the smaller id.
         topk_weights: float16 [N, L, K], rounded from the float32 that the model computed with.
         router_logits: float16 [N, L, num_experts], or None.
+        next_gate_ids: uint8 [N, L - 1, K], or None: the experts that layer l + 1's router chooses from what the router
+            of layer l reads.
         domain_names: the names of the domains.
         num_experts: of a layer.
         model: a fingerprint of the model, in hexadecimal digits.
@@ -37,6 +39,7 @@ class Trace:
     topk_ids: Tensor
     topk_weights: Tensor
     router_logits: Tensor | None
+    next_gate_ids: Tensor | None
     domain_names: list[str]
     num_experts: int
     model: str

@@ -36,6 +36,10 @@ def test_experts_are_those_of_transformers_for_every_token(experts, top_k, windo
     ours = mixtral.Mixtral.from_pretrained(tmp_path, device=device, dtype="float32")
     input_ids = torch.randint(3, TINY["vocab_size"], (3, 50), generator=torch.Generator().manual_seed(1))
     trace = ours.trace(input_ids.tolist(), logits=True, chunk_size=37)
+    gates = [layer.mlp.gate for layer in theirs.model.layers]
+    inputs = []  # of each router, [N, H]
+    for gate in gates:
+        gate.register_forward_hook(lambda gate, args, output: inputs.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         output = theirs(input_ids, output_router_logits=True)
     logits = torch.stack(output.router_logits, 1)  # [N, L, E]
@@ -46,6 +50,8 @@ def test_experts_are_those_of_transformers_for_every_token(experts, top_k, windo
     weights = logits.gather(-1, expected).softmax(-1)
     torch.testing.assert_close(trace.topk_weights.float(), weights, atol=1e-3, rtol=0)
     torch.testing.assert_close(trace.router_logits.float(), logits, atol=1e-4, rtol=1e-3)
+    early = (inputs[0] @ gates[1].weight.T).sort(dim=-1, descending=True, stable=True).indices[:, None, :top_k]
+    assert torch.equal(trace.next_gate_ids.long(), early)
     assert torch.equal(trace.predicted_ids.long(), output.logits.argmax(-1).flatten())
     assert torch.equal(trace.token_ids.long(), input_ids.flatten())
     assert torch.equal(trace.positions.long(), torch.arange(50).repeat(3))
@@ -67,7 +73,7 @@ def test_neither_chunks_nor_neighbours_change_a_bit(device):
     if device == "cpu":
         assert all(same(model.trace(batch, logits=True, chunk_size=size), whole) for size in (1, 7, 64))
         alone = [model.trace(ids, logits=True) for ids in batch]
-        for name in ("topk_ids", "topk_weights", "router_logits", "predicted_ids", "positions"):
+        for name in ("topk_ids", "topk_weights", "router_logits", "next_gate_ids", "predicted_ids", "positions"):
             assert torch.equal(torch.cat([getattr(trace, name) for trace in alone]), getattr(whole, name))
     else:
         assert torch.equal(whole.docs, model.trace(batch, chunk_size=7).docs)
@@ -200,6 +206,7 @@ def test_the_file_holds_the_tensors_and_the_metadata(tmp_path):
         "topk_ids": (torch.uint8, (n, layers, 2)),
         "topk_weights": (torch.float16, (n, layers, 2)),
         "router_logits": (torch.float16, (n, layers, experts)),
+        "next_gate_ids": (torch.uint8, (n, layers - 1, 2)),
     }
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
@@ -214,7 +221,8 @@ def test_the_file_holds_the_tensors_and_the_metadata(tmp_path):
 def test_a_file_without_logits_is_read_too(tmp_path):
     trace = tiny_model().trace([3, 4, 5])
     trace.save(tmp_path / "t")
-    assert trace.router_logits is None and same(mixtral.Trace.load(tmp_path / "t"), trace)
+    assert trace.router_logits is None and trace.next_gate_ids is None
+    assert same(mixtral.Trace.load(tmp_path / "t"), trace)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -32,7 +32,14 @@ def trace_of(topk_ids: np.ndarray, domain: np.ndarray, token_id: np.ndarray | No
     }
     tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
     names = [f"domain{d}" for d in range(int(domain.max()) + 1)]
-    others = {"router_logits": None, "domain_names": names, "num_experts": 8, "model": "planted", "tokenizer": ""}
+    others = {
+        "router_logits": None,
+        "next_gate_ids": None,
+        "domain_names": names,
+        "num_experts": 8,
+        "model": "planted",
+        "tokenizer": "",
+    }
     return Trace(**(tensors | others | more))
 
 

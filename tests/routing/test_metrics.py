@@ -11,6 +11,7 @@ from mixtral.routing.analysis import analyse
 from mixtral.routing.caching import Caching, belady
 from mixtral.routing.capacity import BATCH, capacity, expert_parallel
 from mixtral.routing.confidence import confidence
+from mixtral.routing.cross_layer import gate_recall
 from mixtral.routing.locality import agreement, load_null, uniform_null
 from mixtral.routing.saturation import saturation
 from mixtral.routing.statistics import Units
@@ -203,6 +204,31 @@ def test_choices_that_bfloat16_could_change(gap: float, undecided: float) -> Non
 
 def test_without_logits_there_is_no_confidence() -> None:
     assert "confidence" not in analyse(trace_of(drawn(200), blocks(200, 1)))["layers"][0]
+
+
+# ---- the next router, one layer early
+
+
+def test_gate_recall_is_the_share_of_the_next_layers_experts() -> None:
+    """Layer 1's router finds both of its experts in layer 0's input; layer 2's, one of two and chance for the other."""
+    experts = np.stack([drawn(3000, seed=seed)[:, 0] for seed in range(3)], 1)  # [N, 3, 2]
+    early = experts[:, 1:].copy()
+    early[:, 1, 1] = (early[:, 1, 0] + 1) % EXPERTS
+    trace = trace_of(experts, blocks(3000, 1), next_gate_ids=torch.from_numpy(early.astype(np.uint8)))
+    found = [gate_recall(Tokens(trace), layer) for layer in range(3)]
+    assert found[0]["value"] == found[0]["low"] == 1 and found[2] is None
+    shared = (experts[:, 2, 1] == early[:, 1, 1]).mean()
+    assert found[1]["value"] == pytest.approx(0.5 + shared / 2)
+    assert found[1]["low"] < found[1]["value"] < found[1]["high"]
+    assert found[0]["null"] == pytest.approx(1 / 4, abs=0.01)
+
+
+def test_gate_recall_is_against_the_models_next_layer() -> None:
+    experts = np.stack([drawn(300, seed=seed)[:, 0] for seed in range(3)], 1)
+    trace = trace_of(experts, blocks(300, 1), next_gate_ids=torch.from_numpy(experts[:, 1:].astype(np.uint8)))
+    layers = analyse(trace, layers=[0, 2])["layers"]
+    assert layers[0]["gate_recall"]["value"] == 1 and "gate_recall" not in layers[1]
+    assert "gate_recall" not in analyse(trace_of(experts, blocks(300, 1)))["layers"][0]
 
 
 # ---- saturation

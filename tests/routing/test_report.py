@@ -22,7 +22,8 @@ def metrics_and_trace() -> tuple[dict, object]:
     rng = np.random.default_rng(0)
     experts = np.stack([draw_pairs(rng, N, np.arange(1, 9)) for _ in range(LAYERS)], 1)
     names = ["<b>", "en", "fr"]
-    trace = trace_of(experts, blocks(N, 3), domain_names=names, router_logits=torch.randn(N, LAYERS, 8).half())
+    logits, early = torch.randn(N, LAYERS, 8).half(), torch.from_numpy(experts[:, 1:].astype(np.uint8))
+    trace = trace_of(experts, blocks(N, 3), domain_names=names, router_logits=logits, next_gate_ids=early)
     metrics = analyse(trace, languages=["en", "fr"], reference=trace)
     for layer in metrics["layers"]:
         layer["knockout"] = {name: [0.1] * 8 for name in ("delta", "half_width", "similarity")}

@@ -10,7 +10,7 @@ from .caching import Caching
 from .capacity import capacity, expert_parallel
 from .coactivation import coactivation
 from .confidence import confidence
-from .cross_layer import paths, transition
+from .cross_layer import gate_recall, paths, transition
 from .expert_load import expert_load
 from .information import Causes
 from .languages import languages as language_metrics
@@ -64,6 +64,7 @@ def analyse(
             "vocabulary": vocabulary.measure(index),
             "coactivation": coactivation(tokens, index),
             "transition": transition(tokens, index) if index + 1 < len(tokens.layers) else None,
+            "gate_recall": gate_recall(tokens, index),
             "languages": language_metrics(of_languages, index) if of_languages else None,
             "confidence": confidence(tokens, index),
             "caching": caching.measure(index),

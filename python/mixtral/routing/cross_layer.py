@@ -1,7 +1,8 @@
-"""Whether the expert of a layer tells that of the next one."""
+"""Whether a layer tells the experts of the next one."""
 
 import numpy as np
 
+from .overlap import overlap
 from .statistics import entropy_bits, mutual_information_bits, ratio
 from .tokens import Tokens
 
@@ -27,6 +28,17 @@ def transition(tokens: Tokens, layer: int) -> dict:
         "null": null,
         "normalised": float(ratio(bits, both)),
     }
+
+
+def gate_recall(tokens: Tokens, layer: int) -> dict | None:
+    """The share of the next layer's experts that its router finds in this layer's input (recall at K).
+
+    The input of this layer's router goes through the router of the model's next layer, as a loader of experts would do
+    it ahead of time (Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading", 2023,
+    section 3.2). None for the last layer, and where the trace has no ``next_gate_ids``.
+    """
+    found = tokens.next_gate(layer)
+    return None if found is None else overlap(tokens, *found)
 
 
 def paths(tokens: Tokens) -> list[dict]:

@@ -213,11 +213,19 @@ def knockout(metrics: dict) -> Figure:
     return figure
 
 
+def gate_recall(metrics: dict) -> Figure:
+    return _overlap(metrics, "gate_recall", "found")
+
+
 def saturation(metrics: dict) -> Figure:
+    return _overlap(metrics, "saturation", "same experts")
+
+
+def _overlap(metrics: dict, group: str, label: str) -> Figure:
     figure, (axes,) = axes_grid()
-    found = [layer["saturation"] for layer in metrics["layers"]]
-    line(axes, metrics, found, "same experts")
-    line(axes, metrics, [item["null"] for item in found], "by load", ":")
+    found = [layer.get(group) for layer in metrics["layers"]]
+    line(axes, metrics, found, label)
+    line(axes, metrics, [item and item["null"] for item in found], "by load", ":")
     percent(axes)
     legend(figure, axes)
     return figure

@@ -80,6 +80,12 @@ ENTRIES = (
         figures.cross_layer,
     ),
     Entry(
+        "gate_recall",
+        "The next router, one layer early",
+        "Share of the next layer's experts that its router finds in this layer's input. Dotted: independent choices.",
+        figures.gate_recall,
+    ),
+    Entry(
         "languages",
         "Languages",
         "Divergence of the experts of parallel texts, 0 to 1. Dotted: between halves of one language.",

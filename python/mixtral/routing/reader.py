@@ -133,6 +133,7 @@ _TABLES = {
     "coactivation": _matrix("coactivation", ("share", "lift"), ("expert", "other")),
     "transition": _matrix("transition", ("share",), ("expert", "next")),
     "cross_layer": _single("transition"),
+    "gate_recall": _single("gate_recall"),
     "languages": _keyed("languages", "pair", "divergence"),
     "confidence": _by_domain("confidence"),
     "caching": _lists("caching", ("capacity", "lru", "lfu", "belady", "null")),

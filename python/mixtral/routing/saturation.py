@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .statistics import interval
+from .overlap import overlap
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ def check_same_text(trace: "Trace", reference: "Trace") -> None:
 
 
 def saturation(tokens: Tokens, reference: "Trace", layer: int) -> dict:
-    """Mean |S ∩ S'| / K over tokens, with its interval.
-
-    ``null`` is what independent choices with both loads have, Σ m m' / K; ``uniform`` is K / E.
-    """
+    """The ``overlap`` of both checkpoints' experts; ``uniform`` is K / E."""
     others = np.asarray(reference.topk_ids)[tokens.kept, tokens.layers[layer]].astype(np.int64)
-    mine, theirs = tokens.members(tokens.experts(layer)), tokens.members(others)
-    shared = (mine & theirs).sum(1) / tokens.top_k
-    half = tokens.units.half_width(tokens.units.sums(shared), tokens.units.sums(np.ones(len(shared))))
-    null = float(mine.mean(0) @ theirs.mean(0)) / tokens.top_k
-    return interval(shared.mean(), float(half), 0, 1) | {"null": null, "uniform": tokens.top_k / tokens.num_experts}
+    return overlap(tokens, tokens.experts(layer), others) | {"uniform": tokens.top_k / tokens.num_experts}

@@ -48,7 +48,7 @@ class Tokens:
             np.asarray(tensor)[keep] for tensor in (trace.token_ids, trace.predicted_ids, trace.positions)
         )
         self.topk_ids = np.asarray(trace.topk_ids)[keep][:, self.layers]
-        self._logits = trace.router_logits
+        self._all_ids, self._logits, self._next_gate = trace.topk_ids, trace.router_logits, trace.next_gate_ids
         self.vocabulary, self.token = np.unique(self.token_id, return_inverse=True)
         doc = np.asarray(trace.docs)[keep]
         new = (np.diff(doc, prepend=-1) != 0) | (np.diff(self.position, prepend=0) < 0)
@@ -67,6 +67,17 @@ class Tokens:
         if self._logits is None:
             return None
         return np.asarray(self._logits)[self.kept, self.layers[layer]].astype(np.float32)
+
+    def next_gate(self, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """int64 [N, K] of the model's next layer: its choices from this layer's input, and its own.
+
+        None where the trace has none, and for the last layer.
+        """
+        number = self.layers[layer]
+        if self._next_gate is None or number + 1 == self._all_ids.shape[1]:
+            return None
+        guess, own = np.asarray(self._next_gate)[:, number], np.asarray(self._all_ids)[:, number + 1]
+        return guess[self.kept].astype(np.int64), own[self.kept].astype(np.int64)
 
     def pairs(self, lag: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Rows (i, i + lag) that are ``lag`` apart in one sequence."""

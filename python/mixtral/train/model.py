@@ -152,7 +152,7 @@ class Mixtral(nn.Module):
         return self
 
     def loss(
-        self, batch: Batch, step: StepTotals | None = None, vocabulary_loss: VocabularyLoss | None = None
+        self, batch: Batch, step: StepTotals | None = None, vocabulary_loss: VocabularyLoss = linear_cross_entropy
     ) -> Losses:
         """The losses of a batch. With ``step``, its totals, they are the batch's share in the step's losses.
 
@@ -166,7 +166,7 @@ class Mixtral(nn.Module):
         self,
         inputs: Tensor | Batch,
         step: StepTotals | None = None,
-        vocabulary_loss: VocabularyLoss | None = None,
+        vocabulary_loss: VocabularyLoss = linear_cross_entropy,
     ) -> Tensor | Losses:
         """input_ids int64 [B, S] -> logits f32 [B, S, vocab]; or a batch -> its losses, as wrappers such as DDP need.
 
@@ -185,15 +185,12 @@ class Mixtral(nn.Module):
         folders.check_ids(batch.input_ids, self.config.vocab_size)
         return self.model(batch, self.gradient_checkpointing)
 
-    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss | None) -> Losses:
+    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss) -> Losses:
         hidden, routings = self._hidden_states(batch)
         targets = batch.targets
         step = StepTotals(targets, batch.tokens) if step is None else step
         any_targets = torch.as_tensor(step.targets, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
-        if vocabulary_loss is None:
-            cross_entropy = self._sum_of_cross_entropies(hidden, batch) / any_targets
-        else:
-            cross_entropy = vocabulary_loss(hidden, self.lm_head.weight, batch.labels, batch.weights) / any_targets
+        cross_entropy = self._sum_of_cross_entropies(hidden, batch, vocabulary_loss) / any_targets
         if not routings:
             none = hidden.new_zeros((), dtype=torch.float32)
             empty = none.new_zeros(0)
@@ -209,9 +206,9 @@ class Mixtral(nn.Module):
         parts = (x.detach() for x in (cross_entropy, balance, z))
         return Losses(total, *parts, targets, batch.tokens, sums.load, max_logit)
 
-    def _sum_of_cross_entropies(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _sum_of_cross_entropies(self, hidden: Tensor, batch: Batch, vocabulary_loss: VocabularyLoss) -> Tensor:
         if isinstance(self.lm_head, Linear):
-            return linear_cross_entropy(hidden, self.lm_head.weight, batch.labels, batch.weights)
+            return vocabulary_loss(hidden, self.lm_head.weight, batch.labels, batch.weights)
         rows = batch.labels != IGNORED  # the head is a wrapper, of PEFT for one: what it computes counts
         losses = functional.cross_entropy(self.lm_head(hidden[rows]).float(), batch.labels[rows], reduction="none")
         return (losses if batch.weights is None else losses * batch.weights[rows]).sum()

@@ -1,4 +1,4 @@
-"""AdamW on float32 weights, its schedule, and a gradient norm whose bits do not depend on threads."""
+"""AdamW or Muon on float32 weights, the schedule, and a gradient norm whose bits do not depend on threads."""
 
 import math
 
@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .muon import Muon
 from .settings import TrainSettings
 
 _ROW = 1024
+_NOT_FOR_MUON = ("lm_head.weight", "mlp.gate.weight")
 
 
 def learning_rate(done: float, settings: TrainSettings) -> float:
@@ -36,11 +38,12 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter, 1711.05101) with clipping, for the parameters that require a gradient.
+    """AdamW (Loshchilov and Hutter, 1711.05101) or Muon with clipping, for the parameters that require a gradient.
 
     A parameter that is not float32 has a float32 master, in which gradients are accumulated and which is updated; the
     parameter is its rounded copy. Matrices decay; norms, biases and the embedding table do not: most rows of the
-    table have no gradient in a step, so decay would be all that they learn.
+    table have no gradient in a step, so decay would be all that they learn. With ``optimizer = "muon"`` the matrices of
+    attention and experts have Muon, and all else, routers among it, AdamW.
     """
 
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
@@ -50,19 +53,21 @@ class Optimizer:
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for name, p in self.parameters.items()
         }
-        decayed = {name for name, p in self.parameters.items() if p.dim() > 1 and "embed_tokens" not in name}
-        groups = [
-            {"params": [p for n, p in self.masters.items() if n in decayed], "weight_decay": settings.weight_decay},
-            {"params": [p for n, p in self.masters.items() if n not in decayed], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.lr,
-            betas=tuple(settings.betas),
-            eps=settings.eps,
-            foreach=False,
-            fused=False,
-        )
+        matrices = [n for n, p in self.parameters.items() if p.dim() > 1 and "embed_tokens" not in n]
+        by_muon = [n for n in matrices if settings.optimizer == "muon" and not n.endswith(_NOT_FOR_MUON)]
+        decay = settings.weight_decay
+        self.moments = {name: ("exp_avg",) if name in by_muon else ("exp_avg", "exp_avg_sq") for name in self.masters}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if by_muon:
+            self.optimizers.append(Muon([self.masters[n] for n in by_muon], settings.lr, decay))
+        decayed = [p for n, p in self.masters.items() if n in matrices and n not in by_muon]
+        rest = [p for n, p in self.masters.items() if n not in matrices]
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        if groups := [group for group in groups if group["params"]]:
+            betas = tuple(settings.betas)
+            adamw = torch.optim.AdamW(groups, settings.lr, betas, settings.eps, foreach=False, fused=False)
+            self.optimizers.append(adamw)
+        self.states = {p: o.state for o in self.optimizers for group in o.param_groups for p in group["params"]}
 
     def accumulate(self) -> None:
         """Moves the gradients of a microbatch into the masters."""
@@ -90,10 +95,11 @@ class Optimizer:
         if norm > self.clip:
             for grad in self.gradients():
                 grad.mul_(self.clip / norm)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.copy_masters()
 
     def copy_masters(self) -> None:
@@ -104,11 +110,12 @@ class Optimizer:
                     self.parameters[name].copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name: ``weight.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``."""
+        """Masters and moments by name: ``weight.NAME``, ``exp_avg.NAME``, of AdamW also ``exp_avg_sq.NAME``."""
         tensors = {f"weight.{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self.adamw.state[master].get(moment, torch.zeros_like(master)).detach()
+            found = self.states[master][master]
+            for moment in self.moments[name]:
+                tensors[f"{moment}.{name}"] = found.get(moment, torch.zeros_like(master)).detach()
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
@@ -117,7 +124,7 @@ class Optimizer:
         Raises:
             ValueError: tensors of other parameters or shapes.
         """
-        wanted = {f"{kind}.{name}" for name in self.masters for kind in ("weight", "exp_avg", "exp_avg_sq")}
+        wanted = {f"{kind}.{name}" for name in self.masters for kind in ("weight", *self.moments[name])}
         given = {name for name in tensors if not name.startswith("buffer.")}
         if wanted != given:
             raise ValueError(f"{sorted(wanted ^ given)[0]} is in only one of the checkpoint and the model")
@@ -125,12 +132,11 @@ class Optimizer:
             for name, master in self.masters.items():
                 tensor = tensors[f"weight.{name}"]
                 if tensor.shape != master.shape:
-                    raise ValueError(f"{name}: {list(tensor.shape)} in the checkpoint, {list(master.shape)} in the model")
+                    raise ValueError(
+                        f"{name}: {list(tensor.shape)} in the checkpoint, {list(master.shape)} in the model"
+                    )
                 master.copy_(tensor)
                 if step > 0:
-                    self.adamw.state[master] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
-                    }
+                    moments = {m: tensors[f"{m}.{name}"].to(master.device) for m in self.moments[name]}
+                    self.states[master][master] = {"step": torch.tensor(float(step)), **moments}
         self.copy_masters()

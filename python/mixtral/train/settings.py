@@ -104,7 +104,8 @@ class TrainSettings:
     Exactly one of ``steps``, ``minutes`` and ``tokens`` says when it ends; with ``minutes`` the schedule follows the
     clock, and no second run gives the same weights. ``warmup`` is a share of the run; the cosine ends at ``min_lr``.
     ``context`` is the longest document, in tokens; ``context_curriculum`` is a list of [share of the run, context] from
-    which smaller ones hold. ``accumulation`` is the number of microbatches of a step; ranks share them.
+    which smaller ones hold. ``accumulation`` is the number of microbatches of a step; ranks share them. ``optimizer``
+    "muon" takes the matrices of attention and experts; AdamW keeps the rest.
     """
 
     steps: int = 0
@@ -114,6 +115,7 @@ class TrainSettings:
     accumulation: int = 1
     context: int = 512
     context_curriculum: list[list[float]] = field(default_factory=list)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     min_lr: float = 1e-4
     warmup: float = 0.03
@@ -278,7 +280,9 @@ def check_train(train: TrainSettings, source: str | PathLike[str]) -> None:
 
     lengths = {name: getattr(train, name) for name in ("steps", "minutes", "tokens")}
     given = [name for name, value in lengths.items() if value]
-    require(len(given) == 1, f"[train] needs exactly one of steps, minutes and tokens, got {' and '.join(given) or 'none'}")
+    require(
+        len(given) == 1, f"[train] needs exactly one of steps, minutes and tokens, got {' and '.join(given) or 'none'}"
+    )
     for name in (*given, "tokens_per_step", "accumulation", "context", "lr", "eps", "clip"):
         require(getattr(train, name) > 0, f"train.{name} must be positive, got {getattr(train, name)}")
     require(train.context >= 2, f"train.context must be at least 2, got {train.context}")
