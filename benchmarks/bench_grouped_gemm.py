@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import mixtral.ops as ops
-from common import Bench, main
+from common import Bench, main, with_backward
 
 
 def loop(a: torch.Tensor, b: torch.Tensor, ends: list[int]) -> torch.Tensor:
@@ -35,6 +35,15 @@ def run(bench: Bench) -> None:
                 gflop=2 * rows * columns * depth / 1e9,
                 dtype=dtype,
             )
+            if not quantize and rows >= experts:
+                bench.compare(
+                    f"forward and backward {case}",
+                    with_backward(lambda a, b, o=offs: ops.grouped_gemm(a, b, o), a, b),
+                    {"torch loop": with_backward(lambda a, b, e=ends: loop(a, b, e), a, b)},
+                    gigabytes=3 * b.nbytes / 1e9,
+                    gflop=6 * rows * columns * depth / 1e9,
+                    dtype=dtype,
+                )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 #include <optional>
 #include <stdexcept>
 
-#include "../ops/cpu/huge_pages.h"
 #include "memory.h"
 #include "ops.h"
 

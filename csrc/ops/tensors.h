@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/huge_pages.h"
 
 namespace mixtral {
 
@@ -18,8 +17,7 @@ inline Tensor as_index(const Tensor& t, ScalarType type) {
   return as_contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
-// Contiguous and uninitialised, on the device of `like`, and of its dtype if none is given. Large memory on the CPU
-// comes fresh from the system, in large pages where it has them: small ones would cost more than many kernels.
+// Contiguous and uninitialised, on the device of `like`, and of its dtype if none is given.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -29,11 +27,7 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value_or(like.scalar_type()))),
       like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), like.get_device_index(), &handle));
-  const Tensor tensor(handle);
-  constexpr int64_t kLargeBytes = int64_t{32} << 20;  // so much the C library never takes from its heap
-  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  if (bytes >= kLargeBytes && !tensor.is_cuda()) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
+  return Tensor(handle);
 }
 
 }  // namespace mixtral

@@ -23,6 +23,7 @@ namespace mixtral::cpu {
 inline constexpr int64_t kFewRows = GemmWork::kFewRows;  // up to so many, rows and packed weights are not copied
 inline constexpr int64_t kSliceDepth = 512;              // half of it, a multiple of kChainDepth, if panels are made
 inline constexpr int64_t kMaxPanels = 8;
+inline constexpr int64_t kFetchRows = 24;  // multiplied between two shares of a prefetch; whole blocks of any kernel
 
 // Memory that each thread keeps from call to call.
 template <typename Operand>
@@ -110,8 +111,8 @@ class ChunkProduct {
       const Operand* rows = rows_at(k);
       for (int64_t i = 0; i < panels; ++i) {
         const bool last = i + 1 == panels;
-        const Operand* next = panel(columns[last ? 0 : i + 1], last ? k + slice_ : k);
-        multiply_slice(rows, columns[i], k, size, next, sums + i * sum_rows_ * kPanelColumns);
+        const PanelPlace next{columns[last ? 0 : i + 1], last ? k + slice_ : k};
+        multiply_slice(rows, {columns[i], k}, size, next, sums + i * sum_rows_ * kPanelColumns);
       }
     }
   }
@@ -141,21 +142,31 @@ class ChunkProduct {
     return thread_scratch<Operand>().rows.at(sum_rows_ * k);
   }
 
+  struct PanelPlace {
+    int64_t column, k;
+  };
+
   // The address of a panel that is used in place; null if panels are made, and after the last depth.
-  const Operand* panel(int64_t column, int64_t k) const {
-    if (!panels_in_place_ || k >= b_.depth) return nullptr;
-    return load_panel<T, Operand>(b_, expert_, column, k, 0, nullptr);
+  const Operand* panel(const PanelPlace& at) const {
+    if (!panels_in_place_ || at.k >= b_.depth) return nullptr;
+    return load_panel<T, Operand>(b_, expert_, at.column, at.k, 0, nullptr);
   }
 
-  void multiply_slice(const Operand* rows, int64_t column, int64_t k, int64_t size, const Operand* next,
+  // Meanwhile the panel to be used next is fetched.
+  void multiply_slice(const Operand* rows, const PanelPlace& at, int64_t size, const PanelPlace& next,
                       float* sums) const {
-    const int64_t padded = round_up(size, kStepDepth);
+    const int64_t padded = round_up(size, kStepDepth), stride = rows_in_place_ ? rows_.stride : padded;
     Operand* buffer = panels_in_place_ ? nullptr : thread_scratch<Operand>().panel.grow(padded * kPanelColumns);
-    const Operand* panel = load_panel<T>(b_, expert_, column, k, size, buffer);
+    const Operand* panel = load_panel<T>(b_, expert_, at.column, at.k, size, buffer);
     if constexpr (std::is_same_v<Operand, BFloat16>) {
-      if (tile_kernel_) return tile_kernel_(rows, count_, panel, padded, sums, next);
+      if (tile_kernel_) return tile_kernel_(rows, count_, panel, padded, sums, this->panel(next));
     }
-    kernel_(rows, rows_in_place_ ? rows_.stride : padded, count_, panel, padded, sums, kPanelColumns);
+    if (panels_in_place_) return kernel_(rows, stride, count_, panel, padded, sums, kPanelColumns);
+    for (int64_t r = 0; r < count_; r += kFetchRows) {
+      prefetch_panel<T>(b_, expert_, next.column, next.k, slice_, r / kFetchRows, ceil_div(count_, kFetchRows));
+      kernel_(rows + r * stride, stride, std::min(kFetchRows, count_ - r), panel, padded, sums + r * kPanelColumns,
+              kPanelColumns);
+    }
   }
 
   const WeightView b_;

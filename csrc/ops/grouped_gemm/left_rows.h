@@ -91,8 +91,10 @@ MIXTRAL_INLINE void copy_transposed_block(const LeftRows<T>& rows, int64_t r, in
   uint32_t words[kSide][kSide];
   transpose_words(lines, words, kSide);
   for (int64_t i = 0; i < used; ++i) {
+    Operand row[kSide];
+    for (int64_t j = 0; j < kSide; ++j) row[j] = as_operand<Operand>(word_part<T>(words[i / kParts][j], i % kParts));
     Operand* to = out + copy_index<kTiles>(r + i, k, round_up(depth, kStepDepth));
-    for (int64_t j = 0; j < kSide; ++j) to[j] = as_operand<Operand>(word_part<T>(words[i / kParts][j], i % kParts));
+    std::memcpy(static_cast<void*>(to), row, sizeof row);
   }
 }
 

@@ -104,4 +104,10 @@ template <typename T, typename Operand>
 const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth,
                           Operand* scratch);
 
+// Fetches share `share` of `shares` of the memory that load_panel reads for that panel into the cache. For the formats
+// without packing, whose panels are made of rows that lie far apart: no processor expects the next one by itself.
+template <typename T>
+void prefetch_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth, int64_t share,
+                    int64_t shares);
+
 }  // namespace mixtral

@@ -98,16 +98,16 @@ class TransposedRows {
   T padded_[kStepDepth][kPanelColumns];
 };
 
-// A step in pair order.
+// A step in pair order. The local arrays tell the compiler that nothing overlaps.
 MIXTRAL_INLINE void zip_step(const TransposedRows<BFloat16>& rows, BFloat16* out) {
   for (int64_t p = 0; p < kStepDepth / 2; ++p)
     for (int64_t half = 0; half < 2; ++half) {
-      const BFloat16 *even = rows[2 * p] + half * kHalf, *odd = rows[2 * p + 1] + half * kHalf;
-      BFloat16* to = out + (half * kHalf + p) * kStepDepth;
-      for (int64_t j = 0; j < kHalf; ++j) {
-        const uint32_t word = even[j].x | static_cast<uint32_t>(odd[j].x) << 16;
-        std::memcpy(to + 2 * j, &word, sizeof word);
-      }
+      uint16_t even[kHalf], odd[kHalf];
+      uint32_t words[kHalf];
+      std::memcpy(even, rows[2 * p] + half * kHalf, sizeof even);
+      std::memcpy(odd, rows[2 * p + 1] + half * kHalf, sizeof odd);
+      for (int64_t j = 0; j < kHalf; ++j) words[j] = even[j] | static_cast<uint32_t>(odd[j]) << 16;
+      std::memcpy(static_cast<void*>(out + (half * kHalf + p) * kStepDepth), words, sizeof words);
     }
 }
 
@@ -195,6 +195,27 @@ const Operand* load_panel(const WeightView& weight, int64_t expert, int64_t colu
     return load_floats<T>(weight, expert, column, k, depth, scratch);
   }
 }
+
+template <typename T>
+void prefetch_panel(const WeightView& weight, int64_t expert, int64_t column, int64_t k, int64_t depth, int64_t share,
+                    int64_t shares) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const bool transposed = weight.format == WeightFormat::kTransposed;
+  if (!transposed && weight.format != WeightFormat::kPlain) return;
+  const int64_t columns = std::min(kPanelColumns, weight.columns - column), depths = std::min(depth, weight.depth - k);
+  if (columns <= 0 || depths <= 0) return;
+  // Rows of memory, and how many values of each are read.
+  const int64_t rows = transposed ? depths : columns, used = transposed ? columns : depths;
+  const int64_t stride = transposed ? weight.columns : weight.depth;
+  const int64_t row = expert * (transposed ? weight.depth : weight.columns) + (transposed ? k : column);
+  const T* first = static_cast<const T*>(weight.data) + row * stride + (transposed ? column : k);
+  for (int64_t r = share * rows / shares; r < (share + 1) * rows / shares; ++r)
+    for (int64_t i = 0; i < used; i += kLine) __builtin_prefetch(first + r * stride + i, 0, 2);
+}
+
+template void prefetch_panel<float>(const WeightView&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+template void prefetch_panel<Half>(const WeightView&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+template void prefetch_panel<BFloat16>(const WeightView&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 
 template const float* load_panel<float, float>(const WeightView&, int64_t, int64_t, int64_t, int64_t, float*);
 template const float* load_panel<Half, float>(const WeightView&, int64_t, int64_t, int64_t, int64_t, float*);
