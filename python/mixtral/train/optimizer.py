@@ -125,7 +125,9 @@ class Optimizer:
             for name, master in self.masters.items():
                 tensor = tensors[f"weight.{name}"]
                 if tensor.shape != master.shape:
-                    raise ValueError(f"{name}: {list(tensor.shape)} in the checkpoint, {list(master.shape)} in the model")
+                    raise ValueError(
+                        f"{name}: {list(tensor.shape)} in the checkpoint, {list(master.shape)} in the model"
+                    )
                 master.copy_(tensor)
                 if step > 0:
                     self.adamw.state[master] = {

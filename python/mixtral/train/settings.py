@@ -1,6 +1,6 @@
 """Settings of the training commands: dataclasses, read from TOML.
 
-A key that no dataclass has, or a value of another type, is one error with the key, the file, and the nearest known name.
+A key that no dataclass has, or a value of another type, is one error with the key, the file and the nearest name.
 """
 
 import dataclasses
@@ -278,7 +278,9 @@ def check_train(train: TrainSettings, source: str | PathLike[str]) -> None:
 
     lengths = {name: getattr(train, name) for name in ("steps", "minutes", "tokens")}
     given = [name for name, value in lengths.items() if value]
-    require(len(given) == 1, f"[train] needs exactly one of steps, minutes and tokens, got {' and '.join(given) or 'none'}")
+    require(
+        len(given) == 1, f"[train] needs exactly one of steps, minutes and tokens, got {' and '.join(given) or 'none'}"
+    )
     for name in (*given, "tokens_per_step", "accumulation", "context", "lr", "eps", "clip"):
         require(getattr(train, name) > 0, f"train.{name} must be positive, got {getattr(train, name)}")
     require(train.context >= 2, f"train.context must be at least 2, got {train.context}")
@@ -345,7 +347,9 @@ def to_toml(settings: Any) -> str:
 
     def lines(value: dict[str, Any], path: str) -> list[str]:
         tables = {k: v for k, v in value.items() if isinstance(v, dict)}
-        rows = [f"{k.removesuffix('_')} = {json.dumps(v)}" for k, v in value.items() if k not in tables and v is not None]
+        rows = [
+            f"{k.removesuffix('_')} = {json.dumps(v)}" for k, v in value.items() if k not in tables and v is not None
+        ]
         found = [f"[{path}]", *rows, ""] if path and (rows or not tables) else rows
         for name, table in tables.items():
             found += lines(table, f"{path}.{name}" if path else name)
