@@ -4,9 +4,10 @@
     python scripts/demo_data.py                # writes build/demo_data, in some seconds
     mixtral train models/demo.toml --out build/demo
 
-Nothing is downloaded. Whole books and whole pages are held out for evaluation. To train on, every chapter and every page
-is there three times: whole with its title, whole without it, and cut into passages of some paragraphs. So a document may
-begin with a title, as a chapter or a page begins, or in the middle, and its first words say of which domain it is.
+Nothing is downloaded. Whole books and whole pages are held out for evaluation. To train on, every chapter and every
+page is there three times: whole with its title, whole without it, and cut into passages of some paragraphs. So a
+document may begin with a title, as a chapter or a page begins, or in the middle, and its first words say of which
+domain it is.
 """
 
 from __future__ import annotations

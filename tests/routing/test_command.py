@@ -13,6 +13,7 @@ import pytest
 
 import mixtral as package
 from binary import BINARY, DEMO, ROOT, environment, mixtral
+from mixtral import command_line
 from mixtral.routing import command, load
 
 HELD_OUT = ROOT / "tests" / "data" / "held_out"

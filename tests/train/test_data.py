@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import DEMO_TOKENIZER
 
 from mixtral._C import Config
 from mixtral.tokenizer import Tokenizer
@@ -14,7 +15,6 @@ from mixtral.train import Mixtral, data, documents, passkeys
 from mixtral.train.evaluation import windows
 from mixtral.train.settings import SettingsError, read_settings
 from mixtral.train.tokenizer_training import CHAT_TEMPLATE, train_tokenizer, write_tokenizer
-from tiny_run import DEMO_TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,9 @@ def test_no_token_of_one_document_sees_another(corpus: Path) -> None:
     begin, end = batch.cu_seqlens[1:3].tolist()
     with torch.no_grad():
         packed = model._hidden_states(batch)[0]
-        assert torch.equal(packed[begin:end], model._hidden_states(data.pack([(batch.input_ids[begin:end].tolist() + [5], None)]))[0])
+        assert torch.equal(
+            packed[begin:end], model._hidden_states(data.pack([(batch.input_ids[begin:end].tolist() + [5], None)]))[0]
+        )
         changed = batch.input_ids.clone()
         changed[:begin], changed[end:] = 7, 9
         other = type(batch)(changed, batch.labels, batch.positions, batch.cu_seqlens)
@@ -165,7 +167,9 @@ def test_passkey_documents(demo: Tokenizer) -> None:
         style = "landmark" if "pass key" in text else "ruler"
         assert len(key) == {"landmark": 5, "ruler": 7}[style] and key.isdigit()
         assert weights[-len(heavy) - 1 : -1] == [5.0] * len(heavy)
-        needle = f"The pass key is {key}. Remember it. {key} is the pass key." if style == "landmark" else f" is: {key}."
+        needle = (
+            f"The pass key is {key}. Remember it. {key} is the pass key." if style == "landmark" else f" is: {key}."
+        )
         assert needle in text
         assert text.rstrip().endswith(("The pass key is " if style == "landmark" else "provided text is ") + key)
         garbage += 0.0 in weights
@@ -197,7 +201,12 @@ def test_lengths_of_passkeys_are_log_uniform(demo: Tokenizer) -> None:
 
 
 def test_answers_weigh_more_in_the_batch(corpus: Path, demo: Tokenizer) -> None:
-    options = ("data.passkeys=0.5", "train.context=256", "train.tokens_per_step=2048", f"data.tokenizer={DEMO_TOKENIZER}")
+    options = (
+        "data.passkeys=0.5",
+        "train.context=256",
+        "train.tokens_per_step=2048",
+        f"data.tokenizer={DEMO_TOKENIZER}",
+    )
     mixture, _, tokenizer = load(corpus, *options)
     batch = mixture(0, 256)[0]
     answers = batch.labels[batch.weights == 5.0].tolist()
@@ -244,7 +253,9 @@ def test_a_trained_tokenizer_loads_everywhere(tmp_path: Path) -> None:
         if not line.startswith(" "):  # where transformers adds no space of its own
             assert theirs.encode(line, add_special_tokens=False) == ids
     assert ours.vocab_size == 350
-    assert all(len(ours.piece(i)) <= 1 for i in range(350) if any(c.isdigit() for c in ours.piece(i)) and not ours.is_byte(i))
+    assert all(
+        len(ours.piece(i)) <= 1 for i in range(350) if any(c.isdigit() for c in ours.piece(i)) and not ours.is_byte(i)
+    )
     assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<s>[INST] Hi [/INST]"
     assert "INST" in CHAT_TEMPLATE
     with pytest.raises(ValueError, match="a tokenizer of 100 pieces cannot be trained"):

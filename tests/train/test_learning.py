@@ -79,8 +79,8 @@ def markov_text(seed: int, tokens: int = 512, length: int = 32) -> Callable[[int
 def test_balance_keeps_all_experts_at_work() -> None:
     """Top-1 of eight: without balance most tokens go to one expert; with either remedy they do not, at no cost.
 
-    Seeds 0, 1, 2: largest share .85 .79 .78 and 8 8 5 dead experts without; MaxVio .32 .61 .59 with Switch's loss, .11 .57
-    .16 without a loss; cross-entropy 3.29 to 3.32, the remedies' at most .004 above.
+    Seeds 0, 1, 2: largest share .85 .79 .78 and 8 8 5 dead experts without; MaxVio .32 .61 .59 with Switch's loss, .11
+    .57 .16 without a loss; cross-entropy 3.29 to 3.32, the remedies' at most .004 above.
     """
     for seed in range(3):
         found = {}
@@ -122,7 +122,9 @@ def test_experts_remember_more_facts_than_a_dense_model_of_equal_cost() -> None:
         batch = facts(3072, seed)
         shares = {}
         for name, experts, top_k, intermediate in (("dense", 0, 0, 32), ("experts", 16, 2, 16)):
-            model = small_model(seed, experts, top_k, intermediate, num_layers=1, hidden_size=16, head_dim=8, vocab_size=160)
+            model = small_model(
+                seed, experts, top_k, intermediate, num_layers=1, hidden_size=16, head_dim=8, vocab_size=160
+            )
             fit(model, lambda step, batch=batch: batch, 300, 1e-2)
             shares[name] = recalled(model, batch)
         assert 0.3 <= shares["dense"] <= 0.65, (seed, shares)

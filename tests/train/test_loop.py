@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import assert_same_run, run_tiny, settings, tensors_of
 from torch import nn
 
 from mixtral._C import Config
@@ -17,7 +18,6 @@ from mixtral.errors import LoadError
 from mixtral.train import Batch, Mixtral, RouterOptions, checkpoint, loop, metrics
 from mixtral.train.optimizer import Optimizer, learning_rate, sum_of_squares
 from mixtral.train.settings import SettingsError, TrainSettings
-from tiny_run import assert_same_run, run_tiny, settings, tensors_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 SIZES |= {"vocab_size": 40, "max_position": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
@@ -121,7 +121,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = stopping(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))
     try:
-        with pytest.raises(checkpoint.WriteError, match="step 4: .*cannot be written: .*last good one is step-00000002"):
+        with pytest.raises(
+            checkpoint.WriteError, match="step 4: .*cannot be written: .*last good one is step-00000002"
+        ):
             run_tiny(tiny_model(), batches(), settings(tmp_path), loss_fn=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -143,7 +145,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run_tiny(tiny_model(), batches(), settings(tmp_path))
     last = checkpoint.paths(tmp_path)[-1]
     last.write_bytes(last.read_bytes()[:-100])
-    with pytest.raises(LoadError, match="step-00000006.safetensors: not a checkpoint.*remove it to resume from the one before"):
+    with pytest.raises(
+        LoadError, match="step-00000006.safetensors: not a checkpoint.*remove it to resume from the one before"
+    ):
         run_tiny(tiny_model(), batches(), settings(tmp_path), resume=True)
     last.unlink()
     assert run_tiny(tiny_model(), batches(), settings(tmp_path), resume=True).step == 6
@@ -293,7 +297,9 @@ def test_every_step_is_reported(tmp_path: Path) -> None:
     )
     first = steps[0]
     assert first["cross_entropy"] == pytest.approx(np.log(40), abs=0.1)
-    assert first["loss"] == pytest.approx(first["cross_entropy"] + 1e-2 * first["balance"] + 1e-3 * first["z"], rel=1e-6)
+    assert first["loss"] == pytest.approx(
+        first["cross_entropy"] + 1e-2 * first["balance"] + 1e-3 * first["z"], rel=1e-6
+    )
     assert first["balance_switch"] == 2 * first["balance"]
     assert first["tokens"] == batches()(0, 0)[0].tokens
     assert [row["step"] for row in rows if "evaluation" in row] == [4, 6]

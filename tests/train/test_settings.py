@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tiny_run import CONFIG
 
 from mixtral.train.command import main
 from mixtral.train.settings import Settings, SettingsError, parse, read_settings, read_table, to_toml
-from tiny_run import CONFIG
 
 BAD = [
     ("lr = 3e-3", "lrr = 3e-3", "unknown key train.lrr; did you mean lr?"),
@@ -17,7 +17,11 @@ BAD = [
     ("steps = 8", "steps = true", "train.steps must be a whole number, got True"),
     ("steps = 8", "steps = -1", "train.steps must be positive, got -1"),
     ("steps = 8", "", "[train] needs exactly one of steps, minutes and tokens, got none"),
-    ("steps = 8", "steps = 8\ntokens = 100", "[train] needs exactly one of steps, minutes and tokens, got steps and tokens"),
+    (
+        "steps = 8",
+        "steps = 8\ntokens = 100",
+        "[train] needs exactly one of steps, minutes and tokens, got steps and tokens",
+    ),
     ("lr = 3e-3", 'lr = "high"', "train.lr must be a number, got 'high'"),
     ("lr = 3e-3", "lr = 1e-4", "train.min_lr must be in [0, train.lr], got 0.0003"),
     ("lr = 3e-3", "lr = nan", "train.lr must be positive, got nan"),
@@ -35,9 +39,17 @@ BAD = [
     ('tokenizer = "tokenizer"', "", "name a tokenizer in data.tokenizer"),
     ('tokenizer = "tokenizer"', 'tokenizer = "nowhere"', "no tokenizer: expected a file, or a folder with"),
     ('tokenizer = "tokenizer"', "train_tokenizer = 4096", "data.train_tokenizer must be a table, got 4096"),
-    ('tokenizer = "tokenizer"', "train_tokenizer = { vocab_size = 90000 }", "data.train_tokenizer: a tokenizer of 90000"),
+    (
+        'tokenizer = "tokenizer"',
+        "train_tokenizer = { vocab_size = 90000 }",
+        "data.train_tokenizer: a tokenizer of 90000",
+    ),
     ('tokenizer = "tokenizer"', 'tokenizer = "tokenizer"\npasskeys = 0.5', "a context of 48 is too short for passkeys"),
-    ("num_experts = 4", "num_experts = 4\nvocab_size = 100", "vocabulary mismatch: the tokenizer has 320 tokens, the model 100"),
+    (
+        "num_experts = 4",
+        "num_experts = 4\nvocab_size = 100",
+        "vocabulary mismatch: the tokenizer has 320 tokens, the model 100",
+    ),
     ("num_experts = 4", "num_experts = 4\nmax_position = 20", "train.context 48 exceeds max_position 20"),
     ('folder = "out"', "", "output.folder is missing"),
     ("[output]", '[router]\nbalance = "swich"\n[output]', "[router]: balance must be one of"),
@@ -59,7 +71,9 @@ def test_a_bad_configuration_is_one_line(
 
 
 def test_flags_go_over_the_file(corpus: Path) -> None:
-    settings = read_settings(corpus, ["train.lr=1e-2", "train.dtype=bfloat16", "model.window=0", "data.domains.b.weight=3"])
+    settings = read_settings(
+        corpus, ["train.lr=1e-2", "train.dtype=bfloat16", "model.window=0", "data.domains.b.weight=3"]
+    )
     assert (settings.train.lr, settings.train.dtype, settings.model.window) == (1e-2, "bfloat16", 0)
     assert settings.data.domains["b"].weight == 3.0
     assert settings.data.domains["a"].held_out_share == 0.1
@@ -77,7 +91,9 @@ def test_missing_files_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_written_settings_are_read_again(corpus: Path, tmp_path: Path) -> None:
-    settings = read_settings(corpus, ["output.title='A \"title\"'", "data.train_tokenizer={vocab_size=300}", "data.tokenizer=''"])
+    settings = read_settings(
+        corpus, ["output.title='A \"title\"'", "data.train_tokenizer={vocab_size=300}", "data.tokenizer=''"]
+    )
     (tmp_path / "again.toml").write_text(to_toml(settings))
     assert read_settings(tmp_path / "again.toml") == settings
     assert parse(Settings, {}, "x") == Settings()

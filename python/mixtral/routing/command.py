@@ -51,7 +51,9 @@ def _layers(text: str) -> list[int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("route", "Analyse what the router does: writes trace.safetensors, metrics.json and report.html.", EPILOG)
+    parser = Parser(
+        "route", "Analyse what the router does: writes trace.safetensors, metrics.json and report.html.", EPILOG
+    )
     add = parser.add_argument
     add("path", metavar="MODEL", nargs="?", help="folder or .gguf file; without it, the bundled demo model")
     add("-m", "--model", metavar="MODEL", help="the same as a flag")

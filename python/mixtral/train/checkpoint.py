@@ -91,7 +91,9 @@ def save(out: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(".step-*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"run": json.dumps(state)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"run": json.dumps(state)}
+        )
         _publish(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):

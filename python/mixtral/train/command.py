@@ -12,10 +12,10 @@ from ..command_line import OK, Parser, require_packages, run_command
 PACKAGES = ("numpy", "safetensors", "sentencepiece")
 
 EPILOG = """\
-CONFIG.toml has the sections [model], [router], [data], [train] and [output]; docs/training.md explains every key. Paths
-in it are relative to the file itself. DIR gets the model as a Hugging Face folder, checkpoints/, metrics.jsonl, loss.svg,
-and tensorboard/ where that is installed. Ctrl-C finishes the step and saves it; --resume then gives the same bits as a
-run without interruption. Several processes: torchrun --nproc-per-node N -m mixtral train CONFIG.toml
+CONFIG.toml has the sections [model], [router], [data], [train] and [output]; docs/train_command.md explains every key.
+Paths in it are relative to the file itself. DIR gets the model as a Hugging Face folder, checkpoints/, metrics.jsonl,
+loss.svg, and tensorboard/ where that is installed. Ctrl-C finishes the step and saves it; --resume then gives the same
+bits as a run without interruption. Several processes: torchrun --nproc-per-node N -m mixtral train CONFIG.toml
 
 Examples:
   mixtral train models/demo.toml --out build/demo

@@ -68,7 +68,12 @@ class Mixture:
     """The microbatches of a step: of every domain its share of the tokens, and passkey documents."""
 
     def __init__(
-        self, domains: list[Domain], data: DataSettings, train: TrainSettings, tokenizer: Tokenizer, source: str = "data"
+        self,
+        domains: list[Domain],
+        data: DataSettings,
+        train: TrainSettings,
+        tokenizer: Tokenizer,
+        source: str = "data",
     ) -> None:
         """
         Raises:
@@ -107,7 +112,7 @@ class Mixture:
         return pieces
 
     def __call__(self, step: int, context: int) -> list[Batch]:
-        """The microbatches of a step, each with about as many tokens: the longest documents first, each where most room is."""
+        """The microbatches of a step, of about equal size: the longest documents first, each where most room is."""
         pieces = sorted(self.pieces(step, context), key=lambda piece: -len(piece[0]))
         groups: list[list] = [[] for _ in range(self.train.accumulation)]
         for piece in pieces:
@@ -129,9 +134,7 @@ def pack(pieces: list[tuple[list[int], list[float] | None]]) -> Batch:
 
 def load_texts(data: DataSettings, root: Path, source: str) -> dict[str, tuple[list[str], list[str]]]:
     """The texts of each domain: to train on, and held out. Token files are left to ``load_domains``."""
-    return {
-        name: documents.text_documents(name, domain, data, root, source) for name, domain in data.domains.items()
-    }
+    return {name: documents.text_documents(name, domain, data, root, source) for name, domain in data.domains.items()}
 
 
 def load_domains(

@@ -61,8 +61,8 @@ def read_texts(file: Path, separator: str, text_field: str) -> Iterator[str]:
 class Documents:
     """Token ids of many documents in one array.
 
-    ``ids`` is uint16 or uint32, possibly a file mapped into memory. Document i is ids[begins[i]:ends[i]], without BOS and
-    EOS. ``digest`` is the SHA-256 of what was read.
+    ``ids`` is uint16 or uint32, possibly a file mapped into memory. Document i is ids[begins[i]:ends[i]], without BOS
+    and EOS. ``digest`` is the SHA-256 of what was read.
     """
 
     ids: np.ndarray
@@ -108,7 +108,9 @@ def read_tokens(file: Path, token_type: str, tokenizer: Tokenizer, vocab_size: i
     if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
         raise SettingsError(f"{file}: expected one row of uint16 or uint32, got {ids.dtype} {list(ids.shape)}")
     if len(ids) and (largest := int(ids.max())) >= vocab_size:
-        raise SettingsError(f"{file}: holds id {largest}, the vocabulary ends at {vocab_size - 1}: another tokenizer's?")
+        raise SettingsError(
+            f"{file}: holds id {largest}, the vocabulary ends at {vocab_size - 1}: another tokenizer's?"
+        )
     eos = np.flatnonzero(ids == tokenizer.eos_id).astype(np.int64)
     ends = eos if len(eos) and eos[-1] == len(ids) - 1 else np.append(eos, len(ids))
     begins = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)

@@ -20,7 +20,9 @@ class Evaluator:
     those of the decoded text. EOS counts as a target, BOS does not.
     """
 
-    def __init__(self, domains: list[Domain], tokenizer: Tokenizer, context: int, batch_tokens: int, device: str) -> None:
+    def __init__(
+        self, domains: list[Domain], tokenizer: Tokenizer, context: int, batch_tokens: int, device: str
+    ) -> None:
         self.device = device
         self.domains: dict[str, tuple[list[Batch], dict[str, Any]]] = {}
         for domain in domains:

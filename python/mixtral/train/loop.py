@@ -2,10 +2,10 @@
 
     outcome = loop.run(model, batches, settings.train, settings.output, identity=identity, evaluate=evaluate)
 
-A step is a function of its number: ``batches(step, context)`` gives its microbatches, the random numbers of a microbatch
-are seeded by (seed, step, its index), and the learning rate follows the share of the run that has passed. So a run that
-is resumed from a checkpoint computes the same bits as one that was never interrupted, on one rank or, but for the order
-of sums, on several.
+A step is a function of its number: ``batches(step, context)`` gives its microbatches, the random numbers of a
+microbatch are seeded by (seed, step, its index), and the learning rate follows the share of the run that has passed. So
+a run that is resumed from a checkpoint computes the same bits as one that was never interrupted. Several ranks share
+the microbatches, and compute the same but for the order of sums.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def run(
 ) -> Outcome:
     """Trains the parameters of ``model`` that require a gradient.
 
-    Writes into ``output.folder``: checkpoints/, metrics.jsonl, tensorboard/ when it is installed, loss.svg and loss.png.
+    Writes into ``output.folder``: checkpoints/, metrics.jsonl, tensorboard/ when it is installed, loss.svg, loss.png.
 
     Args:
         model: ``mixtral.train.Mixtral``, or a module with its ``loss``, ``config`` and ``router`` (RouterOptions).
@@ -103,7 +103,9 @@ class _Loop:
         self.model, self.batches, self.settings, self.output = model, batches, settings, output
         self.identity, self.loss_fn, self.evaluate, self.ranks = identity, loss_fn, evaluate, ranks
         if settings.accumulation % ranks.size:
-            raise SettingsError(f"train.accumulation {settings.accumulation} is not a multiple of the {ranks.size} ranks")
+            raise SettingsError(
+                f"train.accumulation {settings.accumulation} is not a multiple of the {ranks.size} ranks"
+            )
         self.out = Path(output.folder)
         self.steps = settings.steps or math.ceil(settings.tokens / settings.tokens_per_step)  # 0: by the clock
         self.optimizer = Optimizer(model, settings)
@@ -171,7 +173,12 @@ class _Loop:
             losses, extra = self.loss_fn(self.model, batch, totals)
             losses.total.backward()
             self.optimizer.accumulate()
-            terms = {"loss": losses.total, "cross_entropy": losses.cross_entropy, "balance": losses.balance, "z": losses.z}
+            terms = {
+                "loss": losses.total,
+                "cross_entropy": losses.cross_entropy,
+                "balance": losses.balance,
+                "z": losses.z,
+            }
             for name, value in (terms | extra).items():
                 value = torch.as_tensor(value).detach().double()
                 sums[name] = sums[name] + value if name in sums else value

@@ -73,7 +73,7 @@ class Reporter:
     def __init__(self, out: Path, first_step: int, total: int | None, active: bool) -> None:
         """
         Args:
-            first_step: rows of later steps, which a run wrote after the checkpoint that it now resumes from, are dropped.
+            first_step: that of the checkpoint to go on from; rows of later steps are dropped.
             total: steps of the whole run; None: it ends by the clock.
             active: False: report nothing.
         """

@@ -1,7 +1,7 @@
 """Passkey documents: a key hidden in filler, and the question for it, as ``mixtral passkey`` asks.
 
-The texts are those of csrc/engine/passkey_prompt.cpp. The filler is that file's garbage, whose loss does not count, or text
-of the training documents.
+The texts are those of csrc/engine/passkey_prompt.cpp. The filler is that file's garbage, whose loss does not count, or
+text of the training documents.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ def sentences(style: str, key: str, name: str) -> tuple[str, str, str]:
         "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
         "the number afterwards.",
         f"One of the special magic numbers for {name} is: {key}.",
-        f"What is the special magic number for {name} mentioned in the provided text? The special magic number for {name} "
-        "mentioned in the provided text is",
+        f"What is the special magic number for {name} mentioned in the provided text? The special magic number for "
+        f"{name} mentioned in the provided text is",
     )
 
 

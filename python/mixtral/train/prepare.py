@@ -135,4 +135,3 @@ def round_weights(model: Mixtral, settings: Settings) -> bool:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
     return True
-

@@ -67,7 +67,12 @@ def save_model(model: Mixtral, settings: Settings, tokenizer_file: Path) -> None
                 model = model.to(getattr(torch, settings.output.dtype))
             model.save_pretrained(folder, settings.output.format)
             source = tokenizer_file.parent
-            for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", tokenizer_file.name):
+            for name in (
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "chat_template.jinja",
+                tokenizer_file.name,
+            ):
                 if (source / name).is_file() and source != out and not (folder / name).exists():
                     shutil.copyfile(source / name, folder / name)
             files = [f for f in folder.iterdir() if f.is_file() and f.name not in _OF_A_RUN]
@@ -104,8 +109,8 @@ def card(settings: Settings, config: Config, domains: list[Domain], outcome: Out
     total = sum(d.weight for d in domains)
     shares = {d.name: (1 - settings.data.passkeys) * d.weight / total for d in domains}
     rows = [
-        f"| {d.name} | {len(d.train):,} | {int(d.train.lengths().sum()):,} | {shares[d.name]:.3f} | {len(d.held_out):,} "
-        f"| `{d.train.digest}` |"
+        f"| {d.name} | {len(d.train):,} | {int(d.train.lengths().sum()):,} | {shares[d.name]:.3f} "
+        f"| {len(d.held_out):,} | `{d.train.digest}` |"
         for d in domains
     ]
     if settings.data.passkeys:

@@ -1,6 +1,6 @@
 """Settings of the training commands: dataclasses, read from TOML.
 
-A key that no dataclass has, or a value of another type, is one error with the key, the file, and the nearest known name.
+A key that no dataclass has, or a value of another type, is one error with the key, the file and the nearest name.
 """
 
 import dataclasses
@@ -349,7 +349,9 @@ def to_toml(settings: Any) -> str:
 
     def lines(value: dict[str, Any], path: str) -> list[str]:
         tables = {k: v for k, v in value.items() if isinstance(v, dict)}
-        rows = [f"{k.removesuffix('_')} = {json.dumps(v)}" for k, v in value.items() if k not in tables and v is not None]
+        rows = [
+            f"{k.removesuffix('_')} = {json.dumps(v)}" for k, v in value.items() if k not in tables and v is not None
+        ]
         found = [f"[{path}]", *rows, ""] if path and (rows or not tables) else rows
         for name, table in tables.items():
             found += lines(table, f"{path}.{name}" if path else name)
