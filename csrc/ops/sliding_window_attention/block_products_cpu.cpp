@@ -6,6 +6,12 @@
 // | bf16         | avx512_bf16            | VDPBF16PS, pairs of values           | VDPBF16PS, pairs of keys              |
 // | bf16         | amx                    | bf16_kernel()                        | bf16_kernel() on packed panels        |
 // clang-format on
+//
+// Bound, for a query token with 3 query heads a key head of 128 values, in avx2: a key of one head, 512 bytes with its
+// value, costs 96 FMAs on two ports, 32 widenings, 24 shuffles and insertions, and some 10 instructions of the softmax:
+// 48 cycles by the FMAs alone. A Zen 5 core takes 80 in the cache: packing the keys, the products and the softmax
+// follow
+// each other and overlap little. In avx512 it takes 60, in avx512_bf16 50.
 #include <type_traits>
 
 #include "block_products.h"

@@ -117,17 +117,17 @@ class Decoder {
   };
 
   MIXTRAL_INLINE const Stored* const* of_head(const Rows& rows, int64_t kv_head, HeadRows& of_head) const {
-    const int64_t offset = kv_head * p_.head_dim;
-    if constexpr (std::is_same_v<T, Stored>) {
-      if (width_ == p_.head_dim) {
-        for (int64_t j = 0; j < kKeyBlock; ++j) of_head.rows[j] = rows[j] ? rows[j] + offset : zeros_.data();
-        return of_head.rows;
-      }
-    }
-    of_head.copies.grow(kKeyBlock * width_);
+    if (!std::is_same_v<T, Stored> || width_ != p_.head_dim) of_head.copies.grow(kKeyBlock * width_);
     for (int64_t j = 0; j < kKeyBlock; ++j) {
+      const T* row = rows[j] != nullptr ? rows[j] + kv_head * p_.head_dim : zeros_.data();
+      if constexpr (std::is_same_v<T, Stored>) {
+        if (width_ == p_.head_dim) {
+          of_head.rows[j] = row;
+          continue;
+        }
+      }
       Stored* copy = of_head.copies.at(j * width_);
-      convert_row(rows[j] + offset, rows[j] ? p_.head_dim : 0, width_, copy);
+      convert_row(row, p_.head_dim, width_, copy);
       of_head.rows[j] = copy;
     }
     return of_head.rows;

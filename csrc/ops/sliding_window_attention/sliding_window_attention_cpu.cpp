@@ -5,6 +5,8 @@
 // Key blocks start at multiples of 64 of the absolute position, and a row is computed only with key blocks that hold a
 // key it sees. So its sums run over the same key blocks in the same order for any neighbours, chunks and layout of the
 // keys. A key that a row does not see has the weight 0, which does not change the sums as long as its value is finite.
+//
+// Single query tokens over many keys are computed by decode_attention_cpu.cpp, to the same bits.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
