@@ -11,7 +11,7 @@ import time
 
 import mixtral
 from common import Bench, Row, main
-from random_models import MIXTRAL_8X7B, Shape
+from random_models import MIXTRAL_8X7B, Shape, model_config
 
 SHAPE = Shape(hidden=1024, layers=8, heads=16, kv_heads=4, head_dim=64, intermediate=1792, vocab=4096)
 SPARSE, ACTIVE, TOTAL = "8 experts, 2 active", "dense, equal active", "dense, equal total"
@@ -21,30 +21,13 @@ SECONDS = 30.0
 BATCHES = (1, 8)
 
 
-def config(shape: Shape) -> mixtral.Config:
-    return mixtral.Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        max_position=1024,
-        num_experts=shape.experts,
-        top_k=shape.top_k,
-        rms_norm_eps=1e-5,
-        rope_theta=1e6,
-    )
-
-
 def twins(shape: Shape) -> dict[str, mixtral.Config]:
     """The model of this shape and the two dense ones beside it."""
 
     def dense(factor: int) -> mixtral.Config:
-        return config(dataclasses.replace(shape, intermediate=factor * shape.intermediate, experts=0, top_k=0))
+        return model_config(dataclasses.replace(shape, intermediate=factor * shape.intermediate, experts=0, top_k=0))
 
-    return {SPARSE: config(shape), ACTIVE: dense(shape.top_k), TOTAL: dense(shape.experts)}
+    return {SPARSE: model_config(shape), ACTIVE: dense(shape.top_k), TOTAL: dense(shape.experts)}
 
 
 def work_per_token(sizes: mixtral.Config) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixtral
 from common import Bench, Row
 from peers.engines import prompts_of
-from random_models import BYTES_PER_WEIGHT, MIXTRAL_8X7B, NORM_EPS, ROPE_THETA, Shape
+from random_models import BYTES_PER_WEIGHT, MIXTRAL_8X7B, Shape, model_config
 from roofline import Rates, rates_of
 
 ARITHMETIC = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int4": torch.bfloat16}
@@ -122,20 +122,7 @@ def prefill_rows(run: Run) -> list[Row]:
 
 
 def random_model(shape: Shape, dtype: str, device: str) -> mixtral.Mixtral:
-    config = mixtral.Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        max_position=32768,
-        num_experts=shape.experts,
-        top_k=shape.top_k,
-        rms_norm_eps=NORM_EPS,
-        rope_theta=ROPE_THETA,
-    )
+    config = model_config(shape, max_position=32768)
     return mixtral.Mixtral.from_config(config, device, dtype, chunk_size=PREFILL, max_batch=max(BATCHES))
 
 

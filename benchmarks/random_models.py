@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import mixtral
+
 NORM_EPS = 1e-5
 ROPE_THETA = 1e6
 MAX_POSITION = 4096
@@ -75,6 +77,24 @@ SHAPES = {
     "wide2": Shape(hidden=4096, layers=2, heads=32, kv_heads=8, head_dim=128, intermediate=14336),
 }
 MIXTRAL_8X7B = Shape(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336)
+
+
+def model_config(shape: Shape, max_position: int = MAX_POSITION) -> mixtral.Config:
+    """Of a model that ``mixtral.Mixtral.from_config`` draws."""
+    return mixtral.Config(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        max_position=max_position,
+        num_experts=shape.experts,
+        top_k=shape.top_k,
+        rms_norm_eps=NORM_EPS,
+        rope_theta=ROPE_THETA,
+    )
 
 
 def config_of(shape: Shape) -> dict:

@@ -11,7 +11,6 @@
 #include "flags.h"
 #include "load.h"
 #include "report.h"
-#include "signals.h"
 #include "terminal.h"
 
 namespace mixtral::app {
@@ -21,8 +20,7 @@ struct PasskeyFlags {
   ModelFlags model;
   PasskeyOptions options;
   std::string style = "landmark";
-  std::string svg;
-  bool json = false;
+  ResultFlags result;
 };
 
 std::string cells_text(const nlohmann::json& cells) {
@@ -64,17 +62,13 @@ void run(PasskeyFlags& flags) {
   const Config config = read_config(model_path(flags.model));
   const Tokenizer tokenizer = load_tokenizer(flags.model);
   check_passkey(config, tokenizer, options);
-  check_figure(flags.svg);
+  check_figure(flags.result.svg);
 
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   ProgressBar bar("asking", tokens_text);
-  options.progress = [&bar](int64_t done, int64_t total) {
-    throw_if_terminated();
-    bar.update(static_cast<double>(done), static_cast<double>(total));
-  };
+  options.progress = progress_on(bar);
   const nlohmann::json result = to_json(passkey(loaded.engine.model(), tokenizer, options), config);
-  draw_figure("passkey", result, flags.svg);
-  write_out(flags.json ? json_line(result) : passkey_text(result));
+  write_result("passkey", result, passkey_text(result), flags.result);
 }
 
 }  // namespace
@@ -102,8 +96,7 @@ void add_passkey(CLI::App& app) {
       ->check(at_least(0))
       ->capture_default_str();
   add_option(command, "-s,--seed", options.seed, "Of the keys")->capture_default_str();
-  add_switch(command, "--json", flags->json, "One JSON object");
-  add_option(command, "--svg", flags->svg, "Draw the result into a file (Python and matplotlib)")->type_name("FILE");
+  add_result_flags(command, flags->result);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   command.footer(

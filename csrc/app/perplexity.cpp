@@ -11,7 +11,6 @@
 #include "load.h"
 #include "perplexity_contexts.h"
 #include "report.h"
-#include "signals.h"
 #include "terminal.h"
 
 namespace mixtral::app {
@@ -22,7 +21,6 @@ struct PerplexityFlags {
   std::vector<std::string> paths;  // [MODEL] FILE
   std::string compare_dtype;       // empty: no comparison
   RoutingFlags routing;
-  bool json = false;
   ContextFlags contexts;
 };
 
@@ -41,10 +39,7 @@ Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Confi
   ScoreOptions options;
   options.ctx_size = flags.ctx_size;
   options.chunk_size = flags.chunk_size;
-  options.progress = [&bar](int64_t done, int64_t total) {
-    throw_if_terminated();
-    bar.update(static_cast<double>(done), static_cast<double>(total));
-  };
+  options.progress = progress_on(bar);
   check_replay(routing, replay, loaded.engine);
   options.replay = replay.get();
   std::optional<Trace> trace;
@@ -97,7 +92,7 @@ void run(PerplexityFlags& flags) {
     if (!flags.compare_dtype.empty()) throw std::invalid_argument("--compare-dtype goes without --contexts");
     if (!flags.routing.trace.empty()) throw std::invalid_argument("--trace goes without --contexts");
     if (!flags.routing.replay.empty()) throw std::invalid_argument("--replay goes without --contexts");
-    return run_contexts(flags.model, flags.contexts, file, flags.json);
+    return run_contexts(flags.model, flags.contexts, file);
   }
   for (const CLI::Option* option : flags.contexts.need_contexts)
     if (option->count() > 0) throw std::invalid_argument(option->get_name() + " needs --contexts");
@@ -122,7 +117,7 @@ void run(PerplexityFlags& flags) {
                   other.dtype.c_str());
     report += "\n" + to_text(other) + line;
   }
-  write_out(flags.json ? json_line(json) : report);
+  write_out(flags.contexts.result.json ? json_line(json) : report);
 }
 
 }  // namespace
@@ -138,7 +133,7 @@ void add_perplexity(CLI::App& app) {
                                          "Score the text again with weights of this type, and tell the difference");
   add_routing_flags(command, flags->routing);
   command.get_option("--replay")->excludes(compare);
-  add_switch(command, "--json", flags->json, "One JSON object");
+  add_switch(command, "--json", flags->contexts.result.json, "One JSON object");
   add_context_flags(command, flags->contexts);
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);

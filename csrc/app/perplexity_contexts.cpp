@@ -11,7 +11,6 @@
 #include "figure.h"
 #include "load.h"
 #include "report.h"
-#include "signals.h"
 #include "terminal.h"
 
 namespace mixtral::app {
@@ -117,11 +116,10 @@ void add_context_flags(CLI::App& command, ContextFlags& flags) {
           ->capture_default_str());
   own(add_switch(command, "--window-means", flags.window_means,
                  "Also the mean of the windows' means, as YaRN's script prints it; compare it with nothing else"));
-  own(add_option(command, "--svg", flags.svg, "Draw the result into a file (Python and matplotlib)")
-          ->type_name("FILE"));
+  own(add_svg_flag(command, flags.result));
 }
 
-void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std::string& file, bool json) {
+void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std::string& file) {
   ContextOptions options;
   options.contexts = flags.contexts;
   options.protocol = parse_protocol(flags.protocol);
@@ -129,7 +127,7 @@ void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std:
   options.ctx_size = model.ctx_size;
   options.chunk_size = model.chunk_size;
   const std::vector<std::string> texts = read_texts(file);
-  check_figure(flags.svg);
+  check_figure(flags.result.svg);
   const Config config = read_config(model_path(model));
   const Tokenizer tokenizer = load_tokenizer(model);
   const std::vector<Document> documents = read_documents(tokenizer, texts, flags.document_tokens);
@@ -137,18 +135,14 @@ void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std:
 
   LoadedEngine loaded = load_engine(model, tokenizer);
   ProgressBar bar("scoring", tokens_text);
-  options.progress = [&bar](int64_t done, int64_t total) {
-    throw_if_terminated();
-    bar.update(static_cast<double>(done), static_cast<double>(total));
-  };
+  options.progress = progress_on(bar);
   const double start = seconds_now();
   const ContextReport report = score_contexts(loaded.engine.model(), tokenizer.bos_id(), documents, options);
   nlohmann::json result = to_json(report, config, flags.window_means);
   result["dtype"] = weight_type_of(model, config).name();
   result["seconds"] = seconds_now() - start;
   result["xz_bits_per_byte"] = xz_bits_per_byte(texts);
-  draw_figure("perplexity", result, flags.svg);
-  write_out(json ? json_line(result) : contexts_text(result));
+  write_result("perplexity", result, contexts_text(result), flags.result);
 }
 
 }  // namespace mixtral::app

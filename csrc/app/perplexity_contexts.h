@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "figure.h"
 #include "flags.h"
 
 namespace mixtral::app {
@@ -16,11 +17,11 @@ struct ContextFlags {
   std::string targets;  // empty: parse_targets decides
   int64_t document_tokens = 0;
   bool window_means = false;
-  std::string svg;
+  ResultFlags result;
   std::vector<CLI::Option*> need_contexts;  // options that mean nothing without --contexts
 };
 
 void add_context_flags(CLI::App& command, ContextFlags& flags);
-void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std::string& file, bool json);
+void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std::string& file);
 
 }  // namespace mixtral::app

@@ -11,7 +11,6 @@
 #include "flags.h"
 #include "load.h"
 #include "report.h"
-#include "signals.h"
 #include "terminal.h"
 
 namespace mixtral::app {
@@ -20,8 +19,7 @@ namespace {
 struct ReachFlags {
   ModelFlags model;
   ReachOptions options;
-  std::string svg;
-  bool json = false;
+  ResultFlags result;
 };
 
 // The mean share in [begin, end) and the text of a line about it.
@@ -56,18 +54,13 @@ std::string to_text(const Reach& reach) {
 }
 
 void run(ReachFlags& flags) {
-  check_figure(flags.svg);
+  check_figure(flags.result.svg);
   LoadedEngine loaded = load_engine(flags.model, std::nullopt);
   flags.options.ctx_size = flags.model.ctx_size;
   ProgressBar bar("measuring", tokens_text);
-  flags.options.progress = [&bar](int64_t done, int64_t total) {
-    throw_if_terminated();
-    bar.update(static_cast<double>(done), static_cast<double>(total));
-  };
+  flags.options.progress = progress_on(bar);
   const Reach reach = measure_reach(loaded.engine.model(), flags.options);
-  const nlohmann::json result = to_json(reach);
-  draw_figure("reach", result, flags.svg);
-  write_out(flags.json ? json_line(result) : to_text(reach));
+  write_result("reach", to_json(reach), to_text(reach), flags.result);
 }
 
 }  // namespace
@@ -80,8 +73,7 @@ void add_reach(CLI::App& app) {
       ->check(at_least(1))
       ->capture_default_str();
   add_option(command, "-s,--seed", flags->options.seed, "Of the texts")->capture_default_str();
-  add_switch(command, "--json", flags->json, "One JSON object");
-  add_option(command, "--svg", flags->svg, "Draw the result into a file (Python and matplotlib)")->type_name("FILE");
+  add_result_flags(command, flags->result);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   command.footer(

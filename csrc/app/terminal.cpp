@@ -106,4 +106,11 @@ void ProgressBar::update(double done, double total) {
   write_err(line);
 }
 
+std::function<void(int64_t done, int64_t total)> progress_on(ProgressBar& bar) {
+  return [&bar](int64_t done, int64_t total) {
+    throw_if_terminated();
+    bar.update(static_cast<double>(done), static_cast<double>(total));
+  };
+}
+
 }  // namespace mixtral::app

@@ -1,6 +1,8 @@
 // Reading files and stdin, writing stdout and stderr, and the progress bar.
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -47,5 +49,8 @@ class ProgressBar {
   double last_ = 0;
   bool shown_ = false;
 };
+
+// Shows (done, total) of long work on `bar`, which must outlive it. Ends the work when the program is to end.
+std::function<void(int64_t done, int64_t total)> progress_on(ProgressBar& bar);
 
 }  // namespace mixtral::app

@@ -1,12 +1,11 @@
 """The model for Python: load a checkpoint, get logits, generate, stream. The work is done in C++ (csrc)."""
 
 import atexit
-import operator
 import os
 import queue
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -26,17 +25,15 @@ except ImportError as error:
         "`scripts/setup.sh` or `pip install .` (mixtral.ops works without it)"
     ) from error
 
+from .prompts import Prompt, experts_or_default, prompt_list, token_ids  # noqa: E402
 from .tokenizer import Tokenizer  # noqa: E402
-from .trace import Trace  # noqa: E402
+from .tracing import Tracing  # noqa: E402
 
 Config = _C.Config
 Generation = _C.Generation
 Score = _C.Score
 Timings = _C.Timings
 TokenLogprob = _C.TokenLogprob
-
-# Text, or token ids: any integers, also as an array or tensor [N].
-Prompt = str | Sequence[int] | Tensor
 
 # The thread of an engine may call back into Python, so it must end before the interpreter does.
 _engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
@@ -48,7 +45,7 @@ def _stop_engines() -> None:
         engine.stop()
 
 
-class Mixtral:
+class Mixtral(Tracing):
     """A Mixtral, Mistral or Switch-style model, ready to run.
 
     Attributes:
@@ -132,7 +129,7 @@ class Mixtral:
             pack,
             lora or "",
             check_weights,
-            _experts_per_token(experts_per_token),
+            experts_or_default(experts_per_token),
             progress,
         )
         result = cls(model, _tokenizer_in(folder), **options)
@@ -260,8 +257,8 @@ class Mixtral:
             ignore_eos=ignore_eos,
         )
         self._check_process()
-        ids = [self._prompt_ids(prompt) for prompt in _prompt_list(prompts)]
-        k = _experts_per_token(experts_per_token)
+        ids = [self._prompt_ids(prompt) for prompt in prompt_list(prompts)]
+        k = experts_or_default(experts_per_token)
         generations, self.timings = self._engine.generate(ids, params, session or "", k, return_routed_experts, on_text)
         return generations
 
@@ -323,93 +320,6 @@ class Mixtral:
         self._check_process()
         return _C.score(self._model, self.tokenizer, text, ctx_size, chunk_size)
 
-    def trace(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        domains: Sequence[str] | None = None,
-        logits: bool = False,
-        experts_per_token: int | None = None,
-        ctx_size: int = 0,
-        chunk_size: int = _C.CHUNK_SIZE,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Trace:
-        """Run texts through the model and keep what its routers decide. Many short ones share a forward pass.
-
-        Args:
-            prompts: one document or several. Text gets a BOS token in front; one that is longer than the context is cut
-                into sequences of at most ``ctx_size`` tokens, each behind a BOS token of its own. Token ids are used as
-                they are.
-            domains: the name of each document's domain; None: all are "text".
-            logits: keep ``router_logits`` and ``next_gate_ids`` too.
-            experts_per_token: another number of experts than the checkpoint's.
-            ctx_size: tokens of a sequence, BOS included; 0: what the model was made for.
-            chunk_size: tokens in one forward pass; it bounds the memory and does not change the result.
-            progress: called with (tokens done, tokens in all) after each pass.
-
-        Raises:
-            ValueError: a model without experts, an empty document, ids that are too long or outside the vocabulary, or
-                an argument out of range.
-            MemoryError: the key/value cache does not fit the device.
-        """
-        documents = _prompt_list(prompts)
-        names = ["text"] * len(documents) if domains is None else list(domains)
-        if len(names) != len(documents):
-            raise ValueError(
-                f"trace: domains must be one name for each of {len(documents)} documents, got {len(names)}"
-            )
-        domain_names = list(dict.fromkeys(names))
-        if len(domain_names) > 256:
-            raise ValueError(f"trace: domains must have at most 256 names, got {len(domain_names)}")
-        context = ctx_size or self.config.max_position
-        if not 2 <= context <= self.config.max_position:
-            raise ValueError(f"trace: ctx_size must be in [2, {self.config.max_position}], got {ctx_size}")
-        ids: list[list[int]] = []
-        docs: list[int] = []
-        for doc, prompt in enumerate(documents):
-            parts = self._sequences(prompt, context)
-            ids += parts
-            docs += [doc] * len(parts)
-        self._check_process()
-        domain_of = [domain_names.index(name) for name in names]
-        domain_ids = [domain_of[doc] for doc in docs]
-        k = _experts_per_token(experts_per_token)
-        found = _C.trace(
-            self._model, self.tokenizer, ids, docs, domain_ids, domain_names, logits, k, chunk_size, progress
-        )
-        return Trace(**found)
-
-    def replay(
-        self, trace: Trace, *, chunk_size: int = _C.CHUNK_SIZE, progress: Callable[[int, int], None] | None = None
-    ) -> Tensor:
-        """Run the tokens of a trace through the experts that it names.
-
-        A token whose recorded experts are those that the router chooses keeps the router's weights, so the logits of an
-        unchanged trace are those of the traced run, bit for bit. Elsewhere the weights are the router's softmax over
-        the recorded experts.
-
-        Args:
-            trace: of this model; its ``topk_ids`` may be changed.
-            chunk_size, progress: as of ``trace``.
-
-        Returns:
-            float32 [N, vocab], the logits after every token, on the CPU.
-
-        Raises:
-            ValueError: a trace of another model, or whose parts do not fit each other.
-            MemoryError: the key/value cache does not fit the device.
-        """
-        self._check_process()
-        return _C.replay(self._model, trace._fields(), chunk_size, progress)
-
-    def _sequences(self, prompt: Prompt, context: int) -> list[list[int]]:
-        """The sequences of a document: one, or several where a text does not fit the context."""
-        ids = self._prompt_ids(prompt)
-        if not isinstance(prompt, str) or len(ids) <= context:
-            return [ids]
-        bos, text = ids[:1], ids[1:]
-        return [bos + text[begin : begin + context - 1] for begin in range(0, len(text), context - 1)]
-
     def _pieces(
         self,
         prompt_ids: list[int],
@@ -423,7 +333,7 @@ class Mixtral:
             events.put(piece)
             return True
 
-        k = _experts_per_token(experts_per_token)
+        k = experts_or_default(experts_per_token)
         params = self._sampling_params(**options)
         request = self._engine.submit(prompt_ids, params, session or "", k, on_text, events.put)
         event: str | _C.Outcome = ""
@@ -461,42 +371,11 @@ class Mixtral:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return _token_ids(prompt)
+            return token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("generate: prompts expected token ids (the model has no tokenizer), got text")
         prompt.encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError, says where it is
         return self.tokenizer.encode(prompt, add_bos=True)
-
-
-_PROMPTS = "prompts expected text, token ids, or several of these, got "
-
-
-def _prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """One prompt or many -> many. A list whose first element is an integer is one prompt of token ids."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
-        hint = "; pass its input_ids" if isinstance(prompts, Mapping) else ""
-        raise TypeError(f"generate: {_PROMPTS}{type(prompts).__name__}{hint}")
-    prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
-    one = len(prompts) > 0 and hasattr(prompts[0], "__index__") and getattr(prompts[0], "ndim", 0) == 0
-    return [prompts] if one else prompts
-
-
-def _experts_per_token(experts_per_token: int | None) -> int:
-    """As the C++ side has it: 0 is the checkpoint's."""
-    if experts_per_token is not None and experts_per_token < 1:
-        raise ValueError(f"experts_per_token must be >= 1, got {experts_per_token}")
-    return experts_per_token or 0
-
-
-def _token_ids(prompt: Iterable[int]) -> list[int]:
-    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    try:
-        return [operator.index(token_id) for token_id in ids]
-    except TypeError:
-        shown = repr(prompt)[:60]
-        raise TypeError(f"generate: {_PROMPTS}{type(prompt).__name__} {shown}") from None
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:

@@ -211,6 +211,11 @@ def test_chunked_equals_whole(window, device, dtype):
 
 
 @pytest.mark.every_isa
+def test_decode_over_many_keys_in_pages(dtype):
+    run(Pool("cpu", dtype, 1300, 1600, 48, 2), [{0: 1600, 1: 1400}, {0: 1, 1: 1}, {1: 1}])
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs_equal_keys_kept_for_ever(seed, device):
     """Prefill, decode, eviction and reuse of pages, with pages and windows of odd sizes."""

@@ -75,6 +75,30 @@ def test_query_does_not_depend_on_queries_beside_it(group, head_dim, dtype):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("window", [0, 2001])
+def test_one_query_over_many_keys_equals_the_same_beside_another(group, head_dim, window, dtype):
+    """Threads share the keys of such a query, block by block, and their heads where a sequence has more queries."""
+    lengths = [2500, 700, 3000]
+    q, k, v, _, cu_k = make([2, 0, 2], lengths, "cpu", dtype, (2 * group, 2), head_dim)
+    k[1] = 40 * q[1].view(2, group, head_dim).mean(1)  # the maximum of the scores rises early, once, and not again
+    expected = ops.sliding_window_attention(q, k, v, starts([2, 0, 2], "cpu"), cu_k, window)[1::2]
+    options = q[1::2], k, v, starts([1, 0, 1], "cpu"), cu_k, window
+    for threads in (1, 3):
+        assert torch.equal(with_threads(threads, lambda: ops.sliding_window_attention(*options)), expected)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_one_query_over_many_keys_never_reads_values_that_it_does_not_see(value, dtype):
+    q, k, v, cu_q, cu_k = make([1], [3000], "cpu", dtype)
+    expected = ops.sliding_window_attention(q, k, v, cu_q, cu_k, 1500)
+    k[:1500] = v[:1500] = value
+    assert torch.equal(ops.sliding_window_attention(q, k, v, cu_q, cu_k, 1500), expected)
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (100, True), (0, False)])
 def test_many_tiles_of_queries_and_blocks_of_keys(window, causal, device, dtype):
     assert_matches_reference(*make([70, 200], [300, 200], device, dtype, (8, 2), 64), window, causal)

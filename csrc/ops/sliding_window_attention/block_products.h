@@ -12,35 +12,45 @@ namespace mixtral {
 
 inline constexpr int64_t kKeyBlock = 64;  // blocks start at multiples of it, in absolute positions
 
-// Rows to be used next. In decoding each row comes from memory, once: it is fetched a block ahead, one row after the
-// other, all of its lines at once, and at an even pace: a burst of requests stalls the core, and a pause leaves memory
-// idle. The counts that callers pass spread the 128 rows of a block over the steps by the time that these take for one
-// query token. Into L2: rows far from each other fall on the same few lines of L1.
+// Rows to be used next. In decoding each row comes from memory, once: it is fetched a block ahead, in order, a piece at
+// a time, and at an even pace: a burst of requests stalls the core, and a pause leaves memory idle. The counts that
+// callers pass spread two pieces for each key of a block over the steps, by the time that these take for one query
+// token.
 class RowsAhead {
  public:
   RowsAhead() = default;
   template <typename T>
-  RowsAhead(const T* const* rows, int64_t count, int64_t row_bytes)
-      : row_(reinterpret_cast<const char* const*>(rows)), end_(row_ + count), row_bytes_(row_bytes) {}
+  RowsAhead(const T* const* rows, int64_t count, int64_t row_bytes, int64_t piece_bytes)
+      : row_(reinterpret_cast<const char* const*>(rows)),
+        end_(row_ + count),
+        row_bytes_(row_bytes),
+        piece_bytes_(piece_bytes) {}
 
-  MIXTRAL_INLINE void fetch(int64_t count) {
-    for (; count > 0 && row_ < end_; --count, ++row_)
-      for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(*row_ + byte, 0, 2);
+  MIXTRAL_INLINE void fetch(int64_t pieces) {
+    for (; pieces > 0 && row_ < end_; --pieces) {
+      for (int64_t byte = 0; byte < piece_bytes_; byte += 64) __builtin_prefetch(*row_ + piece_ + byte);
+      piece_ += piece_bytes_;
+      if (piece_ >= row_bytes_) {
+        piece_ = 0;
+        ++row_;
+      }
+    }
   }
 
  private:
   const char *const *row_ = nullptr, *const *end_ = nullptr;
-  int64_t row_bytes_ = 0;
+  int64_t row_bytes_ = 0, piece_bytes_ = 0, piece_ = 0;  // piece_: where the next one begins
 };
 
 template <typename Stored, typename Operand>
 struct BlockProducts {
-  // scores [rows, 32], of row stride 64 = q [rows, width] * panel, 32 keys as columns (pack_keys.h).
-  void (*score)(const Operand* q, int64_t rows, int64_t width, const Stored* panel, float* scores);
-  // acc [rows, 32], of row stride `width`, += weights [rows, keys], of row stride 64, * values: columns d to d + 31 of
-  // 32 or 64 rows. Meanwhile rows ahead are fetched.
+  // Both fetch rows ahead meanwhile.
+  // scores [rows, keys], of row stride 64, = q [rows, width] * panels: 32 or 64 keys as columns (pack_keys.h).
+  void (*score)(const Operand* q, int64_t rows, int64_t width, const Stored* panels, RowsAhead& ahead, int64_t keys,
+                float* scores);
+  // acc [rows, width] += weights [rows, keys], of row stride 64, * values, 32 or 64 rows of `width` columns.
   void (*add_values)(const Operand* weights, int64_t rows, const Stored* const* values, RowsAhead& ahead, int64_t keys,
-                     int64_t d, int64_t width, float* acc);
+                     int64_t width, float* acc);
 };
 
 // Those of the instruction set in use: <float, float> and <BFloat16, float>, and <BFloat16, BFloat16> if it has

@@ -6,6 +6,7 @@
 #include "../cpu/shared_work.h"
 #include "../dispatch.h"
 #include "attend.h"
+#include "decode_attention.h"
 
 #ifdef MIXTRAL_WITH_HOPPER
 #include "../cuda/kernel_choice.h"
@@ -97,6 +98,11 @@ Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
         check_launch(op, launch_attention_on_gpu(q, problem, scope.stream()));
         return;
       }
+    }
+    if (takes_decode_attention_cpu(problem)) {
+      decode_attention_cpu(problem, torch::stable::get_num_threads(),
+                           [](int64_t count, const auto& body) { torch::stable::parallel_for(0, count, 1, body); });
+      return;
     }
     cpu::SharedWork items = cpu::SharedWork::of_items(problem.num_items());
     parallel_rows(problem.num_items(), head_dim * 512, [&](int64_t, int64_t) { launch_attention_cpu(problem, items); });

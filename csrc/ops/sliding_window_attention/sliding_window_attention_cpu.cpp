@@ -5,6 +5,8 @@
 // Key blocks start at multiples of 64 of the absolute position, and a row is computed only with key blocks that hold a
 // key it sees. So its sums run over the same key blocks in the same order for any neighbours, chunks and layout of the
 // keys. A key that a row does not see has the weight 0, which does not change the sums as long as its value is finite.
+//
+// Single query tokens over many keys are computed by decode_attention_cpu.cpp, to the same bits.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -26,7 +28,7 @@ using namespace cpu;
 template <typename T, typename Stored, typename Operand>
 struct Scratch {
   Buffer<Operand> q, weights;
-  Buffer<Stored> panel, copies;
+  Buffer<Stored> panels, copies;
   Buffer<T> zeros;
   Buffer<float> scores, acc;
   Buffer<SoftmaxState> states;
@@ -54,7 +56,7 @@ class TileWorker {
         rows_(group_ * std::min(problem_.tile_tokens(), problem_.tokens)),
         q_(scratch.q.grow(rows_ * width_)),
         weights_(scratch.weights.grow(rows_ * kKeyBlock)),
-        panel_(scratch.panel.grow(kPanelColumns * width_)),
+        panels_(scratch.panels.grow(kKeyBlock * width_)),
         copies_(scratch.copies.grow(kKeyBlock * width_)),
         zeros_(scratch.zeros.grow(width_)),  // a new buffer is zero, and nothing writes to it
         scores_(scratch.scores.grow(rows_ * kKeyBlock)),
@@ -76,7 +78,8 @@ class TileWorker {
     for (int64_t start = first; start < last; start += kKeyBlock, std::swap(block, next)) {
       const bool more = start + kKeyBlock < last;
       if (more) find_block(start + kKeyBlock, *next);
-      ahead_ = more ? RowsAhead(next->rows, 2 * kKeyBlock, problem_.head_dim * sizeof(T)) : RowsAhead();
+      const int64_t row_bytes = problem_.head_dim * sizeof(T);
+      ahead_ = more ? RowsAhead(next->rows, 2 * kKeyBlock, row_bytes, row_bytes) : RowsAhead();
       attend_block(*block);
     }
     for (int64_t r = 0; r < tokens * group_; ++r) {
@@ -176,25 +179,19 @@ class TileWorker {
                   end = round_up(block.seen.end, kPanelColumns);
     const int64_t row = block.begin * group_, rows = (block.end - block.begin) * group_;
     const Stored* const* keys = stored_rows(block.rows, begin, end, false);
-    for (int64_t j = begin; j < end; j += kPanelColumns) {
-      pack_keys(keys + j, ahead_, width_, panel_);
-      ahead_.fetch(12);
-      products_.score(q_ + row * width_, rows, width_, panel_, scores_ + row * kKeyBlock + j);
-    }
-    ahead_.fetch(8);
+    for (int64_t j = begin; j < end; j += kPanelColumns)
+      pack_keys(keys + j, ahead_, width_, panels_ + (j - begin) * width_);
+    products_.score(q_ + row * width_, rows, width_, panels_, ahead_, end - begin, scores_ + row * kKeyBlock + begin);
     for (int64_t r = row; r < row + rows; r += kSoftmaxRows) {
       const int64_t count = std::min(kSoftmaxRows, row + rows - r);
-      KeyRange ranges[kSoftmaxRows];
-      for (int64_t i = 0; i < count; ++i) ranges[i] = seen(block.start, (r + i) / group_);
-      softmax_block(scores_ + r * kKeyBlock, ranges, count, problem_.scale, states_ + r, weights_ + r * kKeyBlock,
+      const auto row_sees = [&](int64_t i) { return seen(block.start, (r + i) / group_); };
+      softmax_block(scores_ + r * kKeyBlock, row_sees, count, problem_.scale, states_ + r, weights_ + r * kKeyBlock,
                     acc_ + r * width_, width_);
     }
     // Rows far from each other fall on the same few lines of the L1 cache: many rows of queries get copies.
     const Stored* const* values = stored_rows(block.rows + kKeyBlock, begin, end, rows > kRowsWithoutCopies);
-    for (int64_t d = 0; d < width_; d += kPanelColumns) {
-      products_.add_values(weights_ + row * kKeyBlock + begin, rows, values + begin, ahead_, end - begin, d, width_,
-                           acc_ + row * width_ + d);
-    }
+    products_.add_values(weights_ + row * kKeyBlock + begin, rows, values + begin, ahead_, end - begin, width_,
+                         acc_ + row * width_);
   }
 
   static constexpr int64_t kRowsWithoutCopies = 16;
@@ -203,7 +200,7 @@ class TileWorker {
   const int64_t group_, width_, rows_;
   Operand* const q_;            // [rows, width]
   Operand* const weights_;      // [rows, 64]
-  Stored* const panel_;         // [width/32][1024]
+  Stored* const panels_;        // [2][width/32][1024]
   Stored* const copies_;        // [64, width]
   const T* const zeros_;        // [width]
   float* const scores_;         // [rows, 64]
