@@ -24,6 +24,7 @@ def small_model(folder: Path, experts: int = 4, seed: int = 0, **sizes: object) 
     Mixtral.from_config(config, seed=seed).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, folder / name)
+    (folder / "metrics.jsonl").write_text("of another run\n")
     return folder
 
 

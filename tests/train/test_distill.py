@@ -125,6 +125,8 @@ def test_the_share_of_the_gain_with_a_baseline_of_its_own(folder: Path, tmp_path
     assert all(torch.equal(tensor, dense[name]) for name, tensor in before_training(out / "baseline").items())
     rows = [json.loads(line) for line in (out / "baseline" / "metrics.jsonl").read_text().splitlines()]
     assert "distill" not in rows[0] and rows[0]["loss"] == rows[0]["cross_entropy"]
+    mixed = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert mixed["loss"] == mixed["distill"] != mixed["cross_entropy"]
     # The reported loss is that of the saved student.
     model = Mixtral.from_pretrained(out).eval()
     texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]

@@ -102,6 +102,7 @@ def test_without_adapters_the_model_is_trained_and_its_routers_are_not(models: P
     frozen = {name for name in old if torch.equal(old[name], new[name])}
     assert frozen == {f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)}
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().startswith('{"step": 1,')
     logits(tmp_path / "out")
     finetune(models, tmp_path / "router", "--lora", "0", "--train-router", "yes")
     new = load_file(tmp_path / "router" / "model.safetensors")

@@ -30,6 +30,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model(dense=True, sliding_window=16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, folder / name)
+    (folder / "README.md").write_text("of the dense model\n")
     return folder
 
 

@@ -103,7 +103,7 @@ def _finetune(flags: argparse.Namespace, settings: FinetuneSettings, ranks: obje
     from . import adapters, checkpoint, example_batches, loop
     from .model import Mixtral
     from .options import RouterOptions
-    from .output import put_model
+    from .output import drop_run_files, put_model
     from .settings import OutputSettings
 
     out = Path(flags.out)
@@ -152,6 +152,7 @@ def _finetune(flags: argparse.Namespace, settings: FinetuneSettings, ranks: obje
         if settings.merge:
             del model, wrapper
             Mixtral.from_pretrained(folder, lora=out).save_pretrained(out / "merged")
+            drop_run_files(out / "merged")
         report = {"model": str(folder), "steps": outcome.step, "tokens": outcome.tokens, "seconds": outcome.seconds}
         report |= {"trained_parameters": trained, "parameters": total, "examples": len(documents)}
         report |= {"before": before.get("held_out"), "after": outcome.scores.get("held_out")}

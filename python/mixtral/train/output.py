@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+# What lies beside a model and speaks of the run that made it, or of that model alone: not of one made from it.
+RUN_FILES = (
+    *("metrics.jsonl", "loss.svg", "loss.png", "train.toml", "README.md"),
+    *("upcycle.json", "distill.json", "finetune.json"),
+)
+
+
+def drop_run_files(folder: Path) -> None:
+    """Removes what was carried from another model's folder and does not speak of the one in ``folder``."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def check_unused(out: Path) -> None:
     """Raises ValueError unless ``out`` does not exist or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -87,5 +100,6 @@ def put_model(model: "Mixtral", out: Path) -> None:
     """Writes a model into a folder that holds other files too; config.json, which makes it a model, comes last."""
     with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as aside:
         model.save_pretrained(Path(aside) / "model")
+        drop_run_files(Path(aside) / "model")
         for file in sorted((Path(aside) / "model").iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)

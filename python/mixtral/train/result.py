@@ -15,10 +15,9 @@ from .checkpoint import WriteError
 from .data import Domain
 from .loop import Outcome
 from .model import Mixtral
+from .output import RUN_FILES
 from .settings import Settings, SettingsError
 
-# What the folder of an earlier run holds besides its model, which save_pretrained carries along.
-_OF_A_RUN = ("metrics.jsonl", "loss.svg", "loss.png", "train.toml", "README.md")
 
 _CARD = """\
 ---
@@ -75,7 +74,7 @@ def save_model(model: Mixtral, settings: Settings, tokenizer_file: Path) -> None
             ):
                 if (source / name).is_file() and source != out and not (folder / name).exists():
                     shutil.copyfile(source / name, folder / name)
-            files = [f for f in folder.iterdir() if f.is_file() and f.name not in _OF_A_RUN]
+            files = [f for f in folder.iterdir() if f.is_file() and f.name not in RUN_FILES]
             for file in sorted(files, key=lambda f: f.name in ("config.json", "params.json")):
                 os.replace(file, out / file.name)
         except OSError as error:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .. import _C
 from ..command_line import OK, Parser, run_command
 from .dense import DenseFolder, Origin, dense_shapes
-from .output import check_space, check_unused, new_folder, write_safetensors
+from .output import check_space, check_unused, drop_run_files, new_folder, write_safetensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,6 +109,7 @@ def upcycle(dense: str | Path, out: str | Path, settings: UpcycleSettings = Upcy
     check_space(out, total + (64 << 20))
     with new_folder(out) as folder, tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
         _C.carry_files(source.folder, folder)
+        drop_run_files(folder)
         carried = sorted(file.name for file in folder.iterdir())
         (folder / "config.json").write_text(_grown_config(source, settings).config_json())
         for file, names in files.items():
