@@ -28,6 +28,7 @@ PAGE = """# Benchmarks
 | all ops, and one model, as it is and held to AVX2 | `python benchmarks/run_all.py` |
 | one op | `python benchmarks/bench_<op>.py --record` |
 | a model against its peers | `python benchmarks/bench_model.py --isa native,avx2 --llama-avx2 FOLDER --record` |
+| training beside transformers | `python benchmarks/bench_train.py --record` |
 | GGUF files against llama.cpp | `cd benchmarks && python -m peers.compare_gguf --record` |
 | ops and plug-in on later versions of torch and transformers | `scripts/check_torch_versions.sh` |
 """

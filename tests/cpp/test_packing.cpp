@@ -89,9 +89,8 @@ TEST(Save, ConfigJsonGivesTheConfigBack) {
     const auto fields = [](const Config& x) {
       return std::tuple(x.hidden_size, x.intermediate_size, x.num_layers, x.num_heads, x.num_kv_heads, x.head_dim,
                         x.vocab_size, x.max_position, x.num_experts, x.top_k, x.renormalize, x.router_in_f32,
-                        x.select_bias,
-                        x.rms_norm_eps, x.rope_theta, x.window, x.tie_word_embeddings, x.dtype, x.quantization,
-                        x.bos_token_id, x.eos_token_ids);
+                        x.select_bias, x.rms_norm_eps, x.rope_theta, x.window, x.tie_word_embeddings, x.dtype,
+                        x.quantization, x.bos_token_id, x.eos_token_ids);
     };
     EXPECT_EQ(fields(back), fields(c)) << config_json(c);
     Config plain = c;
