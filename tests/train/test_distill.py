@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from grown_models import small_model, write_texts
 from safetensors.torch import load_file
 
 import mixtral
+from grown_models import small_model, write_texts
 from mixtral.train import Batch, Mixtral, StepTotals, checkpoint, distill_cross_entropy
 from mixtral.train import distill as command
 from mixtral.train.distill import distill_loss, share_kept

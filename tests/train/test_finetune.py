@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from grown_models import small_model, write_chats
 from safetensors.torch import load_file
 
 import mixtral
 from binary import DEMO
+from grown_models import small_model, write_chats
 from mixtral.train import checkpoint
 from mixtral.train import finetune as command
 from mixtral.train.conversations import Document
