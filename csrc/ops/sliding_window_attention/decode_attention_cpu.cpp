@@ -152,8 +152,10 @@ class Decoder {
   }
 
   MIXTRAL_INLINE void score(int64_t begin, int64_t end) {
-    static thread_local HeadRows head_rows;
-    static thread_local Buffer<Stored> panels;
+    static thread_local HeadRows kept_rows;
+    static thread_local Buffer<Stored> kept_panels;
+    HeadRows& head_rows = kept_rows;  // found once: looking for a thread's own object takes time
+    Buffer<Stored>& panels = kept_panels;
     panels.grow(kKeyBlock * width_);
     for_blocks(begin, end, p_.k, [&](int64_t i, const Rows& rows, RowsAhead& ahead) {
       const KeyBlock& b = block(i);
@@ -181,8 +183,10 @@ class Decoder {
   }
 
   MIXTRAL_INLINE void add_values(int64_t begin, int64_t end) {
-    static thread_local HeadRows head_rows;
-    static thread_local Buffer<Operand> weights;
+    static thread_local HeadRows kept_rows;
+    static thread_local Buffer<Operand> kept_weights;
+    HeadRows& head_rows = kept_rows;
+    Buffer<Operand>& weights = kept_weights;
     weights.grow(p_.num_heads * kKeyBlock);
     for_blocks(begin, end, p_.v, [&](int64_t i, const Rows& rows, RowsAhead& ahead) {
       const KeyBlock& b = block(i);
