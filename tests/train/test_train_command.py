@@ -40,6 +40,7 @@ def test_a_run_leaves_a_model_folder(trained: Path, corpus: Path) -> None:
         "README.md", "checkpoints", "config.json", "loss.png", "loss.svg", "metrics.jsonl", "model.safetensors",
         "tensorboard", "tokenizer.model", "tokenizer_config.json", "train.toml",
     }  # fmt: skip
+    assert (trained / "model.safetensors").stat().st_mode == (trained / "metrics.jsonl").stat().st_mode
     model = mixtral.Mixtral.from_pretrained(trained)
     assert len(model.generate(["the king"], max_tokens=4)[0].token_ids) > 0
     again = Mixtral.from_pretrained(trained)

@@ -14,6 +14,7 @@ from . import metrics
 from .checkpoint import WriteError
 from .data import Domain
 from .loop import Outcome
+from .metrics import FILE
 from .model import Mixtral
 from .output import RUN_FILES
 from .settings import Settings, SettingsError
@@ -76,6 +77,7 @@ def save_model(model: Mixtral, settings: Settings, tokenizer_file: Path) -> None
                     shutil.copyfile(source / name, folder / name)
             files = [f for f in folder.iterdir() if f.is_file() and f.name not in RUN_FILES]
             for file in sorted(files, key=lambda f: f.name in ("config.json", "params.json")):
+                shutil.copymode(out / FILE, file)  # safetensors makes files that only their owner reads
                 os.replace(file, out / file.name)
         except OSError as error:
             raise WriteError(f"{out}: the model cannot be written: {error}; --resume tries again") from None
