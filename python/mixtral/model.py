@@ -27,6 +27,7 @@ except ImportError as error:
 
 from .prompts import Prompt, experts_or_default, prompt_list, token_ids  # noqa: E402
 from .tokenizer import Tokenizer  # noqa: E402
+from .trace import Trace as Trace  # noqa: E402
 from .tracing import Tracing  # noqa: E402
 
 Config = _C.Config
