@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import DEMO_TOKENIZER
 
 from mixtral._C import Config
 from mixtral.tokenizer import Tokenizer
@@ -15,6 +14,7 @@ from mixtral.train import Mixtral, data, documents, passkeys
 from mixtral.train.evaluation import windows
 from mixtral.train.settings import SettingsError, read_settings
 from mixtral.train.tokenizer_training import CHAT_TEMPLATE, train_tokenizer, write_tokenizer
+from tiny_run import DEMO_TOKENIZER
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import assert_same_run, run_tiny, settings, tensors_of
 from torch import nn
 
 from mixtral._C import Config
@@ -18,6 +17,7 @@ from mixtral.errors import LoadError
 from mixtral.train import Batch, Mixtral, RouterOptions, checkpoint, loop, metrics
 from mixtral.train.optimizer import Optimizer, learning_rate, sum_of_squares
 from mixtral.train.settings import SettingsError, TrainSettings
+from tiny_run import assert_same_run, run_tiny, settings, tensors_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 SIZES |= {"vocab_size": 40, "max_position": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
@@ -56,13 +56,13 @@ def stopping(step: int, act: Callable[[], None]) -> loop.LossFunction:
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("balance", ["switch", "loss_free"])
+@pytest.mark.parametrize(("balance", "optimizer"), [("switch", "adamw"), ("loss_free", "adamw"), ("switch", "muon")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, balance: str, dtype: str) -> None:
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, balance: str, optimizer: str, dtype: str) -> None:
     """Also with jitter and expert dropout, whose random numbers are functions of the step."""
     router = RouterOptions(balance=balance, jitter=0.1, expert_dropout=0.1)
-    run_tiny(tiny_model(router, dtype=dtype), batches(), settings(tmp_path / "whole"))
-    found = settings(tmp_path / "halves")
+    run_tiny(tiny_model(router, dtype=dtype), batches(), settings(tmp_path / "whole", optimizer=optimizer))
+    found = settings(tmp_path / "halves", optimizer=optimizer)
     interrupt = stopping(4, lambda: os.kill(os.getpid(), signal.SIGINT))
     torch.manual_seed(7)
     assert run_tiny(tiny_model(router, dtype=dtype), batches(), found, loss_fn=interrupt).step == 4

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tiny_run import CONFIG
 
 from mixtral.train.command import main
 from mixtral.train.settings import Settings, SettingsError, parse, read_settings, read_table, to_toml
+from tiny_run import CONFIG
 
 BAD = [
     ("lr = 3e-3", "lrr = 3e-3", "unknown key train.lrr; did you mean lr?"),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import assert_same_run, mixtral_train, tensors_of
 
 import mixtral
 from mixtral.train import Mixtral, checkpoint, metrics
 from mixtral.train.command import main
+from tiny_run import assert_same_run, mixtral_train, tensors_of
 
 # Code that runs before the command: the checkpoint of step 8 is cut off by SIGKILL, half written.
 KILL_IN_CHECKPOINT = """

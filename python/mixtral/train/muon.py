@@ -13,8 +13,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for matrices and stacks of them.
 
     The step has the root mean square of AdamW's, 0.2 (Liu et al., "Muon is Scalable for LLM Training", 2025, eq. 4), so
-    that both take the same learning rate. ``torch.optim.Muon`` takes no stacks, which the weights of experts are, and its
-    products depend on the number of threads.
+    that both take the same learning rate. ``torch.optim.Muon`` takes no stacks, which the weights of experts are, and
+    the bits of its products depend on the number of threads.
     """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:

@@ -19,7 +19,6 @@ from .model import Mixtral
 from .output import RUN_FILES
 from .settings import Settings, SettingsError
 
-
 _CARD = """\
 ---
 library_name: transformers
