@@ -8,6 +8,9 @@ Nothing is downloaded. Whole books and whole pages are held out for evaluation. 
 page is there three times: whole with its title, whole without it, and cut into passages of some paragraphs. So a
 document may begin with a title, as a chapter or a page begins, or in the middle, and its first words say of which
 domain it is.
+
+A third domain, `lookups`, is made up: lists that repeat, and keys that are named once and asked for later. Text of this
+size hardly teaches attention to copy what stands further back, which is what a passkey needs; these documents do.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -245,21 +249,50 @@ def forms(document: Document) -> list[str]:
     return [document.text, whole, *passages(document)]
 
 
+def common_words(corpora: list[Corpus], count: int = 300) -> list[str]:
+    """The most frequent words of four to eight small letters in the training texts."""
+    found = Counter(w for c in corpora for d in c.train for w in re.findall(r"\b[a-z]{4,8}\b", d.text))
+    return sorted(word for word, _ in found.most_common(count))
+
+
+def lookup(rng: random.Random, words: list[str]) -> str:
+    """A list of words and numbers, two to five times; or keys, each of a word, and some of them again."""
+
+    def number() -> str:
+        return "".join(rng.choices("0123456789", k=rng.randint(3, 7)))
+
+    size = int(2 ** rng.uniform(1, 4.5))
+    if rng.random() < 0.5:
+        row = " ".join(rng.choice(words) if rng.random() < 0.6 else number() for _ in range(size))
+        return "\n".join([row] * rng.randint(2, 5)) + "\n"
+    keys = [f"The key of {word} is {number()}." for word in rng.sample(words, size)]
+    return " ".join(keys) + "\n" + " ".join(rng.choices(keys, k=rng.randint(2, 8))) + "\n"
+
+
+def lookups(corpora: list[Corpus]) -> dict[str, list[str]]:
+    """The made-up documents of both splits."""
+    rng, words = random.Random(0), common_words(corpora)
+    return {split: [lookup(rng, words) for _ in range(count)] for split, count in (("train", 30000), ("held_out", 100))}
+
+
 def write(folder: Path) -> None:
-    """NAME.train.jsonl and NAME.held_out.jsonl of both domains: an object {"text": ...} a line."""
+    """NAME.train.jsonl and NAME.held_out.jsonl of every domain: an object {"text": ...} a line."""
     folder.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{package} {version}" for package, version in package_versions().items()))
-    for corpus in load_corpora():
-        texts = {
-            "train": [text for document in corpus.train for text in forms(document)],
-            "held_out": [document.text for document in corpus.held_out],
-        }
-        for split, documents in texts.items():
-            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
-            path = folder / f"{corpus.name}.{split}.jsonl"
-            path.write_text("".join(lines), encoding="utf-8")
-            print(f"{path}: {len(documents)} documents, {sum(len(text.encode()) for text in documents)} bytes of text")
+    corpora = load_corpora()
+    for corpus in corpora:
+        train = [text for document in corpus.train for text in forms(document)]
+        write_domain(folder, corpus.name, {"train": train, "held_out": [d.text for d in corpus.held_out]})
         print(f"  sha256 of the text, without its repetitions: {corpus.sha256()}")
+    write_domain(folder, "lookups", lookups(corpora))
+
+
+def write_domain(folder: Path, name: str, texts: dict[str, list[str]]) -> None:
+    for split, documents in texts.items():
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+        path = folder / f"{name}.{split}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+        print(f"{path}: {len(documents)} documents, {sum(len(text.encode()) for text in documents)} bytes of text")
 
 
 if __name__ == "__main__":
