@@ -1,4 +1,5 @@
-// The CUDA kernels for the gradients of rms_norm, add_rms_norm and swiglu, on the emulated GPU.
+// The CUDA kernels for the gradients of rms_norm, add_rms_norm, swiglu and of moe_mlp's activation, on the emulated
+// GPU, against plain loops.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include "gpu_emulator/hopper.h"
 // The kernels, after the building blocks.
 #include "ops/host_device.h"
+#include "ops/moe_mlp/moe_mlp_backward_kernels.cuh"
 #include "ops/rms_norm/rms_norm_backward_kernels.cuh"
 #include "ops/swiglu/swiglu_backward_kernels.cuh"
 
@@ -107,6 +109,81 @@ TEST(SwigluBackwardKernel, GivesTheGradientsOfGateAndValue) {
       EXPECT_NEAR(out[gate_at], upper * up * sigmoid * (1 + gate * (1 - sigmoid)), 1e-5);
       EXPECT_NEAR(out[up_at], upper * gate * sigmoid, 1e-5 * (1 + std::abs(gate)));
     }
+  }
+}
+
+// What is wanted of the step between moe_mlp's products, and whether its activation was kept.
+struct MoeStep {
+  bool grad_gate_up, grad_weights, weighted, kept;
+};
+
+template <typename T>
+void expect_near(T actual, double expected, const char* name, int64_t at) {
+  const double rounding = sizeof(T) == sizeof(float) ? 1e-5 : 1.0 / 256;  // of bf16, once
+  EXPECT_NEAR(float(actual), expected, 1.01 * rounding * std::abs(expected) + 1e-5) << name << " " << at;
+}
+
+template <typename T>
+void expect_moe_activation(const MoeStep& step) {
+  // Copy 1 was dropped, and row 2 is nobody's.
+  const std::vector<int32_t> row_map{3, -1, 0, 4, 1, 5};
+  const std::vector<float> weights{0.25f, 0.75f, 0.5f, -0.3f, 1.0f, 0.0f};
+  constexpr int64_t kRows = 6, kSize = 300;  // more than a block has threads
+  const auto values = [](int64_t count, unsigned seed) {
+    const std::vector<float> wide = normal_values(count, seed);
+    return std::vector<T>(wide.begin(), wide.end());
+  };
+  const std::vector<T> gate_up = values(2 * kRows * kSize, 1), grad = values(kRows * kSize, 2);
+  const std::vector<T> kept = values(kRows * kSize, 3);  // no swiglu of gate_up: the kernel must not compute it again
+  std::vector<T> weighted = grad, grad_gate_up(gate_up.size(), T(NAN));
+  std::vector<float> grad_weights(row_map.size(), NAN);
+  const MoeActivationGradient<T> gradient{row_map.data(),
+                                          weights.data(),
+                                          gate_up.data(),
+                                          step.kept ? kept.data() : nullptr,
+                                          weighted.data(),
+                                          step.grad_gate_up ? grad_gate_up.data() : nullptr,
+                                          step.grad_weights ? grad_weights.data() : nullptr,
+                                          step.weighted,
+                                          static_cast<int64_t>(row_map.size()),
+                                          kSize};
+  emulator::launch({{static_cast<unsigned>(row_map.size()), 1, 1}, kMoeBackwardThreads, 0, 4},
+                   [&] { moe_activation_backward_kernel(gradient); });
+
+  for (size_t copy = 0; copy < row_map.size(); ++copy) {
+    const int64_t row = row_map[copy];
+    double product = 0;
+    for (int64_t i = 0; row >= 0 && i < kSize; ++i) {
+      const int64_t at = row * kSize + i, gate_at = row * 2 * kSize + i, up_at = gate_at + kSize;
+      const double gate = gate_up[gate_at], up = gate_up[up_at], sigmoid = 1 / (1 + std::exp(-gate));
+      const double upper = double(weights[copy]) * grad[at];
+      const double activated = step.kept ? float(kept[at]) : float(T(static_cast<float>(gate * sigmoid * up)));
+      product += double(grad[at]) * activated;
+      if (step.weighted) {
+        expect_near(weighted[at], weights[copy] * activated, "weighted", at);
+      } else {
+        EXPECT_EQ(weighted[at], grad[at]);
+      }
+      if (step.grad_gate_up) {
+        expect_near(grad_gate_up[gate_at], upper * up * sigmoid * (1 + gate * (1 - sigmoid)), "gate", gate_at);
+        expect_near(grad_gate_up[up_at], upper * gate * sigmoid, "up", up_at);
+      }
+    }
+    if (step.grad_weights) {
+      EXPECT_NEAR(grad_weights[copy], product, 1e-4);
+    }
+  }
+  // What is not wanted is left alone.
+  for (int64_t i = 2 * kSize; i < 3 * kSize; ++i) EXPECT_EQ(weighted[i], grad[i]);
+  for (int64_t i = 4 * kSize; i < 6 * kSize; ++i) EXPECT_TRUE(std::isnan(float(grad_gate_up[i])));
+}
+
+TEST(MoeActivationBackwardKernel, GivesWhatIsWantedOfTheRowsOfAllCopies) {
+  for (int wanted = 0; wanted < 16; ++wanted) {
+    const MoeStep step{(wanted & 1) != 0, (wanted & 2) != 0, (wanted & 4) != 0, (wanted & 8) != 0};
+    SCOPED_TRACE(testing::Message() << "wanted " << wanted);
+    expect_moe_activation<float>(step);
+    expect_moe_activation<BFloat16>(step);
   }
 }
 

@@ -12,8 +12,9 @@ import mixtral
 from grown_models import small_model, write_texts
 from mixtral.train import Batch, Mixtral, StepTotals, checkpoint, distill_cross_entropy
 from mixtral.train import distill as command
-from mixtral.train.distill import distill_loss, share_kept
+from mixtral.train.distill import share_kept
 from mixtral.train.model import linear_cross_entropy
+from mixtral.train.student import distill_loss
 
 QUICK = ["--steps", "3", "--lr", "5e-3", "--tokens-per-step", "256", "--context", "64", "-t", "1"]
 CONFIG = """\

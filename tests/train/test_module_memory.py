@@ -16,17 +16,17 @@ def saved_bytes(layers: int, recompute: str, dtype: torch.dtype, checkpointing: 
     """Bytes of the storages, but for the weights', that autograd keeps of one loss."""
     config = small_config(**SIZES, num_experts=EXPERTS, num_layers=layers)
     model = Mixtral.from_config(config, dtype, recompute=recompute, gradient_checkpointing=checkpointing)
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}  # themselves, so that none is freed and its address used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = model.loss(random_batch(config, (60, 70)))
     assert losses.total.requires_grad
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    return sum(size for pointer, size in storages.items() if pointer not in weights)
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kMoeBackwardThreads)
     const int64_t gate = row * 2 * size + i, up = gate + size, at = row * size + i;
     if (gradient.grad_gate_up) {
       const GateUp<T> value =
-          swiglu_gradient<T>(weight * to_float(gradient.grad[at]), gradient.gate_up[gate], gradient.gate_up[up]);
+          swiglu_gradient(weight * to_float(gradient.grad[at]), gradient.gate_up[gate], gradient.gate_up[up]);
       gradient.grad_gate_up[gate] = value.gate;
       gradient.grad_gate_up[up] = value.up;
     }

@@ -5,6 +5,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/prefetch.h"
 #include "fp8_rows.h"
+#include "half_steps.h"
 #include "int4_levels.h"
 #include "pack_weight.h"
 
@@ -43,16 +44,9 @@ struct Bf16Pairs {
 
 // Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
 
-class Bf16Half : public Bf16Pairs {
+class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
  public:
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Bf16Half(const char* block, int64_t, int64_t step, int64_t h)
-      : next_(block + (2 * step + h) * kBytes) {}
-
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
-    at_ = next_;
-    cpu::prefetch_ahead<kBytes>(at_);
-    next_ += 2 * kBytes;
-  }
+  using HalfSteps::HalfSteps;
 
   // Made when they are used: registers are few.
   struct Pairs {
@@ -62,23 +56,12 @@ class Bf16Half : public Bf16Pairs {
 
   // Vector v of group g of the step.
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return {at_ + g * kGroupPairs * 64 + v * 32}; }
-
- private:
-  static constexpr int64_t kBytes = kStepElements;
-  const char *at_ = nullptr, *next_;
 };
 
 // The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
-class Int8Half {
+class Int8Half : public HalfSteps<kStepElements / 2> {
  public:
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Int8Half(const char* block, int64_t, int64_t step, int64_t h)
-      : next_(block + (2 * step + h) * kBytes) {}
-
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
-    at_ = next_;
-    cpu::prefetch_ahead<kBytes>(at_);
-    next_ += 2 * kBytes;
-  }
+  using HalfSteps::HalfSteps;
 
   struct Pairs {
     const char* at;
@@ -97,10 +80,6 @@ class Int8Half {
     const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even(pair)), 16);
     return _mm256_or_si256(low, _mm256_castps_si256(odd(pair)));
   }
-
- private:
-  static constexpr int64_t kBytes = kStepElements / 2;
-  const char *at_ = nullptr, *next_;
 };
 
 // The two bytes of each of kInt4Levels: [scale is odd][byte][n], twice, for the two halves of a register.

@@ -6,6 +6,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/prefetch.h"
 #include "fp8_rows.h"
+#include "half_steps.h"
 #include "int4_levels.h"
 #include "pack_weight.h"
 
@@ -39,16 +40,9 @@ struct Bf16Pairs {
 
 // Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
 
-class Bf16Half : public Bf16Pairs {
+class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
  public:
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Bf16Half(const char* block, int64_t, int64_t step, int64_t h)
-      : next_(block + (2 * step + h) * kBytes) {}
-
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() {
-    at_ = next_;
-    cpu::prefetch_ahead<kBytes>(at_);
-    next_ += 2 * kBytes;
-  }
+  using HalfSteps::HalfSteps;
 
   // Group g of the step.
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
@@ -57,23 +51,12 @@ class Bf16Half : public Bf16Pairs {
     for (int p = 0; p < kGroupPairs; ++p) out.pair[p] = _mm512_loadu_si512(at_ + (g * kGroupPairs + p) * 64);
     return out;
   }
-
- private:
-  static constexpr int64_t kBytes = kStepElements;
-  const char *at_ = nullptr, *next_;
 };
 
 // The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
-class Int8Half {
+class Int8Half : public HalfSteps<kStepElements / 2> {
  public:
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Int8Half(const char* block, int64_t, int64_t step, int64_t h)
-      : next_(block + (2 * step + h) * kBytes) {}
-
-  MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void begin_step() {
-    at_ = next_;
-    cpu::prefetch_ahead<kBytes>(at_);
-    next_ += 2 * kBytes;
-  }
+  using HalfSteps::HalfSteps;
 
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
     Pairs out;
@@ -95,10 +78,6 @@ class Int8Half {
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even(pair)), 16);
     return _mm512_or_si512(low, _mm512_castps_si512(odd(pair)));
   }
-
- private:
-  static constexpr int64_t kBytes = kStepElements / 2;
-  const char *at_ = nullptr, *next_;
 };
 
 // A look-up uses the lowest five bits of its index: the parity of the scale and a nibble.

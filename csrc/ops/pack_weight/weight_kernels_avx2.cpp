@@ -6,6 +6,7 @@
 // best 6 weights a cycle. Measured on Zen 5, in the cache: bf16 7.9, int8 6.5, int4 4.6 weights a cycle; eight rows
 // reach 86 % (int8) and 67 % (int4) of the peak of multiply-adds.
 #include "blocks_avx2.h"
+#include "row_tiles.h"
 #include "weight_kernels.h"
 
 #if defined(__x86_64__)
@@ -68,30 +69,23 @@ MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void multiply_tile(const char* block, int64_t
   }
 }
 
-template <typename Half, int kRows>
-MIXTRAL_TARGET_AVX2 __attribute__((noinline)) void multiply_rows(const char* block, const float* a, int64_t depth,
-                                                                 float* sums) {
-  if constexpr (kRows <= 2) {
-    multiply_tile<Half, kRows, 2>(block, 0, a, depth, sums);
-  } else {
-    for (int64_t h = 0; h < 2; ++h) multiply_tile<Half, kRows, 1>(block, h, a, depth, sums);
-  }
-}
-
+// As row_tiles.h needs it.
 template <typename Half>
-void f32_rows(const char* const* blocks, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t r = 0;
-    const auto multiply = [&](auto kernel, int64_t tile) {
-      kernel(blocks[i], a + r * depth, depth, sums + (i * rows + r) * kPanelColumns);
-      r += tile;
-    };
-    while (rows - r >= 4) multiply(multiply_rows<Half, 4>, 4);
-    if (rows - r == 3) multiply(multiply_rows<Half, 3>, 3);
-    if (rows - r == 2) multiply(multiply_rows<Half, 2>, 2);
-    if (rows - r == 1) multiply(multiply_rows<Half, 1>, 1);
+struct F32Kernel {
+  using Operand = float;
+  static constexpr int kTileRows = 4;
+  static constexpr bool kTwoBlocks = false;
+
+  template <int kRows>
+  MIXTRAL_TARGET_AVX2 __attribute__((noinline)) static void multiply(const char* block, const float* a, int64_t depth,
+                                                                     float* sums) {
+    if constexpr (kRows <= 2) {
+      multiply_tile<Half, kRows, 2>(block, 0, a, depth, sums);
+    } else {
+      for (int64_t h = 0; h < 2; ++h) multiply_tile<Half, kRows, 1>(block, h, a, depth, sums);
+    }
   }
-}
+};
 
 // out [depth][32 columns]
 template <typename Half>
@@ -139,10 +133,10 @@ constexpr int64_t kMostRows = 16;
 }  // namespace
 
 const WeightKernels kAvx2WeightKernels[kPackedFormats] = {
-    {f32_rows<Bf16Half>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
-    {f32_rows<Int8Half>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
-    {f32_rows<Fp8Half>, 4, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
-    {f32_rows<Int4Half>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
+    {multiply_rows<F32Kernel<Bf16Half>>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
+    {multiply_rows<F32Kernel<Int8Half>>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
+    {multiply_rows<F32Kernel<Fp8Half>>, 4, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
+    {multiply_rows<F32Kernel<Int4Half>>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
 };
 
 }  // namespace mixtral

@@ -2,6 +2,8 @@
 #include <algorithm>
 
 #include "blocks_avx512.h"
+#include "row_tiles.h"
+#include "sums_avx512.h"
 #include "weight_kernels.h"
 
 #if defined(__x86_64__)
@@ -14,7 +16,7 @@ using namespace avx512;
 // The products of one depth of kRows rows, `depth` apart, with kHalves times sixteen columns.
 template <int kRows, int kHalves>
 MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void add_products(const float* a, int64_t depth, const __m512 (&weights)[kHalves],
-                                                       __m512 (&sum)[kRows][kHalves]) {
+                                                       Sums<kRows, kHalves>& sum) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const __m512 value = _mm512_set1_ps(a[r * depth]);
@@ -23,79 +25,51 @@ MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE void add_products(const float* a, int64_t d
   }
 }
 
-// kRows rows of a [kRows, depth] times kBlocks blocks -> sums [kRows, 32] of each, `stride` apart.
-template <typename Half, int kRows, int kBlocks>
-MIXTRAL_TARGET_AVX512 __attribute__((noinline)) void multiply_rows(const char* const* blocks, int64_t block_stride,
-                                                                   const float* a, int64_t depth, float* sums,
-                                                                   int64_t stride) {
-  constexpr int kHalves = 2 * kBlocks;
-  const char* last = blocks[(kBlocks - 1) * block_stride];
-  Half halves[4] = {{blocks[0], depth, 0, 0}, {blocks[0], depth, 0, 1}, {last, depth, 0, 0}, {last, depth, 0, 1}};
-  for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
-    __m512 sum[kRows][kHalves];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+// As row_tiles.h needs it.
+template <typename Half>
+struct F32Kernel {
+  using Operand = float;
+  static constexpr int kTileRows = 8;
+  static constexpr bool kTwoBlocks = true;
+
+  template <int kRows, int kBlocks = 1>
+  MIXTRAL_TARGET_AVX512 __attribute__((noinline)) static void multiply(const char* block, const Operand* a,
+                                                                       int64_t depth, float* sums,
+                                                                       const char* second_block = nullptr,
+                                                                       float* second_sums = nullptr) {
+    constexpr int kHalves = 2 * kBlocks;
+    const char* last = kBlocks == 2 ? second_block : block;
+    Half halves[4] = {{block, depth, 0, 0}, {block, depth, 0, 1}, {last, depth, 0, 0}, {last, depth, 0, 1}};
+    for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
+      Sums<kRows, kHalves> sum;
+      set_zero(sum);
+      const int64_t end = std::min(depth, begin + kChainDepth);
+      for (int64_t k = begin; k < end; k += kStepDepth) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kHalves; ++i) sum[r][i] = _mm512_setzero_ps();
-    const int64_t end = std::min(depth, begin + kChainDepth);
-    for (int64_t k = begin; k < end; k += kStepDepth) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
+        for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
 #pragma GCC unroll 1
-      for (int g = 0; g < kGroups; ++g) {
-        Pairs pairs[kHalves];
+        for (int g = 0; g < kGroups; ++g) {
+          Pairs pairs[kHalves];
 #pragma GCC unroll 4
-        for (int i = 0; i < kHalves; ++i) pairs[i] = halves[i].pairs(g);
-        const float* at = a + k + g * 2 * kGroupPairs;
+          for (int i = 0; i < kHalves; ++i) pairs[i] = halves[i].pairs(g);
+          const float* at = a + k + g * 2 * kGroupPairs;
 #pragma GCC unroll 4
-        for (int p = 0; p < kGroupPairs; ++p, at += 2) {
-          __m512 even[kHalves], odd[kHalves];
+          for (int p = 0; p < kGroupPairs; ++p, at += 2) {
+            __m512 even[kHalves], odd[kHalves];
 #pragma GCC unroll 4
-          for (int i = 0; i < kHalves; ++i) {
-            even[i] = Half::even(pairs[i].pair[p]);
-            odd[i] = Half::odd(pairs[i].pair[p]);
+            for (int i = 0; i < kHalves; ++i) {
+              even[i] = Half::even(pairs[i].pair[p]);
+              odd[i] = Half::odd(pairs[i].pair[p]);
+            }
+            add_products(at, depth, even, sum);
+            add_products(at + 1, depth, odd, sum);
           }
-          add_products(at, depth, even, sum);
-          add_products(at + 1, depth, odd, sum);
         }
       }
+      add_chain(sum, begin == 0, sums, second_sums);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < kHalves; ++i) {
-        float* to = sums + i / 2 * stride + r * kPanelColumns + i % 2 * 16;
-        const __m512 before = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
-        _mm512_storeu_ps(to, _mm512_add_ps(before, sum[r][i]));
-      }
   }
-}
-
-// One row: two blocks at a time, since the sums of one wait for each other. Each half of the blocks is read in order.
-template <typename Half>
-void f32_row(const char* const* blocks, int64_t count, const float* a, int64_t depth, float* sums) {
-  const int64_t pairs = count / 2;
-  for (int64_t i = 0; i < pairs; ++i)
-    multiply_rows<Half, 1, 2>(blocks + i, pairs, a, depth, sums + i * kPanelColumns, pairs * kPanelColumns);
-  if (count % 2 == 1) multiply_rows<Half, 1, 1>(blocks + count - 1, 0, a, depth, sums + (count - 1) * kPanelColumns, 0);
-}
-
-template <typename Half>
-void f32_rows(const char* const* blocks, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
-  if (rows == 1) return f32_row<Half>(blocks, count, a, depth, sums);
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t r = 0;
-    const auto multiply = [&](auto kernel, int64_t tile) {
-      kernel(blocks + i, 0, a + r * depth, depth, sums + (i * rows + r) * kPanelColumns, 0);
-      r += tile;
-    };
-    while (rows - r >= 8) multiply(multiply_rows<Half, 8, 1>, 8);
-    if (rows - r >= 4) multiply(multiply_rows<Half, 4, 1>, 4);
-    if (rows - r == 3) multiply(multiply_rows<Half, 3, 1>, 3);
-    if (rows - r == 2) multiply(multiply_rows<Half, 2, 1>, 2);
-    if (rows - r == 1) multiply(multiply_rows<Half, 1, 1>, 1);
-  }
-}
+};
 
 // out [depth][32 columns]
 template <typename Half>
@@ -134,10 +108,10 @@ template void avx512::bf16_panel<Fp8Half>(const char*, int64_t, int64_t, int64_t
 template void avx512::bf16_panel<Int4Half>(const char*, int64_t, int64_t, int64_t, BFloat16*);
 
 const WeightKernels kAvx512WeightKernels[kPackedFormats] = {
-    {f32_rows<Bf16Half>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
-    {f32_rows<Int8Half>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
-    {f32_rows<Fp8Half>, 8, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
-    {f32_rows<Int4Half>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
+    {multiply_rows<F32Kernel<Bf16Half>>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
+    {multiply_rows<F32Kernel<Int8Half>>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
+    {multiply_rows<F32Kernel<Fp8Half>>, 8, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
+    {multiply_rows<F32Kernel<Int4Half>>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
 };
 
 }  // namespace mixtral

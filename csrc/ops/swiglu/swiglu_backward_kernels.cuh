@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kSwigluBackwardThreads)
   const int64_t gate = row * 2 * intermediate, up = gate + intermediate;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * kSwigluBackwardThreads + threadIdx.x; i < intermediate;
        i += stride) {
-    const GateUp<T> value = swiglu_gradient(grad[row * intermediate + i], gate_up[gate + i], gate_up[up + i]);
+    const float upper = to_float(grad[row * intermediate + i]);
+    const GateUp<T> value = swiglu_gradient(upper, gate_up[gate + i], gate_up[up + i]);
     grad_gate_up[gate + i] = value.gate;
     grad_gate_up[up + i] = value.up;
   }

@@ -22,11 +22,11 @@ struct GateUp {
 
 // The gradients of gate and up (swiglu_backward.h) in f32, rounded once.
 template <typename T>
-__device__ __forceinline__ GateUp<T> swiglu_gradient(T grad, T gate, T up) {
-  const float g = to_float(gate), upper = to_float(grad), divisor = 1.0f + expf(-g);
+__device__ __forceinline__ GateUp<T> swiglu_gradient(float grad, T gate, T up) {
+  const float g = to_float(gate), divisor = 1.0f + expf(-g);
   const float sigmoid = sizeof(T) == sizeof(float) ? 1.0f / divisor : __fdividef(1.0f, divisor);
-  return {from_float<T>(upper * to_float(up) * sigmoid * (1.0f + g * (1.0f - sigmoid))),
-          from_float<T>(upper * g * sigmoid)};
+  return {from_float<T>(grad * to_float(up) * sigmoid * (1.0f + g * (1.0f - sigmoid))),
+          from_float<T>(grad * g * sigmoid)};
 }
 
 }  // namespace mixtral::cuda

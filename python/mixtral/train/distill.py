@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .loop import LossFunction, Outcome
     from .model import Mixtral
     from .parallel import Ranks
-    from .settings import TrainSettings
 
 EPILOG = """\
 --into names a folder, whose feed-forward blocks the student keeps, or a configuration of `mixtral train`, whose [model]
@@ -157,8 +156,10 @@ class _Distillation:
         }
 
     def run(self) -> int:
-        teacher = self.load(self.settings.teacher).eval().requires_grad_(False)
-        student = make_student(teacher, self.settings, self.train, self.tokenizer)
+        from .student import distill_loss
+
+        teacher = self._load_teacher()
+        student = self._new_student(teacher, self.settings.init)
         losses = {"teacher": self._loss(teacher), "untrained": self._loss(student)}
         if self.settings.baseline == "train":
             status, losses["baseline"] = self._train_baseline(teacher)
@@ -173,22 +174,22 @@ class _Distillation:
             self._write(teacher, student, losses, outcome)
         return outcome.status
 
-    def load(self, folder: Path) -> "Mixtral":
+    def _load_teacher(self) -> "Mixtral":
         from .model import Mixtral
 
-        train = self.train
-        return Mixtral.from_pretrained(
-            folder, train.dtype, train.device, gradient_checkpointing=train.gradient_checkpointing
-        )
+        teacher = Mixtral.from_pretrained(self.settings.teacher, self.train.dtype, self.train.device)
+        return teacher.eval().requires_grad_(False)
+
+    def _new_student(self, teacher: "Mixtral", init: str) -> "Mixtral":
+        from .student import make_student
+
+        return make_student(teacher, self.settings.into, init, self.train, self.tokenizer)
 
     def _train_baseline(self, teacher: "Mixtral") -> tuple[int, float]:
         """The student on its own: its own weights, the text alone, in the same order. In OUT/baseline."""
-        import dataclasses
-
         from . import checkpoint, loop
 
-        settings = dataclasses.replace(self.settings, init="student")
-        student = make_student(teacher, settings, self.train, self.tokenizer)
+        student = self._new_student(teacher, init="student")
         folder = self.out / "baseline"
         outcome = self._loop(student, folder, bool(checkpoint.paths(folder)), loop.train_loss)
         return outcome.status, nats_per_token(outcome.scores) if outcome.scores else math.nan
@@ -236,86 +237,6 @@ class _Distillation:
         checkpoint.replace_file(self.out / "distill.json", (json.dumps(report, indent=2) + "\n").encode())
         checkpoint.replace_file(self.out / "README.md", f"# {self.out.name}\n\n{text}".encode())
         print(f"{self.out}: {text}", end="")
-
-
-def make_student(teacher: "Mixtral", settings: DistillSettings, train: "TrainSettings", tokenizer: object) -> "Mixtral":
-    """The student before its first step.
-
-    Raises:
-        ValueError: sizes that do not fit the teacher's.
-        LoadError, SettingsError: a damaged folder, a wrong configuration.
-    """
-    from . import prepare
-    from .model import Mixtral
-    from .settings import ModelSettings, SettingsError, parse, read_table
-
-    options = {"gradient_checkpointing": train.gradient_checkpointing}
-    if settings.into.suffix == ".toml":
-        sizes = parse(ModelSettings, read_table(settings.into).get("model", {}), settings.into, "model")
-        if sizes.from_:
-            raise SettingsError(f"{settings.into}: model.from: give that folder to --into")
-        sizes.vocab_size = sizes.vocab_size or teacher.config.vocab_size
-        config = prepare.new_config(sizes, teacher.config.max_position, tokenizer, settings.into)
-        student = Mixtral.from_config(config, train.dtype, train.device, train.seed, **options)
-    else:
-        student = Mixtral.from_pretrained(settings.into, train.dtype, train.device, **options)
-    if student.config.vocab_size != teacher.config.vocab_size:
-        sizes = f"{student.config.vocab_size} tokens in the student, {teacher.config.vocab_size} in the teacher"
-        raise ValueError(f"{settings.into}: the vocabularies must be the same: {sizes}")
-    if settings.init == "teacher":
-        copy_outside_feed_forward(teacher, student, str(settings.into))
-    student.folder = teacher.folder  # whose tokenizer goes with it
-    return student
-
-
-def copy_outside_feed_forward(teacher: "Mixtral", student: "Mixtral", name: str) -> None:
-    """Embeddings, attention, norms and head of the teacher into the student (Switch Transformers, table 6).
-
-    Raises:
-        ValueError: the student has others, or in other sizes.
-    """
-    import torch
-
-    given = {key: value for key, value in teacher.state_dict().items() if ".mlp." not in key}
-    for key, weight in student.state_dict().items():
-        if ".mlp." in key:
-            continue
-        got = list(given[key].shape) if key in given else "nothing"
-        if key not in given or given[key].shape != weight.shape or len(given) != _outside(student):
-            raise ValueError(
-                f"{name}: {key} is {list(weight.shape)} in the student and {got} in the teacher: give the student the "
-                f"teacher's sizes and {teacher.config.num_layers} layers, or take --init student"
-            )
-        with torch.no_grad():
-            weight.copy_(given[key])
-
-
-def _outside(model: "Mixtral") -> int:
-    """How many weights a model has outside of its feed-forward blocks."""
-    return sum(".mlp." not in key for key in model.state_dict())
-
-
-def distill_loss(teacher: "Mixtral", alpha: float, temperature: float) -> "LossFunction":
-    """The loss of a microbatch: (1 - alpha) cross-entropy + alpha soft cross-entropy, and the terms of the routers."""
-    import torch
-
-    from .losses import distill_cross_entropy, linear_cross_entropy
-
-    def loss(model: "Mixtral", batch: Any, totals: Any) -> tuple[Any, dict]:
-        with torch.no_grad():
-            logits = teacher.logits(batch)
-        hard = None
-
-        def mixed(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None):
-            nonlocal hard
-            with torch.no_grad():
-                hard = linear_cross_entropy(hidden, weight, labels, weights)
-            return distill_cross_entropy((hidden, weight), logits, labels, weights, alpha, temperature)
-
-        losses = model.loss(batch, totals, mixed)
-        return losses._replace(cross_entropy=hard / totals.targets), {"distill": losses.cross_entropy}
-
-    return loss
 
 
 def nats_per_token(scores: dict[str, dict[str, Any]]) -> float:

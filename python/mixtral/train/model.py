@@ -18,14 +18,8 @@ from ..model import Config
 from . import folders
 from .batch import Batch, Losses, StepTotals
 from .layers import Decoder, Linear, Routing
-from .losses import (
-    IGNORED,
-    RouterSums,
-    linear_cross_entropy,
-    load_balance_loss_from_sums,
-    router_sums,
-    z_loss_from_sums,
-)
+from .losses import IGNORED, linear_cross_entropy
+from .objective import share_of_step
 from .options import RouterOptions
 
 VocabularyLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # hidden, weight, labels, weights -> sum
@@ -174,7 +168,9 @@ class Mixtral(nn.Module):
             ValueError: an id is outside the vocabulary.
         """
         if isinstance(inputs, Batch):
-            return self._losses(inputs, step, vocabulary_loss)
+            hidden, routings = self._hidden_states(inputs)
+            cross_entropies = self._sum_of_cross_entropies(hidden, inputs, vocabulary_loss)
+            return share_of_step(cross_entropies, routings, inputs, step, self.config.top_k, self.router)
         return self.logits(Batch.from_padded(inputs)).view(*inputs.shape, -1)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -184,27 +180,6 @@ class Mixtral(nn.Module):
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
         folders.check_ids(batch.input_ids, self.config.vocab_size)
         return self.model(batch, self.gradient_checkpointing)
-
-    def _losses(self, batch: Batch, step: StepTotals | None, vocabulary_loss: VocabularyLoss) -> Losses:
-        hidden, routings = self._hidden_states(batch)
-        targets = batch.targets
-        step = StepTotals(targets, batch.tokens) if step is None else step
-        any_targets = torch.as_tensor(step.targets, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
-        cross_entropy = self._sum_of_cross_entropies(hidden, batch, vocabulary_loss) / any_targets
-        if not routings:
-            none = hidden.new_zeros((), dtype=torch.float32)
-            empty = none.new_zeros(0)
-            return Losses(cross_entropy, cross_entropy.detach(), none, none, targets, batch.tokens, empty[None], empty)
-        logits, ids = zip(*routings, strict=True)
-        sums = router_sums(logits, self.config.top_k, topk_ids=ids)
-        balance = _balance(sums, self.config.top_k, self.router.balance, step)
-        z = z_loss_from_sums(sums.z_sum, torch.full_like(sums.count, step.tokens))
-        coefficient = self.router.balance_coefficient if self.router.balance in ("switch", "global") else 0.0
-        total = cross_entropy + coefficient * balance + self.router.z_coefficient * z
-        with torch.no_grad():
-            max_logit = torch.stack([x.abs().amax() for x in logits])
-        parts = (x.detach() for x in (cross_entropy, balance, z))
-        return Losses(total, *parts, targets, batch.tokens, sums.load, max_logit)
 
     def _sum_of_cross_entropies(self, hidden: Tensor, batch: Batch, vocabulary_loss: VocabularyLoss) -> Tensor:
         if isinstance(self.lm_head, Linear):
@@ -223,12 +198,3 @@ class Mixtral(nn.Module):
         for layer, counts in zip(self.model.layers, load.float(), strict=True):
             step = self.router.bias_update_rate * torch.sign(counts.mean() - counts)
             layer.mlp.gate.e_score_correction_bias += step
-
-
-def _balance(sums: RouterSums, top_k: int, balance: str, step: StepTotals) -> Tensor:
-    """The microbatch's share in the balance loss of the step."""
-    if balance != "global":
-        share = sums.count[0] / step.tokens
-        return share * load_balance_loss_from_sums(sums.load, sums.prob_sum, sums.count, top_k)
-    load = sums.load if step.load is None else step.load
-    return load_balance_loss_from_sums(load, sums.prob_sum, torch.full_like(sums.count, step.tokens), top_k)
