@@ -16,6 +16,8 @@ from mixtral.train.settings import SettingsError, read_settings
 from mixtral.train.tokenizer_training import CHAT_TEMPLATE, train_tokenizer, write_tokenizer
 from tiny_run import DEMO_TOKENIZER
 
+pytest_plugins = ["training_fixtures"]
+
 
 @pytest.fixture(scope="module")
 def demo() -> Tokenizer:

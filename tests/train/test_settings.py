@@ -8,6 +8,8 @@ from mixtral.train.command import main
 from mixtral.train.settings import Settings, SettingsError, parse, read_settings, read_table, to_toml
 from tiny_run import CONFIG
 
+pytest_plugins = ["training_fixtures"]
+
 BAD = [
     ("lr = 3e-3", "lrr = 3e-3", "unknown key train.lrr; did you mean lr?"),
     ("[train]", "[trian]", "unknown key trian; did you mean train?"),

@@ -14,6 +14,8 @@ from mixtral.train import Mixtral, checkpoint, metrics
 from mixtral.train.command import main
 from tiny_run import assert_same_run, mixtral_train, tensors_of
 
+pytest_plugins = ["training_fixtures"]
+
 # Code that runs before the command: the checkpoint of step 8 is cut off by SIGKILL, half written.
 KILL_IN_CHECKPOINT = """
 import os, signal
