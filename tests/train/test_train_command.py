@@ -56,7 +56,7 @@ def test_a_run_leaves_a_model_folder(trained: Path, corpus: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, again.eval()(ids), atol=1e-4, rtol=1e-4)
     card = (trained / "README.md").read_text()
-    assert "| a | 36 |" in card and "| b | 2 |" in card and "8 steps" in card
+    assert "| a | 36 |" in card and "| b | 2 |" in card and "8 steps" in card and " AdamW, peak learning rate" in card
     scores = metrics.read(trained)[-1]["evaluation"]
     for name, score in scores.items():
         assert f"| {name} | {score['bits_per_byte']:.3f} | {score['xz_bits_per_byte']:.3f} |" in card

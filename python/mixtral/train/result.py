@@ -39,7 +39,7 @@ query heads and
 
 {steps:,} steps, {tokens:,} tokens, {seconds:,.0f} seconds on {device}. Documents begin with BOS and end with EOS, are \
 packed, and do
-not see each other; the longest has {context} tokens. AdamW, peak learning rate {lr}, {dtype}. {versions}.
+not see each other; the longest has {context} tokens. {optimizer}, peak learning rate {lr}, {dtype}. {versions}.
 All settings are in `train.toml`, for `mixtral train`.
 
 ## Evaluation
@@ -138,6 +138,7 @@ def card(settings: Settings, config: Config, domains: list[Domain], outcome: Out
         seconds=outcome.seconds,
         device=_device(settings.train.device),
         context=settings.train.context,
+        optimizer={"adamw": "AdamW", "muon": "Muon and AdamW"}[settings.train.optimizer],
         lr=settings.train.lr,
         dtype=settings.train.dtype,
         versions=", ".join(f"{name} {_version(name)}" for name in ("mixtral", "torch", "sentencepiece")),
