@@ -14,31 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common import Bench, Row, main
-from mixtral.model import Config
 from mixtral.train import Batch, Mixtral, RouterOptions
-from random_models import MAX_POSITION, NORM_EPS, ROPE_THETA, SHAPES
+from random_models import SHAPES, model_config
 
 ROWS, LENGTH = 2, 512
 TURNS = 5
 CASES = [("mini", torch.bfloat16), ("mini", torch.float32)]
-
-
-def config_of(name: str) -> Config:
-    shape = SHAPES[name]
-    return Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        max_position=MAX_POSITION,
-        num_experts=shape.experts,
-        top_k=shape.top_k,
-        rms_norm_eps=NORM_EPS,
-        rope_theta=ROPE_THETA,
-    )
 
 
 def step_of(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
@@ -56,7 +37,9 @@ def step_of(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
 
 
 def run_case(bench: Bench, name: str, dtype: torch.dtype) -> None:
-    model = Mixtral.from_config(config_of(name), dtype, router=RouterOptions(balance="none", z_coefficient=0.0))
+    model = Mixtral.from_config(
+        model_config(SHAPES[name]), dtype, router=RouterOptions(balance="none", z_coefficient=0.0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")
         twin = AutoModelForCausalLM.from_pretrained(

@@ -64,6 +64,9 @@ void grouped_gemm_backward_input(const char* op, const Tensor& grad, const Weigh
 void grouped_gemm_backward_weight(const char* op, const Tensor& grad, const Tensor& a, const Tensor& offs,
                                   const Tensor& out);
 
+// grad [M, H], row_map [T, K] -> [T, H], the sum over the copies of a token
+Tensor moe_permute_backward(const char* op, const Tensor& grad, const Tensor& row_map);
+
 // y [M, H], topk_weights [T, K], row_map [T, K] -> [T, H]
 Tensor moe_unpermute(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
 

@@ -67,13 +67,6 @@ void differentiate_activation(const char* op, const internal::PermutationIndex& 
   });
 }
 
-// The sum of the rows of the copies of each token, in the order of their choices.
-Tensor add_copies(const char* op, const Tensor& rows, const Tensor& row_map) {
-  Tensor ones = new_tensor(rows, {row_map.size(0), row_map.size(1)}, ScalarType::Float);
-  torch::stable::fill_(ones, 1.0);
-  return internal::moe_unpermute(op, rows, ones, row_map);
-}
-
 // Arguments are checked; those of moe_mlp_for_backward, and what it saved or nothing.
 Gradients differentiate(const char* op, const Tensor& grad, const Tensor& x, const Tensor& topk_weights,
                         const Tensor& topk_ids, const MoeWeights& weights, std::optional<Tensor> gate_up,
@@ -101,7 +94,7 @@ Gradients differentiate(const char* op, const Tensor& grad, const Tensor& x, con
   if (want.gate_up_proj) internal::grouped_gemm_backward_weight(op, grad_gate_up, inputs, index.offs, out.gate_up_proj);
   if (want.x) {
     internal::grouped_gemm_backward_input(op, grad_gate_up, gate_up_proj, index.offs, rows);  // `rows` is free now
-    out.x = add_copies(op, rows, index.row_map);
+    out.x = internal::moe_permute_backward(op, rows, index.row_map);
   }
   return out;
 }

@@ -93,6 +93,12 @@ Tensor internal::moe_unpermute(const char* op, const Tensor& y, const Tensor& to
   return combine(op, y, &topk_weights, {index_array(map), y.size(0), /*in_place=*/false}, map.size(0), map.size(1));
 }
 
+Tensor internal::moe_permute_backward(const char* op, const Tensor& grad, const Tensor& row_map) {
+  const Tensor map = as_contiguous(row_map);
+  check_row_map(op, map, grad.size(0), /*once=*/false);
+  return combine(op, grad, nullptr, {index_array(map), grad.size(0), /*in_place=*/false}, map.size(0), map.size(1));
+}
+
 Tensor internal::moe_combine(const char* op, const Tensor& y, const Tensor& topk_weights, const Tensor& ids,
                              int64_t num_experts) {
   const Tensor ids_contiguous = as_contiguous(ids);
@@ -145,9 +151,7 @@ Tensor moe_unpermute(const Tensor& y, const Tensor& topk_weights, const Tensor& 
 Tensor moe_permute_backward(const Tensor& grad, const Tensor& row_map) {
   constexpr const char* op = "moe_permute_backward";
   check_rows(op, "grad", grad, row_map);
-  const Tensor map = as_contiguous(row_map);
-  check_row_map(op, map, grad.size(0), /*once=*/false);
-  return combine(op, grad, nullptr, {index_array(map), grad.size(0), /*in_place=*/false}, map.size(0), map.size(1));
+  return internal::moe_permute_backward(op, grad, row_map);
 }
 
 // grad [T, H], y [M, H], topk_weights [T, K], row_map [T, K] -> (grad_y [M, H], grad_topk_weights [T, K]), each without

@@ -3,15 +3,17 @@
 Letters: T tokens of all sequences, B sequences, S length of a padded row, L layers, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .losses import IGNORED
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,26 @@ def _places(lengths: Tensor) -> tuple[Tensor, Tensor]:
     starts = torch.repeat_interleave(ends - lengths, lengths)
     positions = torch.arange(len(starts), device=lengths.device) - starts
     return positions, functional.pad(ends, (1, 0)).int()
+
+
+def even_groups(items: Iterable[T], count: int, length: Callable[[T], int]) -> list[list[T]]:
+    """``count`` groups of about equal total length: the longest items first, each where most room is."""
+    groups: list[list[T]] = [[] for _ in range(count)]
+    for item in sorted(items, key=lambda item: -length(item)):
+        min(groups, key=lambda group: sum(map(length, group))).append(item)
+    return groups
+
+
+def full_groups(items: Iterable[T], most: int, length: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, in groups of a total length of at most ``most``, or of one item."""
+    group: list[T] = []
+    for item in items:
+        if group and sum(map(length, group)) + length(item) > most:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 class StepTotals(NamedTuple):

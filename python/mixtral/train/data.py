@@ -14,7 +14,7 @@ import torch
 
 from ..tokenizer import Tokenizer
 from . import documents
-from .batch import Batch
+from .batch import Batch, even_groups
 from .documents import TOKEN_FILES, Documents
 from .passkeys import DIGITS, PasskeyMaker
 from .settings import DataSettings, DomainSettings, SettingsError, TrainSettings
@@ -112,12 +112,9 @@ class Mixture:
         return pieces
 
     def __call__(self, step: int, context: int) -> list[Batch]:
-        """The microbatches of a step, of about equal size: the longest documents first, each where most room is."""
-        pieces = sorted(self.pieces(step, context), key=lambda piece: -len(piece[0]))
-        groups: list[list] = [[] for _ in range(self.train.accumulation)]
-        for piece in pieces:
-            min(groups, key=lambda group: sum(len(ids) for ids, _ in group)).append(piece)
-        return [pack(group) for group in groups]
+        """The microbatches of a step, of about equal size."""
+        pieces = self.pieces(step, context)
+        return [pack(group) for group in even_groups(pieces, self.train.accumulation, lambda piece: len(piece[0]))]
 
 
 def pack(pieces: list[tuple[list[int], list[float] | None]]) -> Batch:

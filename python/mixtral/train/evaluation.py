@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..tokenizer import Tokenizer
-from .batch import Batch
+from .batch import Batch, full_groups
 from .data import Domain
 from .documents import Documents
 
@@ -58,10 +58,5 @@ def windows(documents: Documents, tokenizer: Tokenizer, context: int, batch_toke
             window = ids[begin : begin + context]
             rows.append((window, [begin + i >= scored for i in range(len(window))]))
             scored = begin + len(window)
-    batches, group = [], []
-    for row in rows:
-        if group and sum(len(ids) for ids, _ in group) + len(row[0]) > batch_tokens:
-            batches.append(Batch.from_documents(*zip(*group, strict=True)))
-            group = []
-        group.append(row)
-    return [*batches, Batch.from_documents(*zip(*group, strict=True))]
+    groups = full_groups(rows, batch_tokens, lambda row: len(row[0]))
+    return [Batch.from_documents(*zip(*group, strict=True)) for group in groups]

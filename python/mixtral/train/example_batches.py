@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batch import Batch
+from .batch import Batch, even_groups, full_groups
 from .conversations import Document
 
 
@@ -42,11 +42,12 @@ class ExampleBatches:
         return found
 
     def __call__(self, step: int, context: int) -> list[Batch]:
-        """The microbatches, each with about as many tokens: the longest documents first, each where most room is."""
-        groups: list[list[Document]] = [[] for _ in range(self.accumulation)]
-        for document in sorted(self.of_step(step), key=lambda document: -len(document.ids)):
-            min(groups, key=lambda group: sum(len(d.ids) for d in group)).append(document)
-        return [pack(group) for group in groups if group]
+        """The microbatches, each with about as many tokens."""
+        return [pack(group) for group in even_groups(self.of_step(step), self.accumulation, _length) if group]
+
+
+def _length(document: Document) -> int:
+    return len(document.ids)
 
 
 def pack(documents: Sequence[Document]) -> Batch:
@@ -58,15 +59,7 @@ class ExampleLoss:
     """Cross-entropy of the scored tokens of examples that are not trained on."""
 
     def __init__(self, documents: Sequence[Document], tokens_per_batch: int, device: str) -> None:
-        self.batches: list[Batch] = []
-        group: list[Document] = []
-        for document in documents:
-            if group and sum(len(d.ids) for d in group) + len(document.ids) > tokens_per_batch:
-                self.batches.append(pack(group).to(device))
-                group = []
-            group.append(document)
-        if group:
-            self.batches.append(pack(group).to(device))
+        self.batches = [pack(group).to(device) for group in full_groups(documents, tokens_per_batch, _length)]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:

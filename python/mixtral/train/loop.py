@@ -75,7 +75,7 @@ def run(
     Writes into ``output.folder``: checkpoints/, metrics.jsonl, tensorboard/ when it is installed, loss.svg, loss.png.
 
     Args:
-        model: ``mixtral.train.Mixtral``, or a module with its ``loss``, ``config`` and ``router`` (RouterOptions).
+        model: ``mixtral.train.Mixtral``, or a module with its ``loss``, ``expert_load``, ``config`` and ``router``.
         identity: what must be equal for a run to be resumed: digests of data and tokenizer, settings; flat.
         evaluate: called every ``evaluate_every`` steps and at the end, on the first rank.
         resume: go on from the last checkpoint of the folder.
@@ -165,7 +165,7 @@ class _Loop:
         device = self.settings.device
         mine = [(i, b.to(device)) for i, b in enumerate(all_batches) if i % self.ranks.size == self.ranks.rank]
         if self.model.config.is_moe and self.model.router.balance == "global" and len(all_batches) > 1:
-            totals = totals._replace(load=self._route(mine, totals))
+            totals = totals._replace(load=self._route(mine))
         sums: dict[str, Tensor] = {}
         load, max_logit = None, -math.inf
         for index, batch in mine:
@@ -197,12 +197,12 @@ class _Loop:
         torch.manual_seed((self.settings.seed * 1_000_003 + self.step) * 4099 + index)
 
     @torch.no_grad()
-    def _route(self, batches: list[tuple[int, Batch]], totals: StepTotals) -> Tensor:
+    def _route(self, batches: list[tuple[int, Batch]]) -> Tensor:
         """The load of the whole step, [L, E]: balance over all microbatches needs it before the first backward."""
         load = None
         for index, batch in batches:
             self._seed(index)
-            one = self.loss_fn(self.model, batch, totals)[0].load.double()
+            one = self.model.expert_load(batch).double()
             load = one if load is None else load + one
         self.ranks.add([load])
         return load

@@ -18,7 +18,7 @@ from ..model import Config
 from . import folders
 from .batch import Batch, Losses, StepTotals
 from .layers import Decoder, Linear, Routing
-from .losses import IGNORED, linear_cross_entropy
+from .losses import IGNORED, linear_cross_entropy, router_sums
 from .objective import share_of_step
 from .options import RouterOptions
 
@@ -176,6 +176,11 @@ class Mixtral(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """f32 [T, vocab], after every token of a batch."""
         return self.lm_head(self._hidden_states(batch)[0]).float()
+
+    def expert_load(self, batch: Batch) -> Tensor:
+        """int64 [L, E]: the tokens of a batch that choose each expert, as in its losses."""
+        logits, ids = zip(*self._hidden_states(batch)[1], strict=True)
+        return router_sums(logits, self.config.top_k, topk_ids=ids).load
 
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
         folders.check_ids(batch.input_ids, self.config.vocab_size)
