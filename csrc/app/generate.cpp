@@ -95,11 +95,11 @@ void run(const CLI::App& command, GenerateFlags flags) {
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Timings timings;
   const bool trace = !flags.routing.trace.empty();
-  const Request request = {ids, flags.sampling, flags.prompt_cache, flags.model.experts_per_token, trace, replay};
+  const Request request = {ids, flags.sampling, flags.model.experts_per_token, trace, replay};
   const Generation generation = loaded.engine.generate({request}, on_text, &timings).front();
   check_finished(generation);
   if (trace) save_trace(flags.routing, *generation.trace, loaded.engine, tokenizer);
-  save_prompt_cache(loaded.engine, flags.prompt_cache);
+  save_prompt_cache(loaded.engine, generation, flags.prompt_cache);
   if (flags.json) {
     print_json(generation, flags, tokenizer, timings, loaded.seconds);
   } else {
@@ -129,6 +129,7 @@ void add_generate(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

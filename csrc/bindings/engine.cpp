@@ -55,9 +55,21 @@ void bind_results(py::module_& m) {
       .def_readonly("prefill_seconds", &Timings::prefill_seconds)
       .def_readonly("decode_seconds", &Timings::decode_seconds)
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
-      .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the session had in the cache.")
+      .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the prefix cache had.")
       .def_readonly("new_tokens", &Timings::new_tokens)
       .def_readonly("peak_pages", &Timings::peak_pages);
+  py::class_<EngineStats>(m, "EngineStats", "The engine at one moment, and what it has done since it began.")
+      .def_readonly("running", &EngineStats::running, "Requests.")
+      .def_readonly("waiting", &EngineStats::waiting, "Requests.")
+      .def_readonly("pages", &EngineStats::pages, "Of the key/value cache.")
+      .def_readonly("pages_in_use", &EngineStats::pages_in_use, "By requests that run.")
+      .def_readonly("pages_cached", &EngineStats::pages_cached, "In use by no request, but in the prefix cache.")
+      .def_readonly("prompt_tokens", &EngineStats::prompt_tokens, "Of requests that were admitted.")
+      .def_readonly("generated_tokens", &EngineStats::generated_tokens)
+      .def_readonly("prefix_queries", &EngineStats::prefix_queries, "Prompt tokens looked for in the prefix cache.")
+      .def_readonly("prefix_hits", &EngineStats::prefix_hits, "Of these, the tokens found.")
+      .def_readonly("preemptions", &EngineStats::preemptions)
+      .def_readonly("computed_tokens", &EngineStats::computed_tokens, "By forward passes.");
   py::class_<Score>(m, "Score", "How well a model predicted a text.")
       .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
       .def_readonly("bytes", &Score::bytes, "Of the text in UTF-8.")
@@ -91,10 +103,10 @@ bool goes_on(const py::object& returned) { return returned.is_none() || returned
 
 // -> ([Generation], Timings). A Python error in `on_text` travels through the engine to the caller.
 std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
-                                                     const SamplingParams& params, const std::string& session,
-                                                     int64_t experts_per_token, bool trace, const py::object& on_text) {
+                                                     const SamplingParams& params, int64_t experts_per_token,
+                                                     bool trace, const py::object& on_text) {
   std::vector<Request> requests;
-  for (const auto& prompt : prompts) requests.push_back({prompt, params, session, experts_per_token, trace});
+  for (const auto& prompt : prompts) requests.push_back({prompt, params, experts_per_token, trace});
   Engine::OnText call;
   if (!on_text.is_none()) {
     call = [callback = share(on_text)](size_t index, const std::string& text) {
@@ -108,9 +120,13 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
   return {std::move(generations), timings};
 }
 
+struct HeldSeat {
+  Seat seat;
+};
+
 int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
-               const std::string& session, int64_t experts_per_token, const py::object& on_text,
-               const py::object& on_end) {
+               int64_t experts_per_token, const py::object& on_text, const py::object& on_end,
+               const std::optional<HeldSeat>& seat) {
   Callbacks callbacks;
   callbacks.on_text = [callback = share(on_text)](const std::string& text) {
     const py::gil_scoped_acquire gil;
@@ -125,7 +141,9 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
     }
   };
   const py::gil_scoped_release no_gil;
-  return engine.submit({prompt, params, session, experts_per_token}, std::move(callbacks));
+  Request request = {prompt, params, experts_per_token};
+  if (seat) request.seat = seat->seat;
+  return engine.submit(std::move(request), std::move(callbacks));
 }
 
 Generation result(const Outcome& outcome) {
@@ -181,7 +199,10 @@ void bind_engine(py::module_& m) {
       .def_readwrite("page_size", &Engine::Options::page_size)
       .def_readwrite("ctx_size", &Engine::Options::ctx_size)
       .def_readwrite("kv_memory", &Engine::Options::kv_memory)
+      .def_readwrite("max_queue", &Engine::Options::max_queue)
+      .def_readwrite("prefix_cache", &Engine::Options::prefix_cache)
       .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
+  py::class_<HeldSeat>(m, "Seat", "A place among max_queue requests, until the request ends or the object is gone.");
   py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
       .def_readonly("timings", &Outcome::timings)
       .def("result", &result, "The Generation; raises the error that ended the request.");
@@ -192,13 +213,17 @@ void bind_engine(py::module_& m) {
                  new Engine(Mixtral(std::move(model)), std::move(tokenizer), options));
            }),
            py::arg("model"), py::arg("tokenizer"), py::arg("options"))
-      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"),
-           py::arg("experts_per_token"), py::arg("trace"), py::arg("on_text"))
-      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("experts_per_token"),
-           py::arg("on_text"), py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
+      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("experts_per_token"), py::arg("trace"),
+           py::arg("on_text"))
+      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("experts_per_token"), py::arg("on_text"),
+           py::arg("on_end"), py::arg("seat") = py::none(),
+           "-> the request's id. The callbacks run on the engine's thread.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
-      .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
-      .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())
+      .def("save_prompt_cache", &Engine::save_prompt_cache, py::arg("ids"), py::arg("file"), ReleaseGil())
+      .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())
+      .def("reserve_seat", [](Engine& engine) { return HeldSeat{engine.reserve_seat()}; })
+      .def("stats", &Engine::stats)
+      .def("check_integrity", &Engine::check_integrity, ReleaseGil())
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
   m.def("score_continuations", &score_pairs, py::arg("model"), py::arg("contexts"), py::arg("continuations"),
         py::arg("chunk_size"), py::arg("progress"), "-> [(log-probability, is_greedy)]");

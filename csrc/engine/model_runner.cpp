@@ -6,7 +6,6 @@
 #include <string>
 #include <utility>
 
-#include "../model/memory.h"
 #include "routing_observer.h"
 #include "sample_batch.h"
 
@@ -17,15 +16,19 @@ namespace {
 void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<const uint8_t*>& rows) {
   for (int64_t i = sequence.computed; i < sequence.computed + tokens; ++i) {
     const Trace* const replay = sequence.replay.get();
-    sequence.diverged = sequence.diverged || !replay || i >= replay->tokens() ||
-                        replay->token_id[static_cast<size_t>(i)] != sequence.ids[static_cast<size_t>(i)];
-    rows.push_back(sequence.diverged ? nullptr : replay->routing.experts_of(i));
+    if (replay && i == sequence.replayed && i < replay->tokens() &&
+        replay->token_id[static_cast<size_t>(i)] == sequence.ids[static_cast<size_t>(i)])
+      ++sequence.replayed;
+    rows.push_back(i < sequence.replayed ? replay->routing.experts_of(i) : nullptr);
   }
 }
 
 // None when no sequence of the plan is traced or replayed.
 std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config) {
-  const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
+  const auto replays = [](const auto& chunk) {
+    const Sequence& sequence = *chunk.sequence;
+    return sequence.replay && sequence.computed <= sequence.replayed && sequence.computed < sequence.replay->tokens();
+  };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
   if (!forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
@@ -42,8 +45,10 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   int64_t row = 0;
   for (const auto& [sequence, tokens] : plan) {
     if (Trace* const trace = sequence->generation.trace.get()) {
-      observer.append_to(trace->routing, row, tokens);
-      for (int64_t i = sequence->computed; i < sequence->computed + tokens; ++i) {
+      const int64_t end = sequence->computed + tokens;
+      const int64_t begin = std::clamp(trace->tokens(), sequence->computed, end);  // it has those before a preemption
+      observer.append_to(trace->routing, row + begin - sequence->computed, end - begin);
+      for (int64_t i = begin; i < end; ++i) {
         trace->token_id.push_back(static_cast<int32_t>(sequence->ids[static_cast<size_t>(i)]));
         trace->position.push_back(static_cast<int32_t>(i));
       }
@@ -66,44 +71,10 @@ int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch
 }  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
-    : model_(std::move(model)), options_(options), uses_graphs_(options.cuda_graph && model_->device().is_cuda()) {}
-
-int64_t ModelRunner::pages_needed(int64_t prompt_tokens, int64_t max_tokens) const {
-  const int64_t chunk = std::min(options_.max_chunk, prompt_tokens);
-  return RollingKVCache::pages_needed(model_->config(), options_.page_size, chunk, prompt_tokens + max_tokens);
-}
-
-// Pages of the largest pool that there is memory for now.
-int64_t ModelRunner::affordable_pages() const {
-  const auto page =
-      static_cast<double>(RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype()));
-  auto available = static_cast<double>(available_memory(model_->device().str()));
-  if (cache_) available -= cache_->bytes_to_grow(num_pages());
-  const double pages = static_cast<double>(num_pages()) + available / page;
-  return static_cast<int64_t>(std::clamp<double>(pages, 0, INT32_MAX));
-}
-
-void ModelRunner::grow(int64_t least, int64_t wanted) {
-  if (least <= num_pages()) return;
-  const int64_t page_bytes = RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype());
-  const int64_t allowed = options_.kv_memory > 0 ? options_.kv_memory / page_bytes : INT32_MAX;
-  if (options_.kv_memory > 0 && least > allowed) {
-    throw OutOfMemory("the key/value cache: needs " +
-                      gib_text(static_cast<double>(least) * static_cast<double>(page_bytes)) + ", kv_memory allows " +
-                      gib_text(static_cast<double>(options_.kv_memory)));
-  }
-  graphs_.reset();  // they are bound to the addresses of the pool
-  if (cache_ && cache_->empty()) cache_.reset();
-  if (cache_) wanted = std::max(wanted, num_pages() + num_pages() / 2);  // so that copies are rare
-  const int64_t pages = std::clamp(std::min({wanted, allowed, affordable_pages()}), least, std::max(least, wanted));
-  if (cache_) {
-    cache_->grow(pages);
-  } else {
-    const int64_t padding = uses_graphs_ ? DecodeGraphs::padding_tokens(options_.max_batch) : 0;
-    cache_.emplace(model_->config(), RollingKVCache::Options{options_.page_size, pages, options_.max_chunk,
-                                                             model_->device(), model_->dtype(), padding});
-  }
-}
+    : model_(std::move(model)),
+      uses_graphs_(options.cuda_graph && model_->device().is_cuda()),
+      cache_(model_->config(), {options.page_size, options.num_pages, options.max_chunk, model_->device(),
+                                model_->dtype(), uses_graphs_ ? DecodeGraphs::padding_tokens(options.max_batch) : 0}) {}
 
 std::vector<std::pair<Sequence*, Sample>> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
   std::map<int64_t, std::vector<Scheduler::Chunk>> passes;
@@ -147,13 +118,13 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
   const bool as_captured = !observer && experts_per_token == model_->config().top_k;
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
       std::all_of(chunks.begin(), chunks.end(), one_token)) {
-    if (!graphs_) graphs_.emplace(*model_, *cache_);
+    if (!graphs_) graphs_.emplace(*model_, cache_);
     return graphs_->logits(chunks);
   }
-  Batch batch = cache_->prepare(chunks);
+  Batch batch = cache_.prepare(chunks);
   batch.observer = observer;
   batch.experts_per_token = experts_per_token;
-  auto hidden = model_->hidden_states(batch, &*cache_);
+  auto hidden = model_->hidden_states(batch, &cache_);
   if (rows.empty()) return {};
   if (static_cast<int64_t>(rows.size()) < hidden.size(0))
     hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));

@@ -9,40 +9,31 @@
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "decode_graphs.h"
+#include "runner.h"
 #include "scheduler.h"
 #include "sequence.h"
 
 namespace mixtral {
 
-class ModelRunner {
+class ModelRunner : public Runner {
  public:
   struct Options {
     int64_t page_size;
     int64_t max_chunk;  // most tokens of one sequence in one pass
     int64_t max_batch;  // most sequences in one pass
-    int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
+    int64_t num_pages;  // of the page pool
     bool cuda_graph;
   };
 
+  // Throws OutOfMemory when the page pool does not fit the device.
   ModelRunner(Mixtral model, Options options);
 
-  // Most pages that a request holds at a time.
-  int64_t pages_needed(int64_t prompt_tokens, int64_t max_tokens) const;
-  // Makes the page pool larger: to `wanted` pages, or to as many as memory has room for, but no fewer than `least`.
-  // A pool without sequences is dropped first. Throws OutOfMemory.
-  void grow(int64_t least, int64_t wanted);
-  int64_t num_pages() const { return cache_ ? cache_->num_pages() : 0; }
-  int64_t pages_in_use() const { return cache_ ? cache_->pages_in_use() : 0; }
-  RollingKVCache& cache() { return cache_.value(); }
-
-  // Computes the tokens of the plan and counts them as computed, in one forward pass for each number of experts per
-  // token. Returns a sample for each sequence all of whose tokens are computed now.
-  std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan);
-
-  MixtralImpl& model() { return *model_; }
+  // In one forward pass for each number of experts per token.
+  std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan) override;
+  RollingKVCache& cache() override { return cache_; }
+  const std::vector<int64_t>& eos_token_ids() const override { return model_->config().eos_token_ids; }
 
  private:
-  int64_t affordable_pages() const;
   std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
   torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                         int64_t experts_per_token, ForwardObserver* observer);
@@ -50,9 +41,8 @@ class ModelRunner {
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 
   Mixtral model_;
-  Options options_;
   bool uses_graphs_;
-  std::optional<RollingKVCache> cache_;
+  RollingKVCache cache_;
   std::optional<DecodeGraphs> graphs_;  // of the cache
 };
 

@@ -8,12 +8,12 @@ namespace mixtral {
 Sequence::Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer)
     : id(id),
       params(std::move(request.params)),
-      session(std::move(request.session)),
       experts_per_token(request.experts_per_token),
       replay(std::move(request.replay)),
       callbacks(std::move(callbacks)),
       sampler(params, request.prompt_token_ids),
       ids(request.prompt_token_ids),
+      seat(std::move(request.seat)),
       stop_(params.stop) {
   generation.prompt_token_ids = std::move(request.prompt_token_ids);
   if (!tokenizer) return;

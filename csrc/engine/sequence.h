@@ -1,6 +1,7 @@
 // A request inside the engine: its tokens, how many of them are computed, and the text so far.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -35,21 +36,28 @@ class Sequence {
   int64_t prompt_length() const { return static_cast<int64_t>(generation.prompt_token_ids.size()); }
   bool in_prefill() const { return computed < prompt_length(); }
   bool finished() const { return error || !generation.finish_reason.empty(); }
+  // Its keys and values may be wrong: no other sequence may use them.
+  bool failed() const { return error || generation.finish_reason == "error"; }
+  // Most tokens whose keys and values may come from the prefix cache: the newest is computed, for its logits, and so is
+  // what a trace has not got yet.
+  int64_t cacheable_tokens() const {
+    return generation.trace ? std::min(generation.trace->tokens(), length() - 1) : length() - 1;
+  }
 
   const int64_t id;
   const SamplingParams params;
-  const std::string session;
   const int64_t experts_per_token;
   const std::shared_ptr<const Trace> replay;
   const Callbacks callbacks;
   Sampler sampler;
   std::vector<int64_t> ids;  // prompt and new tokens
   int64_t computed = 0;      // of them, those whose keys and values are in the cache
-  bool diverged = false;     // from the tokens of `replay`
-  int64_t max_pages = 0;     // the most it holds in the cache at a time
+  int64_t replayed = 0;      // of them, those that `replay` begins with, as far as they were computed
   int64_t cache_id = -1;     // of its keys and values; -1 while it waits
+  bool counted = false;      // in the totals of the scheduler
   int num_threads = 1;       // of the caller
   std::shared_ptr<Timings> timings = std::make_shared<Timings>();  // shared by the requests of one generate call
+  Seat seat;                                                       // until it ends
   Generation generation;
   std::exception_ptr error;
 

@@ -34,9 +34,7 @@ Engine make_engine(const Mixtral& model, int64_t kv_pages = 0) {
   return Engine(model, std::nullopt, options);
 }
 
-Request request(std::vector<int64_t> prompt, const SamplingParams& sampling) {
-  return {std::move(prompt), sampling, ""};
-}
+Request request(std::vector<int64_t> prompt, const SamplingParams& sampling) { return {std::move(prompt), sampling}; }
 
 const auto kEndless = params(8000);  // a request that runs until it is cancelled
 
@@ -277,39 +275,44 @@ TEST(EngineRequests, WhatDoesNotFitThePoolWaits) {
   EXPECT_LE(timings.peak_pages, 12);
 }
 
-TEST(EngineRequests, WhatCanNeverFitFailsAlone) {
+TEST(EngineRequests, WhatCanNeverFitIsRefusedInTheCallersThread) {
   const auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
   Engine engine = make_engine(model, /*kv_pages=*/5);
-  Waiter small, large, last;
-  engine.submit(request({1, 2}, params(12)), small.callbacks());
-  engine.submit(request({1, 2}, params(30)), large.callbacks());
-  engine.submit(request({3, 4}, params(12)), last.callbacks());
-  expect_same(small.wait().generation, alone(model, {1, 2}, params(12)));
+  Waiter small, large;
+  engine.submit(request({1, 2}, params(18)), small.callbacks());  // five pages, all there are
   try {
-    std::rethrow_exception(large.wait().error);
+    engine.submit(request({1, 2}, params(19)), large.callbacks());
     FAIL();
   } catch (const OutOfMemory& error) {
-    EXPECT_NE(std::string(error.what()).find("kv_memory allows"), std::string::npos) << error.what();
+    EXPECT_EQ(std::string(error.what()),
+              "the key/value cache: prompt and max_tokens of 21 tokens need 6 pages, and the pool has 5 (0.00 GiB): "
+              "lower max_tokens or raise kv_memory");
   }
-  expect_same(last.wait().generation, alone(model, {3, 4}, params(12)));
+  expect_same(small.wait().generation, alone(model, {1, 2}, params(18)));
   EXPECT_THROW(engine.generate({{1}}, {params(100)}), OutOfMemory);
 }
 
-TEST(EngineRequests, ACacheThatMemoryCannotHoldIsRefusedWithNumbers) {
+TEST(EngineRequests, APoolThatMemoryCannotHoldIsRefusedWithNumbers) {
+  const auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
   Engine::Options options;
-  options.page_size = 4;
-  options.ctx_size = int64_t{1} << 40;
-  Engine engine(tiny_model(tiny_config(4, 2, /*window=*/0)), std::nullopt, options);
+  options.kv_memory = int64_t{1536} << 30;
   try {
-    engine.generate({{1}}, {params(int64_t{1} << 32)});
+    Engine(model, std::nullopt, options);
     FAIL();
   } catch (const OutOfMemory& error) {
     EXPECT_EQ(std::string(error.what()).find("the key/value cache: needs 1536.00 GiB on cpu, "), 0u) << error.what();
   }
+  options.kv_memory = 10;
+  EXPECT_THROW(Engine(model, std::nullopt, options), std::invalid_argument);  // not even a page
+  // Without kv_memory the pool has what the device can afford, and a context beyond that is refused.
+  options.kv_memory = 0;
+  options.ctx_size = int64_t{1} << 40;
+  Engine engine(model, std::nullopt, options);
+  EXPECT_THROW(engine.generate({{1}}, {params(int64_t{1} << 32)}), OutOfMemory);
   EXPECT_EQ(engine.generate({{1}}, {params(3)})[0].finish_reason, "length");
 }
 
-// Requests of random sizes at random times: the pool grows under running ones, some wait, some are cancelled.
+// Requests of random sizes at random times: some wait, some are preempted, some are cancelled.
 TEST(EngineRequests, RandomArrivalsGetTheirResultsAndLeaveNoPageBehind) {
   const auto model = tiny_model(tiny_config(4, 2, /*window=*/8));
   for (const int64_t kv_pages : {0, 12}) {  // the largest request needs ceil((7 + 25) / 4) + 1 pages

@@ -60,7 +60,7 @@ TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
     std::map<int64_t, std::pair<int64_t, int64_t>> owner;  // slot -> sequence and position last written there
     for (int step = 0; step < 120; ++step) {
       if (written.size() < 3) written[cache.add_sequence()];
-      if (pick(0, 9) == 0) cache.grow(cache.num_pages() + pick(0, 2));
+      cache.check_integrity();
       for (auto& [sequence, slots] : written) {
         const int64_t length = static_cast<int64_t>(slots.size()), kept = pick(0, length);
         if (pick(0, 9) > 0) continue;
@@ -133,26 +133,6 @@ TEST(RollingKVCache, TruncateGivesPagesBackUnlessTheWindowHasMovedOn) {
   EXPECT_THROW(cache.truncate(7, 0), std::runtime_error);
 }
 
-TEST(RollingKVCache, GrowKeepsPagesAndTheirNumbers) {
-  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 2, 8);
-  const int64_t a = cache.add_sequence();
-  cache.prepare({{a, {1, 2, 3, 4, 5}}});
-  cache.keys(1).copy_(torch::randn_like(cache.keys(1)));
-  cache.values(0).copy_(torch::randn_like(cache.values(0)));
-  const auto keys = cache.keys(1).clone(), values = cache.values(0).clone();
-  cache.grow(5);
-  EXPECT_EQ(cache.num_pages(), 5);
-  EXPECT_EQ(cache.keys(1).size(0), 5);
-  EXPECT_TRUE(torch::equal(cache.keys(1).narrow(0, 0, 2), keys));
-  EXPECT_TRUE(torch::equal(cache.values(0).narrow(0, 0, 2), values));
-  EXPECT_EQ(cache.pages_in_use(), 2);
-  cache.prepare({{a, std::vector<int64_t>(8, 1)}});  // four pages in all
-  const Batch batch = cache.prepare({{a, std::vector<int64_t>(7, 1)}});
-  EXPECT_EQ(batch.page_table.max().item<int64_t>(), 4);
-  EXPECT_EQ(cache.padding_slot(), 5 * 4);
-  EXPECT_THROW(cache.grow(4), std::runtime_error);
-}
-
 TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
   const Config config = tiny_config(4, 2, /*window=*/0);
   const auto message = [](const auto& make) -> std::string {
@@ -166,9 +146,6 @@ TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
   const int64_t too_many = 1 << 30;  // pages of 6 KiB
   EXPECT_EQ(message([&] { make_cache(config, 16, too_many, 8); }).find("the key/value cache: needs 6144.00 GiB on cpu"),
             0u);
-  auto cache = make_cache(config, 16, 3, 8);
-  EXPECT_EQ(message([&] { cache.grow(too_many); }).find("the key/value cache: needs 6144.00 GiB on cpu"), 0u);
-  EXPECT_EQ(cache.num_pages(), 3);
 }
 
 TEST(RollingKVCache, AFailedPrepareChangesNothing) {
