@@ -13,8 +13,8 @@ namespace {
 template <typename T>
 std::optional<torch::Tensor> rows(const Event& event, const std::vector<T>& values, torch::ScalarType dtype) {
   if (values.empty()) return std::nullopt;
-  auto* const data = const_cast<T*>(values.data());
-  return torch::from_blob(data, {-1, event.layers, event.top_k}, dtype).clone();
+  const int64_t count = static_cast<int64_t>(values.size()) / (event.layers * event.top_k);
+  return torch::from_blob(const_cast<T*>(values.data()), {count, event.layers, event.top_k}, dtype).clone();
 }
 
 int64_t submit(Engine& engine, const std::shared_ptr<EventBox>& box, int64_t key, std::vector<int64_t> prompt,

@@ -18,7 +18,7 @@ def create_app(model: Mixtral, settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.served.bridge = Bridge(model)
+        app.state.served.bridge = Bridge(model, app.state.served.settings.queue)
         try:
             yield
         finally:

@@ -5,12 +5,14 @@ to the calls that they belong to. What a slow client leaves is merged, in the bo
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from .. import _C
 from ..model import Generation, Mixtral, TokenLogprob
+from .errors import ApiError
 
 
 class Progress:
@@ -47,8 +49,9 @@ class Progress:
 class Call:
     """The sequences of one HTTP request. Iterating gives (index of the sequence, Progress) until all have ended."""
 
-    def __init__(self, bridge: "Bridge") -> None:
+    def __init__(self, bridge: "Bridge", seats: int) -> None:
         self._bridge = bridge
+        self._seats = seats
         self._ids: list[int] = []  # of the engine
         self._keys: list[int] = []
         self._pending: dict[int, Progress] = {}
@@ -72,6 +75,15 @@ class Call:
         self._keys.append(key)
         self._left += 1
 
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the call when the block raises."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def push(self, index: int, progress: Progress) -> None:
         """Called by the bridge."""
         if progress.outcome is not None:
@@ -94,26 +106,51 @@ class Call:
         """Waits for the ends of all sequences, and returns what came out.
 
         Raises:
-            MemoryError, RuntimeError: what ended a sequence.
+            ApiError: as ``result_of``.
         """
         outcomes: dict[int, _C.Outcome] = {}
         async for index, progress in self:
             if progress.outcome is not None:
                 outcomes[index] = progress.outcome
-        return [outcomes[index].result() for index in range(len(outcomes))]
+        return [result_of(outcomes[index]) for index in range(len(outcomes))]
 
     def close(self) -> None:
-        """Cancels what still runs. Nothing comes any more."""
+        """Cancels what still runs, and gives the seats back. Nothing comes any more."""
+        self._bridge.seats_taken -= self._seats
+        self._seats = 0
         if self._left:
             self._bridge.cancel(self._ids)
         self._bridge.forget(self._keys)
         self._left, self._pending = 0, {}
 
 
-class Bridge:
-    """One per server; its methods are called on the event loop's thread."""
+def result_of(outcome: _C.Outcome) -> Generation:
+    """What came out of a sequence that ended by itself.
 
-    def __init__(self, model: Mixtral) -> None:
+    Raises:
+        ApiError: it failed, or was cancelled because the server stops.
+    """
+    try:
+        generation = outcome.result()
+    except MemoryError as error:
+        raise ApiError(500, str(error), code="out_of_memory") from None
+    if generation.finish_reason == "error":
+        raise ApiError(500, f"the model failed at this request: {generation.error}", code="numerical_error")
+    if generation.finish_reason == "cancelled":
+        raise ApiError(503, "the server is stopping", code="cancelled", headers={"Retry-After": "5"})
+    return generation
+
+
+class Bridge:
+    """One per server; its methods are called on the event loop's thread.
+
+    Attributes:
+        seats_taken: sequences that wait or run, or are about to.
+    """
+
+    def __init__(self, model: Mixtral, seats: int) -> None:
+        self.seats_taken = 0
+        self._seats = seats
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
@@ -122,8 +159,18 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._box.fileno(), self._drain)
 
-    def call(self) -> Call:
-        return Call(self)
+    def open(self, sequences: int) -> Call:
+        """A call with seats for so many sequences: before any work is done for it, such as tokenizing.
+
+        Raises:
+            ApiError: 429 when there are not as many seats now; 400 when there never are.
+        """
+        if sequences > self._seats:
+            raise ApiError(400, f"n times the prompts must be at most {self._seats}, got {sequences}", "n")
+        if self.seats_taken + sequences > self._seats:
+            raise ApiError(429, "too many requests wait; try again", code="queue_full", headers={"Retry-After": "1"})
+        self.seats_taken += sequences
+        return Call(self, sequences)
 
     def register(self, call: Call, index: int) -> int:
         self._next_key += 1

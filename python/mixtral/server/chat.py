@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ..model import TokenLogprob
-from .bridge import Call
+from ..model import Generation, TokenLogprob
+from .bridge import Call, Progress, result_of
 from .errors import ApiError
 from .protocol import ChatRequest
-from .served import Served, check_generation, served, usage
+from .served import Served, served, usage
 from .streaming import EventStream, answer, event, json_response
 from .strict_json import StrictRoute
 
@@ -24,14 +24,11 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     server.check_name(body.model)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
-    chat = Chat(server, body, await server.chat_prompt(body.messages))
-    call = server.bridge.call()
-    try:
+    call = server.bridge.open(body.n)
+    with call.closed_on_error():
+        chat = Chat(server, body, await server.chat_prompt(body.messages))
         for choice in range(body.n):
             server.submit(call, chat.prompt, body, choice, max_tokens=chat.max_tokens, logprobs=chat.top)
-    except BaseException:
-        call.close()
-        raise
     if body.stream:
         return EventStream(chat.stream(call), call.close)
     return json_response(await answer(request, chat.whole(call), call.close))
@@ -56,16 +53,9 @@ class Chat:
     async def whole(self, call: Call) -> dict[str, object]:
         choices, completion_tokens = [], 0
         for index, generation in enumerate(await call.generations()):
-            check_generation(generation)
             completion_tokens += len(generation.token_ids)
-            choices.append(
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": generation.text.removeprefix(" "), "refusal": None},
-                    "logprobs": self._logprobs(generation.logprobs),
-                    "finish_reason": generation.finish_reason,
-                }
-            )
+            message = {"role": "assistant", "content": generation.text.removeprefix(" "), "refusal": None}
+            choices.append(self._choice(index, {"message": message}, generation, generation.finish_reason))
         return {**self._head, "choices": choices, "usage": usage(len(self.prompt), completion_tokens)}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
@@ -74,21 +64,35 @@ class Chat:
         head = {**self._head, "usage": None} if wants_usage else self._head
         begun: set[int] = set()  # choices that have text: the space before the first word is no part of the answer
         for index in range(self.body.n):
-            yield event({**head, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
+            first = {"role": "assistant", "content": ""}
+            yield event(
+                {**head, "choices": [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]}
+            )
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
-            reason = None
-            if progress.outcome is not None:
-                reason = check_generation(progress.outcome.result()).finish_reason
+            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
             text = progress.text
             if text and index not in begun:
                 begun.add(index)
                 text = text.removeprefix(" ")
-            if text or progress.logprobs or reason:
-                delta = {"content": text} if text or progress.logprobs else {}
-                yield event({**head, "choices": [_delta(index, delta, self._logprobs(progress.logprobs), reason)]})
+            if text or reason or (progress.token_ids and self._tells_tokens):
+                delta = {"content": text} if text or progress.token_ids else {}
+                yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
         if wants_usage:
             yield event({**self._head, "choices": [], "usage": usage(len(self.prompt), completion_tokens)})
+
+    @property
+    def _tells_tokens(self) -> bool:
+        return self.body.logprobs or self.body.return_token_ids
+
+    def _choice(
+        self, index: int, message: dict[str, object], new: Generation | Progress, finish_reason: str | None
+    ) -> dict[str, object]:
+        logprobs = self._logprobs(new.logprobs)
+        choice = {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
+        if self.body.return_token_ids:
+            choice["token_ids"] = new.token_ids
+        return choice
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, object] | None:
         if not self.body.logprobs:
@@ -102,9 +106,3 @@ class Chat:
     def _entry(self, token: int, logprob: float) -> dict[str, object]:
         texts = self.server.texts
         return {"token": texts.text(token), "logprob": logprob, "bytes": texts.bytes(token)}
-
-
-def _delta(
-    index: int, delta: dict[str, object], logprobs: dict[str, object] | None = None, finish_reason: str | None = None
-) -> dict[str, object]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

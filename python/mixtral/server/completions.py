@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ..model import TokenLogprob
-from .bridge import Call
+from ..model import Generation, TokenLogprob
+from .bridge import Call, Progress, result_of
 from .errors import ApiError
 from .protocol import CompletionRequest
-from .served import Served, check_generation, served, usage
+from .served import Served, served, usage
 from .streaming import EventStream, answer, event, json_response
 from .strict_json import StrictRoute
 from .token_texts import Offsets
@@ -23,31 +23,29 @@ router = APIRouter(route_class=StrictRoute)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     server = served(request)
     server.check_name(body.model)
-    completion = Completion(server, body, await _prompts(server, body))
-    call = server.bridge.call()
-    try:
+    given = _prompts(body, server.settings.max_prompts)
+    call = server.bridge.open(len(given) * body.n)
+    with call.closed_on_error():
+        texts = await server.encode([prompt for prompt in given if isinstance(prompt, str)])
+        completion = Completion(server, body, texts or given)
         for prompt in completion.prompts:
             for choice in range(body.n):
                 server.submit(call, prompt, body, choice, max_tokens=body.max_tokens, logprobs=completion.top)
-    except BaseException:
-        call.close()
-        raise
     if body.stream:
         return EventStream(completion.stream(call), call.close)
     return json_response(await answer(request, completion.whole(call), call.close))
 
 
-async def _prompts(server: Served, body: CompletionRequest) -> list[list[int]]:
-    """As token ids."""
+def _prompts(body: CompletionRequest, most: int) -> list[str] | list[list[int]]:
+    """One prompt or many -> many."""
     given = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
         raise ApiError(400, "prompt must not be empty", "prompt", "invalid_value")
-    if len(given) > server.settings.max_prompts:
-        message = f"prompt must hold at most {server.settings.max_prompts} prompts, got {len(given)}"
-        raise ApiError(400, message, "prompt", "invalid_value")
-    return [await server.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    if len(given) > most:
+        raise ApiError(400, f"prompt must hold at most {most} prompts, got {len(given)}", "prompt", "invalid_value")
+    return given
 
 
 class Completion:
@@ -67,10 +65,8 @@ class Completion:
     async def whole(self, call: Call) -> dict[str, object]:
         choices, completion_tokens = [], 0
         for index, generation in enumerate(await call.generations()):
-            check_generation(generation)
             completion_tokens += len(generation.token_ids)
-            logprobs = self._logprobs(index, generation.logprobs)
-            choices.append(_choice(index, generation.text, logprobs, generation.finish_reason))
+            choices.append(self._choice(index, generation, generation.finish_reason))
         return {**self._head, "choices": choices, "usage": usage(self._prompt_tokens(), completion_tokens)}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
@@ -79,14 +75,26 @@ class Completion:
         head = {**self._head, "usage": None} if wants_usage else self._head
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
-            reason = None
-            if progress.outcome is not None:
-                reason = check_generation(progress.outcome.result()).finish_reason
-            if progress.text or progress.logprobs or reason:
-                logprobs = self._logprobs(index, progress.logprobs)
-                yield event({**head, "choices": [_choice(index, progress.text, logprobs, reason)]})
+            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
+            if progress.text or reason or (progress.token_ids and self._tells_tokens):
+                yield event({**head, "choices": [self._choice(index, progress, reason)]})
         if wants_usage:
             yield event({**self._head, "choices": [], "usage": usage(self._prompt_tokens(), completion_tokens)})
+
+    @property
+    def _tells_tokens(self) -> bool:
+        return self.body.logprobs is not None or self.body.return_token_ids
+
+    def _choice(self, index: int, new: Generation | Progress, finish_reason: str | None) -> dict[str, object]:
+        choice = {
+            "index": index,
+            "text": new.text,
+            "logprobs": self._logprobs(index, new.logprobs),
+            "finish_reason": finish_reason,
+        }
+        if self.body.return_token_ids:
+            choice["token_ids"] = new.token_ids
+        return choice
 
     def _prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
@@ -109,7 +117,3 @@ class Completion:
         if not self.body.logprobs:
             return None
         return self.server.texts.top(sorted({*token.top, (token.token_id, token.logprob)}, key=lambda pair: -pair[1]))
-
-
-def _choice(index: int, text: str, logprobs: dict[str, list] | None, finish_reason: str | None) -> dict[str, object]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

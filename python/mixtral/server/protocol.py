@@ -44,6 +44,7 @@ class Sampling(Body):
     repetition_penalty: Annotated[Number, Field(gt=0)] = 1.0
     ignore_eos: StrictBool = False
     experts_per_token: Annotated[StrictInt, Field(ge=1)] | None = None
+    return_token_ids: StrictBool = False
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Sampling":

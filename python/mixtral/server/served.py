@@ -8,7 +8,7 @@ from fastapi import Request
 
 from .. import _C
 from ..errors import LoadError
-from ..model import Generation, Mixtral
+from ..model import Mixtral
 from ..tokenizer import Tokenizer
 from .bridge import Bridge, Call
 from .errors import ApiError
@@ -51,13 +51,18 @@ class Served:
             message = f"the model {name!r} does not exist; this server has {self.settings.served_model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    async def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        if not text:
+    async def encode(self, texts: Sequence[str], add_bos: bool = True) -> list[list[int]]:
+        """The ids of each text. Raises ApiError 400 for an empty one."""
+        if not all(texts):
             raise ApiError(400, "prompt must not be empty", "prompt", "invalid_value")
         tokenizer = self.tokenizer
-        if len(text) < LONG_TEXT:
-            return tokenizer.encode(text, add_bos)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, tokenizer.encode, text, add_bos)
+
+        def work() -> list[list[int]]:
+            return [tokenizer.encode(text, add_bos) for text in texts]
+
+        if sum(map(len, texts)) < LONG_TEXT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Raises ApiError 400 for what the model's format refuses."""
@@ -100,15 +105,6 @@ class Served:
 
 def served(request: Request) -> Served:
     return request.app.state.served
-
-
-def check_generation(generation: Generation) -> Generation:
-    """Raises ApiError for a sequence that did not end by itself."""
-    if generation.finish_reason == "error":
-        raise ApiError(500, f"the model failed at this request: {generation.error}", code="numerical_error")
-    if generation.finish_reason == "cancelled":
-        raise ApiError(503, "the server is stopping", code="cancelled", headers={"Retry-After": "5"})
-    return generation
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, object]:

@@ -97,7 +97,7 @@ class StrictRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if request.method == "POST" and kind != "application/json":
                 raise ApiError(415, f"send the body with Content-Type: application/json, got {kind or 'none'}")
             return await handler(StrictRequest(request.scope, request.receive))
 

@@ -24,7 +24,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, object]
     else:
         control = server.tokenizer.encode(body.prompt, parse_special=True) if len(body.prompt) < 64 else []
         is_control = len(control) == 1 and server.tokenizer.is_control(control[0])
-        ids = control if is_control else await server.encode(body.prompt, body.add_special_tokens)
+        ids = control if is_control else (await server.encode([body.prompt], body.add_special_tokens))[0]
     result: dict[str, object] = {"count": len(ids), "max_model_len": server.context, "tokens": ids}
     if body.return_token_strs:
         result["token_strs"] = [server.texts.text(token) for token in ids]
