@@ -86,7 +86,7 @@ class Served:
             sampling = _C.SamplingParams(**body.sampling_params(), seed=seed, **params)
             call.submit(prompt, sampling, body.experts_per_token or 0)
         except (ValueError, IndexError) as error:
-            raise ApiError(400, str(error), _field_of(str(error)), "invalid_value") from None
+            raise _refused(str(error)) from None
 
     def _find_chat_format(self) -> str | None:
         if self.model.tokenizer is None:
@@ -120,7 +120,9 @@ def _role(role: str) -> str:
     return "system" if role == "developer" else role
 
 
-def _field_of(message: str) -> str | None:
-    """The engine's errors begin with the name of what is wrong."""
-    word = message.split(" ", 1)[0]
-    return word if word.isidentifier() else "prompt" if "token ids" in message else None
+def _refused(message: str) -> ApiError:
+    """The engine's errors begin with the name of the field that is wrong, or are of the prompt's ids."""
+    name = message.split(" ", 1)[0]
+    if name.isidentifier():
+        return ApiError(400, message, name, "invalid_value")
+    return ApiError(400, f"prompt: {message.removeprefix('Mixtral: ')}", "prompt", "invalid_value")
