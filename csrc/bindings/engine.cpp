@@ -110,7 +110,7 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
 
 int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
                const std::string& session, int64_t experts_per_token, const py::object& on_text,
-               const py::object& on_end) {
+               const py::object& on_end, bool constrained) {
   Callbacks callbacks;
   callbacks.on_text = [callback = share(on_text)](const std::string& text) {
     const py::gil_scoped_acquire gil;
@@ -125,7 +125,17 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
     }
   };
   const py::gil_scoped_release no_gil;
-  return engine.submit({prompt, params, session, experts_per_token}, std::move(callbacks));
+  Request request = {prompt, params, session, experts_per_token};
+  request.constrained = constrained;
+  return engine.submit(std::move(request), std::move(callbacks));
+}
+
+// mask: int32 [ceil(vocab / 32)].
+void allow(Engine& engine, int64_t id, const torch::Tensor& mask) {
+  const torch::Tensor words = mask.to(torch::kCPU).contiguous();
+  if (words.dim() != 1 || words.scalar_type() != torch::kInt32)
+    throw std::invalid_argument("allow: mask must be int32 [words of 32 tokens]");
+  engine.allow(id, {words.data_ptr<int32_t>(), words.data_ptr<int32_t>() + words.numel()});
 }
 
 Generation result(const Outcome& outcome) {
@@ -195,7 +205,11 @@ void bind_engine(py::module_& m) {
       .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"),
            py::arg("experts_per_token"), py::arg("trace"), py::arg("on_text"))
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("experts_per_token"),
-           py::arg("on_text"), py::arg("on_end"), "-> the request's id. The callbacks run on the engine's thread.")
+           py::arg("on_text"), py::arg("on_end"), py::arg("constrained") = false,
+           "-> the request's id. The callbacks run on the engine's thread.")
+      .def("allow", &allow, py::arg("id"), py::arg("mask"), ReleaseGil(),
+           "Says which tokens the next one of a constrained request may be: int32 [ceil(vocab / 32)], bit i % 32 of "
+           "word i / 32 allows token i.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())

@@ -187,6 +187,13 @@ int64_t Engine::submit(Request request, Callbacks callbacks) {
 
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
 
+void Engine::allow(int64_t id, std::vector<int32_t> mask) {
+  const int64_t words = (config().vocab_size + 31) / 32;
+  require(static_cast<int64_t>(mask.size()) == words,
+          "allow: mask must have " + std::to_string(words) + " words of 32 tokens, got " + std::to_string(mask.size()));
+  impl_->thread.allow(id, std::move(mask));
+}
+
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,
                                          const WhileWaiting& while_waiting) {
   if (impl_->thread.is_current()) throw std::logic_error("Engine: a callback must not wait for generate()");
@@ -195,6 +202,7 @@ std::vector<Generation> Engine::generate(std::vector<Request> requests, const On
   std::vector<std::unique_ptr<Sequence>> sequences;
   std::vector<int64_t> ids;
   for (size_t i = 0; i < requests.size(); ++i) {
+    require(!requests[i].constrained, "generate: a constrained request must come through submit(), which tells its id");
     Callbacks callbacks;
     if (on_text) callbacks.on_text = [call, i](const std::string& text) { return call->on_text(i, text); };
     callbacks.on_end = [call, i](Outcome outcome) { call->end(i, std::move(outcome)); };

@@ -56,13 +56,6 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   }
 }
 
-// The most likely token: mostly the one that was picked, which saves a look at all logits [vocab].
-int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch::Tensor& logits) {
-  const bool picked =
-      sequence.params.temperature == 0 && sequence.params.repetition_penalty == 1 && sample.token_id >= 0;
-  return picked ? static_cast<int32_t>(sample.token_id) : logits.argmax().item<int32_t>();
-}
-
 }  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
@@ -135,7 +128,12 @@ std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vecto
   for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
   std::vector<std::pair<Sequence*, Sample>> result;
   if (rows.empty()) return result;
-  std::vector<Sample> samples = sample(sequences, logits);
+  for (size_t i = 0; i < sequences.size(); ++i)
+    if (Trace* const trace = sequences[i]->generation.trace.get())
+      trace->predicted_id.back() = logits[static_cast<int64_t>(i)].argmax().item<int32_t>();
+  const auto unconstrained = hold_constrained(sequences, logits);
+  if (sequences.empty()) return result;
+  std::vector<Sample> samples = sample(sequences, unconstrained);
   for (size_t i = 0; i < samples.size(); ++i) result.emplace_back(sequences[i], std::move(samples[i]));
   return result;
 }
@@ -160,6 +158,30 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
   return model_->logits(hidden);
 }
 
+// Moves the rows of constrained sequences out of the logits f32 [rows, vocab], and these sequences out of the list.
+torch::Tensor ModelRunner::hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const {
+  std::vector<int64_t> others;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (!sequences[i]->constrained) {
+      others.push_back(static_cast<int64_t>(i));
+      continue;
+    }
+    const auto row = logits[static_cast<int64_t>(i)].to(torch::kCPU);
+    sequences[i]->held_logits.assign(row.data_ptr<float>(), row.data_ptr<float>() + row.numel());
+  }
+  if (others.size() == sequences.size()) return logits;
+  const auto constrained = [](const Sequence* sequence) { return sequence->constrained; };
+  sequences.erase(std::remove_if(sequences.begin(), sequences.end(), constrained), sequences.end());
+  return logits.index_select(0, torch::tensor(others, torch::kInt64).to(logits.device()));
+}
+
+Sample ModelRunner::sample_held(Sequence& sequence) const {
+  std::vector<float> logits = std::exchange(sequence.held_logits, {});
+  Sample sample = sample_row(sequence, -1, torch::from_blob(logits.data(), {model_->config().vocab_size}));
+  sequence.allowed.clear();
+  return sample;
+}
+
 // logits f32 [rows, vocab]: one row for each sequence.
 std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences, torch::Tensor logits) {
   const auto wants_logprobs = [](const Sequence* sequence) { return sequence->params.logprobs > 0; };
@@ -173,10 +195,7 @@ std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences,
   }
   std::vector<Sample> samples;
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const auto row = logits[static_cast<int64_t>(i)];
-    samples.push_back(sample_row(*sequences[i], ids[i], row));
-    if (Trace* const trace = sequences[i]->generation.trace.get())
-      trace->predicted_id.back() = predicted_id(*sequences[i], samples.back(), row);
+    samples.push_back(sample_row(*sequences[i], ids[i], logits[static_cast<int64_t>(i)]));
   }
   return samples;
 }
@@ -186,7 +205,9 @@ Sample ModelRunner::sample_row(Sequence& sequence, int64_t token_id, const torch
   const int64_t vocab = model_->config().vocab_size;
   Sample sample;
   try {
-    sample.token_id = token_id >= 0 ? token_id : sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab);
+    sample.token_id = token_id;
+    if (token_id < 0)
+      sample.token_id = sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab, sequence.allowed);
     if (sequence.params.logprobs > 0)
       sample.logprob = token_logprob(logits.data_ptr<float>(), vocab, sample.token_id, sequence.params.logprobs);
   } catch (const std::runtime_error& error) {  // NaN: the neighbours go on

@@ -24,6 +24,8 @@ struct Request {
   // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
   // trace. It gives experts_per_token. Not with a session.
   std::shared_ptr<const Trace> replay = nullptr;
+  // Each new token, the first one too, waits until Engine::allow() has said which tokens it may be.
+  bool constrained = false;
 };
 
 struct Timings {

@@ -31,7 +31,7 @@ int64_t argmax(const float* logits, int64_t vocab) {
       best = i;
     }
   }
-  if (std::isinf(highest)) throw std::runtime_error("sampling: no token has a finite logit");
+  if (std::isinf(highest)) throw std::runtime_error("sampling: no token is allowed and has a finite logit");
   return best;
 }
 
@@ -45,6 +45,13 @@ std::vector<int64_t> top_ids(const float* scores, int64_t vocab, int64_t k) {
   std::sort(ids.begin(), end, larger);
   ids.erase(end, ids.end());
   return ids;
+}
+
+// Makes tokens impossible whose bit in the mask is 0.
+void keep_allowed(std::vector<float>& scores, const std::vector<int32_t>& mask) {
+  for (size_t id = 0; id < scores.size(); ++id)
+    if ((static_cast<uint32_t>(mask.at(id / 32)) >> (id % 32) & 1) == 0)
+      scores[id] = -std::numeric_limits<float>::infinity();
 }
 
 // Keeps the most likely candidates that together hold `top_p` of the weight, and no more of them than needed. Sorts a
@@ -120,7 +127,7 @@ Sampler::Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids)
   seed_ = mix(params_.seed ? *params_.seed : random_seed());
 }
 
-int64_t Sampler::next(const float* logits, int64_t vocab) {
+int64_t Sampler::next(const float* logits, int64_t vocab, const std::vector<int32_t>& allowed) {
   std::vector<float> scores(logits, logits + vocab);
   if (params_.repetition_penalty != 1) {
     const auto penalty = static_cast<float>(params_.repetition_penalty);
@@ -130,6 +137,7 @@ int64_t Sampler::next(const float* logits, int64_t vocab) {
       score = score < 0 ? score * penalty : score / penalty;
     }
   }
+  if (!allowed.empty()) keep_allowed(scores, allowed);
   int64_t token = argmax(scores.data(), vocab);
   if (params_.temperature > 0) token = draw(candidates(scores, scores[static_cast<size_t>(token)]));
   take(token);

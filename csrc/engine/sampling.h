@@ -51,7 +51,8 @@ class Sampler {
   // logits [vocab] -> the next token. Repetition penalty, temperature, top-k, top-p and min-p are applied in this
   // order, as in Hugging Face. Then the token is drawn by inverse CDF: over the most likely tokens first after top-k or
   // top-p, else over the ids. Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
-  int64_t next(const float* logits, int64_t vocab);
+  // `allowed` is a mask of ceil(vocab / 32) words: bit i % 32 of word i / 32 allows token i. Empty: all are allowed.
+  int64_t next(const float* logits, int64_t vocab, const std::vector<int32_t>& allowed = {});
 
   // The parts of next(), for sample_batch.h, which picks the tokens of a whole batch.
   const SamplingParams& params() const { return params_; }

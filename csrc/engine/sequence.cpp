@@ -11,6 +11,7 @@ Sequence::Sequence(int64_t id, Request request, Callbacks callbacks, const std::
       session(std::move(request.session)),
       experts_per_token(request.experts_per_token),
       replay(std::move(request.replay)),
+      constrained(request.constrained),
       callbacks(std::move(callbacks)),
       sampler(params, request.prompt_token_ids),
       ids(request.prompt_token_ids),

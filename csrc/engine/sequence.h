@@ -34,6 +34,8 @@ class Sequence {
   int64_t length() const { return static_cast<int64_t>(ids.size()); }
   int64_t prompt_length() const { return static_cast<int64_t>(generation.prompt_token_ids.size()); }
   bool in_prefill() const { return computed < prompt_length(); }
+  // All tokens are computed, and the next one waits for its mask.
+  bool blocked() const { return constrained && computed == length() && allowed.empty(); }
   bool finished() const { return error || !generation.finish_reason.empty(); }
 
   const int64_t id;
@@ -41,14 +43,17 @@ class Sequence {
   const std::string session;
   const int64_t experts_per_token;
   const std::shared_ptr<const Trace> replay;
+  const bool constrained;
   const Callbacks callbacks;
   Sampler sampler;
-  std::vector<int64_t> ids;  // prompt and new tokens
-  int64_t computed = 0;      // of them, those whose keys and values are in the cache
-  bool diverged = false;     // from the tokens of `replay`
-  int64_t max_pages = 0;     // the most it holds in the cache at a time
-  int64_t cache_id = -1;     // of its keys and values; -1 while it waits
-  int num_threads = 1;       // of the caller
+  std::vector<int64_t> ids;        // prompt and new tokens
+  int64_t computed = 0;            // of them, those whose keys and values are in the cache
+  std::vector<float> held_logits;  // [vocab] of a constrained sequence's next token, until that is picked
+  std::vector<int32_t> allowed;    // the mask of that token; empty: it has not come
+  bool diverged = false;           // from the tokens of `replay`
+  int64_t max_pages = 0;           // the most it holds in the cache at a time
+  int64_t cache_id = -1;           // of its keys and values; -1 while it waits
+  int num_threads = 1;             // of the caller
   std::shared_ptr<Timings> timings = std::make_shared<Timings>();  // shared by the requests of one generate call
   Generation generation;
   std::exception_ptr error;

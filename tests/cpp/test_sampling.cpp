@@ -161,6 +161,25 @@ TEST(Sampler, RepetitionPenaltyCoversPromptAndGeneratedIds) {
   EXPECT_EQ(next(sampler, {-1, -1.9f, -1.95f}), 2);  // a negative logit is multiplied: -2, -3.8
 }
 
+TEST(Sampler, AMaskLeavesTheAllowedTokens) {
+  // Tokens 0 and 33 of 40: bit 0 of the first word, bit 1 of the second.
+  const std::vector<int32_t> mask = {1, 2};
+  std::vector<float> logits(40, 5.0f);
+  logits[0] = 1;
+  logits[33] = 2;
+  Sampler greedy(SamplingParams{}, {});
+  EXPECT_EQ(greedy.next(logits.data(), 40, mask), 33);
+  Sampler random(sampled(), {});
+  std::map<int64_t, int> counts;
+  for (int i = 0; i < 2000; ++i) ++counts[random.next(logits.data(), 40, mask)];
+  EXPECT_EQ(counts.size(), 2u);
+  EXPECT_NEAR(counts[33] / 2000.0, 1 / (1 + std::exp(-1)), 0.04);
+  const std::vector<int32_t> last = {0, -1};  // bits behind the vocabulary too
+  EXPECT_EQ(greedy.next(logits.data(), 33, {std::numeric_limits<int32_t>::min(), 0}), 31);
+  EXPECT_EQ(greedy.next(logits.data(), 34, last), 32);
+  EXPECT_THROW(greedy.next(logits.data(), 40, {0, 0}), std::runtime_error);
+}
+
 TEST(Sampler, BrokenLogitsAreAnError) {
   Sampler greedy(SamplingParams{}, {}), random(sampled(), {});
   for (Sampler* sampler : {&greedy, &random}) {
