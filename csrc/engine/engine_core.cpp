@@ -176,7 +176,8 @@ void EngineCore::run_pass() {
 }
 
 void EngineCore::take(Sequence& sequence, const Sample& sample) {
-  const auto text = sequence.append(sample, runner_.model().config().eos_token_ids);
+  if (sequence.finished()) return;  // because of another row of the pass
+  const auto text = sequence.append(sample);
   if (text) show(sequence, *text);
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../model/memory.h"
+#include "prompt_logprobs.h"
 #include "routing_observer.h"
 #include "sample_batch.h"
 
@@ -110,28 +111,33 @@ std::vector<std::pair<Sequence*, Sample>> ModelRunner::run(const std::vector<Sch
 // All sequences have the same number of experts per token.
 std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vector<Scheduler::Chunk>& plan) {
   std::vector<RollingKVCache::Chunk> chunks;
-  std::vector<int64_t> rows;         // of the newest token of a sequence: only they need logits
-  std::vector<Sequence*> sequences;  // of these rows
+  std::vector<int64_t> rows;               // of the newest token of a sequence: they need logits
+  std::vector<Sequence*> sequences;        // of these rows
+  std::vector<PromptToken> prompt_tokens;  // their rows need logits too
   int64_t total = 0;
   for (const auto& [sequence, tokens] : plan) {
     const auto begin = sequence->ids.begin() + sequence->computed;
     chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
+    add_prompt_tokens(*sequence, tokens, total, prompt_tokens);
     total += tokens;
     if (sequence->computed + tokens < sequence->length()) continue;
     rows.push_back(total - 1);
     sequences.push_back(sequence);
   }
+  for (const PromptToken& token : prompt_tokens) rows.push_back(token.row);
   std::optional<RoutingObserver> observer = observer_of(plan, model_->config());
   const auto logits =
       forward(chunks, rows, plan[0].sequence->experts_per_token, observer ? &observer.value() : nullptr);
   if (observer) add_to_traces(*observer, plan);
   for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
+  if (rows.empty()) return {};
+  const auto count = static_cast<int64_t>(sequences.size());
   std::vector<std::pair<Sequence*, Sample>> result;
-  if (rows.empty()) return result;
+  if (!prompt_tokens.empty()) result = set_prompt_logprobs(prompt_tokens, logits.slice(0, count));
   for (size_t i = 0; i < sequences.size(); ++i)
     if (Trace* const trace = sequences[i]->generation.trace.get())
       trace->predicted_id.back() = logits[static_cast<int64_t>(i)].argmax().item<int32_t>();
-  const auto unconstrained = hold_constrained(sequences, logits);
+  const auto unconstrained = hold_constrained(sequences, logits.slice(0, 0, count));
   if (sequences.empty()) return result;
   std::vector<Sample> samples = sample(sequences, unconstrained);
   for (size_t i = 0; i < samples.size(); ++i) result.emplace_back(sequences[i], std::move(samples[i]));
@@ -143,8 +149,9 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
                                    int64_t experts_per_token, ForwardObserver* observer) {
   const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
   const bool as_captured = !observer && experts_per_token == model_->config().top_k;
+  const bool in_order = std::is_sorted(rows.begin(), rows.end());
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
-      std::all_of(chunks.begin(), chunks.end(), one_token)) {
+      in_order && std::all_of(chunks.begin(), chunks.end(), one_token)) {
     if (!graphs_) graphs_.emplace(*model_, *cache_);
     return graphs_->logits(chunks);
   }
@@ -153,7 +160,7 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
   batch.experts_per_token = experts_per_token;
   auto hidden = model_->hidden_states(batch, &*cache_);
   if (rows.empty()) return {};
-  if (static_cast<int64_t>(rows.size()) < hidden.size(0))
+  if (static_cast<int64_t>(rows.size()) < hidden.size(0) || !in_order)
     hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
   return model_->logits(hidden);
 }

@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,7 +43,8 @@ struct Generation {
   std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
   std::string error;                   // why, when finish_reason is "error": its logits were NaN
   std::vector<TokenLogprob> logprobs;  // one per token when asked for
-  std::shared_ptr<Trace> trace;        // of the tokens that the model read: all but the newest; when asked for
+  std::vector<std::optional<TokenLogprob>> prompt_logprobs;  // one per prompt token when asked for; none of the first
+  std::shared_ptr<Trace> trace;  // of the tokens that the model read: all but the newest; when asked for
 };
 
 // How a request ended. `error` is an exception that ended it, of the forward pass or of a callback; then `generation`

@@ -23,11 +23,12 @@ struct Sample {
 class Sequence {
  public:
   // Throws std::invalid_argument for sampling parameters out of range.
-  Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer);
+  Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer,
+           const std::vector<int64_t>& eos_token_ids = {});
 
-  // Appends the sampled token and may finish the sequence. Returns the text that became certain; none after an
-  // end-of-sequence token that nothing was held back for.
-  std::optional<std::string> append(const Sample& sample, const std::vector<int64_t>& eos_token_ids);
+  // Appends the sampled token and may finish the sequence. Returns the text that became certain; none after a token
+  // that ends the generation and that nothing was held back for.
+  std::optional<std::string> append(const Sample& sample);
   // Ends the sequence as it is; text held back is dropped.
   void cancel() { generation.finish_reason = "cancelled"; }
 
@@ -45,6 +46,7 @@ class Sequence {
   const std::shared_ptr<const Trace> replay;
   const bool constrained;
   const Callbacks callbacks;
+  const std::vector<int64_t> end_ids;  // a token that ends the generation and is no part of it
   Sampler sampler;
   std::vector<int64_t> ids;        // prompt and new tokens
   int64_t computed = 0;            // of them, those whose keys and values are in the cache
@@ -63,7 +65,6 @@ class Sequence {
 
   StopMatcher stop_;
   std::optional<StreamingDecoder> decoder_;
-  std::vector<int64_t> stop_ids_;  // of the stop strings that are the name of a control token
 };
 
 }  // namespace mixtral
