@@ -200,6 +200,10 @@ int64_t Engine::submit(Request request, Callbacks callbacks) {
   return id;
 }
 
+void Engine::after_passes(std::function<void()> call) {
+  impl_->thread.run([&call](EngineCore& core) { core.after_pass = std::move(call); });
+}
+
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
 
 void Engine::allow(int64_t id, std::vector<int32_t> mask) {
@@ -219,7 +223,8 @@ std::vector<Generation> Engine::generate(std::vector<Request> requests, const On
   for (size_t i = 0; i < requests.size(); ++i) {
     require(!requests[i].constrained, "generate: a constrained request must come through submit(), which tells its id");
     Callbacks callbacks;
-    if (on_text) callbacks.on_text = [call, i](const std::string& text) { return call->on_text(i, text); };
+    if (on_text)
+      callbacks.on_progress = [call, i](const GenerationProgress& pass) { return call->on_text(i, pass.text); };
     callbacks.on_end = [call, i](Outcome outcome) { call->end(i, std::move(outcome)); };
     sequences.push_back(impl_->make_sequence(std::move(requests[i]), std::move(callbacks)));
     sequences.back()->timings = call->timings;

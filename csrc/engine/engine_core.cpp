@@ -178,13 +178,17 @@ void EngineCore::run_pass() {
 void EngineCore::take(Sequence& sequence, const Sample& sample) {
   if (sequence.finished()) return;  // because of another row of the pass
   const auto text = sequence.append(sample);
-  if (text) show(sequence, *text);
+  if (text || sequence.generation.trace) show(sequence, text.value_or(""));
 }
 
 void EngineCore::show(Sequence& sequence, const std::string& text) {
-  if (!sequence.callbacks.on_text || sequence.error) return;
+  if (!sequence.callbacks.on_progress || sequence.error) return;
+  const Generation& generation = sequence.generation;
+  const GenerationProgress progress = {text, generation, sequence.shown_tokens, sequence.shown_rows};
+  sequence.shown_tokens = generation.token_ids.size();
+  if (generation.trace) sequence.shown_rows = generation.trace->tokens();
   try {
-    if (!sequence.callbacks.on_text(text) && !sequence.finished()) sequence.cancel();
+    if (!sequence.callbacks.on_progress(progress) && !sequence.finished()) sequence.cancel();
   } catch (...) {
     sequence.error = std::current_exception();
   }

@@ -41,7 +41,7 @@ std::future<Outcome> submit(Engine& engine, const std::vector<int64_t>& prompt, 
   auto known = std::make_shared<std::shared_future<int64_t>>(id->get_future());
   auto step = std::make_shared<int64_t>(-static_cast<int64_t>(prompt.size() > 512));  // long prompts take two passes
   Callbacks callbacks;
-  callbacks.on_text = [=, &engine](const std::string&) {
+  callbacks.on_progress = [=, &engine](const GenerationProgress&) {
     if (++*step > 0) engine.allow(known->get(), mask_at(*step));
     return true;
   };
@@ -107,7 +107,7 @@ TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
   std::promise<int64_t> id;
   int calls = 0;
   Request first = {{1, 2}, params(3), ""};
-  engine.submit(first, {[&, known = id.get_future().share()](const std::string&) {
+  engine.submit(first, {[&, known = id.get_future().share()](const GenerationProgress&) {
                           if (++calls == 1) {  // both reach the engine before its next pass
                             engine.allow(known.get(), mask_of({50}));
                             engine.allow(known.get(), mask_of({51}));
