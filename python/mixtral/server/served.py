@@ -81,7 +81,7 @@ class Served:
         Raises:
             ApiError: 400 for what the engine refuses.
         """
-        seed = None if body.seed is None else (body.seed + choice) % 2**64
+        seed = None if body.seed is None else _C.sample_seed(body.seed % 2**64, choice)
         try:
             sampling = _C.SamplingParams(**body.sampling_params(), seed=seed, **params)
             call.submit(prompt, sampling, body.experts_per_token or 0)
