@@ -23,7 +23,7 @@ class Served:
     """One per app, in ``app.state.served``.
 
     Attributes:
-        model, settings, tokenizer: what the server was started with.
+        model, settings: what the server was started with.
         bridge: set while the server runs.
         context: most tokens of a prompt and its answer.
         texts: of single tokens; None without a tokenizer.
@@ -39,10 +39,11 @@ class Served:
         self.context = model.context
         self.texts = TokenTexts(model.tokenizer) if model.tokenizer else None
 
-    @property
-    def tokenizer(self) -> Tokenizer:
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        """Raises ApiError 400, naming ``param``, where the model has none."""
         if self.model.tokenizer is None:
-            raise ApiError(400, "the model has no tokenizer: give prompt as token ids", "prompt")
+            message = f"{param} needs a tokenizer, and the model has none: it works on token ids alone"
+            raise ApiError(400, message, param, "invalid_value")
         return self.model.tokenizer
 
     def check_name(self, name: str | None) -> None:
@@ -55,7 +56,9 @@ class Served:
         """The ids of each text. Raises ApiError 400 for an empty one."""
         if not all(texts):
             raise ApiError(400, "prompt must not be empty", "prompt", "invalid_value")
-        tokenizer = self.tokenizer
+        if not texts:
+            return []
+        tokenizer = self.need_tokenizer("prompt")
 
         def work() -> list[list[int]]:
             return [tokenizer.encode(text, add_bos) for text in texts]
@@ -69,21 +72,21 @@ class Served:
         shown = [{"role": _role(message.role), "content": message.text()} for message in messages]
         if shown[-1]["role"] == "assistant":
             shown[-1]["prefix"] = True
-        call = self.tokenizer.apply_chat
+        call = self.need_tokenizer("messages").apply_chat
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call, shown, self._template)
         except (ValueError, LoadError) as error:
             raise ApiError(400, str(error).removeprefix("apply_chat: "), "messages", "invalid_value") from None
 
     def submit(self, call: Call, prompt: list[int], body: Sampling, choice: int, **params: object) -> None:
-        """Adds one sequence to ``call``. ``params``: max_tokens and logprobs.
+        """Adds one sequence to ``call``. ``params``: max_tokens, logprobs, and what else goes before ``body``.
 
         Raises:
             ApiError: 400 for what the engine refuses.
         """
         seed = None if body.seed is None else _C.sample_seed(body.seed % 2**64, choice)
         try:
-            sampling = _C.SamplingParams(**body.sampling_params(), seed=seed, **params)
+            sampling = _C.SamplingParams(**{**body.sampling_params(), "seed": seed, **params})
             call.submit(prompt, sampling, body.experts_per_token or 0)
         except (ValueError, IndexError) as error:
             raise _refused(str(error)) from None
