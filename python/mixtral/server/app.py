@@ -1,6 +1,6 @@
 """The app: routes, errors, and the bridge to the engine while it runs."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -13,12 +13,17 @@ from .served import Served
 from .settings import Settings
 
 
-def create_app(model: Mixtral, settings: Settings | None = None) -> FastAPI:
-    """An ASGI app that serves ``model``. One process, one worker: the engine is in it."""
+def create_app(
+    model: Mixtral, settings: Settings | None = None, bridge: Callable[[Mixtral, int], Bridge] = Bridge
+) -> FastAPI:
+    """An ASGI app that serves ``model``. One process, one worker: the engine is in it.
+
+    ``bridge``: makes the way to the engine, of the model and the number of seats; tests have others.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.served.bridge = Bridge(model, app.state.served.settings.queue)
+        app.state.served.bridge = bridge(model, app.state.served.settings.queue)
         try:
             yield
         finally:
