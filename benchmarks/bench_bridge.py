@@ -2,7 +2,7 @@
 
 1. What it costs the engine's thread to tell the event loop of one token of each of 128 requests, while a Python thread
    spins: a C++ thread plays the engine, with a step every 5 ms.
-2. How many server-sent events a second one server process sends over 32 streams, with an engine that always has a token.
+2. How many server-sent events a second one process sends over 32 streams, with an engine that always has a token.
 """
 
 import asyncio
