@@ -23,16 +23,18 @@ class Progress:
     Attributes:
         text: that became certain; may be empty.
         token_ids, logprobs: of new tokens.
+        prompt_logprobs: those of the prompt, beside the first new token.
         routed_experts, routed_weights: [rows, L, K] each, of the tokens that the model read meanwhile.
         outcome: set when the sequence has ended.
     """
 
-    __slots__ = ("text", "token_ids", "logprobs", "routed_experts", "routed_weights", "outcome")
+    __slots__ = ("text", "token_ids", "logprobs", "prompt_logprobs", "routed_experts", "routed_weights", "outcome")
 
     def __init__(self, event: _C.Event) -> None:
         self.text: str = event.text
         self.token_ids: list[int] = event.token_ids
         self.logprobs: list[TokenLogprob] = event.logprobs
+        self.prompt_logprobs: list[TokenLogprob | None] = event.prompt_logprobs
         self.routed_experts: list[Tensor] = []
         self.routed_weights: list[Tensor] = []
         if (experts := event.routed_experts) is not None:
@@ -43,6 +45,7 @@ class Progress:
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
         self.routed_experts += later.routed_experts
         self.routed_weights += later.routed_weights
         self.outcome = later.outcome
