@@ -128,6 +128,19 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
   return engine.submit({prompt, params, session, experts_per_token}, std::move(callbacks));
 }
 
+// (tokens, first, chosen): the last two [L][E]. None where nothing is counted.
+py::object routing_counts(const Engine& engine) {
+  const auto counts = engine.routing_counts();
+  if (!counts) return py::none();
+  const auto rows = [&counts](const std::vector<int64_t>& values) {
+    std::vector<std::vector<int64_t>> layers;
+    for (auto row = values.begin(); row != values.end(); row += counts->experts)
+      layers.emplace_back(row, row + counts->experts);
+    return layers;
+  };
+  return py::make_tuple(counts->tokens, rows(counts->first), rows(counts->chosen));
+}
+
 Generation result(const Outcome& outcome) {
   if (outcome.error) std::rethrow_exception(outcome.error);
   return outcome.generation;
@@ -199,6 +212,8 @@ void bind_engine(py::module_& m) {
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())
+      .def("routing_counts", &routing_counts,
+           "-> (tokens, first [L][E], chosen [L][E]) of all requests so far; None where nothing is counted.")
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
   m.def("score_continuations", &score_pairs, py::arg("model"), py::arg("contexts"), py::arg("continuations"),
         py::arg("chunk_size"), py::arg("progress"), "-> [(log-probability, is_greedy)]");
