@@ -112,9 +112,9 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
                const std::string& session, int64_t experts_per_token, const py::object& on_text,
                const py::object& on_end) {
   Callbacks callbacks;
-  callbacks.on_text = [callback = share(on_text)](const std::string& text) {
+  callbacks.on_progress = [callback = share(on_text)](const GenerationProgress& progress) {
     const py::gil_scoped_acquire gil;
-    return goes_on((*callback)(text));
+    return goes_on((*callback)(progress.text));
   };
   callbacks.on_end = [callback = share(on_end)](Outcome outcome) {
     const py::gil_scoped_acquire gil;

@@ -195,6 +195,10 @@ int64_t Engine::submit(Request request, Callbacks callbacks) {
   return id;
 }
 
+void Engine::after_passes(std::function<void()> call) {
+  impl_->thread.run([&call](EngineCore& core) { core.after_pass = std::move(call); });
+}
+
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
 
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,
@@ -206,7 +210,8 @@ std::vector<Generation> Engine::generate(std::vector<Request> requests, const On
   std::vector<int64_t> ids;
   for (size_t i = 0; i < requests.size(); ++i) {
     Callbacks callbacks;
-    if (on_text) callbacks.on_text = [call, i](const std::string& text) { return call->on_text(i, text); };
+    if (on_text)
+      callbacks.on_progress = [call, i](const GenerationProgress& pass) { return call->on_text(i, pass.text); };
     callbacks.on_end = [call, i](Outcome outcome) { call->end(i, std::move(outcome)); };
     sequences.push_back(impl_->make_sequence(std::move(requests[i]), std::move(callbacks)));
     sequences.back()->timings = call->timings;

@@ -39,7 +39,7 @@ class Engine {
     int64_t kv_memory = 0;   // most bytes for keys and values; 0: as much as requests need and the device has
     bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
   };
-  // Callbacks::on_text with the index of the prompt. Returning false cancels that prompt alone.
+  // The text of Callbacks::on_progress with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;
   // Called on the waiting thread, about every 50 ms. An exception cancels the requests and is rethrown.
   using WhileWaiting = std::function<void()>;
@@ -63,6 +63,9 @@ class Engine {
   // max_tokens, a parameter out of range, or stop strings without a tokenizer. The forward passes use as many CPU
   // threads as torch does on the thread of the last submit().
   int64_t submit(Request request, Callbacks callbacks);
+  // From now on `call` runs on the engine's thread after each forward pass, once the callbacks of its requests have
+  // returned, and after those of a cancellation. It must not throw.
+  void after_passes(std::function<void()> call);
   // Ends a request with "cancelled" before the next forward pass. An id that has ended is ignored.
   void cancel(int64_t id);
 

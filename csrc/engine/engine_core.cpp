@@ -144,7 +144,7 @@ void EngineCore::run_pass() {
       if (chunk.sequence->in_prefill()) show(*chunk.sequence, "");
     for (const auto& [sequence, sample] : samples) {
       const auto text = sequence->append(sample, runner_.model().config().eos_token_ids);
-      if (text) show(*sequence, *text);
+      if (text || sequence->generation.trace) show(*sequence, text.value_or(""));
     }
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
@@ -159,9 +159,13 @@ void EngineCore::run_pass() {
 }
 
 void EngineCore::show(Sequence& sequence, const std::string& text) {
-  if (!sequence.callbacks.on_text || sequence.error) return;
+  if (!sequence.callbacks.on_progress || sequence.error) return;
+  const Generation& generation = sequence.generation;
+  const GenerationProgress progress = {text, generation, sequence.shown_tokens, sequence.shown_rows};
+  sequence.shown_tokens = generation.token_ids.size();
+  if (generation.trace) sequence.shown_rows = generation.trace->tokens();
   try {
-    if (!sequence.callbacks.on_text(text) && !sequence.finished()) sequence.cancel();
+    if (!sequence.callbacks.on_progress(progress) && !sequence.finished()) sequence.cancel();
   } catch (...) {
     sequence.error = std::current_exception();
   }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -33,6 +34,9 @@ class EngineCore {
   void step();
   void cancel_all();
   void fail_all(const std::exception_ptr& error);
+
+  // Called by the thread after each pass and the callbacks that came of it: one wake-up for all of them.
+  std::function<void()> after_pass;
 
  private:
   void admit();

@@ -112,6 +112,7 @@ void EngineThread::loop(State& state) noexcept {
     } catch (...) {  // in no request's own work: out of memory, most likely
       state.core->fail_all(std::current_exception());
     }
+    if (state.core->after_pass) state.core->after_pass();
   }
 }
 

@@ -51,13 +51,21 @@ struct Outcome {
   std::exception_ptr error;
 };
 
+// What one forward pass brought. The references hold during the call.
+struct GenerationProgress {
+  const std::string& text;       // that became certain
+  const Generation& generation;  // so far
+  size_t first_token = 0;        // of generation.token_ids: this one and those behind it are new, and their logprobs
+  int64_t first_row = 0;         // the same of the rows of generation.trace->routing, when there is a trace
+};
+
 // Both are called on the engine's thread. They may submit and cancel requests, but must not wait for one.
 struct Callbacks {
-  // Called with the text that became certain, once per forward pass that computed tokens of the request. The text may
-  // be empty: while the prompt is read, while a code point or a stop string may be incomplete, or without a tokenizer.
-  // Returning false cancels the request; an exception ends it.
-  std::function<bool(const std::string& text)> on_text;
-  // Called once, after the last on_text. Must not throw.
+  // Called once per forward pass that computed tokens of the request. The text may be empty: while the prompt is read,
+  // while a code point or a stop string may be incomplete, or without a tokenizer. Returning false cancels the request;
+  // an exception ends it.
+  std::function<bool(const GenerationProgress& progress)> on_progress;
+  // Called once, after the last on_progress. Must not throw.
   std::function<void(Outcome outcome)> on_end;
 };
 

@@ -48,6 +48,8 @@ class Sequence {
   bool diverged = false;     // from the tokens of `replay`
   int64_t max_pages = 0;     // the most it holds in the cache at a time
   int64_t cache_id = -1;     // of its keys and values; -1 while it waits
+  size_t shown_tokens = 0;   // of generation.token_ids, those that on_progress had
+  int64_t shown_rows = 0;    // the same of the rows of generation.trace
   int num_threads = 1;       // of the caller
   std::shared_ptr<Timings> timings = std::make_shared<Timings>();  // shared by the requests of one generate call
   Generation generation;

@@ -52,6 +52,7 @@ class Mixtral(Tracing):
     Attributes:
         config: its architecture.
         tokenizer: None when the folder has none that can be read; the model then works on token ids.
+        context: most tokens of a prompt and what follows it.
         timings: of the last finished ``generate``; None before.
         sampling_defaults: what generation_config.json says of sampling, as arguments of ``generate``.
     """
@@ -78,6 +79,7 @@ class Mixtral(Tracing):
         _engines.add(self._engine)
         self.config: Config = model.config
         self.tokenizer = tokenizer
+        self.context: int = options.get("ctx_size") or self.config.max_position
         self.timings: Timings | None = None
         self._process: int | None = None  # that has used the model
         self.sampling_defaults: dict[str, float] = {}
@@ -168,6 +170,11 @@ class Mixtral(Tracing):
     def weight_type(self) -> str:
         """ "float32", "bfloat16", "float16", "int8", "fp8" or "int4"."""
         return self._model.weight_type
+
+    @property
+    def engine(self) -> _C.Engine:
+        """The engine in C++, for servers (``mixtral.server``)."""
+        return self._engine
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The weights by name, not copies; csrc/model/parameters.h lists names and shapes."""
