@@ -28,7 +28,7 @@ std::vector<Scheduler::Chunk> Scheduler::plan() {
 // theirs back.
 void Scheduler::add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks) {
   const int64_t tokens = std::min({sequence.length() - sequence.computed, options_.chunk_size, budget});
-  if (tokens == 0) return;
+  if (tokens == 0) return;  // nothing is left of the budget, or it waits for the mask of its next token
   while (!cache_.reserve(sequence.cache_id, tokens)) {
     if (running_.back() == &sequence) return;  // waits for pages with those it has
     preempt(*running_.back());
