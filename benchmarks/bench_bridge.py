@@ -100,7 +100,7 @@ TOKEN = SimpleNamespace(text=" word", token_ids=[7], logprobs=[], prompt_logprob
 class Endless(Bridge):
     """An engine that has a token for every open call in every turn of the event loop."""
 
-    def __init__(self, _: mixtral.Mixtral, seats: int) -> None:
+    def __init__(self, _: mixtral.Mixtral, seats: int, metrics: object) -> None:
         self._open, self._next_key, self._seats, self.seats_taken = {}, 0, seats, 0
         self._feeder = asyncio.ensure_future(self._feed())
 

@@ -24,12 +24,13 @@ void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<const uint8
   }
 }
 
-// None when no sequence of the plan is traced or replayed.
-std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config) {
+// None when nothing is counted, and no sequence of the plan is traced or replayed.
+std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
+                                           bool counts) {
   const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
-  if (!forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
+  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
   RoutingObserver observer(config, /*keep_logits=*/false);
   if (forces) {
     std::vector<const uint8_t*> rows;
@@ -125,10 +126,11 @@ std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vecto
     sequences.push_back(sequence);
   }
   for (const PromptToken& token : prompt_tokens) rows.push_back(token.row);
-  std::optional<RoutingObserver> observer = observer_of(plan, model_->config());
+  std::optional<RoutingObserver> observer = observer_of(plan, model_->config(), options_.routing_counts != nullptr);
   const auto logits =
       forward(chunks, rows, plan[0].sequence->experts_per_token, observer ? &observer.value() : nullptr);
   if (observer) add_to_traces(*observer, plan);
+  if (options_.routing_counts) observer->count_in(*options_.routing_counts);
   for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
   if (rows.empty()) return {};
   const auto count = static_cast<int64_t>(sequences.size());

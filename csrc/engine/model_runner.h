@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "decode_graphs.h"
+#include "routing_counts.h"
 #include "scheduler.h"
 #include "sequence.h"
 
@@ -22,6 +24,7 @@ class ModelRunner {
     int64_t max_batch;  // most sequences in one pass
     int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
     bool cuda_graph;
+    std::shared_ptr<RoutingCounts> routing_counts = nullptr;  // gets what the routers decide
   };
 
   ModelRunner(Mixtral model, Options options);

@@ -12,6 +12,7 @@ from ..model import Mixtral
 from ..tokenizer import Tokenizer
 from .bridge import Bridge, Call
 from .errors import ApiError
+from .metrics import Metrics
 from .protocol import Message, Sampling
 from .settings import Settings
 from .token_texts import TokenTexts
@@ -25,6 +26,7 @@ class Served:
     Attributes:
         model, settings: what the server was started with.
         bridge: set while the server runs.
+        metrics: what /metrics shows.
         context: most tokens of a prompt and its answer.
         texts: of single tokens; None without a tokenizer.
         chat_format: how chats become prompts, in words; None: the model is for completions only.
@@ -33,6 +35,7 @@ class Served:
     def __init__(self, model: Mixtral, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.bridge: Bridge | None = None
+        self.metrics = Metrics(settings.served_model_name, model.engine)
         self._threads = ThreadPoolExecutor(1, "tokenize")
         self._template = settings.chat_template
         self.chat_format = self._find_chat_format()
