@@ -214,9 +214,7 @@ def run(bench: Bench, folder: Path, threads: int, seconds: float, with_peer: boo
         "8 clients against the engine", "throughput", eight, "tokens/s", None, None, "in process", alone, eight / alone
     )
     bench.rows.append(row)
-    print(
-        f"8 clients: x {eight / one:.2f} of 1 client, x {eight / alone:.2f} of the engine in process ({alone:.1f} tokens/s)"
-    )
+    print(f"8 clients: x {eight / one:.2f} of 1 client, x {eight / alone:.2f} of the engine in process")
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class Client:
     async def post(self, body: dict | bytes, cut_after: int | None = None, deadline: float = 300.0) -> Outcome:
         """
         Args:
-            cut_after: close the connection after so many events of a stream; of a whole answer, right after the request.
+            cut_after: close the connection after so many events of a stream, or milliseconds before a whole answer.
             deadline: seconds after which the request counts as not ended.
         """
         outcome = Outcome()

@@ -147,9 +147,8 @@ def main() -> int:
         report = asyncio.run(soak(server, arguments.requests, arguments.connections))
         held = idle(server)
         after = server.descriptors()
-    print(
-        f"{arguments.requests} requests, {arguments.connections} connections: {arguments.requests / report.seconds:.0f}/s"
-    )
+    rate = arguments.requests / report.seconds
+    print(f"{arguments.requests} requests on {arguments.connections} connections, {rate:.0f} a second")
     for (kind, status), count in sorted(report.outcomes.items(), key=str):
         print(f"  {kind}, {status}: {count}")
     print(f"lost: {len(report.lost)}", *report.lost[:5], sep="\n  ")
