@@ -32,7 +32,7 @@ FIELDS = {
     "repetition_penalty": {"fine": [0.5, 1, 2], "wrong": [0, -1, "1", []]},
     "top_k": {"fine": [-1, 0, 1, 10**6], "wrong": [-2, 1.5, "1", [1], 2**70]},
     "n": {"fine": [1, 8], "wrong": [0, 9, -1, 1.5, "1", [], 2**70]},
-    "max_tokens": {"fine": [1, 16], "wrong": [0, -1, 1.5, "1", [], 10**6, 2**70]},
+    "max_tokens": {"fine": [1, 16], "wrong": [0, -1, 1.5, "1", [], 2**70]},
     "min_tokens": {"fine": [0, 1], "wrong": [-1, 1.5, "1", 2**70]},
     "seed": {"fine": [0, -1, 2**63 - 1, -(2**63)], "wrong": [2**63, -(2**63) - 1, 1.5, "1", []]},
     "stop": {
@@ -59,7 +59,7 @@ def post(server: ServerProcess, path: str, **fields: object) -> Answer:
 
 def assert_refused(answer: Answer, param: str | None) -> None:
     assert answer.status == 400, answer.body
-    assert answer.error["param"] == param
+    assert (answer.error["param"] or "").split(".")[0] == (param or "")
     assert answer.error["message"]
 
 
