@@ -14,7 +14,7 @@ mode=${1:-run}
 
 packages=(build-essential cmake ninja-build ccache nlohmann-json3-dev libcli11-dev)
 [[ -n ${PYTHON:-} ]] || packages+=(python3-venv python3-dev)
-test_packages=(libgtest-dev clang clang-format clang-tidy libclang-rt-14-dev)
+test_packages=(libgtest-dev clang clang-format clang-tidy libclang-rt-14-dev chromium chromium-driver)
 case $mode in
   app) target=mixtral_app groups=(build run) stages=4 ;;
   run) target=python_package groups=(build run) stages=5 ;;
