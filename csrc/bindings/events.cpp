@@ -18,12 +18,13 @@ std::optional<torch::Tensor> rows(const Event& event, const std::vector<T>& valu
 }
 
 int64_t submit(Engine& engine, const std::shared_ptr<EventBox>& box, int64_t key, std::vector<int64_t> prompt,
-               SamplingParams params, int64_t experts_per_token, bool trace) {
+               SamplingParams params, int64_t experts_per_token, bool trace, bool constrained) {
   Request request;
   request.prompt_token_ids = std::move(prompt);
   request.params = std::move(params);
   request.experts_per_token = experts_per_token;
   request.trace = trace;
+  request.constrained = constrained;
   return engine.submit(std::move(request), box->callbacks(key));
 }
 
@@ -35,6 +36,7 @@ void bind_events(py::module_& m) {
       .def_readonly("text", &Event::text, "That became certain; may be empty.")
       .def_readonly("token_ids", &Event::token_ids)
       .def_readonly("logprobs", &Event::logprobs, "[TokenLogprob], one per token when asked for.")
+      .def_readonly("prompt_logprobs", &Event::prompt_logprobs, "Those of the prompt, beside the first new token.")
       .def_property_readonly(
           "routed_experts", [](const Event& event) { return rows(event, event.routed_ids, torch::kUInt8); },
           "uint8 [rows, L, K] of the tokens that the model read meanwhile; None when there are none.")
@@ -55,10 +57,12 @@ void bind_events(py::module_& m) {
       .def(
           "submit",
           [](const std::shared_ptr<EventBox>& box, Engine& engine, int64_t key, std::vector<int64_t> prompt,
-             const SamplingParams& params, int64_t experts_per_token,
-             bool trace) { return submit(engine, box, key, std::move(prompt), params, experts_per_token, trace); },
+             const SamplingParams& params, int64_t experts_per_token, bool trace, bool constrained) {
+            return submit(engine, box, key, std::move(prompt), params, experts_per_token, trace, constrained);
+          },
           py::arg("engine"), py::arg("key"), py::arg("prompt"), py::arg("params"), py::arg("experts_per_token") = 0,
-          py::arg("trace") = false, ReleaseGil(), "-> the request's id, for Engine.cancel. Raises ValueError.");
+          py::arg("trace") = false, py::arg("constrained") = false, ReleaseGil(),
+          "-> the request's id, for Engine.cancel and Engine.allow. Raises ValueError.");
 }
 
 }  // namespace mixtral

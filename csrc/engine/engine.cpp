@@ -87,6 +87,7 @@ struct Engine::Impl {
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check(const Request& request) const;
+  void check_ids_of(const SamplingParams& params) const;
   void check_routing(const Request& request) const;
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
@@ -107,9 +108,22 @@ void Engine::Impl::check(const Request& request) const {
   require(length <= options.ctx_size && request.params.max_tokens <= options.ctx_size - length,
           "prompt must fit the context of " + std::to_string(options.ctx_size) + " tokens with max_tokens, got " +
               std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(request.params.max_tokens));
+  check_ids_of(request.params);
   check_routing(request);
+  require(request.session.empty() || request.params.prompt_logprobs == 0,
+          "prompt_logprobs must be 0 with a session, which does not compute its whole prompt");
   require(request.params.stop.empty() || tokenizer,
           "stop must be empty without a tokenizer, got " + std::to_string(request.params.stop.size()) + " strings");
+}
+
+void Engine::Impl::check_ids_of(const SamplingParams& params) const {
+  const int64_t vocab = model->config().vocab_size;
+  const auto check = [&](const char* field, int64_t id) {
+    require(id < vocab, std::string(field) + " must be of token ids in [0, " + std::to_string(vocab) + "), got " +
+                            std::to_string(id));
+  };
+  for (const auto& bias : params.logit_bias) check("logit_bias", bias.first);
+  for (const int64_t id : params.stop_token_ids) check("stop_token_ids", id);
 }
 
 void Engine::Impl::check_routing(const Request& request) const {
@@ -137,7 +151,8 @@ std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
   if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));
-  auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer);
+  auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer,
+                                             model->config().eos_token_ids);
   sequence->generation.trace = std::move(trace);
   sequence->num_threads = num_threads();
   return sequence;
@@ -201,6 +216,13 @@ void Engine::after_passes(std::function<void()> call) {
 
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
 
+void Engine::allow(int64_t id, std::vector<int32_t> mask) {
+  const int64_t words = (config().vocab_size + 31) / 32;
+  require(static_cast<int64_t>(mask.size()) == words,
+          "allow: mask must have " + std::to_string(words) + " words of 32 tokens, got " + std::to_string(mask.size()));
+  impl_->thread.allow(id, std::move(mask));
+}
+
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,
                                          const WhileWaiting& while_waiting) {
   if (impl_->thread.is_current()) throw std::logic_error("Engine: a callback must not wait for generate()");
@@ -209,6 +231,7 @@ std::vector<Generation> Engine::generate(std::vector<Request> requests, const On
   std::vector<std::unique_ptr<Sequence>> sequences;
   std::vector<int64_t> ids;
   for (size_t i = 0; i < requests.size(); ++i) {
+    require(!requests[i].constrained, "generate: a constrained request must come through submit(), which tells its id");
     Callbacks callbacks;
     if (on_text)
       callbacks.on_progress = [call, i](const GenerationProgress& pass) { return call->on_text(i, pass.text); };

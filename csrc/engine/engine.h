@@ -68,9 +68,16 @@ class Engine {
   void after_passes(std::function<void()> call);
   // Ends a request with "cancelled" before the next forward pass. An id that has ended is ignored.
   void cancel(int64_t id);
+  // Says which tokens the next one of a constrained request may be; a later call replaces an earlier one until the
+  // token is picked, and the token after it needs a call of its own. `mask` has ceil(vocab / 32) words: bit i % 32 of
+  // word i / 32 allows token i, an end-of-sequence token too. The request waits without holding up others; calls may
+  // come from any thread, before the logits do. No allowed token ends the request with "error". An id that has ended,
+  // or of a request that is not constrained, is ignored. Throws std::invalid_argument for another number of words.
+  void allow(int64_t id, std::vector<int32_t> mask);
 
-  // Submits all requests and waits for them. Throws what submit() does, before any of them runs; OutOfMemory when the
-  // keys and values of one do not fit; and what a callback throws: the requests that are left are cancelled then.
+  // Submits all requests and waits for them. Throws what submit() does, before any of them runs, also for a constrained
+  // request; OutOfMemory when the keys and values of one do not fit; and what a callback throws: the requests that are
+  // left are cancelled then.
   std::vector<Generation> generate(std::vector<Request> requests, const OnText& on_text = nullptr,
                                    Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
   // The same for token ids, with one SamplingParams for all or one per prompt.

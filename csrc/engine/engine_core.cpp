@@ -36,6 +36,16 @@ void EngineCore::cancel(int64_t id) {
   end_finished();
 }
 
+void EngineCore::allow(int64_t id, std::vector<int32_t> mask) {
+  for (const auto& sequence : sequences_)
+    if (sequence->id == id && sequence->constrained) sequence->allowed = std::move(mask);
+}
+
+bool EngineCore::idle() const {
+  const auto& running = scheduler_.running();
+  return !may_admit_ && std::all_of(running.begin(), running.end(), [](const auto* s) { return s->blocked(); });
+}
+
 void EngineCore::cancel_all() {
   for (const auto& sequence : sequences_) sequence->cancel();
   end_finished();
@@ -62,6 +72,7 @@ void EngineCore::load_session(const std::string& name, SavedSession saved) {
 
 void EngineCore::step() {
   admit();
+  sample_held();
   run_pass();
   end_finished();
 }
@@ -133,6 +144,15 @@ bool EngineCore::drop(const std::optional<Session>& session) {
 // ---- a forward pass
 // --------------------------------------------------------------------------------------------------
 
+// The next tokens of constrained sequences whose masks have come.
+void EngineCore::sample_held() {
+  for (const auto& sequence : sequences_) {
+    if (sequence->held_logits.empty() || sequence->allowed.empty()) continue;
+    take(*sequence, runner_.sample_held(*sequence));
+  }
+  end_finished();
+}
+
 void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
   if (plan.empty()) return;
@@ -142,10 +162,7 @@ void EngineCore::run_pass() {
     const auto samples = runner_.run(plan);
     for (const auto& chunk : plan)
       if (chunk.sequence->in_prefill()) show(*chunk.sequence, "");
-    for (const auto& [sequence, sample] : samples) {
-      const auto text = sequence->append(sample, runner_.model().config().eos_token_ids);
-      if (text || sequence->generation.trace) show(*sequence, text.value_or(""));
-    }
+    for (const auto& [sequence, sample] : samples) take(*sequence, sample);
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
   }
@@ -156,6 +173,12 @@ void EngineCore::run_pass() {
     (prefill ? each->prefill_seconds : each->decode_seconds) += seconds.count();
     each->peak_pages = std::max(each->peak_pages, runner_.pages_in_use());
   }
+}
+
+void EngineCore::take(Sequence& sequence, const Sample& sample) {
+  if (sequence.finished()) return;  // because of another row of the pass
+  const auto text = sequence.append(sample);
+  if (text || sequence.generation.trace) show(sequence, text.value_or(""));
 }
 
 void EngineCore::show(Sequence& sequence, const std::string& text) {

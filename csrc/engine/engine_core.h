@@ -24,8 +24,9 @@ class EngineCore {
   EngineCore(Mixtral model, const ModelRunner::Options& runner, const Scheduler::Options& scheduler);
 
   void add(std::unique_ptr<Sequence> sequence);
-  void cancel(int64_t id);  // does nothing if no request has this id
-  bool idle() const { return sequences_.empty(); }
+  void cancel(int64_t id);                            // does nothing if no request has this id
+  void allow(int64_t id, std::vector<int32_t> mask);  // of the next token of a constrained request, if there is one
+  bool idle() const;                                  // there is nothing to do until one of these calls comes
   // The tokens, keys and values of an idle session. Throws std::invalid_argument when there is none of this name.
   SavedSession save_session(const std::string& name);
   // Makes an idle session of them, in the place of one of this name. Throws OutOfMemory.
@@ -42,7 +43,9 @@ class EngineCore {
   void admit();
   bool make_room(const Sequence& next);
   void start(Sequence& sequence);
+  void sample_held();
   void run_pass();
+  void take(Sequence& sequence, const Sample& sample);
   void show(Sequence& sequence, const std::string& text);
   void end_finished();
   void end(Sequence& sequence) noexcept;

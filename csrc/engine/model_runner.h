@@ -39,8 +39,11 @@ class ModelRunner {
   RollingKVCache& cache() { return cache_.value(); }
 
   // Computes the tokens of the plan and counts them as computed, in one forward pass for each number of experts per
-  // token. Returns a sample for each sequence all of whose tokens are computed now.
+  // token. Returns a sample for each sequence all of whose tokens are computed now; of a constrained one it keeps the
+  // logits instead.
   std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan);
+  // Picks the next token of a constrained sequence, from its logits and mask.
+  Sample sample_held(Sequence& sequence) const;
 
   MixtralImpl& model() { return *model_; }
 
@@ -49,6 +52,7 @@ class ModelRunner {
   std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
   torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                         int64_t experts_per_token, ForwardObserver* observer);
+  torch::Tensor hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const;
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 

@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,8 @@ struct Request {
   // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
   // trace. It gives experts_per_token. Not with a session.
   std::shared_ptr<const Trace> replay = nullptr;
+  // Each new token, the first one too, waits until Engine::allow() has said which tokens it may be.
+  bool constrained = false;
 };
 
 struct Timings {
@@ -40,7 +43,8 @@ struct Generation {
   std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
   std::string error;                   // why, when finish_reason is "error": its logits were NaN
   std::vector<TokenLogprob> logprobs;  // one per token when asked for
-  std::shared_ptr<Trace> trace;        // of the tokens that the model read: all but the newest; when asked for
+  std::vector<std::optional<TokenLogprob>> prompt_logprobs;  // one per prompt token when asked for; none of the first
+  std::shared_ptr<Trace> trace;  // of the tokens that the model read: all but the newest; when asked for
 };
 
 // How a request ended. `error` is an exception that ended it, of the forward pass or of a callback; then `generation`

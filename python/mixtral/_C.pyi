@@ -104,11 +104,17 @@ class SamplingParams:
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
     seed: int | None
     stop: list[str]
+    stop_token_ids: list[int]
+    min_tokens: int
     logprobs: int
+    prompt_logprobs: int
     ignore_eos: bool
-    def __init__(self, **fields: int | float | bool | None | list[str]) -> None: ...
+    def __init__(self, **fields: int | float | bool | None | list[str] | list[int] | dict[int, float]) -> None: ...
 
 class TokenLogprob:
     @property
@@ -131,6 +137,8 @@ class Generation:
     def error(self) -> str: ...
     @property
     def logprobs(self) -> list[TokenLogprob]: ...
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]: ...
     @property
     def routed_experts(self) -> torch.Tensor | None: ...
 
@@ -211,6 +219,7 @@ class Engine:
         experts_per_token: int,
         trace: bool,
         on_text: Callable[[int, str], bool | None] | None,
+        n: int = 1,
     ) -> tuple[list[Generation], Timings]: ...
     def submit(
         self,
@@ -220,7 +229,9 @@ class Engine:
         experts_per_token: int,
         on_text: Callable[[str], bool | None],
         on_end: Callable[[Outcome], None],
+        constrained: bool = False,
     ) -> int: ...
+    def allow(self, id: int, mask: torch.Tensor) -> None: ...
     def cancel(self, id: int) -> None: ...
     def save_session(self, session: str, file: str | PathLike[str]) -> None: ...
     def load_session(self, session: str, file: str | PathLike[str]) -> None: ...
@@ -236,6 +247,8 @@ class Event:
     def token_ids(self) -> list[int]: ...
     @property
     def logprobs(self) -> list[TokenLogprob]: ...
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]: ...
     @property
     def routed_experts(self) -> torch.Tensor | None: ...
     @property
@@ -256,6 +269,7 @@ class EventBox:
         params: SamplingParams,
         experts_per_token: int = 0,
         trace: bool = False,
+        constrained: bool = False,
     ) -> int: ...
 
 CHUNK_SIZE: int
@@ -290,6 +304,7 @@ def ids_and_bytes(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
 def passkey_prompt(
     tokenizer: Tokenizer, style: str, length: int, depth: float, key: str, name: str
 ) -> dict[str, list[int] | int]: ...
+def sample_seed(seed: int, index: int) -> int: ...
 def score_continuations(
     model: Mixtral,
     contexts: Sequence[Sequence[int]],
