@@ -51,6 +51,7 @@ class Sampling(Body):
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] = []
     experts_per_token: Annotated[StrictInt, Field(ge=1)] | None = None
     return_token_ids: StrictBool = False
+    return_routed_experts: StrictBool = False
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Sampling":
