@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "decode_graphs.h"
+#include "routing_counts.h"
 #include "scheduler.h"
 #include "sequence.h"
 
@@ -22,6 +24,7 @@ class ModelRunner {
     int64_t max_batch;  // most sequences in one pass
     int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
     bool cuda_graph;
+    std::shared_ptr<RoutingCounts> routing_counts = nullptr;  // gets what the routers decide
   };
 
   ModelRunner(Mixtral model, Options options);
@@ -36,8 +39,11 @@ class ModelRunner {
   RollingKVCache& cache() { return cache_.value(); }
 
   // Computes the tokens of the plan and counts them as computed, in one forward pass for each number of experts per
-  // token. Returns a sample for each sequence all of whose tokens are computed now.
+  // token. Returns a sample for each sequence all of whose tokens are computed now; of a constrained one it keeps the
+  // logits instead.
   std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan);
+  // Picks the next token of a constrained sequence, from its logits and mask.
+  Sample sample_held(Sequence& sequence) const;
 
   MixtralImpl& model() { return *model_; }
 
@@ -46,6 +52,7 @@ class ModelRunner {
   std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
   torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                         int64_t experts_per_token, ForwardObserver* observer);
+  torch::Tensor hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const;
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 
