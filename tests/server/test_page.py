@@ -205,7 +205,9 @@ def test_the_keyboard_reaches_everything(page):
     assert dim == [0 not in route(number)[1] for number in range(len(WORDS) - 1)]
     page.one("#experts button").send_keys(Keys.SPACE)
     assert page.all(".token.dim") == []
-    order = page.run("[...document.querySelectorAll('input, textarea, button, [tabindex]')].every((e) => e.tabIndex >= 0)")
+    order = page.run(
+        "[...document.querySelectorAll('input, textarea, button, [tabindex]')].every((e) => e.tabIndex >= 0)"
+    )
     assert order
 
 
@@ -260,7 +262,9 @@ def test_an_answer_that_breaks_off_says_so_and_keeps_its_text(page, server):
 def test_a_key_is_asked_for_where_the_server_wants_one(driver, server):
     server.key = "secret"
     driver.get(server.url)
-    key = WebDriverWait(driver, WAIT).until(lambda d: d.find_element(By.ID, "key").is_displayed() and d.find_element(By.ID, "key"))
+    key = WebDriverWait(driver, WAIT).until(
+        lambda d: d.find_element(By.ID, "key").is_displayed() and d.find_element(By.ID, "key")
+    )
     key.send_keys("secret", Keys.TAB)
     page = Page.__new__(Page)
     page.driver = driver

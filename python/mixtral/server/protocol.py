@@ -52,11 +52,9 @@ class Sampling(Body):
     experts_per_token: Annotated[StrictInt, Field(ge=1)] | None = None
     return_token_ids: StrictBool = False
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> "Sampling":
-        if self.stream_options and not self.stream:
-            raise ValueError("stream_options is for stream: true only")
-        return self
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling_params(self) -> dict[str, object]:
         """Arguments of ``_C.SamplingParams``, without max_tokens and those of log probabilities."""
