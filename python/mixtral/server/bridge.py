@@ -15,6 +15,7 @@ from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
 from .metrics import Metrics, SequenceTimes
+from .recorder import Recorder
 
 
 class Progress:
@@ -159,11 +160,13 @@ class Bridge:
 
     Attributes:
         seats_taken: sequences that wait or run, or are about to.
+        recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
     """
 
     def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
         self.seats_taken = 0
         self._seats = seats
+        self.recorder: Recorder | None = None
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
@@ -195,7 +198,8 @@ class Bridge:
     def submit(
         self, key: int, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int, routed: bool
     ) -> int:
-        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, routed)
+        traced = routed or self.recorder is not None
+        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced)
         self._observed[key] = self._metrics.sequence(len(prompt), params.max_tokens)
         return request
 
@@ -209,6 +213,8 @@ class Bridge:
 
     def progress(self) -> tuple[bool, int]:
         """Whether the engine has work, and how many tokens it has computed."""
+        if not hasattr(self._engine, "stats"):
+            return False, 0
         return bool(self._observed), self._engine.stats().computed_tokens
 
     def close(self) -> None:
@@ -217,6 +223,8 @@ class Bridge:
     def _drain(self) -> None:
         for event in self._box.take():
             self._observe(event)
+            if self.recorder and event.outcome is not None:
+                self.recorder.add(event.outcome)
             if entry := self._open.get(event.key):  # the call may have been closed
                 call, index = entry
                 progress = Progress(event)

@@ -91,6 +91,7 @@ def _add_server_flags(add: Callable) -> None:
     add("--watchdog", metavar="S", type=_seconds, default=120.0, help="for one forward pass (default: 120)")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
     add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
+    add("--trace", metavar="FILE", help="write which experts every token of all requests went to, when the server ends")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
 
 
@@ -153,6 +154,7 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
         served_model_name=flags.served_model_name or name,
         chat_template=flags.chat_template,
         queue=flags.queue,
+        trace=flags.trace,
     )
 
 
