@@ -75,7 +75,7 @@ def test_a_stream_gives_the_same_rows_piece_by_piece(server_url, path, question)
         assert pieces == {name: whole[name] for name in pieces}
         assert len(pieces["routed_experts"]) > len(pieces["token_ids"])
     rows = [len(choice.get("routed_experts", [])) for choice in chunks if choice["index"] == 0]
-    assert sum(count == 1 for count in rows) > 3  # they come while the answer is written
+    assert sum(count > 0 for count in rows) > 1  # they come while the answer is written
 
 
 def test_an_answer_that_ends_by_itself_has_a_row_for_every_token(server_url, server_model):
