@@ -68,7 +68,7 @@ def test_rows_are_those_of_a_trace_of_the_same_tokens(server_model, server_url, 
 
 @pytest.mark.parametrize("path, question", PATHS)
 def test_a_stream_gives_the_same_rows_piece_by_piece(server_url, path, question):
-    options = dict(return_routed_experts=True, n=2, temperature=1.0, seed=3, **question)
+    options = dict(return_routed_experts=True, n=2, temperature=1.0, seed=3, max_tokens=400, **question)
     chunks = stream(server_url, path, **options)
     for whole in ask(server_url, path, **options):
         pieces = joined(chunks, whole["index"])
