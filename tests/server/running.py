@@ -47,6 +47,7 @@ def running(app: FastAPI) -> Iterator[str]:
     failed: list[BaseException] = []
 
     def run() -> None:
+        torch.set_num_threads(1)  # of passes for requests of this thread: two wait for each other on a busy machine
         try:
             asyncio.run(server.serve())
         except BaseException as error:

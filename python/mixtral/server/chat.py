@@ -22,7 +22,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     server = served(request)
-    server.check_name(body.model)
+    server.check(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
     call = server.bridge.open(body.n)
@@ -64,8 +64,7 @@ class Chat:
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
-        wants_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        head = {**self._head, "usage": None} if wants_usage else self._head
+        head = {**self._head, "usage": None} if self.body.include_usage else self._head
         begun: set[int] = set()  # choices that have text: the space before the first word is no part of the answer
         for index in range(self.body.n):
             first = {"role": "assistant", "content": ""}
@@ -84,7 +83,7 @@ class Chat:
             if text or reason or (progress.token_ids and self._tells_tokens):
                 delta = {"content": text} if text or progress.token_ids else {}
                 yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
-        if wants_usage:
+        if self.body.include_usage:
             yield event({**self._head, "choices": [], "usage": usage(len(self.prompt), completion_tokens)})
 
     @property

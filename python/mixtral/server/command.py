@@ -26,19 +26,22 @@ def _size(text: str) -> int:
     unit = number.lstrip("0123456789.")
     try:
         value = float(number.removesuffix(unit)) * SIZES[unit]
+        if not 0 < value < 2**63:
+            raise ValueError
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"expected a size such as 4GiB, got {text}") from None
     return int(value)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be >= {least}, got {text}")
+        if value < least or (most is not None and value > most):
+            rule = f">= {least}" if most is None else f"in [{least}, {most}]"
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
 
     return number
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_server_flags(add: Callable) -> None:
     add("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
-    add("--port", metavar="N", type=_at_least(0), default=8000, help="0: a free one (default: 8000)")
+    add("--port", metavar="N", type=_at_least(0, 65535), default=8000, help="0: a free one (default: 8000)")
     add("--api-key", metavar="KEY", help="what clients must send; better in MIXTRAL_API_KEY, which ps does not show")
     add("--served-model-name", metavar="NAME", help="the model's name for clients (default: the folder's)")
     add("--chat-template", metavar="NAME|FILE", help="instead of the model's own, as of `mixtral chat`")

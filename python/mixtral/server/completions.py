@@ -23,7 +23,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     server = served(request)
-    server.check_name(body.model)
+    server.check(body)
     given = _prompts(body, server.settings.max_prompts)
     call = server.bridge.open(len(given) * body.n)
     with call.closed_on_error():
@@ -89,8 +89,7 @@ class Completion:
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
-        wants_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        head = {**self._head, "usage": None} if wants_usage else self._head
+        head = {**self._head, "usage": None} if self.body.include_usage else self._head
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
             end = result_of(progress.outcome) if progress.outcome is not None else None
@@ -100,7 +99,7 @@ class Completion:
                 of_prompt = progress.prompt_logprobs or (end.prompt_logprobs if end else [])
                 choice = self._choice(index, progress, of_prompt, end.finish_reason if end else None)
                 yield event({**head, "choices": [choice]})
-        if wants_usage:
+        if self.body.include_usage:
             yield event({**self._head, "choices": [], "usage": usage(self._prompt_tokens(), completion_tokens)})
 
     @property

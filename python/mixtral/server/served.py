@@ -42,6 +42,12 @@ class Served:
         self.context = model.context
         self.texts = TokenTexts(model.tokenizer) if model.tokenizer else None
 
+    def check(self, body: Sampling) -> None:
+        """Raises ApiError for what no request may ask of this server."""
+        self.check_name(body.model)
+        if body.stream_options and not body.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options", "invalid_value")
+
     def need_tokenizer(self, param: str) -> Tokenizer:
         """Raises ApiError 400, naming ``param``, where the model has none."""
         if self.model.tokenizer is None:
