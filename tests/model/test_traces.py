@@ -294,6 +294,16 @@ def test_wrong_files_are_load_errors(changes, message, tmp_path):
         mixtral.Trace.load(path)
 
 
+@pytest.mark.parametrize("shape", [(2**40, 1, 0), (2**40, 0, 1), (0, 1, 1)])
+def test_sizes_without_data_are_a_load_error(shape, tmp_path):
+    metadata = {"kind": "mixtral routing trace", "version": "1", "domains": '["text"]', "num_experts": "4"}
+    header = {"__metadata__": metadata, "topk_ids": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "t").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(mixtral.LoadError, match="topk_ids: must have at least one|token_id: is missing"):
+        mixtral.Trace.load(tmp_path / "t")
+
+
 def test_a_truncated_file_is_a_load_error(tmp_path):
     path = tmp_path / "t"
     tiny_model().trace([3, 4, 5]).save(path)
