@@ -16,7 +16,8 @@ from mixtral._C import Config
 from mixtral.errors import LoadError
 from mixtral.train import Batch, Mixtral, RouterOptions, checkpoint, loop, metrics
 from mixtral.train.optimizer import Optimizer, learning_rate, sum_of_squares
-from mixtral.train.settings import SettingsError, TrainSettings
+from mixtral.train.settings import TrainSettings
+from mixtral.train.toml_tables import SettingsError
 from tiny_run import assert_same_run, run_tiny, settings, tensors_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
