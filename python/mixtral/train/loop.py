@@ -229,7 +229,7 @@ class _Loop:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + int(totals.tokens), self.seconds + seconds
         row = {"step": self.step, "tokens": self.tokens, "lr": lr, **terms, "grad_norm": norm}
         if load is not None:
-            row |= {"balance_switch": terms["balance"] * len(load), "max_logit": max_logit}
+            row |= {"balance_sum": terms["balance"] * len(load), "max_logit": max_logit}
             row |= metrics.expert_statistics(load)
         row |= {
             "seconds": self.seconds,
