@@ -1,10 +1,16 @@
 """The page in a browser, in front of a real server and the bundled model."""
 
+import base64
+import os
+import signal
+import sys
+
 import pytest
 from selenium.webdriver import ActionChains
 
 import mixtral
 from browser import Page, browser
+from processes import ServerProcess
 from running import DEMO, served
 
 PROMPT = "In the beginning"
@@ -82,3 +88,25 @@ def test_nothing_is_asked_of_another_host(page, url):
     page.send(PROMPT)
     asked = page.run("performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert asked and all(name.startswith(url) or name.startswith("data:") for name in asked)
+
+
+def test_the_command_with_a_key_and_a_trace(driver, tmp_path):
+    path = tmp_path / "t.safetensors"
+    command = [sys.executable, "-m", "mixtral", "serve", str(DEMO), "--port", "0", "--trace", str(path)]
+    with ServerProcess(command, env={**os.environ, "MIXTRAL_API_KEY": "secret"}) as server:
+        assert server.get("/").status == 401
+        driver.execute_cdp_cmd("Network.enable", {})
+        # What the browser sends from then on when its user has typed the key into the dialogue that "/" asks for.
+        basic = base64.b64encode(b"me:secret").decode()
+        driver.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {"Authorization": f"Basic {basic}"}})
+        try:
+            page = Page(driver, server.url)
+            page.set("#max_tokens", 8)
+            page.send(PROMPT)
+            shown = page.each(".token", "e.experts")
+        finally:
+            driver.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {}})
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    trace = mixtral.Trace.load(path)
+    assert len(shown) > 0 and trace.topk_ids.tolist()[-len(shown) :] == shown

@@ -74,9 +74,9 @@ class Chat:
             )
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
+            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
             if self._routed:
                 self._routed[index].add(progress)
-            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
             text = progress.text
             if text and index not in begun:
                 begun.add(index)
