@@ -52,6 +52,7 @@ class Sampling(Body):
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] = []
     experts_per_token: Count | None = None
     return_token_ids: StrictBool = False
+    return_routed_experts: StrictBool = False
 
     @property
     def include_usage(self) -> bool:
