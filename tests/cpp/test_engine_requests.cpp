@@ -312,6 +312,47 @@ TEST(EngineRequests, APoolThatMemoryCannotHoldIsRefusedWithNumbers) {
   EXPECT_EQ(engine.generate({{1}}, {params(3)})[0].finish_reason, "length");
 }
 
+TEST(EngineRequests, ABurstGetsExactlyTheSeatsThatThereAre) {
+  const auto model = tiny_model(tiny_config());
+  Engine::Options options;
+  options.max_queue = 16;
+  Engine engine(model, std::nullopt, options);
+  std::promise<void> blocked, go_on;  // the engine runs nothing until all have asked
+  engine.submit(request({1}, params(1)), {[&](const GenerationProgress&) {
+                                            blocked.set_value();
+                                            go_on.get_future().wait();
+                                            return true;
+                                          },
+                                          nullptr});
+  blocked.get_future().wait();
+  std::atomic<int> taken{0}, refused{0}, ended{0};
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 4; ++i) {
+    clients.emplace_back([&] {
+      for (int j = 0; j < 100; ++j) {
+        try {
+          engine.submit(request({1, 2}, params(2)), {nullptr, [&](Outcome) { ++ended; }});
+          ++taken;
+        } catch (const QueueFull&) {
+          ++refused;
+        }
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(taken, 15);
+  EXPECT_EQ(refused, 400 - 15);
+  go_on.set_value();
+  for (int i = 0; i < 6000 && ended < 15; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  ASSERT_EQ(ended, 15);
+  const Seat seat = engine.reserve_seat();  // ended requests hold none
+  EXPECT_EQ(engine.generate(std::vector<std::vector<int64_t>>(15, {3, 4}), {params(3)}).size(), 15u);
+  EXPECT_THROW(engine.generate(std::vector<std::vector<int64_t>>(16, {3, 4}), {params(3)}), QueueFull);
+  Request reserved = request({3, 4}, params(3));
+  reserved.seat = seat;
+  EXPECT_EQ(engine.generate({reserved})[0].token_ids.size(), 3u);
+}
+
 // Requests of random sizes at random times: some wait, some are preempted, some are cancelled.
 TEST(EngineRequests, RandomArrivalsGetTheirResultsAndLeaveNoPageBehind) {
   const auto model = tiny_model(tiny_config(4, 2, /*window=*/8));

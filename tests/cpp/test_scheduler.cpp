@@ -129,5 +129,16 @@ TEST_F(SchedulerTest, WhoSharesAPrefixComputesTheRest) {
   EXPECT_EQ(scheduler->stats().pages_in_use, 2 + 1 + 1 + 1 + 3);
 }
 
+TEST_F(SchedulerTest, APrefixThatIsBeingComputedIsWaitedFor) {
+  make({/*chunk_size=*/8, 64, 8, true}, 40);
+  add(22);
+  add(15);
+  add(15, 4, /*first_id=*/2);  // shares nothing, but does not overtake
+  EXPECT_EQ(pass(), (Plan{{0, 8}}));
+  EXPECT_EQ(pass(), (Plan{{0, 8}}));  // 12 of the second's 15 tokens are full pages that the first computes
+  EXPECT_EQ(pass(), (Plan{{0, 6}, {1, 3}, {2, 8}}));
+  EXPECT_EQ(scheduler->stats().prefix_hits, 12);
+}
+
 }  // namespace
 }  // namespace mixtral
