@@ -1,4 +1,4 @@
-"""A client of /v1/completions that accounts for every request: what came, when, and how it ended. Plain asyncio."""
+"""A client of /v1/completions (and of chats, for their text) that accounts for every request: what came, when, and how it ended. Plain asyncio."""
 
 import asyncio
 import json
@@ -142,10 +142,10 @@ def _add_event(outcome: Outcome, text: str, now: float) -> None:
 
 
 def _append(choice: dict, piece: dict) -> None:
-    choice["text"] += piece["text"]
+    choice["text"] += piece["text"] if "text" in piece else piece["delta"].get("content") or ""
     choice["finish_reason"] = choice["finish_reason"] or piece["finish_reason"]
     if piece.get("logprobs"):
         if choice["logprobs"] is None:
             choice["logprobs"] = {name: [] for name in piece["logprobs"]}
         for name, values in piece["logprobs"].items():
-            choice["logprobs"][name] += values
+            choice["logprobs"][name] += values or []

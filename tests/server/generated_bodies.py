@@ -57,6 +57,7 @@ ROUTES = {
     "/tokenize": {"prompt": "abc", "add_special_tokens": True, "return_token_strs": True},
     "/detokenize": {"tokens": [5, 6]},
 }
+REQUIRED = ("prompt", "messages", "tokens")
 ODD = [
     None,
     True,
@@ -92,12 +93,14 @@ def bodies(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         path = numbers.choice(list(ROUTES))
         body = dict(ROUTES[path])
         for name in list(body):
-            if numbers.random() < 0.5:
+            if numbers.random() < (0.05 if name in REQUIRED else 0.6):
                 del body[name]
-        for _ in range(numbers.randrange(4)):
+        if not body.get("stream"):
+            body.pop("stream_options", None)
+        for _ in range(numbers.choice([0, 1, 1, 2, 3])):
             body = _changed(numbers, body, ROUTES[path])
         data = json.dumps(body).encode()
-        for _ in range(numbers.choice([0, 0, 0, 1, 3])):
+        for _ in range(numbers.choice([0] * 8 + [1, 3])):
             place = numbers.randrange(len(data))
             data = data[:place] + bytes([numbers.randrange(256)]) + data[place + numbers.randrange(2) :]
         yield path, data

@@ -137,6 +137,14 @@ def idle(server: ServerProcess) -> dict[str, float]:
         time.sleep(0.1)
 
 
+def settled_descriptors(server: ServerProcess, most: int) -> int:
+    """How many the server has, once it has had time to close connections that are over."""
+    end = time.monotonic() + 20
+    while server.descriptors() > most and time.monotonic() < end:
+        time.sleep(0.05)
+    return server.descriptors()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=10000)
@@ -146,7 +154,7 @@ def main() -> int:
         descriptors = server.descriptors()
         report = asyncio.run(soak(server, arguments.requests, arguments.connections))
         held = idle(server)
-        after = server.descriptors()
+        after = settled_descriptors(server, descriptors)
     rate = arguments.requests / report.seconds
     print(f"{arguments.requests} requests on {arguments.connections} connections, {rate:.0f} a second")
     for (kind, status), count in sorted(report.outcomes.items(), key=str):

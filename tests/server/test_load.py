@@ -4,11 +4,10 @@ import asyncio
 import json
 import signal
 import threading
-import time
 
 from http_load import Client
 from processes import ServerProcess, small_server
-from soak import idle, soak
+from soak import idle, settled_descriptors, soak
 
 pytest_plugins = ["operations_fixtures"]
 
@@ -21,10 +20,7 @@ def test_load_with_faults(small: ServerProcess) -> None:
     assert sum(report.canaries.values()) > 20
     assert len(report.canaries) == 1
     assert not any(idle(small).values())
-    end = time.monotonic() + 20
-    while small.descriptors() > descriptors and time.monotonic() < end:
-        time.sleep(0.05)
-    assert small.descriptors() <= descriptors
+    assert settled_descriptors(small, descriptors) <= descriptors
 
 
 def test_a_burst_beyond_the_queue() -> None:
