@@ -6,12 +6,9 @@ import random
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import jsonschema
 import openai
-
-sys.path[:0] = [str(Path(__file__).parent)]
 
 from random_schemas import random_schema
 from running import served, small_model

@@ -11,6 +11,7 @@ from ..model import Generation, TokenLogprob
 from .bridge import Call, Progress, result_of
 from .errors import ApiError
 from .protocol import ChatRequest
+from .routing import routed_tokens
 from .served import Served, served, usage
 from .streaming import EventStream, answer, event, json_response
 from .strict_json import StrictRoute
@@ -47,6 +48,7 @@ class Chat:
         self.top = max(body.top_logprobs, 1) if body.logprobs else 0  # the engine's 0 is none at all
         rest = max(server.context - len(prompt), 1)
         self.max_tokens = body.max_completion_tokens or body.max_tokens or rest
+        self._routed = routed_tokens([prompt] * body.n, server.texts) if body.return_routed_experts else []  # by choice
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -59,11 +61,14 @@ class Chat:
         choices, completion_tokens = [], 0
         for index, generation in enumerate(await call.generations()):
             completion_tokens += len(generation.token_ids)
+            if self._routed:
+                self._routed[index].add(generation)
             reader = self.readers[index]
             message = message_of(reader.push(generation.text, generation.token_ids, ended=True))
             reason = reader.finish_reason(generation.finish_reason)
             choices.append(self._choice(index, {"message": message}, generation, reason))
-        return {**self._head, "choices": choices, "usage": usage(len(self.prompt), completion_tokens)}
+        tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
+        return {**self._head, "choices": choices, "usage": tokens}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
@@ -76,16 +81,19 @@ class Chat:
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
             ended = result_of(progress.outcome) if progress.outcome is not None else None
+            if self._routed:
+                self._routed[index].add(progress)
             delta = self.readers[index].push(progress.text, progress.token_ids, ended is not None).delta()
             reason = self.readers[index].finish_reason(ended.finish_reason) if ended else None
             if delta or reason or (progress.token_ids and self._tells_tokens):
                 yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
         if self.body.include_usage:
-            yield event({**self._head, "choices": [], "usage": usage(len(self.prompt), completion_tokens)})
+            tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
+            yield event({**self._head, "choices": [], "usage": tokens})
 
     @property
     def _tells_tokens(self) -> bool:
-        return self.body.logprobs or self.body.return_token_ids
+        return self.body.logprobs or self.body.return_token_ids or self.body.return_routed_experts
 
     def _choice(
         self, index: int, message: dict[str, object], new: Generation | Progress, finish_reason: str | None
@@ -94,6 +102,8 @@ class Chat:
         choice = {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
         if self.body.return_token_ids:
             choice["token_ids"] = new.token_ids
+        if self._routed:
+            choice |= self._routed[index].take()
         return choice
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, object] | None:

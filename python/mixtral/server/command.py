@@ -91,6 +91,7 @@ def _add_server_flags(add: Callable) -> None:
     add("--watchdog", metavar="S", type=_seconds, default=120.0, help="for one forward pass (default: 120)")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
     add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
+    add("--trace", metavar="FILE", help="write which experts every token of all requests went to, when the server ends")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
 
 
@@ -119,6 +120,8 @@ def main(argv: Sequence[str]) -> int:
 def _serve(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(argv)
     require_packages("serve", PACKAGES, "serve")
+    import torch
+
     from . import logs
     from .app import create_app
     from .lifecycle import Lifecycle
@@ -126,6 +129,8 @@ def _serve(argv: Sequence[str]) -> int:
     from .run import Server, listen
 
     logs.configure(flags.log_level)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)  # on the thread that submits requests: the engine does as it does
     lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))
 
     def load() -> object:
@@ -149,18 +154,15 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
         served_model_name=flags.served_model_name or name,
         chat_template=flags.chat_template,
         queue=flags.queue,
+        trace=flags.trace,
     )
 
 
 def _load(flags: argparse.Namespace) -> tuple[object, str]:
     """The model, and the name of its folder."""
-    import torch
-
     from .. import _C
     from ..model import Mixtral
 
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
     folder = Path(_C.find_model(flags.path or flags.model or _demo_model()))
     model = Mixtral.from_pretrained(
         folder,

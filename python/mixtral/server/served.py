@@ -122,7 +122,7 @@ class Served:
         seed = None if body.seed is None else _C.sample_seed(body.seed % 2**64, choice)
         try:
             sampling = _C.SamplingParams(**{**body.sampling_params(), "seed": seed, **params})
-            call.submit(prompt, sampling, body.experts_per_token or 0, matcher=matcher)
+            call.submit(prompt, sampling, body.experts_per_token or 0, body.return_routed_experts, matcher)
         except (ValueError, IndexError) as error:
             raise _refused(str(error)) from None
 
