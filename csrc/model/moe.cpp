@@ -17,7 +17,7 @@ torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch)
   const int64_t top_k = batch.experts_per_token > 0 ? batch.experts_per_token : top_k_;
   auto [topk_weights, topk_ids] = ops::moe_route(x, router_, top_k, renormalize_, select_bias_);  // [T,K]
   if (batch.observer) {
-    batch.observer->after_route(x, router_, topk_weights, topk_ids);
+    batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
     batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
   }
   return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);

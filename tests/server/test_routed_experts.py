@@ -3,12 +3,13 @@
 import json
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mixtral
-from mixtral.server.routing import layer_load
+from mixtral.server.routing import RoutedTokens, layer_load
 from running import served, small_model
 
 pytest_plugins = ["server_fixtures"]
@@ -68,14 +69,29 @@ def test_rows_are_those_of_a_trace_of_the_same_tokens(server_model, server_url, 
 
 @pytest.mark.parametrize("path, question", PATHS)
 def test_a_stream_gives_the_same_rows_piece_by_piece(server_url, path, question):
-    options = dict(return_routed_experts=True, n=2, temperature=1.0, seed=3, max_tokens=400, **question)
+    options = dict(return_routed_experts=True, n=2, temperature=1.0, seed=3, **question)
     chunks = stream(server_url, path, **options)
     for whole in ask(server_url, path, **options):
         pieces = joined(chunks, whole["index"])
         assert pieces == {name: whole[name] for name in pieces}
         assert len(pieces["routed_experts"]) > len(pieces["token_ids"])
-    rows = [len(choice.get("routed_experts", [])) for choice in chunks if choice["index"] == 0]
-    assert sum(count > 0 for count in rows) > 1  # they come while the answer is written
+
+
+def test_rows_are_told_as_they_come_and_each_once():
+    def progress(rows: int, *token_ids: int) -> SimpleNamespace:
+        experts = [torch.full((rows, 2, 1), rows)] if rows else []
+        return SimpleNamespace(token_ids=[*token_ids], outcome=None, routed_experts=experts, routed_weights=experts)
+
+    routed = RoutedTokens([5, 6], texts=None)
+    told = []
+    for new in ([progress(2, 7)], [progress(1, 8), progress(1, 9)], [progress(0)]):
+        for each in new:
+            routed.add(each)
+        told.append(routed.take())
+    assert [len(fields["routed_experts"]) for fields in told] == [2, 2, 0]
+    tokens = [(token["id"], token["prompt"]) for fields in told for token in fields["routed_tokens"]]
+    assert tokens == [(5, True), (6, True), (7, False), (8, False)]
+    assert told[1]["routed_weights"] == told[1]["routed_experts"] == [[[1], [1]], [[1], [1]]]
 
 
 def test_an_answer_that_ends_by_itself_has_a_row_for_every_token(server_url, server_model):
