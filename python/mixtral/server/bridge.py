@@ -65,6 +65,7 @@ class Call:
         self._left = 0
         self._prompt_tokens = self._new_tokens = 0
         self._finish_reasons: list[str] = []
+        self._cached: dict[int, int] = {}  # by sequence
 
     def submit(
         self, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int = 0, routed: bool = False
@@ -99,6 +100,7 @@ class Call:
         if progress.outcome is not None:
             self._left -= 1
             self._finish_reasons.append(_reason(progress.outcome))
+            self._cached[index] = progress.outcome.timings.cached_tokens
         if waiting := self._pending.get(index):
             waiting.merge(progress)
         else:
@@ -124,6 +126,10 @@ class Call:
             if progress.outcome is not None:
                 outcomes[index] = progress.outcome
         return [result_of(outcomes[index]) for index in range(len(outcomes))]
+
+    def cached_tokens(self, n: int) -> int:
+        """Of the prompts, those that the cache had; each of ``n`` sequences, of which the first counts."""
+        return sum(cached for index, cached in self._cached.items() if index % n == 0)
 
     def close(self) -> None:
         """Cancels what still runs, and gives the seats back. Nothing comes any more."""

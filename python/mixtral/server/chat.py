@@ -60,7 +60,8 @@ class Chat:
                 self._routed[index].add(generation)
             message = {"role": "assistant", "content": generation.text.removeprefix(" "), "refusal": None}
             choices.append(self._choice(index, {"message": message}, generation, generation.finish_reason))
-        return {**self._head, "choices": choices, "usage": usage(len(self.prompt), completion_tokens)}
+        tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
+        return {**self._head, "choices": choices, "usage": tokens}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
@@ -84,7 +85,8 @@ class Chat:
                 delta = {"content": text} if text or progress.token_ids else {}
                 yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
         if self.body.include_usage:
-            yield event({**self._head, "choices": [], "usage": usage(len(self.prompt), completion_tokens)})
+            tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
+            yield event({**self._head, "choices": [], "usage": tokens})
 
     @property
     def _tells_tokens(self) -> bool:

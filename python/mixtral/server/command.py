@@ -120,6 +120,8 @@ def main(argv: Sequence[str]) -> int:
 def _serve(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(argv)
     require_packages("serve", PACKAGES, "serve")
+    import torch
+
     from . import logs
     from .app import create_app
     from .lifecycle import Lifecycle
@@ -127,6 +129,8 @@ def _serve(argv: Sequence[str]) -> int:
     from .run import Server, listen
 
     logs.configure(flags.log_level)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)  # on the thread that submits requests: the engine does as it does
     lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))
 
     def load() -> object:
@@ -156,13 +160,9 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
 
 def _load(flags: argparse.Namespace) -> tuple[object, str]:
     """The model, and the name of its folder."""
-    import torch
-
     from .. import _C
     from ..model import Mixtral
 
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
     folder = Path(_C.find_model(flags.path or flags.model or _demo_model()))
     model = Mixtral.from_pretrained(
         folder,

@@ -85,7 +85,8 @@ class Completion:
             if self._routed:
                 self._routed[index].add(generation)
             choices.append(self._choice(index, generation, generation.prompt_logprobs, generation.finish_reason))
-        return {**self._head, "choices": choices, "usage": usage(self._prompt_tokens(), completion_tokens)}
+        tokens = usage(self._prompt_tokens(), completion_tokens, call.cached_tokens(self.body.n))
+        return {**self._head, "choices": choices, "usage": tokens}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
@@ -100,7 +101,8 @@ class Completion:
                 choice = self._choice(index, progress, of_prompt, end.finish_reason if end else None)
                 yield event({**head, "choices": [choice]})
         if self.body.include_usage:
-            yield event({**self._head, "choices": [], "usage": usage(self._prompt_tokens(), completion_tokens)})
+            tokens = usage(self._prompt_tokens(), completion_tokens, call.cached_tokens(self.body.n))
+            yield event({**self._head, "choices": [], "usage": tokens})
 
     @property
     def _tells_tokens(self) -> bool:

@@ -14,7 +14,6 @@ class Settings:
         chat_template: as of ``Tokenizer.apply_chat``; None: the model's own.
         queue: requests that may wait or run at a time, beyond which clients get 429.
         trace: a file that gets the routing of all requests when the server ends; None: nothing is kept.
-        max_n: most choices of one request.
         max_prompts: most prompts of one request.
     """
 
@@ -25,5 +24,4 @@ class Settings:
     chat_template: str | None = None
     queue: int = 256
     trace: str | None = None
-    max_n: int = 8
     max_prompts: int = 256
