@@ -1,6 +1,7 @@
 // Prompts that begin alike: the same bits as without a prefix cache, and fewer tokens computed.
 #include <fstream>
 
+#include "../../csrc/model/memory.h"
 #include "generations.h"
 
 namespace mixtral {
