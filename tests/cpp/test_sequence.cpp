@@ -26,7 +26,7 @@ class SequenceText : public ::testing::Test {
     std::string text;
     for (const int64_t id : ids) {
       EXPECT_FALSE(sequence.finished());
-      text += sequence.append({id, std::nullopt}).value_or("");
+      text += sequence.append({id, std::nullopt, ""}).value_or("");
     }
     if (shown) *shown = text;
     EXPECT_EQ(text, sequence.generation.text);
@@ -118,7 +118,7 @@ TEST_F(SequenceText, NoStopStringEndsItBeforeMinTokens) {
 
 TEST_F(SequenceText, AnErrorKeepsTheTextUntilThen) {
   Sequence sequence(0, {{1}, params(5)}, {}, tokenizer, {kEos});
-  sequence.append({letter_a(), std::nullopt});
+  sequence.append({letter_a(), std::nullopt, ""});
   EXPECT_EQ(sequence.append({-1, std::nullopt, "nan"}), std::nullopt);
   EXPECT_EQ(sequence.generation.finish_reason, "error");
   EXPECT_EQ(sequence.generation.error, "nan");
@@ -130,9 +130,9 @@ TEST(Sequence, EndOfSequenceIsATokenLikeOthersWhenIgnored) {
   params.max_tokens = 2;
   params.ignore_eos = true;
   Sequence sequence(0, {{1}, params}, {}, std::nullopt, {kEos});
-  EXPECT_EQ(sequence.append({kEos, std::nullopt}), "");
+  EXPECT_EQ(sequence.append({kEos, std::nullopt, ""}), "");
   EXPECT_FALSE(sequence.finished());
-  sequence.append({kEos, std::nullopt});
+  sequence.append({kEos, std::nullopt, ""});
   EXPECT_EQ(sequence.generation.finish_reason, "length");
 }
 
@@ -141,9 +141,9 @@ TEST(Sequence, AStopTokenEndsItWithoutBeingPartOfIt) {
   params.ignore_eos = true;  // is about the model's own ends alone
   params.stop_token_ids = {7, 9};
   Sequence sequence(0, {{9}, params}, {}, std::nullopt, {kEos});
-  sequence.append({kEos, std::nullopt});
+  sequence.append({kEos, std::nullopt, ""});
   EXPECT_FALSE(sequence.finished());
-  EXPECT_EQ(sequence.append({9, std::nullopt}), std::nullopt);
+  EXPECT_EQ(sequence.append({9, std::nullopt, ""}), std::nullopt);
   EXPECT_EQ(sequence.generation.finish_reason, "stop");
   EXPECT_EQ(sequence.generation.token_ids, (std::vector<int64_t>{kEos}));
 }
@@ -154,7 +154,7 @@ TEST(Sequence, NoTokenThatEndsItComesBeforeMinTokens) {
   params.stop_token_ids = {1};
   Sequence sequence(0, {{5}, params}, {}, std::nullopt, {kEos});
   const std::vector<float> logits = {0, 3, 2, 1};  // the stop token, then the end of sequence, are the likeliest
-  const auto step = [&] { sequence.append({sequence.sampler.next(logits.data(), 4), std::nullopt}); };
+  const auto step = [&] { sequence.append({sequence.sampler.next(logits.data(), 4), std::nullopt, ""}); };
   step();
   step();
   EXPECT_FALSE(sequence.finished());
