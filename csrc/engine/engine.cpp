@@ -15,6 +15,7 @@
 #include "engine_thread.h"
 #include "model_runner.h"
 #include "prompt_cache_file.h"
+#include "request_check.h"
 #include "require.h"
 #include "threads.h"
 
@@ -110,9 +111,6 @@ struct Engine::Impl {
         thread(make_core(this->model, this->options, num_pages, routing_counts)) {}
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
-  void check(const Request& request) const;
-  void check_ids_of(const SamplingParams& params) const;
-  void check_routing(const Request& request) const;
   void check_fits(int64_t length) const;
   Seat reserve_seat();
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
@@ -128,22 +126,6 @@ struct Engine::Impl {
   EngineThread thread;
 };
 
-void Engine::Impl::check(const Request& request) const {
-  const auto& prompt = request.prompt_token_ids;
-  const auto length = static_cast<int64_t>(prompt.size());
-  request.params.validate();
-  require(!prompt.empty(), "prompt must not be empty");
-  model->check_ids(prompt.data(), length);
-  require(length <= options.ctx_size && request.params.max_tokens <= options.ctx_size - length,
-          "prompt must fit the context of " + std::to_string(options.ctx_size) + " tokens with max_tokens, got " +
-              std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(request.params.max_tokens));
-  check_fits(length + request.params.max_tokens);
-  check_ids_of(request.params);
-  check_routing(request);
-  require(request.params.stop.empty() || tokenizer,
-          "stop must be empty without a tokenizer, got " + std::to_string(request.params.stop.size()) + " strings");
-}
-
 // Of a request for `length` tokens.
 void Engine::Impl::check_fits(int64_t length) const {
   const int64_t needed = pages_needed(model->config(), options, length);
@@ -155,40 +137,18 @@ void Engine::Impl::check_fits(int64_t length) const {
 }
 
 Seat Engine::Impl::reserve_seat() {
-  if (seats_taken->fetch_add(1) >= options.max_queue && options.max_queue > 0) {
-    seats_taken->fetch_sub(1);
-    throw QueueFull("Engine: all " + std::to_string(options.max_queue) + " places for requests are taken");
-  }
+  int64_t taken = *seats_taken;
+  do {
+    if (options.max_queue > 0 && taken >= options.max_queue)
+      throw QueueFull("Engine: all " + std::to_string(options.max_queue) + " places for requests are taken");
+  } while (!seats_taken->compare_exchange_weak(taken, taken + 1));
   return Seat(seats_taken.get(), [taken = seats_taken](void*) { taken->fetch_sub(1); });
-}
-
-void Engine::Impl::check_ids_of(const SamplingParams& params) const {
-  const int64_t vocab = model->config().vocab_size;
-  const auto check = [&](const char* field, int64_t id) {
-    require(id < vocab, std::string(field) + " must be of token ids in [0, " + std::to_string(vocab) + "), got " +
-                            std::to_string(id));
-  };
-  for (const auto& bias : params.logit_bias) check("logit_bias", bias.first);
-  for (const int64_t id : params.stop_token_ids) check("stop_token_ids", id);
-}
-
-void Engine::Impl::check_routing(const Request& request) const {
-  const Config& config = model->config();
-  if (request.experts_per_token != 0) config.check_experts_per_token(request.experts_per_token);
-  if (!request.replay) return;
-  const Trace& replay = *request.replay;
-  check_same_model(replay, *model);
-  for (size_t i = 0; i < replay.position.size(); ++i)
-    require(replay.position[i] == static_cast<int32_t>(i), "replay: the trace must be of one sequence");
-  check_same_tokens(replay, 0, request.prompt_token_ids);
-  require(request.experts_per_token == 0 || request.experts_per_token == replay.routing.top_k,
-          "experts_per_token must be that of the trace, " + std::to_string(replay.routing.top_k) + ", got " +
-              std::to_string(request.experts_per_token));
 }
 
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
   if (!request.seat) request.seat = reserve_seat();
-  check(request);
+  check_request(request, *model, options.ctx_size, tokenizer.has_value());
+  check_fits(static_cast<int64_t>(request.prompt_token_ids.size()) + request.params.max_tokens);
   if (request.replay) request.experts_per_token = request.replay->routing.top_k;
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;

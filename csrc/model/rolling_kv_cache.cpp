@@ -102,13 +102,17 @@ void RollingKVCache::remove_sequence(int64_t sequence) {
 }
 
 void RollingKVCache::discard_sequence(int64_t sequence) {
-  for (const int32_t page : find(sequence).pages) {
-    pool_.forget_name(page);
-    if (pool_.users(page) > 1) continue;
+  const Sequence& held = find(sequence);
+  std::set<int32_t> pages(held.pages.begin(), held.pages.end());
+  for (const auto* prefix = held.prefix; prefix; prefix = prefix->key->shorter)
+    if (prefix->page >= 0) pages.insert(prefix->page);  // behind the window
+  for (const int32_t page : pages) pool_.forget_name(page);
+  remove_sequence(sequence);
+  for (const int32_t page : pages) {
+    if (pool_.users(page) > 0) continue;
     for (const auto* layers : {&keys_, &values_})
       for (const torch::Tensor& layer : *layers) layer.select(0, page).zero_();
   }
-  remove_sequence(sequence);
 }
 
 void RollingKVCache::commit(int64_t sequence, const std::vector<int64_t>& ids) {

@@ -54,8 +54,8 @@ class RollingKVCache {
   // A sequence that may share pages: it begins with the longest prefix of `ids`, of at most `most` tokens, whose keys
   // and values are cached; length() tells how many these are. kind: what keys and values depend on besides the tokens.
   int64_t add_sequence(const std::vector<int64_t>& ids, int64_t most, int64_t kind);
-  void remove_sequence(int64_t sequence);  // its pages go back to the pool; full ones stay cached while no one else
-                                           // needs them
+  // Its pages go back to the pool; committed full ones stay cached until they are taken.
+  void remove_sequence(int64_t sequence);
   // The same when the keys may be NaN: no later sequence begins with these pages, and they become zero.
   void discard_sequence(int64_t sequence);
 

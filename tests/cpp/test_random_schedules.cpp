@@ -198,22 +198,22 @@ TEST(RandomSchedules, NobodyStarvesWhileOthersKeepComing) {
 
 // A key that may be NaN serves nobody else: not by its name, and not by its place.
 TEST(RandomSchedules, AFailedRequestLeavesNothingInTheCache) {
-  for (const bool nan : {false, true}) {
-    auto owned = std::make_unique<FakeRunner>(0, 4, 10, 8);
+  for (const auto& [nan, window] : {std::pair(false, 0), std::pair(true, 0), std::pair(true, 6)}) {
+    auto owned = std::make_unique<FakeRunner>(window, 4, 10, 8);
     FakeRunner& runner = *owned;
     EngineCore core(std::move(owned), {8, 16, 4});
     Clients clients(core);
     runner.cache().keys(0).fill_(1);
     bool fails = false;
-    runner.is_nan = [&] { return nan && fails; };
-    runner.before_pass = [&] {
+    runner.is_nan = [&, nan = nan] { return nan && fails; };
+    runner.before_pass = [&, nan = nan] {
       if (!nan && fails) throw std::runtime_error("a fault");
     };
     const std::vector<int64_t> prompt(14, 1);
     clients.add(0, prompt, 9);
     clients.step();
     clients.step();
-    EXPECT_EQ(core.stats().pages_in_use, 4);
+    EXPECT_EQ(core.stats().pages_in_use + core.stats().pages_cached, 4);  // with those behind the window
     fails = true;
     clients.step();
     fails = false;
@@ -224,7 +224,7 @@ TEST(RandomSchedules, AFailedRequestLeavesNothingInTheCache) {
     clients.add(1, prompt, 9);
     while (!core.idle()) clients.step();
     EXPECT_EQ(core.stats().prefix_hits, 0);
-    clients.expect_alone(1, 9, 0);
+    clients.expect_alone(1, 9, window);
   }
 }
 
