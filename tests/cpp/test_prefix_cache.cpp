@@ -203,7 +203,9 @@ TEST(PrefixCache, TenThousandTokensBehindAWindowStayInTheSamePagesAndBits) {
   Timings timings;
   int64_t pages = 0, tokens = 0;
   const auto watch = [&](size_t, const std::string&) {
-    if (++tokens > 200) EXPECT_LE(engine.stats().pages_in_use, 5);  // ceil(64 / 16) + 1
+    if (++tokens > 200) {
+      EXPECT_LE(engine.stats().pages_in_use, 5);  // ceil(64 / 16) + 1
+    }
     pages = std::max(pages, engine.stats().pages_in_use);
     return true;
   };
