@@ -60,6 +60,8 @@ nlohmann::json timings_json(const Timings& timings, double load_seconds) {
           {"new_tokens", timings.new_tokens},
           {"decode_seconds", timings.decode_seconds},
           {"decode_tokens_per_second", per_second(decoded_tokens(timings, 1), timings.decode_seconds)},
+          {"drafted_tokens", timings.drafted_tokens},
+          {"accepted_tokens", timings.accepted_tokens},
           {"peak_pages", timings.peak_pages}};
 }
 
@@ -130,6 +132,7 @@ void add_generate(CLI::App& app) {
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral generate -p \"Once upon a time\" -n 64\n"

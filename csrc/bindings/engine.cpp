@@ -57,6 +57,8 @@ void bind_results(py::module_& m) {
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
       .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the session had in the cache.")
       .def_readonly("new_tokens", &Timings::new_tokens)
+      .def_readonly("drafted_tokens", &Timings::drafted_tokens, "Guessed by speculation.")
+      .def_readonly("accepted_tokens", &Timings::accepted_tokens, "Of those, the ones that held.")
       .def_readonly("peak_pages", &Timings::peak_pages);
   py::class_<Score>(m, "Score", "How well a model predicted a text.")
       .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
@@ -181,7 +183,8 @@ void bind_engine(py::module_& m) {
       .def_readwrite("page_size", &Engine::Options::page_size)
       .def_readwrite("ctx_size", &Engine::Options::ctx_size)
       .def_readwrite("kv_memory", &Engine::Options::kv_memory)
-      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
+      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph)
+      .def_readwrite("speculate", &Engine::Options::speculate);
   py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
       .def_readonly("timings", &Outcome::timings)
       .def("result", &result, "The Generation; raises the error that ended the request.");

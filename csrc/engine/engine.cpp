@@ -31,15 +31,17 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   positive("page_size", options.page_size);
   if (options.ctx_size == 0) options.ctx_size = config.max_position;
   positive("ctx_size", options.ctx_size);
+  require(options.speculate >= 0, "Engine: speculate must be >= 0, got " + std::to_string(options.speculate));
   require(options.kv_memory >= 0, "Engine: kv_memory must be >= 0, got " + std::to_string(options.kv_memory));
   return options;
 }
 
 std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options) {
   const int64_t chunk = std::min(options.chunk_size, options.token_budget);
-  return std::make_unique<EngineCore>(
-      model, ModelRunner::Options{options.page_size, chunk, options.max_batch, options.kv_memory, options.cuda_graph},
-      Scheduler::Options{chunk, options.token_budget, options.max_batch});
+  return std::make_unique<EngineCore>(model,
+                                      ModelRunner::Options{options.page_size, chunk, options.max_batch,
+                                                           options.kv_memory, options.cuda_graph, options.speculate},
+                                      Scheduler::Options{chunk, options.token_budget, options.max_batch});
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {

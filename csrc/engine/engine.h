@@ -37,6 +37,7 @@ class Engine {
     int64_t ctx_size = 0;    // longest prompt plus new tokens; 0: the model's max_position
     int64_t kv_memory = 0;   // most bytes for keys and values; 0: as much as requests need and the device has
     bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
+    int64_t speculate = 0;   // most tokens to guess from earlier text (speculation.h); 0: none. Changes no bit
   };
   // Callbacks::on_text with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;

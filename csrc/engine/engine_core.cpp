@@ -15,6 +15,7 @@ namespace mixtral {
 EngineCore::EngineCore(Mixtral model, const ModelRunner::Options& runner, const Scheduler::Options& scheduler)
     : runner_(std::move(model), runner),
       scheduler_(scheduler),
+      speculator_(runner.speculate, scheduler),
       max_sessions_(static_cast<size_t>(scheduler.max_batch)) {}
 
 void EngineCore::add(std::unique_ptr<Sequence> sequence) {
@@ -137,25 +138,40 @@ void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
   if (plan.empty()) return;
   const bool prefill = std::any_of(plan.begin(), plan.end(), [](const auto& c) { return c.sequence->in_prefill(); });
-  const auto start = std::chrono::steady_clock::now();
-  try {
-    const auto samples = runner_.run(plan);
-    for (const auto& chunk : plan)
-      if (chunk.sequence->in_prefill()) show(*chunk.sequence, "");
-    for (const auto& [sequence, sample] : samples) {
-      const auto text = sequence->append(sample, runner_.model().config().eos_token_ids);
-      if (text) show(*sequence, *text);
-    }
-  } catch (...) {
-    for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
-  }
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  const auto seconds = [start = std::chrono::steady_clock::now()] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  speculator_.propose(plan);
+  const std::vector<Step> steps = runner_.run(plan);
+  speculator_.learn(steps, seconds());
+  for (const auto& chunk : plan)
+    if (chunk.sequence->in_prefill()) show(*chunk.sequence, "");
+  for (const Step& step : steps) take(step);
+  for (const auto& chunk : plan) chunk.sequence->draft.clear();
   std::set<Timings*> timings;  // the requests of one call share theirs
   for (const auto& chunk : plan) timings.insert(chunk.sequence->timings.get());
   for (Timings* each : timings) {
-    (prefill ? each->prefill_seconds : each->decode_seconds) += seconds.count();
+    (prefill ? each->prefill_seconds : each->decode_seconds) += seconds();
     each->peak_pages = std::max(each->peak_pages, runner_.pages_in_use());
   }
+}
+
+// Appends the picked tokens until the sequence ends; those behind the end are forgotten.
+void EngineCore::take(const Step& step) {
+  Sequence& sequence = *step.sequence;
+  sequence.timings->drafted_tokens += static_cast<int64_t>(sequence.draft.size());
+  sequence.timings->accepted_tokens += static_cast<int64_t>(step.samples.size()) - 1;
+  std::optional<std::string> text;
+  for (const Sample& sample : step.samples) {
+    if (sequence.finished()) break;
+    const auto piece = sequence.append(sample, runner_.model().config().eos_token_ids);
+    if (piece) text = text.value_or("") + *piece;
+  }
+  if (sequence.computed > sequence.length()) {
+    sequence.computed = sequence.length();
+    runner_.cache().truncate(sequence.cache_id, sequence.computed);
+  }
+  if (text) show(sequence, *text);
 }
 
 void EngineCore::show(Sequence& sequence, const std::string& text) {
@@ -183,6 +199,7 @@ void EngineCore::end(Sequence& sequence) noexcept {
   scheduler_.remove(sequence);
   if (sequence.cache_id >= 0) {
     try {
+      if (sequence.failed()) runner_.cache().clear_sequence(sequence.cache_id);
       keep_session(sequence);
     } catch (...) {  // no memory to remember it
     }
@@ -197,8 +214,7 @@ void EngineCore::end(Sequence& sequence) noexcept {
 
 // Leaves the keys and values in the cache for the session's next request.
 void EngineCore::keep_session(Sequence& sequence) {
-  const bool usable = !sequence.error && sequence.generation.finish_reason != "error" && sequence.computed > 0;
-  if (sequence.session.empty() || !usable) return;
+  if (sequence.session.empty() || sequence.failed() || sequence.computed == 0) return;
   drop(sessions_.take(sequence.session));  // of a request that ended while this one ran
   sequence.ids.resize(static_cast<size_t>(sequence.computed));
   add_session({sequence.session, sequence.cache_id, std::move(sequence.ids)});

@@ -13,6 +13,7 @@
 #include "sequence.h"
 #include "session_file.h"
 #include "sessions.h"
+#include "speculator.h"
 
 namespace mixtral {
 
@@ -39,6 +40,7 @@ class EngineCore {
   bool make_room(const Sequence& next);
   void start(Sequence& sequence);
   void run_pass();
+  void take(const Step& step);
   void show(Sequence& sequence, const std::string& text);
   void end_finished();
   void end(Sequence& sequence) noexcept;
@@ -49,6 +51,7 @@ class EngineCore {
 
   ModelRunner runner_;
   Scheduler scheduler_;
+  Speculator speculator_;
   Sessions sessions_;
   size_t max_sessions_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // waiting and running, in the order of arrival

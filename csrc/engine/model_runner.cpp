@@ -1,25 +1,26 @@
 #include "model_runner.h"
 
 #include <algorithm>
-#include <map>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "../model/memory.h"
+#include "errors.h"
 #include "routing_observer.h"
 #include "sample_batch.h"
 
 namespace mixtral {
 namespace {
 
-// The experts that the next `tokens` tokens of a sequence are forced to; null where its router decides.
-void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<const uint8_t*>& rows) {
+// The experts that the next `tokens` tokens of a sequence are forced to, if any.
+void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<RoutingObserver::ForcedRow>& rows) {
   for (int64_t i = sequence.computed; i < sequence.computed + tokens; ++i) {
     const Trace* const replay = sequence.replay.get();
     sequence.diverged = sequence.diverged || !replay || i >= replay->tokens() ||
                         replay->token_id[static_cast<size_t>(i)] != sequence.ids[static_cast<size_t>(i)];
-    rows.push_back(sequence.diverged ? nullptr : replay->routing.experts_of(i));
+    rows.push_back({sequence.diverged ? nullptr : replay->routing.experts_of(i), sequence.experts_per_token});
   }
 }
 
@@ -31,7 +32,7 @@ std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& 
   if (!forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
   RoutingObserver observer(config, /*keep_logits=*/false);
   if (forces) {
-    std::vector<const uint8_t*> rows;
+    std::vector<RoutingObserver::ForcedRow> rows;
     for (const auto& [sequence, tokens] : plan) add_forced_rows(*sequence, tokens, rows);
     observer.force(std::move(rows));
   }
@@ -56,6 +57,21 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   }
 }
 
+RowsByExperts rows_by_experts(const std::vector<Scheduler::Chunk>& plan) {
+  RowsByExperts rows;
+  int64_t row = 0;
+  for (const auto& [sequence, tokens] : plan)
+    for (int64_t i = 0; i < tokens + static_cast<int64_t>(sequence->draft.size()); ++i)
+      rows[sequence->experts_per_token].push_back(row++);
+  return rows;
+}
+
+// x [T,n], rows rising -> [rows,n]
+torch::Tensor select_rows(const torch::Tensor& x, const std::vector<int64_t>& rows) {
+  if (static_cast<int64_t>(rows.size()) == x.size(0)) return x;
+  return x.index_select(0, torch::tensor(rows, torch::kInt64).to(x.device()));
+}
+
 // The most likely token: mostly the one that was picked, which saves a look at all logits [vocab].
 int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch::Tensor& logits) {
   const bool picked =
@@ -69,7 +85,7 @@ ModelRunner::ModelRunner(Mixtral model, Options options)
     : model_(std::move(model)), options_(options), uses_graphs_(options.cuda_graph && model_->device().is_cuda()) {}
 
 int64_t ModelRunner::pages_needed(int64_t prompt_tokens, int64_t max_tokens) const {
-  const int64_t chunk = std::min(options_.max_chunk, prompt_tokens);
+  const int64_t chunk = std::min(options_.max_chunk, std::max(prompt_tokens, 1 + options_.speculate));
   return RollingKVCache::pages_needed(model_->config(), options_.page_size, chunk, prompt_tokens + max_tokens);
 }
 
@@ -105,46 +121,101 @@ void ModelRunner::grow(int64_t least, int64_t wanted) {
   }
 }
 
-std::vector<std::pair<Sequence*, Sample>> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
-  std::map<int64_t, std::vector<Scheduler::Chunk>> passes;
-  for (const auto& chunk : plan) passes[chunk.sequence->experts_per_token].push_back(chunk);
-  std::vector<std::pair<Sequence*, Sample>> samples;
-  for (const auto& pass : passes)
-    for (auto& sample : run_pass(pass.second)) samples.push_back(std::move(sample));
-  return samples;
+// A pass that was computed.
+struct ModelRunner::Pass {
+  std::vector<Sequence*> sequences;  // all of whose tokens are computed now
+  std::vector<int64_t> first_rows;   // of the logits: that of a sequence's newest token; those of its draft follow
+  torch::Tensor logits;              // f32 [rows, vocab]
+  std::optional<RoutingObserver> observer;
+};
+
+std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
+  try {
+    std::optional<Pass> pass;
+    try {
+      pass = forward(plan);
+    } catch (const std::exception& error) {
+      roll_back(plan);
+      if (!is_out_of_memory(error) || plan.size() == 1) throw;
+    }
+    if (!pass) return run_halves(plan);
+    if (pass->observer) add_to_traces(*pass->observer, plan);
+    for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
+    return sample_and_compare(*pass);
+  } catch (...) {
+    for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
+    return {};
+  }
 }
 
-// All sequences have the same number of experts per token.
-std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vector<Scheduler::Chunk>& plan) {
+std::vector<Step> ModelRunner::run_halves(const std::vector<Scheduler::Chunk>& plan) {
+  const auto middle = plan.begin() + static_cast<std::ptrdiff_t>(plan.size() / 2);
+  std::vector<Step> steps = run({plan.begin(), middle});
+  for (Step& step : run({middle, plan.end()})) steps.push_back(std::move(step));
+  return steps;
+}
+
+ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan) {
+  Pass pass;
   std::vector<RollingKVCache::Chunk> chunks;
-  std::vector<int64_t> rows;         // of the newest token of a sequence: only they need logits
-  std::vector<Sequence*> sequences;  // of these rows
+  std::vector<int64_t> rows;  // the newest token of a sequence and its draft: only they need logits
   int64_t total = 0;
   for (const auto& [sequence, tokens] : plan) {
     const auto begin = sequence->ids.begin() + sequence->computed;
-    chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
-    total += tokens;
+    std::vector<int64_t> ids(begin, begin + tokens);
+    ids.insert(ids.end(), sequence->draft.begin(), sequence->draft.end());
+    total += static_cast<int64_t>(ids.size());
+    chunks.push_back({sequence->cache_id, std::move(ids)});
     if (sequence->computed + tokens < sequence->length()) continue;
-    rows.push_back(total - 1);
-    sequences.push_back(sequence);
+    pass.sequences.push_back(sequence);
+    pass.first_rows.push_back(static_cast<int64_t>(rows.size()));
+    for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row) rows.push_back(row);
   }
-  std::optional<RoutingObserver> observer = observer_of(plan, model_->config());
-  const auto logits =
-      forward(chunks, rows, plan[0].sequence->experts_per_token, observer ? &observer.value() : nullptr);
-  if (observer) add_to_traces(*observer, plan);
-  for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
-  std::vector<std::pair<Sequence*, Sample>> result;
-  if (rows.empty()) return result;
-  std::vector<Sample> samples = sample(sequences, logits);
-  for (size_t i = 0; i < samples.size(); ++i) result.emplace_back(sequences[i], std::move(samples[i]));
-  return result;
+  pass.observer = observer_of(plan, model_->config());
+  pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer ? &pass.observer.value() : nullptr);
+  return pass;
+}
+
+// The cache forgets what a pass that failed was to write.
+void ModelRunner::roll_back(const std::vector<Scheduler::Chunk>& plan) {
+  for (const auto& chunk : plan) cache_->truncate(chunk.sequence->cache_id, chunk.sequence->computed);
+}
+
+// Picks a token from the row of each sequence; where it is the one that the draft guessed, from the next row too.
+std::vector<Step> ModelRunner::sample_and_compare(const Pass& pass) {
+  std::vector<Step> steps;
+  for (Sequence* sequence : pass.sequences) steps.push_back({sequence, {}});
+  std::vector<size_t> active(steps.size());  // indices of steps
+  std::iota(active.begin(), active.end(), size_t{0});
+  for (size_t round = 0; !active.empty(); ++round) {
+    std::vector<Sequence*> sequences;
+    std::vector<int64_t> rows;
+    for (const size_t i : active) {
+      sequences.push_back(steps[i].sequence);
+      rows.push_back(pass.first_rows[i] + static_cast<int64_t>(round));
+    }
+    std::vector<Sample> samples = sample(sequences, select_rows(pass.logits, rows));
+    std::vector<size_t> held;
+    for (size_t i = 0; i < active.size(); ++i) {
+      const auto& draft = sequences[i]->draft;
+      if (round < draft.size() && samples[i].token_id == draft[round]) held.push_back(active[i]);
+      steps[active[i]].samples.push_back(std::move(samples[i]));
+    }
+    active = std::move(held);
+  }
+  for (const Step& step : steps) {
+    if (step.sequence->draft.empty()) continue;
+    step.sequence->computed += static_cast<int64_t>(step.samples.size()) - 1;
+    cache_->truncate(step.sequence->cache_id, step.sequence->computed);
+  }
+  return steps;
 }
 
 // The hidden rows `rows` of the batch become logits: f32 [rows, vocab].
-torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
-                                   int64_t experts_per_token, ForwardObserver* observer) {
+torch::Tensor ModelRunner::logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
+                                  const RowsByExperts& experts, ForwardObserver* observer) {
   const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
-  const bool as_captured = !observer && experts_per_token == model_->config().top_k;
+  const bool as_captured = !observer && experts.size() == 1 && experts.begin()->first == model_->config().top_k;
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
       std::all_of(chunks.begin(), chunks.end(), one_token)) {
     if (!graphs_) graphs_.emplace(*model_, *cache_);
@@ -152,12 +223,13 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
   }
   Batch batch = cache_->prepare(chunks);
   batch.observer = observer;
-  batch.experts_per_token = experts_per_token;
-  auto hidden = model_->hidden_states(batch, &*cache_);
+  batch.experts_per_token = experts.begin()->first;
+  if (experts.size() > 1)
+    for (const auto& [count, of] : experts)
+      batch.rows_by_experts[count] = torch::tensor(of, torch::kInt64).to(model_->device());
+  const auto hidden = model_->hidden_states(batch, &*cache_);
   if (rows.empty()) return {};
-  if (static_cast<int64_t>(rows.size()) < hidden.size(0))
-    hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
-  return model_->logits(hidden);
+  return model_->logits(select_rows(hidden, rows));
 }
 
 // logits f32 [rows, vocab]: one row for each sequence.
@@ -191,6 +263,8 @@ Sample ModelRunner::sample_row(Sequence& sequence, int64_t token_id, const torch
       sample.logprob = token_logprob(logits.data_ptr<float>(), vocab, sample.token_id, sequence.params.logprobs);
   } catch (const std::runtime_error& error) {  // NaN: the neighbours go on
     sample.error = error.what();
+  } catch (...) {
+    sequence.error = std::current_exception();
   }
   return sample;
 }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "../model/rolling_kv_cache.h"
@@ -14,6 +14,15 @@
 
 namespace mixtral {
 
+// The rows of a pass with each number of experts per token.
+using RowsByExperts = std::map<int64_t, std::vector<int64_t>>;
+
+// What a pass picked for a sequence: the guesses of its draft that held, and one token more.
+struct Step {
+  Sequence* sequence;
+  std::vector<Sample> samples;
+};
+
 class ModelRunner {
  public:
   struct Options {
@@ -22,6 +31,7 @@ class ModelRunner {
     int64_t max_batch;  // most sequences in one pass
     int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
     bool cuda_graph;
+    int64_t speculate = 0;  // most tokens of a draft
   };
 
   ModelRunner(Mixtral model, Options options);
@@ -35,17 +45,23 @@ class ModelRunner {
   int64_t pages_in_use() const { return cache_ ? cache_->pages_in_use() : 0; }
   RollingKVCache& cache() { return cache_.value(); }
 
-  // Computes the tokens of the plan and counts them as computed, in one forward pass for each number of experts per
-  // token. Returns a sample for each sequence all of whose tokens are computed now.
-  std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan);
+  // Computes the tokens of the plan in one forward pass, behind them the drafts, and picks tokens for the sequences all
+  // of whose tokens are computed then. Counts the tokens as computed, and the guesses that held. Never throws: a pass
+  // that runs out of memory is computed in two halves, and these likewise; what goes wrong is the error of the
+  // sequences that it happened to (Sequence::error).
+  std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan);
 
   MixtralImpl& model() { return *model_; }
 
  private:
   int64_t affordable_pages() const;
-  std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
-  torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
-                        int64_t experts_per_token, ForwardObserver* observer);
+  struct Pass;
+  std::vector<Step> run_halves(const std::vector<Scheduler::Chunk>& plan);
+  Pass forward(const std::vector<Scheduler::Chunk>& plan);
+  torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
+                       const RowsByExperts& experts, ForwardObserver* observer);
+  void roll_back(const std::vector<Scheduler::Chunk>& plan);
+  std::vector<Step> sample_and_compare(const Pass& pass);
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 

@@ -10,6 +10,7 @@
 #include "../text/stop_matcher.h"
 #include "../text/tokenizer.h"
 #include "request.h"
+#include "speculation.h"
 
 namespace mixtral {
 
@@ -34,6 +35,7 @@ class Sequence {
   int64_t length() const { return static_cast<int64_t>(ids.size()); }
   int64_t prompt_length() const { return static_cast<int64_t>(generation.prompt_token_ids.size()); }
   bool in_prefill() const { return computed < prompt_length(); }
+  bool failed() const { return error || generation.finish_reason == "error"; }
   bool finished() const { return error || !generation.finish_reason.empty(); }
 
   const int64_t id;
@@ -43,12 +45,14 @@ class Sequence {
   const std::shared_ptr<const Trace> replay;
   const Callbacks callbacks;
   Sampler sampler;
-  std::vector<int64_t> ids;  // prompt and new tokens
-  int64_t computed = 0;      // of them, those whose keys and values are in the cache
-  bool diverged = false;     // from the tokens of `replay`
-  int64_t max_pages = 0;     // the most it holds in the cache at a time
-  int64_t cache_id = -1;     // of its keys and values; -1 while it waits
-  int num_threads = 1;       // of the caller
+  std::vector<int64_t> ids;    // prompt and new tokens
+  int64_t computed = 0;        // of them, those whose keys and values are in the cache
+  std::vector<int64_t> draft;  // guesses of the tokens after `ids`, for the next pass alone
+  DraftGate gate;              // of the drafts
+  bool diverged = false;       // from the tokens of `replay`
+  int64_t max_pages = 0;       // the most it holds in the cache at a time
+  int64_t cache_id = -1;       // of its keys and values; -1 while it waits
+  int num_threads = 1;         // of the caller
   std::shared_ptr<Timings> timings = std::make_shared<Timings>();  // shared by the requests of one generate call
   Generation generation;
   std::exception_ptr error;

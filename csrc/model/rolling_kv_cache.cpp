@@ -132,6 +132,12 @@ void RollingKVCache::remove_sequence(int64_t sequence) {
   sequences_.erase(sequence);
 }
 
+void RollingKVCache::clear_sequence(int64_t sequence) {
+  for (const int32_t page : find(sequence).pages)
+    for (auto* layers : {&keys_, &values_})
+      for (torch::Tensor& pool : *layers) pool.select(0, page).zero_();
+}
+
 bool RollingKVCache::truncate(int64_t sequence, int64_t length) {
   Sequence& held = find(sequence);
   require(length >= 0 && length <= held.length,

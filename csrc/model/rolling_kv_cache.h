@@ -52,6 +52,8 @@ class RollingKVCache {
 
   int64_t add_sequence();
   void remove_sequence(int64_t sequence);  // its pages go back to the pool
+  // Its keys and values become 0. For those that may be NaN, before others get the pages.
+  void clear_sequence(int64_t sequence);
   // What a sequence holds, to be kept outside the cache: its pages, on the CPU.
   struct Contents {
     int64_t length = 0;                       // tokens

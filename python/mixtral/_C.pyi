@@ -146,6 +146,10 @@ class Timings:
     @property
     def new_tokens(self) -> int: ...
     @property
+    def drafted_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
+    @property
     def peak_pages(self) -> int: ...
 
 class Score:
@@ -194,6 +198,7 @@ class EngineOptions:
     ctx_size: int
     kv_memory: int
     cuda_graph: bool
+    speculate: int
     def __init__(self, **fields: int | bool) -> None: ...
 
 class Outcome:

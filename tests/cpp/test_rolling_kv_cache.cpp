@@ -1,3 +1,4 @@
+#include <limits>
 #include <map>
 #include <random>
 
@@ -131,6 +132,20 @@ TEST(RollingKVCache, TruncateGivesPagesBackUnlessTheWindowHasMovedOn) {
   EXPECT_EQ(cache.pages_in_use(), 2);
   EXPECT_THROW(cache.truncate(a, 12), std::runtime_error);
   EXPECT_THROW(cache.truncate(7, 0), std::runtime_error);
+}
+
+TEST(RollingKVCache, ClearedKeysAndValuesAreZero) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 8, 16);
+  const int64_t a = cache.add_sequence(), b = cache.add_sequence();
+  cache.prepare({{a, {1, 2, 3, 4, 5}}, {b, {6}}});
+  for (int64_t layer = 0; layer < 2; ++layer)
+    for (auto pool : {cache.keys(layer), cache.values(layer)}) pool.fill_(std::numeric_limits<float>::quiet_NaN());
+  cache.clear_sequence(a);
+  for (int64_t layer = 0; layer < 2; ++layer)
+    for (const auto& pool : {cache.keys(layer), cache.values(layer)}) {
+      EXPECT_FALSE(pool.narrow(0, 0, 2).any().item<bool>());
+      EXPECT_TRUE(pool.narrow(0, 2, 6).isnan().all().item<bool>());
+    }
 }
 
 TEST(RollingKVCache, GrowKeepsPagesAndTheirNumbers) {
