@@ -80,6 +80,7 @@ struct Engine::Impl {
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check(const Request& request) const;
+  void check_ids_of(const SamplingParams& params) const;
   void check_routing(const Request& request) const;
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
@@ -99,9 +100,22 @@ void Engine::Impl::check(const Request& request) const {
   require(length <= options.ctx_size && request.params.max_tokens <= options.ctx_size - length,
           "prompt must fit the context of " + std::to_string(options.ctx_size) + " tokens with max_tokens, got " +
               std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(request.params.max_tokens));
+  check_ids_of(request.params);
   check_routing(request);
+  require(request.session.empty() || request.params.prompt_logprobs == 0,
+          "prompt_logprobs must be 0 with a session, which does not compute its whole prompt");
   require(request.params.stop.empty() || tokenizer,
           "stop must be empty without a tokenizer, got " + std::to_string(request.params.stop.size()) + " strings");
+}
+
+void Engine::Impl::check_ids_of(const SamplingParams& params) const {
+  const int64_t vocab = model->config().vocab_size;
+  const auto check = [&](const char* field, int64_t id) {
+    require(id < vocab, std::string(field) + " must be of token ids in [0, " + std::to_string(vocab) + "), got " +
+                            std::to_string(id));
+  };
+  for (const auto& bias : params.logit_bias) check("logit_bias", bias.first);
+  for (const int64_t id : params.stop_token_ids) check("stop_token_ids", id);
 }
 
 void Engine::Impl::check_routing(const Request& request) const {
@@ -129,7 +143,8 @@ std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
   if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));
-  auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer);
+  auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer,
+                                             model->config().eos_token_ids);
   sequence->generation.trace = std::move(trace);
   sequence->num_threads = num_threads();
   return sequence;
@@ -187,7 +202,18 @@ int64_t Engine::submit(Request request, Callbacks callbacks) {
   return id;
 }
 
+void Engine::after_passes(std::function<void()> call) {
+  impl_->thread.run([&call](EngineCore& core) { core.after_pass = std::move(call); });
+}
+
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
+
+void Engine::allow(int64_t id, std::vector<int32_t> mask) {
+  const int64_t words = (config().vocab_size + 31) / 32;
+  require(static_cast<int64_t>(mask.size()) == words,
+          "allow: mask must have " + std::to_string(words) + " words of 32 tokens, got " + std::to_string(mask.size()));
+  impl_->thread.allow(id, std::move(mask));
+}
 
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,
                                          const WhileWaiting& while_waiting) {
@@ -197,8 +223,10 @@ std::vector<Generation> Engine::generate(std::vector<Request> requests, const On
   std::vector<std::unique_ptr<Sequence>> sequences;
   std::vector<int64_t> ids;
   for (size_t i = 0; i < requests.size(); ++i) {
+    require(!requests[i].constrained, "generate: a constrained request must come through submit(), which tells its id");
     Callbacks callbacks;
-    if (on_text) callbacks.on_text = [call, i](const std::string& text) { return call->on_text(i, text); };
+    if (on_text)
+      callbacks.on_progress = [call, i](const GenerationProgress& pass) { return call->on_text(i, pass.text); };
     callbacks.on_end = [call, i](Outcome outcome) { call->end(i, std::move(outcome)); };
     sequences.push_back(impl_->make_sequence(std::move(requests[i]), std::move(callbacks)));
     sequences.back()->timings = call->timings;

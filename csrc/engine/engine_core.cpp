@@ -37,6 +37,16 @@ void EngineCore::cancel(int64_t id) {
   end_finished();
 }
 
+void EngineCore::allow(int64_t id, std::vector<int32_t> mask) {
+  for (const auto& sequence : sequences_)
+    if (sequence->id == id && sequence->constrained) sequence->allowed = std::move(mask);
+}
+
+bool EngineCore::idle() const {
+  const auto& running = scheduler_.running();
+  return !may_admit_ && std::all_of(running.begin(), running.end(), [](const auto* s) { return s->blocked(); });
+}
+
 void EngineCore::cancel_all() {
   for (const auto& sequence : sequences_) sequence->cancel();
   end_finished();
@@ -63,6 +73,7 @@ void EngineCore::load_session(const std::string& name, SavedSession saved) {
 
 void EngineCore::step() {
   admit();
+  sample_held();
   run_pass();
   end_finished();
 }
@@ -134,6 +145,15 @@ bool EngineCore::drop(const std::optional<Session>& session) {
 // ---- a forward pass
 // --------------------------------------------------------------------------------------------------
 
+// The next tokens of constrained sequences whose masks have come.
+void EngineCore::sample_held() {
+  for (const auto& sequence : sequences_) {
+    if (sequence->held_logits.empty() || sequence->allowed.empty()) continue;
+    take({sequence.get(), {runner_.sample_held(*sequence)}});
+  }
+  end_finished();
+}
+
 void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
   if (plan.empty()) return;
@@ -164,20 +184,24 @@ void EngineCore::take(const Step& step) {
   std::optional<std::string> text;
   for (const Sample& sample : step.samples) {
     if (sequence.finished()) break;
-    const auto piece = sequence.append(sample, runner_.model().config().eos_token_ids);
+    const auto piece = sequence.append(sample);
     if (piece) text = text.value_or("") + *piece;
   }
   if (sequence.computed > sequence.length()) {
     sequence.computed = sequence.length();
     runner_.cache().truncate(sequence.cache_id, sequence.computed);
   }
-  if (text) show(sequence, *text);
+  if (text || sequence.generation.trace) show(sequence, text.value_or(""));
 }
 
 void EngineCore::show(Sequence& sequence, const std::string& text) {
-  if (!sequence.callbacks.on_text || sequence.error) return;
+  if (!sequence.callbacks.on_progress || sequence.error) return;
+  const Generation& generation = sequence.generation;
+  const GenerationProgress progress = {text, generation, sequence.shown_tokens, sequence.shown_rows};
+  sequence.shown_tokens = generation.token_ids.size();
+  if (generation.trace) sequence.shown_rows = generation.trace->tokens();
   try {
-    if (!sequence.callbacks.on_text(text) && !sequence.finished()) sequence.cancel();
+    if (!sequence.callbacks.on_progress(progress) && !sequence.finished()) sequence.cancel();
   } catch (...) {
     sequence.error = std::current_exception();
   }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -24,8 +25,9 @@ class EngineCore {
   EngineCore(Mixtral model, const ModelRunner::Options& runner, const Scheduler::Options& scheduler);
 
   void add(std::unique_ptr<Sequence> sequence);
-  void cancel(int64_t id);  // does nothing if no request has this id
-  bool idle() const { return sequences_.empty(); }
+  void cancel(int64_t id);                            // does nothing if no request has this id
+  void allow(int64_t id, std::vector<int32_t> mask);  // of the next token of a constrained request, if there is one
+  bool idle() const;                                  // there is nothing to do until one of these calls comes
   // The tokens, keys and values of an idle session. Throws std::invalid_argument when there is none of this name.
   SavedSession save_session(const std::string& name);
   // Makes an idle session of them, in the place of one of this name. Throws OutOfMemory.
@@ -35,10 +37,14 @@ class EngineCore {
   void cancel_all();
   void fail_all(const std::exception_ptr& error);
 
+  // Called by the thread after each pass and the callbacks that came of it: one wake-up for all of them.
+  std::function<void()> after_pass;
+
  private:
   void admit();
   bool make_room(const Sequence& next);
   void start(Sequence& sequence);
+  void sample_held();
   void run_pass();
   void take(const Step& step);
   void show(Sequence& sequence, const std::string& text);

@@ -8,6 +8,7 @@
 
 #include "../model/memory.h"
 #include "errors.h"
+#include "prompt_logprobs.h"
 #include "routing_observer.h"
 #include "sample_batch.h"
 
@@ -66,17 +67,10 @@ RowsByExperts rows_by_experts(const std::vector<Scheduler::Chunk>& plan) {
   return rows;
 }
 
-// x [T,n], rows rising -> [rows,n]
+// x [T,n] -> [rows,n]
 torch::Tensor select_rows(const torch::Tensor& x, const std::vector<int64_t>& rows) {
-  if (static_cast<int64_t>(rows.size()) == x.size(0)) return x;
+  if (static_cast<int64_t>(rows.size()) == x.size(0) && std::is_sorted(rows.begin(), rows.end())) return x;
   return x.index_select(0, torch::tensor(rows, torch::kInt64).to(x.device()));
-}
-
-// The most likely token: mostly the one that was picked, which saves a look at all logits [vocab].
-int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch::Tensor& logits) {
-  const bool picked =
-      sequence.params.temperature == 0 && sequence.params.repetition_penalty == 1 && sample.token_id >= 0;
-  return picked ? static_cast<int32_t>(sample.token_id) : logits.argmax().item<int32_t>();
 }
 
 }  // namespace
@@ -125,7 +119,8 @@ void ModelRunner::grow(int64_t least, int64_t wanted) {
 struct ModelRunner::Pass {
   std::vector<Sequence*> sequences;  // all of whose tokens are computed now
   std::vector<int64_t> first_rows;   // of the logits: that of a sequence's newest token; those of its draft follow
-  torch::Tensor logits;              // f32 [rows, vocab]
+  std::vector<PromptToken> prompt_tokens;  // their rows of the logits are the last ones
+  torch::Tensor logits;                    // f32 [rows, vocab]; undefined: no row needs any
   std::optional<RoutingObserver> observer;
 };
 
@@ -141,7 +136,7 @@ std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
     if (!pass) return run_halves(plan);
     if (pass->observer) add_to_traces(*pass->observer, plan);
     for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
-    return sample_and_compare(*pass);
+    return finish(std::move(*pass));
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
     return {};
@@ -158,11 +153,12 @@ std::vector<Step> ModelRunner::run_halves(const std::vector<Scheduler::Chunk>& p
 ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan) {
   Pass pass;
   std::vector<RollingKVCache::Chunk> chunks;
-  std::vector<int64_t> rows;  // the newest token of a sequence and its draft: only they need logits
+  std::vector<int64_t> rows;  // those that need logits: the newest token of a sequence and its draft
   int64_t total = 0;
   for (const auto& [sequence, tokens] : plan) {
     const auto begin = sequence->ids.begin() + sequence->computed;
     std::vector<int64_t> ids(begin, begin + tokens);
+    add_prompt_tokens(*sequence, tokens, total, pass.prompt_tokens);
     ids.insert(ids.end(), sequence->draft.begin(), sequence->draft.end());
     total += static_cast<int64_t>(ids.size());
     chunks.push_back({sequence->cache_id, std::move(ids)});
@@ -171,6 +167,7 @@ ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan
     pass.first_rows.push_back(static_cast<int64_t>(rows.size()));
     for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row) rows.push_back(row);
   }
+  for (const PromptToken& token : pass.prompt_tokens) rows.push_back(token.row);
   pass.observer = observer_of(plan, model_->config());
   pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer ? &pass.observer.value() : nullptr);
   return pass;
@@ -179,6 +176,41 @@ ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan
 // The cache forgets what a pass that failed was to write.
 void ModelRunner::roll_back(const std::vector<Scheduler::Chunk>& plan) {
   for (const auto& chunk : plan) cache_->truncate(chunk.sequence->cache_id, chunk.sequence->computed);
+}
+
+std::vector<Step> ModelRunner::finish(Pass pass) {
+  if (!pass.logits.defined()) return {};
+  const auto prompt_rows = static_cast<int64_t>(pass.prompt_tokens.size());
+  std::vector<Step> steps;
+  if (prompt_rows > 0) {
+    const auto failed =
+        set_prompt_logprobs(pass.prompt_tokens, pass.logits.slice(0, pass.logits.size(0) - prompt_rows));
+    for (const auto& [sequence, sample] : failed) steps.push_back({sequence, {sample}});
+  }
+  for (size_t i = 0; i < pass.sequences.size(); ++i)
+    if (Trace* const trace = pass.sequences[i]->generation.trace.get())
+      trace->predicted_id.back() = pass.logits[pass.first_rows[i]].argmax().item<int32_t>();
+  hold_constrained(pass);
+  for (Step& step : sample_and_compare(pass)) steps.push_back(std::move(step));
+  return steps;
+}
+
+// Takes constrained sequences out of the pass; they keep their logits.
+void ModelRunner::hold_constrained(Pass& pass) const {
+  std::vector<Sequence*> others;
+  std::vector<int64_t> rows;
+  for (size_t i = 0; i < pass.sequences.size(); ++i) {
+    Sequence* const sequence = pass.sequences[i];
+    if (!sequence->constrained) {
+      others.push_back(sequence);
+      rows.push_back(pass.first_rows[i]);
+      continue;
+    }
+    const auto row = pass.logits[pass.first_rows[i]].to(torch::kCPU);
+    sequence->held_logits.assign(row.data_ptr<float>(), row.data_ptr<float>() + row.numel());
+  }
+  pass.sequences = std::move(others);
+  pass.first_rows = std::move(rows);
 }
 
 // Picks a token from the row of each sequence; where it is the one that the draft guessed, from the next row too.
@@ -216,8 +248,9 @@ torch::Tensor ModelRunner::logits(const std::vector<RollingKVCache::Chunk>& chun
                                   const RowsByExperts& experts, ForwardObserver* observer) {
   const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
   const bool as_captured = !observer && experts.size() == 1 && experts.begin()->first == model_->config().top_k;
+  const bool in_order = std::is_sorted(rows.begin(), rows.end());
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
-      std::all_of(chunks.begin(), chunks.end(), one_token)) {
+      in_order && std::all_of(chunks.begin(), chunks.end(), one_token)) {
     if (!graphs_) graphs_.emplace(*model_, *cache_);
     return graphs_->logits(chunks);
   }
@@ -230,6 +263,13 @@ torch::Tensor ModelRunner::logits(const std::vector<RollingKVCache::Chunk>& chun
   const auto hidden = model_->hidden_states(batch, &*cache_);
   if (rows.empty()) return {};
   return model_->logits(select_rows(hidden, rows));
+}
+
+Sample ModelRunner::sample_held(Sequence& sequence) const {
+  std::vector<float> logits = std::exchange(sequence.held_logits, {});
+  Sample sample = sample_row(sequence, -1, torch::from_blob(logits.data(), {model_->config().vocab_size}));
+  sequence.allowed.clear();
+  return sample;
 }
 
 // logits f32 [rows, vocab]: one row for each sequence.
@@ -245,10 +285,7 @@ std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences,
   }
   std::vector<Sample> samples;
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const auto row = logits[static_cast<int64_t>(i)];
-    samples.push_back(sample_row(*sequences[i], ids[i], row));
-    if (Trace* const trace = sequences[i]->generation.trace.get())
-      trace->predicted_id.back() = predicted_id(*sequences[i], samples.back(), row);
+    samples.push_back(sample_row(*sequences[i], ids[i], logits[static_cast<int64_t>(i)]));
   }
   return samples;
 }
@@ -258,7 +295,9 @@ Sample ModelRunner::sample_row(Sequence& sequence, int64_t token_id, const torch
   const int64_t vocab = model_->config().vocab_size;
   Sample sample;
   try {
-    sample.token_id = token_id >= 0 ? token_id : sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab);
+    sample.token_id = token_id;
+    if (token_id < 0)
+      sample.token_id = sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab, sequence.allowed);
     if (sequence.params.logprobs > 0)
       sample.logprob = token_logprob(logits.data_ptr<float>(), vocab, sample.token_id, sequence.params.logprobs);
   } catch (const std::runtime_error& error) {  // NaN: the neighbours go on

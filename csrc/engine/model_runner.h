@@ -46,10 +46,12 @@ class ModelRunner {
   RollingKVCache& cache() { return cache_.value(); }
 
   // Computes the tokens of the plan in one forward pass, behind them the drafts, and picks tokens for the sequences all
-  // of whose tokens are computed then. Counts the tokens as computed, and the guesses that held. Never throws: a pass
-  // that runs out of memory is computed in two halves, and these likewise; what goes wrong is the error of the
-  // sequences that it happened to (Sequence::error).
+  // of whose tokens are computed then; of a constrained one it keeps the logits instead. Counts the tokens as computed,
+  // and the guesses that held. Never throws: a pass that runs out of memory is computed in two halves, and these
+  // likewise; what goes wrong is the error of the sequences that it happened to (Sequence::error).
   std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan);
+  // Picks the next token of a constrained sequence, from its logits and mask.
+  Sample sample_held(Sequence& sequence) const;
 
   MixtralImpl& model() { return *model_; }
 
@@ -61,6 +63,8 @@ class ModelRunner {
   torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                        const RowsByExperts& experts, ForwardObserver* observer);
   void roll_back(const std::vector<Scheduler::Chunk>& plan);
+  std::vector<Step> finish(Pass pass);
+  void hold_constrained(Pass& pass) const;
   std::vector<Step> sample_and_compare(const Pass& pass);
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;

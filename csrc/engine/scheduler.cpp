@@ -24,7 +24,8 @@ std::vector<Scheduler::Chunk> Scheduler::plan() const {
   int64_t budget = options_.token_budget;
   for (Sequence* sequence : running_) {
     const int64_t tokens = std::min({sequence->length() - sequence->computed, options_.chunk_size, budget});
-    if (tokens == 0) break;  // nothing is left of the budget
+    if (budget == 0) break;
+    if (tokens == 0) continue;  // it waits for the mask of its next token
     chunks.push_back({sequence, tokens});
     budget -= tokens;
   }

@@ -24,11 +24,12 @@ struct Sample {
 class Sequence {
  public:
   // Throws std::invalid_argument for sampling parameters out of range.
-  Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer);
+  Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer,
+           const std::vector<int64_t>& eos_token_ids = {});
 
-  // Appends the sampled token and may finish the sequence. Returns the text that became certain; none after an
-  // end-of-sequence token that nothing was held back for.
-  std::optional<std::string> append(const Sample& sample, const std::vector<int64_t>& eos_token_ids);
+  // Appends the sampled token and may finish the sequence. Returns the text that became certain; none after a token
+  // that ends the generation and that nothing was held back for.
+  std::optional<std::string> append(const Sample& sample);
   // Ends the sequence as it is; text held back is dropped.
   void cancel() { generation.finish_reason = "cancelled"; }
 
@@ -36,6 +37,8 @@ class Sequence {
   int64_t prompt_length() const { return static_cast<int64_t>(generation.prompt_token_ids.size()); }
   bool in_prefill() const { return computed < prompt_length(); }
   bool failed() const { return error || generation.finish_reason == "error"; }
+  // All tokens are computed, and the next one waits for its mask.
+  bool blocked() const { return constrained && computed == length() && allowed.empty(); }
   bool finished() const { return error || !generation.finish_reason.empty(); }
 
   const int64_t id;
@@ -43,16 +46,22 @@ class Sequence {
   const std::string session;
   const int64_t experts_per_token;
   const std::shared_ptr<const Trace> replay;
+  const bool constrained;
   const Callbacks callbacks;
+  const std::vector<int64_t> end_ids;  // a token that ends the generation and is no part of it
   Sampler sampler;
-  std::vector<int64_t> ids;    // prompt and new tokens
-  int64_t computed = 0;        // of them, those whose keys and values are in the cache
-  std::vector<int64_t> draft;  // guesses of the tokens after `ids`, for the next pass alone
-  DraftGate gate;              // of the drafts
-  bool diverged = false;       // from the tokens of `replay`
-  int64_t max_pages = 0;       // the most it holds in the cache at a time
-  int64_t cache_id = -1;       // of its keys and values; -1 while it waits
-  int num_threads = 1;         // of the caller
+  std::vector<int64_t> ids;        // prompt and new tokens
+  int64_t computed = 0;            // of them, those whose keys and values are in the cache
+  std::vector<int64_t> draft;      // guesses of the tokens after `ids`, for the next pass alone
+  DraftGate gate;                  // of the drafts
+  std::vector<float> held_logits;  // [vocab] of a constrained sequence's next token, until that is picked
+  std::vector<int32_t> allowed;    // the mask of that token; empty: it has not come
+  bool diverged = false;           // from the tokens of `replay`
+  int64_t max_pages = 0;           // the most it holds in the cache at a time
+  int64_t cache_id = -1;           // of its keys and values; -1 while it waits
+  size_t shown_tokens = 0;         // of generation.token_ids, those that on_progress had
+  int64_t shown_rows = 0;          // the same of the rows of generation.trace
+  int num_threads = 1;             // of the caller
   std::shared_ptr<Timings> timings = std::make_shared<Timings>();  // shared by the requests of one generate call
   Generation generation;
   std::exception_ptr error;
@@ -62,7 +71,6 @@ class Sequence {
 
   StopMatcher stop_;
   std::optional<StreamingDecoder> decoder_;
-  std::vector<int64_t> stop_ids_;  // of the stop strings that are the name of a control token
 };
 
 }  // namespace mixtral

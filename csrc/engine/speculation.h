@@ -2,8 +2,8 @@
 // tokens at once (Saxena, "Prompt Lookup Decoding", 2023).
 //
 // Every guessed position is sampled as if there were no guess, and the guess holds if it is the token that was picked.
-// So tokens and logprobs are those without speculation, at any temperature, bit for bit where the bits of a token do not
-// depend on the batch (docs/numerics.md); only the speed differs.
+// So tokens and logprobs are those without speculation, at any temperature, bit for bit where the bits of a token do
+// not depend on the batch (docs/numerics.md); only the speed differs.
 //
 // A pass with guesses takes longer: a guessed token wakes experts that the others do not need. So each sequence has a
 // gate, which closes where guessing does not pay (Saxena et al., "Utility-Driven Speculative Decoding for

@@ -19,7 +19,7 @@ void Speculator::propose(const std::vector<Scheduler::Chunk>& plan) {
   int64_t budget = limits_.token_budget - sequences;
   for (const auto& chunk : plan) {
     Sequence& sequence = *chunk.sequence;
-    if (sequence.generation.trace || sequence.replay) continue;
+    if (sequence.constrained || sequence.generation.trace || sequence.replay) continue;
     const auto generated = static_cast<int64_t>(sequence.generation.token_ids.size());
     const int64_t most = std::min({most_, limits_.chunk_size - 1, budget, sequence.params.max_tokens - generated - 1});
     if (most <= 0) continue;

@@ -16,7 +16,7 @@ class Speculator {
   Speculator(int64_t most, const Scheduler::Options& limits) : most_(most), limits_(limits) {}
 
   // Fills Sequence::draft, within the limits of a pass. A pass that reads prompts gets no drafts: its budget is for
-  // them. Nor does a sequence that is traced or replayed.
+  // them. Nor does a sequence that is constrained, traced or replayed.
   void propose(const std::vector<Scheduler::Chunk>& plan);
   // After the pass, which took `seconds`.
   void learn(const std::vector<Step>& steps, double seconds);

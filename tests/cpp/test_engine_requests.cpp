@@ -16,8 +16,8 @@ namespace {
 
 // The end of a submitted request.
 struct Waiter {
-  Callbacks callbacks(std::function<bool(const std::string&)> on_text = nullptr) {
-    return {std::move(on_text), [ended = ended](Outcome outcome) { ended->set_value(std::move(outcome)); }};
+  Callbacks callbacks(std::function<bool(const GenerationProgress&)> on_progress = nullptr) {
+    return {std::move(on_progress), [ended = ended](Outcome outcome) { ended->set_value(std::move(outcome)); }};
   }
   Outcome wait() {
     auto future = ended->get_future();
@@ -80,7 +80,7 @@ TEST(EngineRequests, CancelEndsOneRequestAlone) {
   Waiter endless, other;
   std::promise<void> running;
   std::atomic<bool> told{false};
-  const int64_t id = engine.submit(request({1, 2}, kEndless), endless.callbacks([&](const std::string&) {
+  const int64_t id = engine.submit(request({1, 2}, kEndless), endless.callbacks([&](const GenerationProgress&) {
     if (!told.exchange(true)) running.set_value();
     return true;
   }));
@@ -117,7 +117,7 @@ TEST(EngineRequests, AnExceptionOfACallbackEndsItsRequest) {
   Engine engine = make_engine(model);
   Waiter failing, other;
   int calls = 0;
-  engine.submit(request({1, 2}, params(9)), failing.callbacks([&](const std::string&) -> bool {
+  engine.submit(request({1, 2}, params(9)), failing.callbacks([&](const GenerationProgress&) -> bool {
     if (++calls == 3) throw Mine("mine");
     return true;
   }));
@@ -234,7 +234,7 @@ TEST(EngineRequests, CallbacksMaySubmitAndCancelButNotWait) {
   Waiter first, second;
   std::atomic<bool> refused{false};
   int calls = 0;
-  engine.submit(request({1, 2}, params(4)), first.callbacks([&](const std::string&) {
+  engine.submit(request({1, 2}, params(4)), first.callbacks([&](const GenerationProgress&) {
     if (++calls > 1) return true;
     try {
       engine.generate({{1}}, {params(2)});
@@ -253,7 +253,7 @@ TEST(EngineRequests, ACallbackMayDropTheEngine) {
   auto engine = std::make_unique<Engine>(make_engine(tiny_model(tiny_config())));
   std::promise<std::string> reason;
   std::promise<void> stored;
-  engine->submit(request({1, 2}, kEndless), {[&](const std::string&) {
+  engine->submit(request({1, 2}, kEndless), {[&](const GenerationProgress&) {
                                                stored.get_future().wait();
                                                engine.reset();
                                                return true;

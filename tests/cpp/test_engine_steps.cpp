@@ -180,12 +180,12 @@ class EngineFaults : public ::testing::Test {
   // Bytes of the logits of `rows` rows: the largest tensor of a decoding pass.
   static size_t logits_bytes(size_t rows) { return rows * 101 * sizeof(float); }
 
-  // Submits a request that calls `at_token` before it generates its third token, and returns its end.
+  // Submits a request that calls `at_token` after its second pass, and returns its end.
   std::future<Outcome> submit(Engine& engine, const std::vector<int64_t>& prompt, std::function<void()> at_token) {
     const auto ended = std::make_shared<std::promise<Outcome>>();
     const auto passes = std::make_shared<int>(0);
     Callbacks callbacks;
-    callbacks.on_text = [=](const std::string&) {
+    callbacks.on_progress = [=](const GenerationProgress&) {
       if (++*passes == 2 && at_token) at_token();
       return true;
     };

@@ -69,6 +69,15 @@ TEST_F(SchedulerTest, AdmitsInOrderWhileSeatsAndPagesLast) {
   EXPECT_EQ(scheduler.running(), (std::vector<Sequence*>{sequences[0].get(), sequences[2].get(), sequences[3].get()}));
 }
 
+TEST_F(SchedulerTest, PassesOverASequenceWithoutANextToken) {
+  Scheduler scheduler({16, 64, 8});
+  for (const int64_t length : {1, 2, 3}) add(scheduler, length);
+  while (scheduler.admit(100)) {
+  }
+  sequences[1]->computed = 2;
+  EXPECT_EQ(pass(scheduler), (Plan{{0, 1}, {2, 3}}));
+}
+
 TEST_F(SchedulerTest, RemovesWhatWaits) {
   Scheduler scheduler({16, 64, 1});
   add(scheduler, 1);

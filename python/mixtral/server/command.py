@@ -1,0 +1,186 @@
+"""``mixtral serve``: flags, sockets, and the one line that says where the server is."""
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..command_line import OK, Parser, require_packages, run_command
+
+PACKAGES = ("fastapi", "uvicorn")
+SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+EPILOG = """\
+Every flag may come from the environment instead: --max-batch from MIXTRAL_MAX_BATCH. docs/serving.md has the rest.
+
+Examples:
+  mixtral serve
+  mixtral serve ./Mixtral-8x7B-Instruct-v0.1 --dtype int4 --kv-memory 8GiB --api-key "$KEY"
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"prompt": "In the beginning", "max_tokens": 32}'"""
+
+
+def _size(text: str) -> int:
+    """4GiB, 512MiB, or bytes."""
+    number = text.lower().removesuffix("ib").removesuffix("b")
+    unit = number.lstrip("0123456789.")
+    try:
+        value = float(number.removesuffix(unit)) * SIZES[unit]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 4GiB, got {text}") from None
+    return int(value)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be >= {least}, got {text}")
+        return value
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("serve", "Serve a model over HTTP, as OpenAI's clients expect it.", EPILOG)
+
+    def add(*names: str, **options: object) -> None:
+        """A flag whose default may come from the environment; argparse converts a default that is text."""
+        variable = "MIXTRAL_" + next(name for name in names if name.startswith("--"))[2:].replace("-", "_").upper()
+        if (value := os.environ.get(variable)) is not None:
+            if options.get("action") == "store_true":
+                value = value.lower() not in ("", "0", "false")
+            elif (choices := options.get("choices")) and value not in choices:
+                parser.error(f"{variable} expected one of {', '.join(choices)}, got {value}")
+            options["default"] = value
+        parser.add_argument(*names, **options)
+
+    model = "folder of the checkpoint, .gguf file, or org/name in the Hugging Face cache; without it, the demo model"
+    parser.add_argument("path", metavar="MODEL", nargs="?", help=model)
+    add("-m", "--model", metavar="MODEL", help="the same as a flag")
+    _add_server_flags(add)
+    _add_engine_flags(add)
+    _add_model_flags(add)
+    return parser
+
+
+def _add_server_flags(add: Callable) -> None:
+    add("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
+    add("--port", metavar="N", type=_at_least(0), default=8000, help="0: a free one (default: 8000)")
+    add("--api-key", metavar="KEY", help="what clients must send; better in MIXTRAL_API_KEY, which ps does not show")
+    add("--served-model-name", metavar="NAME", help="the model's name for clients (default: the folder's)")
+    add("--chat-template", metavar="NAME|FILE", help="instead of the model's own, as of `mixtral chat`")
+    add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
+
+
+def _add_engine_flags(add: Callable) -> None:
+    add("--max-batch", metavar="N", type=_at_least(1), default=64, help="sequences at a time (default: 64)")
+    add("--kv-memory", metavar="SIZE", type=_size, default=0, help="of the key/value cache, such as 4GiB")
+    add("--chunk-size", metavar="N", type=_at_least(1), default=512, help="prompt tokens of a sequence in a pass")
+    add("-c", "--ctx-size", metavar="N", type=_at_least(0), default=0, help="longest prompt plus answer (default: all)")
+
+
+def _add_model_flags(add: Callable) -> None:
+    types = ("auto", "float32", "bfloat16", "float16", "int8", "fp8", "int4")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    add("--dtype", choices=types, default="auto", help="of the weights (default: the checkpoint's)")
+    add("-t", "--threads", metavar="N", type=_at_least(0), default=0, help="CPU threads; 0: one per core")
+    add("--lora", metavar="FOLDER", help="adapter of PEFT or mistral-finetune to merge into the weights")
+    add("--experts-per-token", metavar="K", type=_at_least(1), help="another number of experts than the checkpoint's")
+    add("--check-weights", action="store_true", help="fail at a weight that is NaN or infinite")
+    add("--no-cuda-graph", action="store_true", help="on CUDA, launch the kernels of a step one by one")
+
+
+def main(argv: Sequence[str]) -> int:
+    return run_command(lambda: _serve(argv))
+
+
+def _serve(argv: Sequence[str]) -> int:
+    flags = _parser().parse_args(argv)
+    require_packages("serve", PACKAGES, "serve")
+    from .app import create_app
+
+    with _listen(flags.host, flags.port) as listener:  # before the weights are read: a port in use is soon found
+        model, name = _load(flags)
+        _run(create_app(model, _settings(flags, name)), listener)
+    return OK
+
+
+def _settings(flags: argparse.Namespace, name: str) -> object:
+    from .settings import Settings
+
+    return Settings(
+        host=flags.host,
+        port=flags.port,
+        api_key=flags.api_key,
+        served_model_name=flags.served_model_name or name,
+        chat_template=flags.chat_template,
+        queue=flags.queue,
+    )
+
+
+def _load(flags: argparse.Namespace) -> tuple[object, str]:
+    """The model, and the name of its folder."""
+    import torch
+
+    from .. import _C
+    from ..model import Mixtral
+
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    folder = Path(_C.find_model(flags.path or flags.model or _demo_model()))
+    model = Mixtral.from_pretrained(
+        folder,
+        flags.device,
+        flags.dtype,
+        lora=flags.lora,
+        check_weights=flags.check_weights,
+        experts_per_token=flags.experts_per_token,
+        max_batch=flags.max_batch,
+        chunk_size=flags.chunk_size,
+        ctx_size=flags.ctx_size,
+        kv_memory=flags.kv_memory,
+        cuda_graph=not flags.no_cuda_graph,
+    )
+    return model, folder.stem if folder.suffix == ".gguf" else folder.resolve().name
+
+
+def _demo_model() -> Path:
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "models" / "demo", package.parent.parent / "models" / "demo"):
+        if (folder / "config.json").exists():
+            return folder
+    raise ValueError("no MODEL given, and the demo model is not installed: name a model folder")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket of IPv4 or IPv6, as the address is."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
+    return listener
+
+
+def _run(app: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                print(f"mixtral: {app.state.served.settings.served_model_name} is ready at {url}", flush=True)
+
+    Server(uvicorn.Config(app, log_level="warning", access_log=False, workers=1)).run([listener])
+    sys.stdout.flush()
