@@ -9,33 +9,33 @@
 namespace mixtral {
 namespace {
 
-constexpr int64_t kVocab = 101;
+constexpr int64_t kTinyVocab = 101;
 using Mask = std::vector<int32_t>;
 
 Mask mask_of(const std::vector<int64_t>& ids) {
-  Mask mask((kVocab + 31) / 32);
+  Mask mask((kTinyVocab + 31) / 32);
   for (const int64_t id : ids) mask[static_cast<size_t>(id / 32)] |= static_cast<int32_t>(uint32_t{1} << (id % 32));
   return mask;
 }
 
-const Mask kEverything((kVocab + 31) / 32, -1);
+const Mask kEverything((kTinyVocab + 31) / 32, -1);
 
 // The tokens that may come at step `step`: a third of them, another third each time.
 std::vector<int64_t> allowed_at(int64_t step) {
   std::vector<int64_t> ids;
-  for (int64_t id = 0; id < kVocab; ++id)
+  for (int64_t id = 0; id < kTinyVocab; ++id)
     if ((id + step) % 3 == 0) ids.push_back(id);
   return ids;
 }
 
-Outcome get(std::future<Outcome> future) {
+Outcome end_of(std::future<Outcome> future) {
   if (future.wait_for(std::chrono::seconds(60)) != std::future_status::ready) throw std::runtime_error("no end");
   return future.get();
 }
 
 // A constrained request; `mask_at(step)` is handed over for the first token here, for the next ones by the callback.
-std::future<Outcome> submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& sampling,
-                            std::function<Mask(int64_t step)> mask_at) {
+std::future<Outcome> submit_constrained(Engine& engine, const std::vector<int64_t>& prompt,
+                                        const SamplingParams& sampling, std::function<Mask(int64_t step)> mask_at) {
   auto ended = std::make_shared<std::promise<Outcome>>();
   auto id = std::make_shared<std::promise<int64_t>>();
   auto known = std::make_shared<std::shared_future<int64_t>>(id->get_future());
@@ -56,9 +56,10 @@ std::future<Outcome> submit(Engine& engine, const std::vector<int64_t>& prompt, 
 TEST(Constrained, TakesTheMostLikelyOfTheAllowedTokens) {
   auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
-  const auto prompt = random_ids(600, kVocab, 3);
-  const auto result =
-      get(submit(engine, prompt, params(7), [](int64_t step) { return mask_of(allowed_at(step)); })).generation;
+  const auto prompt = random_ids(600, kTinyVocab, 3);
+  const auto result = end_of(submit_constrained(engine, prompt, params(7), [](int64_t step) {
+                        return mask_of(allowed_at(step));
+                      })).generation;
   ASSERT_EQ(result.token_ids.size(), 7u);
   const torch::NoGradGuard no_grad;
   auto ids = prompt;
@@ -81,10 +82,10 @@ TEST(Constrained, WithEverythingAllowedTheResultIsThatOfAnUnconstrainedRequestWh
   std::vector<std::future<Outcome>> ends;
   const auto prompts = some_prompts();
   for (size_t i = 0; i < 3; ++i)
-    ends.push_back(submit(engine, prompts[i], params(9, 1.0, i), [](int64_t) { return kEverything; }));
+    ends.push_back(submit_constrained(engine, prompts[i], params(9, 1.0, i), [](int64_t) { return kEverything; }));
   const auto beside = engine.generate(prompts, {params(9, 1.0, 7)});
   for (size_t i = 0; i < 3; ++i) {
-    expect_same(get(std::move(ends[i])).generation, alone(model, prompts[i], params(9, 1.0, i)));
+    expect_same(end_of(std::move(ends[i])).generation, alone(model, prompts[i], params(9, 1.0, i)));
     expect_same(beside[i], alone(model, prompts[i], params(9, 1.0, 7)));
   }
 }
@@ -98,7 +99,7 @@ TEST(Constrained, OthersGoOnWhileOneWaits) {
   const int64_t id = engine.submit(waiting, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }});
   expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
   engine.allow(id, mask_of({50}));
-  EXPECT_EQ(get(ended.get_future()).generation.token_ids, (std::vector<int64_t>{50}));
+  EXPECT_EQ(end_of(ended.get_future()).generation.token_ids, (std::vector<int64_t>{50}));
 }
 
 TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
@@ -118,7 +119,7 @@ TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
   Request second = {{1, 2}, params(1), ""};
   second.constrained = true;
   id.set_value(engine.submit(second, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }}));
-  EXPECT_EQ(get(ended.get_future()).generation.token_ids, (std::vector<int64_t>{51}));
+  EXPECT_EQ(end_of(ended.get_future()).generation.token_ids, (std::vector<int64_t>{51}));
 }
 
 TEST(Constrained, AWaitingRequestCanBeCancelledAndAnEndedOneIsIgnored) {
@@ -130,7 +131,7 @@ TEST(Constrained, AWaitingRequestCanBeCancelledAndAnEndedOneIsIgnored) {
   const int64_t id = engine.submit(waiting, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }});
   engine.generate({{3, 4}}, {params(3)});
   engine.cancel(id);
-  EXPECT_EQ(get(ended.get_future()).generation.finish_reason, "cancelled");
+  EXPECT_EQ(end_of(ended.get_future()).generation.finish_reason, "cancelled");
   engine.allow(id, kEverything);
   engine.allow(12345, kEverything);
   expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
@@ -139,8 +140,9 @@ TEST(Constrained, AWaitingRequestCanBeCancelledAndAnEndedOneIsIgnored) {
 TEST(Constrained, NoAllowedTokenIsAnErrorOfThatRequest) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
-  auto end = submit(engine, {1, 2}, params(9), [](int64_t step) { return step < 2 ? kEverything : mask_of({}); });
-  const auto result = get(std::move(end)).generation;
+  auto end =
+      submit_constrained(engine, {1, 2}, params(9), [](int64_t step) { return step < 2 ? kEverything : mask_of({}); });
+  const auto result = end_of(std::move(end)).generation;
   EXPECT_EQ(result.finish_reason, "error");
   EXPECT_EQ(result.error, "sampling: no token is allowed and has a finite logit");
   EXPECT_EQ(result.token_ids.size(), 2u);
@@ -150,8 +152,8 @@ TEST(Constrained, NoAllowedTokenIsAnErrorOfThatRequest) {
 TEST(Constrained, BitsBehindTheVocabularyAreNotLookedAt) {
   Engine engine(tiny_model(tiny_config()), std::nullopt, {});
   Mask mask = mask_of({100});
-  mask.back() |= static_cast<int32_t>(~uint32_t{0} << (kVocab % 32));
-  const auto result = get(submit(engine, {1, 2}, params(3), [&](int64_t) { return mask; })).generation;
+  mask.back() |= static_cast<int32_t>(~uint32_t{0} << (kTinyVocab % 32));
+  const auto result = end_of(submit_constrained(engine, {1, 2}, params(3), [&](int64_t) { return mask; })).generation;
   EXPECT_EQ(result.token_ids, (std::vector<int64_t>{100, 100, 100}));
 }
 
@@ -169,7 +171,7 @@ TEST(Constrained, TheEngineIsIdleWhileAllThatRunsWaits) {
   EngineCore core(tiny_model(tiny_config()),
                   {/*page_size=*/4, /*max_chunk=*/4, /*max_batch=*/1, /*kv_memory=*/0, false},
                   {/*chunk_size=*/4, /*token_budget=*/8, /*max_batch=*/1});
-  Request request = {random_ids(9, kVocab, 1), params(2), ""};
+  Request request = {random_ids(9, kTinyVocab, 1), params(2), ""};
   request.constrained = true;
   std::vector<int64_t> tokens;
   const Callbacks callbacks = {nullptr, [&](Outcome outcome) { tokens = outcome.generation.token_ids; }};

@@ -12,7 +12,7 @@ SamplingParams with_prompt_logprobs(int64_t top) {
   return out;
 }
 
-Engine make_engine(const Mixtral& model, int64_t chunk_size) {
+Engine engine_with_chunks(const Mixtral& model, int64_t chunk_size) {
   Engine::Options options;
   options.chunk_size = chunk_size;
   options.page_size = 4;
@@ -24,7 +24,7 @@ TEST(PromptLogprobs, AreTheLogSoftmaxOfTheRowsOfTheWholePrompt) {
   const auto prompt = random_ids(23, 101, 1);
   const torch::NoGradGuard no_grad;
   const auto expected = torch::log_softmax(model->logits(whole(model, prompt)).to(torch::kFloat64), 1);
-  const auto result = make_engine(model, 512).generate({prompt}, {with_prompt_logprobs(4)})[0];
+  const auto result = engine_with_chunks(model, 512).generate({prompt}, {with_prompt_logprobs(4)})[0];
   ASSERT_EQ(result.prompt_logprobs.size(), prompt.size());
   EXPECT_FALSE(result.prompt_logprobs[0]);
   for (size_t i = 1; i < prompt.size(); ++i) {
@@ -44,10 +44,10 @@ TEST(PromptLogprobs, AreTheLogSoftmaxOfTheRowsOfTheWholePrompt) {
 TEST(PromptLogprobs, DoNotDependOnChunksOrNeighboursAndChangeNoNewToken) {
   const auto model = tiny_model(tiny_config(), torch::kBFloat16);
   const auto prompts = some_prompts();
-  const auto expected = make_engine(model, 512).generate(prompts, {with_prompt_logprobs(2)});
+  const auto expected = engine_with_chunks(model, 512).generate(prompts, {with_prompt_logprobs(2)});
   for (size_t i = 0; i < prompts.size(); ++i) expect_same(expected[i], alone(model, prompts[i], params(3)));
   for (const int64_t chunk : {1, 4, 7}) {
-    Engine engine = make_engine(model, chunk);
+    Engine engine = engine_with_chunks(model, chunk);
     // Every second request wants none, so that rows of both kinds share passes.
     for (const size_t wants : {0, 1}) {
       std::vector<SamplingParams> each;
@@ -66,7 +66,7 @@ TEST(PromptLogprobs, DoNotDependOnChunksOrNeighboursAndChangeNoNewToken) {
 }
 
 TEST(PromptLogprobs, AreRefusedWithASession) {
-  Engine engine = make_engine(tiny_model(tiny_config()), 512);
+  Engine engine = engine_with_chunks(tiny_model(tiny_config()), 512);
   EXPECT_THROW(engine.generate({{{1, 2}, with_prompt_logprobs(1), "s"}}), std::invalid_argument);
 }
 
@@ -74,7 +74,7 @@ TEST(PromptLogprobs, NanEndsTheRequestAndNotItsNeighbours) {
   auto model = tiny_model(tiny_config());
   const torch::NoGradGuard no_grad;
   model->named_parameters()["embed_tokens"][7].fill_(std::numeric_limits<float>::quiet_NaN());
-  const auto results = make_engine(model, 2).generate({{1, 7, 2, 3, 4}, {3, 4}}, {with_prompt_logprobs(1)});
+  const auto results = engine_with_chunks(model, 2).generate({{1, 7, 2, 3, 4}, {3, 4}}, {with_prompt_logprobs(1)});
   EXPECT_EQ(results[0].finish_reason, "error");
   EXPECT_NE(results[0].error.find("nan"), std::string::npos);
   EXPECT_TRUE(results[0].token_ids.empty());
