@@ -21,8 +21,9 @@ std::optional<TorchError> torch_error(const std::exception& error) noexcept {
 
 bool is_out_of_memory(const std::exception& error) noexcept {
   const auto torch = torch_error(error);
+  // The ops allocate through a C interface of torch, which passes on no more than that it failed (ops/tensors.h).
   return dynamic_cast<const std::bad_alloc*>(&error) || dynamic_cast<const OutOfMemory*>(&error) ||
-         (torch && torch->out_of_memory);
+         (torch && torch->out_of_memory) || std::strstr(error.what(), "aoti_torch_empty_strided");
 }
 
 }  // namespace mixtral
