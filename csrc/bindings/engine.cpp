@@ -154,6 +154,19 @@ void allow(Engine& engine, int64_t id, const torch::Tensor& mask) {
   engine.allow(id, {words.data_ptr<int32_t>(), words.data_ptr<int32_t>() + words.numel()});
 }
 
+// (tokens, first, chosen): the last two [L][E]. None where nothing is counted.
+py::object routing_counts(const Engine& engine) {
+  const auto counts = engine.routing_counts();
+  if (!counts) return py::none();
+  const auto rows = [&counts](const std::vector<int64_t>& values) {
+    std::vector<std::vector<int64_t>> layers;
+    for (auto row = values.begin(); row != values.end(); row += counts->experts)
+      layers.emplace_back(row, row + counts->experts);
+    return layers;
+  };
+  return py::make_tuple(counts->tokens, rows(counts->first), rows(counts->chosen));
+}
+
 Generation result(const Outcome& outcome) {
   if (outcome.error) std::rethrow_exception(outcome.error);
   return outcome.generation;
@@ -230,6 +243,8 @@ void bind_engine(py::module_& m) {
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
       .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())
+      .def("routing_counts", &routing_counts,
+           "-> (tokens, first [L][E], chosen [L][E]) of all requests so far; None where nothing is counted.")
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
   m.def("sample_seed", &sample_seed, py::arg("seed"), py::arg("index"),
         "The seed of sample `index` of several of one prompt; the first one's is `seed` itself.");

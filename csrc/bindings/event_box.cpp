@@ -73,6 +73,7 @@ void EventBox::add_progress(int64_t key, const GenerationProgress& progress) {
   event.text += progress.text;
   append_from(generation.token_ids, progress.first_token, event.token_ids);
   append_from(generation.logprobs, progress.first_token, event.logprobs);
+  if (progress.first_token == 0 && !generation.token_ids.empty()) event.prompt_logprobs = generation.prompt_logprobs;
   if (generation.trace) append_rows(generation.trace->routing, progress.first_row, event);
 }
 

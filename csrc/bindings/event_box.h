@@ -21,7 +21,8 @@ struct Event {
   int64_t key = 0;   // that the reader gave the request
   std::string text;  // that became certain: whole code points
   std::vector<int64_t> token_ids;
-  std::vector<TokenLogprob> logprobs;  // one per token when asked for
+  std::vector<TokenLogprob> logprobs;                        // one per token when asked for
+  std::vector<std::optional<TokenLogprob>> prompt_logprobs;  // beside the first new token, when asked for
   // Of the tokens that the model read, prompt and new ones, when asked for; each has [L,K] values.
   std::vector<uint8_t> routed_ids;
   std::vector<uint16_t> routed_weights;  // bits of f16

@@ -36,6 +36,7 @@ void bind_events(py::module_& m) {
       .def_readonly("text", &Event::text, "That became certain; may be empty.")
       .def_readonly("token_ids", &Event::token_ids)
       .def_readonly("logprobs", &Event::logprobs, "[TokenLogprob], one per token when asked for.")
+      .def_readonly("prompt_logprobs", &Event::prompt_logprobs, "Those of the prompt, beside the first new token.")
       .def_property_readonly(
           "routed_experts", [](const Event& event) { return rows(event, event.routed_ids, torch::kUInt8); },
           "uint8 [rows, L, K] of the tokens that the model read meanwhile; None when there are none.")

@@ -36,12 +36,20 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   return options;
 }
 
-std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options) {
+std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engine::Options& options) {
+  const Config& config = model.config();
+  if (config.num_experts == 0 || (options.cuda_graph && model.device().is_cuda())) return nullptr;
+  return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
+}
+
+std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options,
+                                      std::shared_ptr<RoutingCounts> counts) {
   const int64_t chunk = std::min(options.chunk_size, options.token_budget);
-  return std::make_unique<EngineCore>(model,
-                                      ModelRunner::Options{options.page_size, chunk, options.max_batch,
-                                                           options.kv_memory, options.cuda_graph, options.speculate},
-                                      Scheduler::Options{chunk, options.token_budget, options.max_batch});
+  return std::make_unique<EngineCore>(
+      model,
+      ModelRunner::Options{options.page_size, chunk, options.max_batch, options.kv_memory, options.cuda_graph,
+                           options.speculate, std::move(counts)},
+      Scheduler::Options{chunk, options.token_budget, options.max_batch});
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
@@ -76,7 +84,8 @@ struct Engine::Impl {
       : model(std::move(model)),
         tokenizer(std::move(tokenizer)),
         options(checked(options, this->model->config())),
-        thread(make_core(this->model, this->options)) {}
+        routing_counts(make_counts(*this->model, this->options)),
+        thread(make_core(this->model, this->options, routing_counts)) {}
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check(const Request& request) const;
@@ -87,6 +96,7 @@ struct Engine::Impl {
   Mixtral model;
   const std::optional<Tokenizer> tokenizer;
   const Options options;
+  const std::shared_ptr<RoutingCounts> routing_counts;  // or none
   std::atomic<int64_t> next_id{0};
   EngineThread thread;
 };
@@ -259,6 +269,11 @@ void Engine::save_session(const std::string& session, const std::filesystem::pat
 void Engine::load_session(const std::string& session, const std::filesystem::path& file) {
   SavedSession saved = read_session(*impl_->model, impl_->options.page_size, file);
   impl_->thread.run([&](EngineCore& core) { core.load_session(session, std::move(saved)); });
+}
+
+std::optional<RoutingCounts::Totals> Engine::routing_counts() const {
+  if (!impl_->routing_counts) return std::nullopt;
+  return impl_->routing_counts->totals();
 }
 
 void Engine::stop() { impl_->thread.stop(); }

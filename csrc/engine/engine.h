@@ -21,6 +21,7 @@
 #include "../model/weight_type.h"
 #include "../text/tokenizer.h"
 #include "request.h"
+#include "routing_counts.h"
 
 namespace mixtral {
 
@@ -92,6 +93,10 @@ class Engine {
   // The session of a file, under the name `session`. Throws LoadError, also for a file of another model, and
   // OutOfMemory.
   void load_session(const std::string& session, const std::filesystem::path& file);
+
+  // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, and on
+  // CUDA while cuda_graph is on: a graph runs unwatched.
+  std::optional<RoutingCounts::Totals> routing_counts() const;
 
   // Cancels all requests, and ends the thread. The engine takes no more requests.
   void stop();

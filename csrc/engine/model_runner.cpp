@@ -25,16 +25,20 @@ void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<RoutingObse
   }
 }
 
-// None when no sequence of the plan is traced or replayed.
-std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config) {
+// None when nothing is counted, and no sequence of the plan is traced or replayed.
+std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
+                                           bool counts) {
   const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
-  if (!forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
+  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
   RoutingObserver observer(config, /*keep_logits=*/false);
   if (forces) {
     std::vector<RoutingObserver::ForcedRow> rows;
-    for (const auto& [sequence, tokens] : plan) add_forced_rows(*sequence, tokens, rows);
+    for (const auto& [sequence, tokens] : plan) {
+      add_forced_rows(*sequence, tokens, rows);
+      rows.resize(rows.size() + sequence->draft.size());
+    }
     observer.force(std::move(rows));
   }
   return observer;
@@ -54,7 +58,7 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
       trace->doc.resize(size);
       trace->domain.resize(size);
     }
-    row += tokens;
+    row += tokens + static_cast<int64_t>(sequence->draft.size());
   }
 }
 
@@ -136,7 +140,9 @@ std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
     if (!pass) return run_halves(plan);
     if (pass->observer) add_to_traces(*pass->observer, plan);
     for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
-    return finish(std::move(*pass));
+    std::vector<Step> steps = finish(*pass);
+    if (options_.routing_counts) count_routing(*pass, plan, steps);
+    return steps;
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
     return {};
@@ -168,7 +174,7 @@ ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan
     for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row) rows.push_back(row);
   }
   for (const PromptToken& token : pass.prompt_tokens) rows.push_back(token.row);
-  pass.observer = observer_of(plan, model_->config());
+  pass.observer = observer_of(plan, model_->config(), options_.routing_counts != nullptr);
   pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer ? &pass.observer.value() : nullptr);
   return pass;
 }
@@ -178,7 +184,7 @@ void ModelRunner::roll_back(const std::vector<Scheduler::Chunk>& plan) {
   for (const auto& chunk : plan) cache_->truncate(chunk.sequence->cache_id, chunk.sequence->computed);
 }
 
-std::vector<Step> ModelRunner::finish(Pass pass) {
+std::vector<Step> ModelRunner::finish(Pass& pass) {
   if (!pass.logits.defined()) return {};
   const auto prompt_rows = static_cast<int64_t>(pass.prompt_tokens.size());
   std::vector<Step> steps;
@@ -193,6 +199,17 @@ std::vector<Step> ModelRunner::finish(Pass pass) {
   hold_constrained(pass);
   for (Step& step : sample_and_compare(pass)) steps.push_back(std::move(step));
   return steps;
+}
+
+// Of the tokens of the plan and the guesses that held.
+void ModelRunner::count_routing(Pass& pass, const std::vector<Scheduler::Chunk>& plan, const std::vector<Step>& steps) {
+  std::map<const Sequence*, int64_t> held;
+  for (const Step& step : steps) held[step.sequence] = static_cast<int64_t>(step.samples.size()) - 1;
+  int64_t row = 0;
+  for (const auto& [sequence, tokens] : plan) {
+    pass.observer->count_in(*options_.routing_counts, row, tokens + held[sequence]);
+    row += tokens + static_cast<int64_t>(sequence->draft.size());
+  }
 }
 
 // Takes constrained sequences out of the pass; they keep their logits.

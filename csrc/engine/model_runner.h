@@ -3,12 +3,14 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "decode_graphs.h"
+#include "routing_counts.h"
 #include "scheduler.h"
 #include "sequence.h"
 
@@ -31,7 +33,8 @@ class ModelRunner {
     int64_t max_batch;  // most sequences in one pass
     int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
     bool cuda_graph;
-    int64_t speculate = 0;  // most tokens of a draft
+    int64_t speculate = 0;                                    // most tokens of a draft
+    std::shared_ptr<RoutingCounts> routing_counts = nullptr;  // gets what the routers decide
   };
 
   ModelRunner(Mixtral model, Options options);
@@ -63,7 +66,8 @@ class ModelRunner {
   torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                        const RowsByExperts& experts, ForwardObserver* observer);
   void roll_back(const std::vector<Scheduler::Chunk>& plan);
-  std::vector<Step> finish(Pass pass);
+  std::vector<Step> finish(Pass& pass);
+  void count_routing(Pass& pass, const std::vector<Scheduler::Chunk>& plan, const std::vector<Step>& steps);
   void hold_constrained(Pass& pass) const;
   std::vector<Step> sample_and_compare(const Pass& pass);
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);

@@ -96,4 +96,12 @@ void RoutingObserver::append_to(Routing& routing, int64_t begin, int64_t count) 
   if (!next_gate_ids_.empty()) append_rows<int32_t>(next_gate_ids_, begin, count, top_k, routing.next_gate_ids, byte);
 }
 
+void RoutingObserver::count_in(RoutingCounts& counts, int64_t begin, int64_t count) {
+  move_to_host(ids_);
+  const int64_t top_k = ids_.at(0).size(1);
+  std::vector<const int32_t*> layers;
+  for (const torch::Tensor& ids : ids_) layers.push_back(ids.data_ptr<int32_t>() + begin * top_k);
+  counts.add(layers, count, top_k);
+}
+
 }  // namespace mixtral

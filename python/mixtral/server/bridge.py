@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .. import _C
 from ..model import Generation, Mixtral, TokenLogprob
+from . import logs
 from .errors import ApiError
+from .metrics import Metrics, SequenceTimes
 
 
 class Progress:
@@ -21,16 +23,18 @@ class Progress:
     Attributes:
         text: that became certain; may be empty.
         token_ids, logprobs: of new tokens.
+        prompt_logprobs: those of the prompt, beside the first new token.
         routed_experts, routed_weights: [rows, L, K] each, of the tokens that the model read meanwhile.
         outcome: set when the sequence has ended.
     """
 
-    __slots__ = ("text", "token_ids", "logprobs", "routed_experts", "routed_weights", "outcome")
+    __slots__ = ("text", "token_ids", "logprobs", "prompt_logprobs", "routed_experts", "routed_weights", "outcome")
 
     def __init__(self, event: _C.Event) -> None:
         self.text: str = event.text
         self.token_ids: list[int] = event.token_ids
         self.logprobs: list[TokenLogprob] = event.logprobs
+        self.prompt_logprobs: list[TokenLogprob | None] = event.prompt_logprobs
         self.routed_experts: list[Tensor] = []
         self.routed_weights: list[Tensor] = []
         if (experts := event.routed_experts) is not None:
@@ -41,6 +45,7 @@ class Progress:
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
         self.routed_experts += later.routed_experts
         self.routed_weights += later.routed_weights
         self.outcome = later.outcome
@@ -57,6 +62,8 @@ class Call:
         self._pending: dict[int, Progress] = {}
         self._news = asyncio.Event()
         self._left = 0
+        self._prompt_tokens = self._new_tokens = 0
+        self._finish_reasons: list[str] = []
 
     def submit(
         self, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int = 0, routed: bool = False
@@ -69,6 +76,7 @@ class Call:
         key = self._bridge.register(self, len(self._keys))
         try:
             self._ids.append(self._bridge.submit(key, prompt, params, experts_per_token, routed))
+            self._prompt_tokens += len(prompt)
         except BaseException:
             self._bridge.forget([key])
             raise
@@ -86,8 +94,10 @@ class Call:
 
     def push(self, index: int, progress: Progress) -> None:
         """Called by the bridge."""
+        self._new_tokens += len(progress.token_ids)
         if progress.outcome is not None:
             self._left -= 1
+            self._finish_reasons.append(_reason(progress.outcome))
         if waiting := self._pending.get(index):
             waiting.merge(progress)
         else:
@@ -118,6 +128,9 @@ class Call:
         """Cancels what still runs, and gives the seats back. Nothing comes any more."""
         self._bridge.seats_taken -= self._seats
         self._seats = 0
+        if (fields := logs.request_fields.get()) is not None:
+            fields |= {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._new_tokens}
+            fields["finish_reasons"] = self._finish_reasons
         if self._left:
             self._bridge.cancel(self._ids)
         self._bridge.forget(self._keys)
@@ -148,13 +161,15 @@ class Bridge:
         seats_taken: sequences that wait or run, or are about to.
     """
 
-    def __init__(self, model: Mixtral, seats: int) -> None:
+    def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
         self.seats_taken = 0
         self._seats = seats
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
         self._open: dict[int, tuple[Call, int]] = {}  # by key: the call, and which of its sequences
+        self._metrics = metrics
+        self._observed: dict[int, SequenceTimes] = {}  # by key, until the sequence has ended
         self._next_key = 0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._box.fileno(), self._drain)
@@ -180,7 +195,9 @@ class Bridge:
     def submit(
         self, key: int, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int, routed: bool
     ) -> int:
-        return self._box.submit(self._engine, key, prompt, params, experts_per_token, routed)
+        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, routed)
+        self._observed[key] = self._metrics.sequence(len(prompt), params.max_tokens)
+        return request
 
     def cancel(self, ids: Sequence[int]) -> None:
         for request in ids:
@@ -190,14 +207,34 @@ class Bridge:
         for key in keys:
             self._open.pop(key, None)
 
+    def progress(self) -> tuple[bool, int]:
+        """Whether the engine has work, and how many tokens it has computed."""
+        return bool(self._observed), self._engine.stats().computed_tokens
+
     def close(self) -> None:
         self._loop.remove_reader(self._box.fileno())
 
     def _drain(self) -> None:
         for event in self._box.take():
+            self._observe(event)
             if entry := self._open.get(event.key):  # the call may have been closed
                 call, index = entry
                 progress = Progress(event)
                 if progress.outcome is not None:
                     del self._open[event.key]
                 call.push(index, progress)
+
+    def _observe(self, event: _C.Event) -> None:
+        if sequence := self._observed.get(event.key):
+            sequence.progress(len(event.token_ids))
+            if event.outcome is not None:
+                sequence.end(_reason(event.outcome))
+                del self._observed[event.key]
+
+
+def _reason(outcome: _C.Outcome) -> str:
+    """stop, length, cancelled or error."""
+    try:
+        return outcome.result().finish_reason
+    except Exception:
+        return "error"

@@ -2,14 +2,12 @@
 
 import argparse
 import os
-import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..command_line import OK, Parser, require_packages, run_command
+from ..command_line import Parser, require_packages, run_command
 
-PACKAGES = ("fastapi", "uvicorn")
+PACKAGES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 EPILOG = """\
@@ -46,6 +44,16 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}") from None
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("serve", "Serve a model over HTTP, as OpenAI's clients expect it.", EPILOG)
 
@@ -75,6 +83,11 @@ def _add_server_flags(add: Callable) -> None:
     add("--api-key", metavar="KEY", help="what clients must send; better in MIXTRAL_API_KEY, which ps does not show")
     add("--served-model-name", metavar="NAME", help="the model's name for clients (default: the folder's)")
     add("--chat-template", metavar="NAME|FILE", help="instead of the model's own, as of `mixtral chat`")
+    add("--deadline", metavar="S", type=_seconds, default=600.0, help="for a whole answer, in seconds (default: 600)")
+    add("--drain", metavar="S", type=_seconds, default=30.0, help="for open requests after SIGTERM (default: 30)")
+    add("--watchdog", metavar="S", type=_seconds, default=120.0, help="for one forward pass (default: 120)")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
+    add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
 
 
@@ -103,12 +116,24 @@ def main(argv: Sequence[str]) -> int:
 def _serve(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(argv)
     require_packages("serve", PACKAGES, "serve")
+    from . import logs
     from .app import create_app
+    from .lifecycle import Lifecycle
+    from .limits import Limits
+    from .run import Server, listen
 
-    with _listen(flags.host, flags.port) as listener:  # before the weights are read: a port in use is soon found
+    logs.configure(flags.log_level)
+    lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))
+
+    def load() -> object:
         model, name = _load(flags)
-        _run(create_app(model, _settings(flags, name)), listener)
-    return OK
+        return create_app(model, _settings(flags, name), lifecycle)
+
+    def say_ready(url: str) -> None:
+        print(f"mixtral: ready at {url}", flush=True)
+
+    with listen(flags.host, flags.port) as listener:  # before the weights are read: a port in use is soon found
+        return Server(lifecycle, flags.api_key, flags.log_prompts).serve_on(listener, load, say_ready)
 
 
 def _settings(flags: argparse.Namespace, name: str) -> object:
@@ -156,31 +181,3 @@ def _demo_model() -> Path:
         if (folder / "config.json").exists():
             return folder
     raise ValueError("no MODEL given, and the demo model is not installed: name a model folder")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket of IPv4 or IPv6, as the address is."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
-    return listener
-
-
-def _run(app: object, listener: socket.socket) -> None:
-    import uvicorn
-
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                print(f"mixtral: {app.state.served.settings.served_model_name} is ready at {url}", flush=True)
-
-    Server(uvicorn.Config(app, log_level="warning", access_log=False, workers=1)).run([listener])
-    sys.stdout.flush()

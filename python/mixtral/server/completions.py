@@ -26,11 +26,11 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     given = _prompts(body, server.settings.max_prompts)
     call = server.bridge.open(len(given) * body.n)
     with call.closed_on_error():
-        texts = await server.encode([prompt for prompt in given if isinstance(prompt, str)])
-        completion = Completion(server, body, texts or given)
+        encoded = await server.encode([prompt for prompt in given if isinstance(prompt, str)])
+        completion = Completion(server, body, encoded or given)
         for prompt in completion.prompts:
             for choice in range(body.n):
-                server.submit(call, prompt, body, choice, max_tokens=body.max_tokens, logprobs=completion.top)
+                server.submit(call, prompt, body, choice, **completion.params())
     if body.stream:
         return EventStream(completion.stream(call), call.close)
     return json_response(await answer(request, completion.whole(call), call.close))
@@ -53,20 +53,33 @@ class Completion:
 
     def __init__(self, server: Served, body: CompletionRequest, prompts: list[list[int]]) -> None:
         self.server, self.body, self.prompts = server, body, prompts
-        self.top = 0 if body.logprobs is None else max(body.logprobs, 1)  # the engine's 0 is none at all
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": server.settings.served_model_name,
         }
+        self._begun: set[int] = set()  # choices of which something was told
         self._offsets: dict[int, Offsets] = {}  # by choice
+        if body.logprobs is not None or body.echo:
+            server.need_tokenizer("logprobs" if body.logprobs is not None else "echo")
+
+    def params(self) -> dict[str, object]:
+        """Arguments of ``_C.SamplingParams`` that depend on more than one field."""
+        top = 0 if self.body.logprobs is None else max(self.body.logprobs, 1)  # the engine's 0 is none at all
+        params = {"max_tokens": self.body.max_tokens, "logprobs": top}
+        if self.body.echo and top:
+            params["prompt_logprobs"] = top
+            # Who scores a prompt cuts one new token off (lm-evaluation-harness does): it must be there, even if it is
+            # the end of the text.
+            params["ignore_eos"] = self.body.ignore_eos or self.body.max_tokens == 1
+        return params
 
     async def whole(self, call: Call) -> dict[str, object]:
         choices, completion_tokens = [], 0
         for index, generation in enumerate(await call.generations()):
             completion_tokens += len(generation.token_ids)
-            choices.append(self._choice(index, generation, generation.finish_reason))
+            choices.append(self._choice(index, generation, generation.prompt_logprobs, generation.finish_reason))
         return {**self._head, "choices": choices, "usage": usage(self._prompt_tokens(), completion_tokens)}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
@@ -75,9 +88,11 @@ class Completion:
         head = {**self._head, "usage": None} if wants_usage else self._head
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
-            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
-            if progress.text or reason or (progress.token_ids and self._tells_tokens):
-                yield event({**head, "choices": [self._choice(index, progress, reason)]})
+            end = result_of(progress.outcome) if progress.outcome is not None else None
+            if progress.text or end or (progress.token_ids and self._tells_tokens):
+                of_prompt = progress.prompt_logprobs or (end.prompt_logprobs if end else [])
+                choice = self._choice(index, progress, of_prompt, end.finish_reason if end else None)
+                yield event({**head, "choices": [choice]})
         if wants_usage:
             yield event({**self._head, "choices": [], "usage": usage(self._prompt_tokens(), completion_tokens)})
 
@@ -85,31 +100,40 @@ class Completion:
     def _tells_tokens(self) -> bool:
         return self.body.logprobs is not None or self.body.return_token_ids
 
-    def _choice(self, index: int, new: Generation | Progress, finish_reason: str | None) -> dict[str, object]:
-        choice = {
-            "index": index,
-            "text": new.text,
-            "logprobs": self._logprobs(index, new.logprobs),
-            "finish_reason": finish_reason,
-        }
+    def _choice(
+        self,
+        index: int,
+        new: Generation | Progress,
+        prompt_logprobs: list[TokenLogprob | None],
+        finish_reason: str | None,
+    ) -> dict[str, object]:
+        """What is new of a choice; with echo the first time the prompt too."""
+        prompt = None if index in self._begun else self.prompts[index // self.body.n]
+        self._begun.add(index)
+        echoed = prompt if prompt and self.body.echo else []
+        text = self.server.model.tokenizer.decode(echoed) + new.text if echoed else new.text
+        choice: dict[str, object] = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        if self.body.logprobs is not None:
+            tokens = [*echoed, *(token.token_id for token in new.logprobs)]
+            logprobs = [*(prompt_logprobs if echoed else ()), *new.logprobs]
+            choice["logprobs"] = self._logprobs(index, tokens, logprobs)
         if self.body.return_token_ids:
-            choice["token_ids"] = new.token_ids
+            choice |= {"token_ids": new.token_ids, "prompt_token_ids": prompt}
         return choice
 
     def _prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
 
-    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, list] | None:
-        """Of tokens that come after those of the calls before."""
-        if self.body.logprobs is None:
-            return None
+    def _logprobs(self, index: int, tokens: list[int], logprobs: list[TokenLogprob | None]) -> dict[str, list[object]]:
         texts = self.server.texts
-        offsets = self._offsets.setdefault(index, Offsets(self.server.tokenizer, continues_text=True))
+        if index not in self._offsets:
+            self._offsets[index] = Offsets(self.server.model.tokenizer, continues_text=not self.body.echo)
+        offsets = self._offsets[index]
         return {
-            "tokens": [texts.text(token.token_id) for token in logprobs],
-            "token_logprobs": [token.logprob for token in logprobs],
-            "top_logprobs": [self._top(token) for token in logprobs],
-            "text_offset": [offsets.next(token.token_id) for token in logprobs],
+            "tokens": [texts.text(token) for token in tokens],
+            "token_logprobs": [token.logprob if token else None for token in logprobs],
+            "top_logprobs": [self._top(token) if token else None for token in logprobs],
+            "text_offset": [offsets.next(token) for token in tokens],
         }
 
     def _top(self, token: TokenLogprob) -> dict[str, float] | None:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 Text = StrictStr
 Id = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+IdText = Annotated[StrictStr, Field(pattern="^[0-9]{1,10}$")]  # keys of JSON objects are text
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 StopText = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
@@ -34,6 +35,9 @@ class Sampling(Body):
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     stop: StopText | Annotated[list[StopText], Field(max_length=8)] = []
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[IdText, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -43,6 +47,8 @@ class Sampling(Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Number, Field(gt=0)] = 1.0
     ignore_eos: StrictBool = False
+    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] = []
     experts_per_token: Annotated[StrictInt, Field(ge=1)] | None = None
     return_token_ids: StrictBool = False
 
@@ -53,7 +59,7 @@ class Sampling(Body):
         return self
 
     def sampling_params(self) -> dict[str, object]:
-        """Arguments of ``_C.SamplingParams``, without max_tokens and logprobs."""
+        """Arguments of ``_C.SamplingParams``, without max_tokens and those of log probabilities."""
         return {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -62,6 +68,11 @@ class Sampling(Body):
             "repetition_penalty": self.repetition_penalty,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
             "ignore_eos": self.ignore_eos,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
+            "min_tokens": self.min_tokens,
+            "stop_token_ids": self.stop_token_ids,
         }
 
 

@@ -12,6 +12,7 @@ from ..model import Mixtral
 from ..tokenizer import Tokenizer
 from .bridge import Bridge, Call
 from .errors import ApiError
+from .metrics import Metrics
 from .protocol import Message, Sampling
 from .settings import Settings
 from .token_texts import TokenTexts
@@ -23,8 +24,9 @@ class Served:
     """One per app, in ``app.state.served``.
 
     Attributes:
-        model, settings, tokenizer: what the server was started with.
+        model, settings: what the server was started with.
         bridge: set while the server runs.
+        metrics: what /metrics shows.
         context: most tokens of a prompt and its answer.
         texts: of single tokens; None without a tokenizer.
         chat_format: how chats become prompts, in words; None: the model is for completions only.
@@ -33,16 +35,18 @@ class Served:
     def __init__(self, model: Mixtral, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.bridge: Bridge | None = None
+        self.metrics = Metrics(settings.served_model_name, model.engine)
         self._threads = ThreadPoolExecutor(1, "tokenize")
         self._template = settings.chat_template
         self.chat_format = self._find_chat_format()
         self.context = model.context
         self.texts = TokenTexts(model.tokenizer) if model.tokenizer else None
 
-    @property
-    def tokenizer(self) -> Tokenizer:
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        """Raises ApiError 400, naming ``param``, where the model has none."""
         if self.model.tokenizer is None:
-            raise ApiError(400, "the model has no tokenizer: give prompt as token ids", "prompt")
+            message = f"{param} needs a tokenizer, and the model has none: it works on token ids alone"
+            raise ApiError(400, message, param, "invalid_value")
         return self.model.tokenizer
 
     def check_name(self, name: str | None) -> None:
@@ -55,7 +59,9 @@ class Served:
         """The ids of each text. Raises ApiError 400 for an empty one."""
         if not all(texts):
             raise ApiError(400, "prompt must not be empty", "prompt", "invalid_value")
-        tokenizer = self.tokenizer
+        if not texts:
+            return []
+        tokenizer = self.need_tokenizer("prompt")
 
         def work() -> list[list[int]]:
             return [tokenizer.encode(text, add_bos) for text in texts]
@@ -69,24 +75,24 @@ class Served:
         shown = [{"role": _role(message.role), "content": message.text()} for message in messages]
         if shown[-1]["role"] == "assistant":
             shown[-1]["prefix"] = True
-        call = self.tokenizer.apply_chat
+        call = self.need_tokenizer("messages").apply_chat
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call, shown, self._template)
         except (ValueError, LoadError) as error:
             raise ApiError(400, str(error).removeprefix("apply_chat: "), "messages", "invalid_value") from None
 
     def submit(self, call: Call, prompt: list[int], body: Sampling, choice: int, **params: object) -> None:
-        """Adds one sequence to ``call``. ``params``: max_tokens and logprobs.
+        """Adds one sequence to ``call``. ``params``: max_tokens, logprobs, and what else goes before ``body``.
 
         Raises:
             ApiError: 400 for what the engine refuses.
         """
         seed = None if body.seed is None else _C.sample_seed(body.seed % 2**64, choice)
         try:
-            sampling = _C.SamplingParams(**body.sampling_params(), seed=seed, **params)
+            sampling = _C.SamplingParams(**{**body.sampling_params(), "seed": seed, **params})
             call.submit(prompt, sampling, body.experts_per_token or 0)
         except (ValueError, IndexError) as error:
-            raise ApiError(400, str(error), _field_of(str(error)), "invalid_value") from None
+            raise _refused(str(error)) from None
 
     def _find_chat_format(self) -> str | None:
         if self.model.tokenizer is None:
@@ -120,7 +126,9 @@ def _role(role: str) -> str:
     return "system" if role == "developer" else role
 
 
-def _field_of(message: str) -> str | None:
-    """The engine's errors begin with the name of what is wrong."""
-    word = message.split(" ", 1)[0]
-    return word if word.isidentifier() else "prompt" if "token ids" in message else None
+def _refused(message: str) -> ApiError:
+    """The engine's errors begin with the name of the field that is wrong, or are of the prompt's ids."""
+    name = message.split(" ", 1)[0]
+    if name.isidentifier():
+        return ApiError(400, message, name, "invalid_value")
+    return ApiError(400, f"prompt: {message.removeprefix('Mixtral: ')}", "prompt", "invalid_value")

@@ -20,10 +20,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, object]
     if body.messages is not None:
         ids = await server.chat_prompt(body.messages)
     elif not body.prompt:
-        ids = [server.tokenizer.bos_id] if body.add_special_tokens else []
+        ids = [server.need_tokenizer("prompt").bos_id] if body.add_special_tokens else []
     else:
-        control = server.tokenizer.encode(body.prompt, parse_special=True) if len(body.prompt) < 64 else []
-        is_control = len(control) == 1 and server.tokenizer.is_control(control[0])
+        tokenizer = server.need_tokenizer("prompt")
+        control = tokenizer.encode(body.prompt, parse_special=True) if len(body.prompt) < 64 else []
+        is_control = len(control) == 1 and tokenizer.is_control(control[0])
         ids = control if is_control else (await server.encode([body.prompt], body.add_special_tokens))[0]
     result: dict[str, object] = {"count": len(ids), "max_model_len": server.context, "tokens": ids}
     if body.return_token_strs:
@@ -35,12 +36,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, object]
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     server = served(request)
     server.check_name(body.model)
-    return {"prompt": server.tokenizer.decode(body.tokens)}
+    return {"prompt": server.need_tokenizer("tokens").decode(body.tokens)}
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> dict[str, object]:
-    tokenizer = served(request).tokenizer
+    tokenizer = served(request).need_tokenizer("tokenizer_info")
     return {
         "tokenizer_class": "SentencePiece",
         "version": tokenizer.version,
