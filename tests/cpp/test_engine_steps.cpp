@@ -108,11 +108,17 @@ std::pair<int64_t, int64_t> expect_same_with_and_without_guesses(const Mixtral& 
     if (requests.size() % 5 == 0) requests.back().params.repetition_penalty = 1.1;
     if (requests.size() % 7 == 0) requests.back().params.max_tokens = 4;
   }
-  const auto plain = Engine(model, std::nullopt, options).generate(requests);
+  Engine plain_engine(model, std::nullopt, options);
+  const auto plain = plain_engine.generate(requests);
   options.speculate = 8;
+  Engine engine(model, std::nullopt, options);
   Timings timings;
-  const auto guessed = Engine(model, std::nullopt, options).generate(requests, nullptr, &timings);
+  const auto guessed = engine.generate(requests, nullptr, &timings);
   for (size_t i = 0; i < count; ++i) expect_same(guessed[i], plain[i]);
+  if (model->config().is_moe()) {
+    EXPECT_EQ(engine.routing_counts()->tokens, plain_engine.routing_counts()->tokens);
+    EXPECT_EQ(engine.routing_counts()->chosen, plain_engine.routing_counts()->chosen);
+  }
   return {timings.drafted_tokens, timings.accepted_tokens};
 }
 
