@@ -26,20 +26,20 @@ void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<RoutingObse
 }
 
 // None when nothing is counted, and no sequence of the plan is traced or replayed.
-std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
-                                           bool counts) {
+std::unique_ptr<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
+                                             bool counts) {
   const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
-  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
-  RoutingObserver observer(config, /*keep_logits=*/false);
+  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return nullptr;
+  auto observer = std::make_unique<RoutingObserver>(config, /*keep_logits=*/false);
   if (forces) {
     std::vector<RoutingObserver::ForcedRow> rows;
     for (const auto& [sequence, tokens] : plan) {
       add_forced_rows(*sequence, tokens, rows);
       rows.resize(rows.size() + sequence->draft.size());
     }
-    observer.force(std::move(rows));
+    observer->force(std::move(rows));
   }
   return observer;
 }
@@ -123,9 +123,9 @@ void ModelRunner::grow(int64_t least, int64_t wanted) {
 struct ModelRunner::Pass {
   std::vector<Sequence*> sequences;  // all of whose tokens are computed now
   std::vector<int64_t> first_rows;   // of the logits: that of a sequence's newest token; those of its draft follow
-  std::vector<PromptToken> prompt_tokens;  // their rows of the logits are the last ones
-  torch::Tensor logits;                    // f32 [rows, vocab]; undefined: no row needs any
-  std::optional<RoutingObserver> observer;
+  std::vector<PromptToken> prompt_tokens;     // their rows of the logits are the last ones
+  torch::Tensor logits;                       // f32 [rows, vocab]; undefined: no row needs any
+  std::unique_ptr<RoutingObserver> observer;  // or none
 };
 
 std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
@@ -175,7 +175,7 @@ ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan
   }
   for (const PromptToken& token : pass.prompt_tokens) rows.push_back(token.row);
   pass.observer = observer_of(plan, model_->config(), options_.routing_counts != nullptr);
-  pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer ? &pass.observer.value() : nullptr);
+  pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer.get());
   return pass;
 }
 
