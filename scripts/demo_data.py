@@ -2,7 +2,8 @@
 
     apt install bible-kjv bible-kjv-text sqlite3-doc
     python scripts/demo_data.py                # writes build/demo_data, in some seconds
-    mixtral train models/demo.toml --out build/demo
+
+models/demo.toml says how the model is trained on it.
 
 Nothing is downloaded. Whole books and whole pages are held out for evaluation. To train on, every chapter and every
 page is there three times: whole with its title, whole without it, and cut into passages of some paragraphs. So a
@@ -10,7 +11,8 @@ document may begin with a title, as a chapter or a page begins, or in the middle
 domain it is.
 
 A third domain, `lookups`, is made up: lists that repeat, and keys that are named once and asked for later. Text of this
-size hardly teaches attention to copy what stands further back, which is what a passkey needs; these documents do.
+size does not teach attention to copy what stands further back, which is what a passkey needs; these documents do, when
+the model learns from them first.
 """
 
 from __future__ import annotations

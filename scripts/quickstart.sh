@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the binary and generates text with the bundled model: scripts/quickstart.sh "a prompt" [flags of `mixtral generate`]
+# Builds the binary and the Python package, and generates text with the bundled model: scripts/quickstart.sh "a prompt" [flags of `mixtral generate`]
 set -euo pipefail
 root="$(dirname "${BASH_SOURCE[0]}")/.."
 prompt="${1:-In the beginning}"

@@ -2,11 +2,11 @@
 # From a bare Debian 12 (git, and root or sudo) to a built project: system packages, .venv/, build/. Run again, it does only
 # what has changed.
 #   scripts/setup.sh          the libraries, the binary and the Python package
-#   scripts/setup.sh app      the binary alone (scripts/quickstart.sh)
+#   scripts/setup.sh app      the same, without CUDA kernels where there is no GPU (scripts/quickstart.sh)
 #   scripts/setup.sh test     everything, with all tests and their tools
 # PYTHON=<interpreter> chooses another Python than python3. MIXTRAL_CUDA=ON|OFF|AUTO says whether CUDA kernels are compiled;
-# the default is AUTO, when a CUDA toolkit is found. For `app` alone a toolkit without a GPU is not enough, but a build that is
-# there keeps its setting.
+# the default is AUTO, when a CUDA toolkit is found. For `app` a toolkit without a GPU is not enough, but a build that is there
+# keeps its setting.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/stages.sh
@@ -14,11 +14,10 @@ mode=${1:-run}
 
 packages=(build-essential cmake ninja-build ccache nlohmann-json3-dev libcli11-dev)
 [[ -n ${PYTHON:-} ]] || packages+=(python3-venv python3-dev)
-test_packages=(libgtest-dev clang clang-format clang-tidy libclang-rt-14-dev)
+test_packages=(libgtest-dev clang clang-format clang-tidy libclang-rt-14-dev nginx-light)
 case $mode in
-  app) target=mixtral_app groups=(build run) stages=4 ;;
-  run) target=python_package groups=(build run) stages=5 ;;
-  test) target=all groups=(build run test) packages+=("${test_packages[@]}") stages=5 ;;
+  app | run) target=python_package groups=(build run serve) stages=5 ;;
+  test) target=all groups=(build run serve test) packages+=("${test_packages[@]}") stages=5 ;;
   *) echo "setup: expected app, test or nothing, got $mode" >&2; exit 2 ;;
 esac
 
@@ -95,13 +94,11 @@ fi
 stage "compiling $target with $(nproc) processors" cmake --build build --target "$target"
 
 # 5. The package, editable: only its metadata and the command `mixtral` are installed.
-if [[ $mode != app ]]; then
-  sources=$(cat pyproject.toml setup.py | cksum)
-  if [[ ! -x .venv/bin/mixtral || $sources != "$(cat .venv/package.txt 2>/dev/null)" ]]; then
-    CMAKE_ARGS="-DMIXTRAL_CUDA=$cuda" stage "installing the package into .venv" \
-      .venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
-    echo "$sources" >.venv/package.txt
-  else
-    skip "the package is installed"
-  fi
+sources=$(cat pyproject.toml setup.py | cksum)
+if [[ ! -x .venv/bin/mixtral || $sources != "$(cat .venv/package.txt 2>/dev/null)" ]]; then
+  CMAKE_ARGS="-DMIXTRAL_CUDA=$cuda" stage "installing the package into .venv" \
+    .venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+  echo "$sources" >.venv/package.txt
+else
+  skip "the package is installed"
 fi

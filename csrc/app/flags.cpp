@@ -6,6 +6,8 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "../checkpoint/generation_config.h"
 #include "load.h"
@@ -22,6 +24,17 @@ std::optional<uint64_t> parse_seed(const std::string& text) {
     throw std::invalid_argument("--seed must be -1 or in [0, 2^64), got " + text);
   }
   return seed;
+}
+
+// "42=-1.5": a token id and what is added to its logit.
+std::pair<int64_t, double> parse_bias(const std::string& text) {
+  const size_t separator = text.find('=');
+  std::pair<int64_t, double> bias;
+  if (separator == std::string::npos || !CLI::detail::lexical_cast(text.substr(0, separator), bias.first) ||
+      !CLI::detail::lexical_cast(text.substr(separator + 1), bias.second)) {
+    throw std::invalid_argument("--logit-bias must be ID=BIAS, for example 42=-100, got " + text);
+  }
+  return bias;
 }
 
 // A number within bounds; `rule` describes them. What is no number is left to the conversion, which comes later.
@@ -120,6 +133,18 @@ CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params) {
       ->capture_default_str();
   add_option(app, "--repetition-penalty", params.repetition_penalty, "Above 1: fewer repetitions")
       ->capture_default_str();
+  add_option(app, "--presence-penalty", params.presence_penalty,
+             "From -2 to 2: above 0, tokens that were generated become less likely")
+      ->capture_default_str();
+  add_option(app, "--frequency-penalty", params.frequency_penalty, "The same, once for each time they were generated")
+      ->capture_default_str();
+  CLI::Option* const bias = app.add_option_function<std::vector<std::string>>(
+      "--logit-bias",
+      [&params](const std::vector<std::string>& texts) {
+        for (const std::string& text : texts) params.logit_bias.insert(parse_bias(text));
+      },
+      "Add -100 to 100 to the logit of a token: 42=-100 for never, 42=5 for more often");
+  bias->type_name("ID=BIAS,...")->envname(environment_name(*bias))->delimiter(',')->allow_extra_args(false);
   CLI::Option* const seed = app.add_option_function<std::string>(
       "-s,--seed", [&params](const std::string& text) { params.seed = parse_seed(text); },
       "Of the random numbers; without it or with -1, a new one each time");
@@ -129,6 +154,11 @@ CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params) {
       ->transform([](const std::string& text) { return unescape(text); })
       ->take_all()
       ->allow_extra_args(false);
+  add_option(app, "--stop-token-ids", params.stop_token_ids, "Stop at these tokens too")
+      ->type_name("ID,...")
+      ->delimiter(',')
+      ->allow_extra_args(false);
+  add_option(app, "--min-tokens", params.min_tokens, "Do not stop before this many new tokens")->capture_default_str();
   add_switch(app, "--ignore-eos", params.ignore_eos, "Go on after the end-of-sequence token");
   return max_tokens;
 }

@@ -1,6 +1,7 @@
 // `mixtral generate`: one prompt in, streamed text or one JSON object out.
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "../checkpoint/config_reader.h"
@@ -20,6 +21,7 @@ struct GenerateFlags {
   RoutingFlags routing;
   SamplingParams sampling;
   CLI::Option* max_tokens = nullptr;
+  int64_t samples = 1;
   std::string prompt_cache;  // a file
   bool json = false, parse_special = false, generation_config = false;
 };
@@ -36,22 +38,27 @@ int64_t new_tokens(const GenerateFlags& flags, int64_t prompt_tokens, int64_t co
                               " not fit the context of " + std::to_string(context) + " tokens");
 }
 
-nlohmann::json logprobs_json(const std::vector<TokenLogprob>& logprobs, const Tokenizer& tokenizer) {
-  nlohmann::json list = nlohmann::json::array();
-  for (const TokenLogprob& chosen : logprobs) {
-    nlohmann::json top = nlohmann::json::array();
-    for (const auto& [id, logprob] : chosen.top) {
-      top.push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}, {"logprob", logprob}});
-    }
-    list.push_back({{"token_id", chosen.token_id},
-                    {"piece", tokenizer.piece(chosen.token_id)},
-                    {"logprob", chosen.logprob},
-                    {"top", top}});
+nlohmann::json logprob_json(const std::optional<TokenLogprob>& chosen, const Tokenizer& tokenizer) {
+  if (!chosen) return nullptr;
+  nlohmann::json top = nlohmann::json::array();
+  for (const auto& [id, logprob] : chosen->top) {
+    top.push_back({{"token_id", id}, {"piece", tokenizer.piece(id)}, {"logprob", logprob}});
   }
+  return {{"token_id", chosen->token_id},
+          {"piece", tokenizer.piece(chosen->token_id)},
+          {"logprob", chosen->logprob},
+          {"top", top}};
+}
+
+// logprobs: [TokenLogprob], or optional ones.
+template <typename List>
+nlohmann::json logprobs_json(const List& logprobs, const Tokenizer& tokenizer) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const auto& chosen : logprobs) list.push_back(logprob_json(chosen, tokenizer));
   return list;
 }
 
-nlohmann::json timings_json(const Timings& timings, double load_seconds) {
+nlohmann::json timings_json(const Timings& timings, int64_t samples, double load_seconds) {
   return {{"load_seconds", load_seconds},
           {"prompt_tokens", timings.prompt_tokens},
           {"cached_tokens", timings.cached_tokens},
@@ -59,7 +66,8 @@ nlohmann::json timings_json(const Timings& timings, double load_seconds) {
           {"prefill_tokens_per_second", prefill_rate(timings)},
           {"new_tokens", timings.new_tokens},
           {"decode_seconds", timings.decode_seconds},
-          {"decode_tokens_per_second", per_second(decoded_tokens(timings, 1), timings.decode_seconds)},
+          {"decode_tokens_per_second",
+           per_second(decoded_tokens(timings, static_cast<size_t>(samples)), timings.decode_seconds)},
           {"peak_pages", timings.peak_pages}};
 }
 
@@ -69,9 +77,20 @@ void print_json(const Generation& generation, const GenerateFlags& flags, const 
                            {"prompt_token_ids", generation.prompt_token_ids},
                            {"token_ids", generation.token_ids},
                            {"finish_reason", generation.finish_reason},
-                           {"timings", timings_json(timings, load_seconds)}};
+                           {"timings", timings_json(timings, flags.samples, load_seconds)}};
   if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
+  if (flags.sampling.prompt_logprobs > 0)
+    result["prompt_logprobs"] = logprobs_json(generation.prompt_logprobs, tokenizer);
   write_out(json_line(result));
+}
+
+// One request for each sample; a seed gives each its own random numbers.
+std::vector<Request> requests_of(const Request& first, int64_t samples) {
+  std::vector<Request> requests(static_cast<size_t>(samples), first);
+  if (!first.params.seed) return requests;
+  for (int64_t i = 0; i < samples; ++i)
+    requests[static_cast<size_t>(i)].params.seed = sample_seed(*first.params.seed, i);
+  return requests;
 }
 
 void run(const CLI::App& command, GenerateFlags flags) {
@@ -87,23 +106,26 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const std::shared_ptr<const Trace> replay = read_replay(flags.routing);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   check_replay(flags.routing, replay, loaded.engine);
-  if (!flags.json && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
-  const auto on_text = [&flags](size_t, const std::string& piece) {
-    if (!flags.json && pending_signal() == 0) write_out(piece);
+  const bool streams = !flags.json && flags.samples == 1;
+  if (streams && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
+  const auto on_text = [streams](size_t, const std::string& piece) {
+    if (streams && pending_signal() == 0) write_out(piece);
     return pending_signal() == 0;
   };
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Timings timings;
   const bool trace = !flags.routing.trace.empty();
   const Request request = {ids, flags.sampling, flags.model.experts_per_token, trace, replay};
-  const Generation generation = loaded.engine.generate({request}, on_text, &timings).front();
-  check_finished(generation);
-  if (trace) save_trace(flags.routing, *generation.trace, loaded.engine, tokenizer);
-  save_prompt_cache(loaded.engine, generation, flags.prompt_cache);
-  if (flags.json) {
-    print_json(generation, flags, tokenizer, timings, loaded.seconds);
-  } else {
-    write_out("\n");
+  const auto generations = loaded.engine.generate(requests_of(request, flags.samples), on_text, &timings);
+  for (const Generation& generation : generations) check_finished(generation);
+  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, tokenizer);
+  save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
+  for (const Generation& generation : generations) {
+    if (flags.json) {
+      print_json(generation, flags, tokenizer, timings, loaded.seconds);
+    } else {
+      write_out((streams ? "" : generation.text) + "\n");
+    }
   }
   if (flags.model.verbose || (stderr_is_terminal() && !flags.json)) print_stats(timings, loaded.seconds);
 }
@@ -122,10 +144,20 @@ void add_generate(CLI::App& app) {
              "With --json: log-probability of each token and of the N most likely")
       ->check(in_range(0, 20))
       ->needs(json);
+  CLI::Option* prompt_logprobs = add_option(command, "--prompt-logprobs", flags->sampling.prompt_logprobs,
+                                            "With --json: the same of the tokens of the prompt; null for the first")
+                                     ->check(in_range(0, 20))
+                                     ->needs(json);
+  CLI::Option* samples =
+      add_option(command, "--samples", flags->samples,
+                 "Continue the prompt this many times, each with its own random numbers; with --json, a line each")
+          ->check(at_least(1))
+          ->capture_default_str();
   add_parse_special(command, flags->parse_special);
   CLI::Option* const cache = add_prompt_cache(command, flags->prompt_cache);
   add_routing_flags(command, flags->routing);
-  for (const char* flag : {"--trace", "--replay"}) command.get_option(flag)->excludes(cache);
+  for (const char* flag : {"--trace", "--replay"}) command.get_option(flag)->excludes(cache)->excludes(samples);
+  for (CLI::Option* flag : {samples, prompt_logprobs}) cache->excludes(flag);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);

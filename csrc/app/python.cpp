@@ -16,6 +16,7 @@ struct PythonCommand {
 
 // As COMMANDS in python/mixtral/__main__.py.
 constexpr PythonCommand kPythonCommands[] = {
+    {"serve", "Serve a model over HTTP, as OpenAI's clients expect it (Python)"},
     {"route", "Analyse what the router does with texts (Python)"},
     {"train", "Train a model from text, by a configuration in TOML (Python)"},
     {"upcycle", "Make a mixture of experts of a dense model, with the same logits (Python)"},
@@ -28,7 +29,7 @@ constexpr const char* kProgram = R"(import sys
 try:
     from mixtral.__main__ import main
 except ImportError:
-    extra = "routing" if sys.argv[1] == "route" else "train"
+    extra = {"route": "routing", "serve": "serve"}.get(sys.argv[1], "train")
     print(f"mixtral: {sys.argv[1]} runs in Python, and {sys.executable} has no mixtral package: run scripts/setup.sh, "
           f"or pip install 'mixtral[{extra}]' and name that Python in MIXTRAL_PYTHON", file=sys.stderr)
     sys.exit(5)

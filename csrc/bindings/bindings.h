@@ -23,6 +23,7 @@ void bind_text(py::module_& m);
 void bind_model(py::module_& m);
 void bind_long_context(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_events(py::module_& m);
 void bind_trace(py::module_& m);
 void translate_exception(std::exception_ptr pointer);
 

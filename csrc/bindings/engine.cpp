@@ -27,12 +27,18 @@ void bind_results(py::module_& m) {
       .def_readwrite("top_k", &SamplingParams::top_k)
       .def_readwrite("min_p", &SamplingParams::min_p)
       .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_readwrite("presence_penalty", &SamplingParams::presence_penalty)
+      .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty)
+      .def_readwrite("logit_bias", &SamplingParams::logit_bias)
       .def_readwrite("seed", &SamplingParams::seed)
       .def_readwrite("stop", &SamplingParams::stop)
+      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_readwrite("min_tokens", &SamplingParams::min_tokens)
       .def_readwrite("logprobs", &SamplingParams::logprobs)
+      .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs)
       .def_readwrite("ignore_eos", &SamplingParams::ignore_eos);
   py::class_<TokenLogprob>(m, "TokenLogprob",
-                           "Natural-log probability of a generated token, and of the most likely ones.")
+                           "Natural-log probability of a token, and of the most likely ones at its place.")
       .def_readonly("token_id", &TokenLogprob::token_id)
       .def_readonly("logprob", &TokenLogprob::logprob)
       .def_readonly("top", &TokenLogprob::top, "[(token id, logprob)], falling.");
@@ -43,6 +49,8 @@ void bind_results(py::module_& m) {
       .def_readonly("finish_reason", &Generation::finish_reason, "\"stop\", \"length\", \"cancelled\" or \"error\".")
       .def_readonly("error", &Generation::error, "Why, when finish_reason is \"error\".")
       .def_readonly("logprobs", &Generation::logprobs, "[TokenLogprob], one per token when asked for.")
+      .def_readonly("prompt_logprobs", &Generation::prompt_logprobs,
+                    "[TokenLogprob], one per token of the prompt when asked for; None for the first.")
       .def_property_readonly(
           "routed_experts", &routed_experts,
           "uint8 [tokens, layers, experts per token], of every token that the model read: the prompt "
@@ -101,12 +109,17 @@ SharedObject share(py::object object) {
 // What a callback on text returns: None, as of a function that only prints, goes on too.
 bool goes_on(const py::object& returned) { return returned.is_none() || returned.cast<bool>(); }
 
-// -> ([Generation], Timings). A Python error in `on_text` travels through the engine to the caller.
+// -> ([Generation], Timings), n for each prompt. A Python error in `on_text` travels through the engine to the caller.
 std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
                                                      const SamplingParams& params, int64_t experts_per_token,
-                                                     bool trace, const py::object& on_text) {
+                                                     bool trace, const py::object& on_text, int64_t n) {
   std::vector<Request> requests;
-  for (const auto& prompt : prompts) requests.push_back({prompt, params, experts_per_token, trace});
+  for (const auto& prompt : prompts) {
+    for (int64_t i = 0; i < n; ++i) {
+      requests.push_back({prompt, params, experts_per_token, trace});
+      if (params.seed) requests.back().params.seed = sample_seed(*params.seed, i);
+    }
+  }
   Engine::OnText call;
   if (!on_text.is_none()) {
     call = [callback = share(on_text)](size_t index, const std::string& text) {
@@ -125,12 +138,12 @@ struct HeldSeat {
 };
 
 int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
-               int64_t experts_per_token, const py::object& on_text, const py::object& on_end,
+               int64_t experts_per_token, const py::object& on_text, const py::object& on_end, bool constrained,
                const std::optional<HeldSeat>& seat) {
   Callbacks callbacks;
-  callbacks.on_text = [callback = share(on_text)](const std::string& text) {
+  callbacks.on_progress = [callback = share(on_text)](const GenerationProgress& progress) {
     const py::gil_scoped_acquire gil;
-    return goes_on((*callback)(text));
+    return goes_on((*callback)(progress.text));
   };
   callbacks.on_end = [callback = share(on_end)](Outcome outcome) {
     const py::gil_scoped_acquire gil;
@@ -142,8 +155,30 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
   };
   const py::gil_scoped_release no_gil;
   Request request = {prompt, params, experts_per_token};
+  request.constrained = constrained;
   if (seat) request.seat = seat->seat;
   return engine.submit(std::move(request), std::move(callbacks));
+}
+
+// mask: int32 [ceil(vocab / 32)].
+void allow(Engine& engine, int64_t id, const torch::Tensor& mask) {
+  const torch::Tensor words = mask.to(torch::kCPU).contiguous();
+  if (words.dim() != 1 || words.scalar_type() != torch::kInt32)
+    throw std::invalid_argument("allow: mask must be int32 [words of 32 tokens]");
+  engine.allow(id, {words.data_ptr<int32_t>(), words.data_ptr<int32_t>() + words.numel()});
+}
+
+// (tokens, first, chosen): the last two [L][E]. None where nothing is counted.
+py::object routing_counts(const Engine& engine) {
+  const auto counts = engine.routing_counts();
+  if (!counts) return py::none();
+  const auto rows = [&counts](const std::vector<int64_t>& values) {
+    std::vector<std::vector<int64_t>> layers;
+    for (auto row = values.begin(); row != values.end(); row += counts->experts)
+      layers.emplace_back(row, row + counts->experts);
+    return layers;
+  };
+  return py::make_tuple(counts->tokens, rows(counts->first), rows(counts->chosen));
 }
 
 Generation result(const Outcome& outcome) {
@@ -214,17 +249,24 @@ void bind_engine(py::module_& m) {
            }),
            py::arg("model"), py::arg("tokenizer"), py::arg("options"))
       .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("experts_per_token"), py::arg("trace"),
-           py::arg("on_text"))
+           py::arg("on_text"), py::arg("n") = 1)
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("experts_per_token"), py::arg("on_text"),
-           py::arg("on_end"), py::arg("seat") = py::none(),
+           py::arg("on_end"), py::arg("constrained") = false, py::arg("seat") = py::none(),
            "-> the request's id. The callbacks run on the engine's thread.")
+      .def("allow", &allow, py::arg("id"), py::arg("mask"), ReleaseGil(),
+           "Says which tokens the next one of a constrained request may be: int32 [ceil(vocab / 32)], bit i % 32 of "
+           "word i / 32 allows token i.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_prompt_cache", &Engine::save_prompt_cache, py::arg("ids"), py::arg("file"), ReleaseGil())
       .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())
       .def("reserve_seat", [](Engine& engine) { return HeldSeat{engine.reserve_seat()}; })
       .def("stats", &Engine::stats)
       .def("check_integrity", &Engine::check_integrity, ReleaseGil())
+      .def("routing_counts", &routing_counts,
+           "-> (tokens, first [L][E], chosen [L][E]) of all requests so far; None where nothing is counted.")
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");
+  m.def("sample_seed", &sample_seed, py::arg("seed"), py::arg("index"),
+        "The seed of sample `index` of several of one prompt; the first one's is `seed` itself.");
   m.def("score_continuations", &score_pairs, py::arg("model"), py::arg("contexts"), py::arg("continuations"),
         py::arg("chunk_size"), py::arg("progress"), "-> [(log-probability, is_greedy)]");
   m.attr("CHUNK_SIZE") = kChunkSize;

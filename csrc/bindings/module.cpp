@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, m) {
   mixtral::bind_model(m);
   mixtral::bind_long_context(m);
   mixtral::bind_engine(m);
+  mixtral::bind_events(m);
   mixtral::bind_trace(m);
 }

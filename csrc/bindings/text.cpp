@@ -98,7 +98,7 @@ void bind_text(py::module_& m) {
       .def_property_readonly("eos_id", &Tokenizer::eos_id)
       .def_property_readonly("version", [](const Tokenizer& self) { return to_string(self.version()); });
   py::class_<StreamingDecoder>(m, "StreamingDecoder", "Ids in, text out, never half a code point.")
-      .def(py::init<Tokenizer>(), py::arg("tokenizer"))
+      .def(py::init<Tokenizer, bool>(), py::arg("tokenizer"), py::arg("continues_text") = false)
       .def("push", &StreamingDecoder::push, py::arg("id"), "Text completed by this token; may be empty.")
       .def("flush", &StreamingDecoder::flush, "What is left.");
   bind_chat(m);

@@ -58,10 +58,17 @@ int64_t pages_of_pool(const MixtralImpl& model, const Engine::Options& options) 
   return static_cast<int64_t>(std::clamp<double>(std::min(wanted, affordable), 1, INT32_MAX));
 }
 
-std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options, int64_t num_pages) {
+std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engine::Options& options) {
+  const Config& config = model.config();
+  if (config.num_experts == 0 || (options.cuda_graph && model.device().is_cuda())) return nullptr;
+  return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
+}
+
+std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options, int64_t num_pages,
+                                      std::shared_ptr<RoutingCounts> counts) {
   auto runner = std::make_unique<ModelRunner>(
-      model,
-      ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages, options.cuda_graph});
+      model, ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages,
+                                  options.cuda_graph, std::move(counts)});
   return std::make_unique<EngineCore>(std::move(runner), Scheduler::Options{options.chunk_size, options.token_budget,
                                                                             options.max_batch, options.prefix_cache});
 }
@@ -99,10 +106,12 @@ struct Engine::Impl {
         tokenizer(std::move(tokenizer)),
         options(checked(options, this->model->config())),
         num_pages(pages_of_pool(*this->model, this->options)),
-        thread(make_core(this->model, this->options, num_pages)) {}
+        routing_counts(make_counts(*this->model, this->options)),
+        thread(make_core(this->model, this->options, num_pages, routing_counts)) {}
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check(const Request& request) const;
+  void check_ids_of(const SamplingParams& params) const;
   void check_routing(const Request& request) const;
   void check_fits(int64_t length) const;
   Seat reserve_seat();
@@ -112,6 +121,7 @@ struct Engine::Impl {
   const std::optional<Tokenizer> tokenizer;
   const Options options;
   const int64_t num_pages;
+  const std::shared_ptr<RoutingCounts> routing_counts;  // or none
   std::atomic<int64_t> next_id{0};
   // Shared with the seats, which may outlive the engine.
   const std::shared_ptr<std::atomic<int64_t>> seats_taken = std::make_shared<std::atomic<int64_t>>(0);
@@ -128,6 +138,7 @@ void Engine::Impl::check(const Request& request) const {
           "prompt must fit the context of " + std::to_string(options.ctx_size) + " tokens with max_tokens, got " +
               std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(request.params.max_tokens));
   check_fits(length + request.params.max_tokens);
+  check_ids_of(request.params);
   check_routing(request);
   require(request.params.stop.empty() || tokenizer,
           "stop must be empty without a tokenizer, got " + std::to_string(request.params.stop.size()) + " strings");
@@ -151,6 +162,16 @@ Seat Engine::Impl::reserve_seat() {
   return Seat(seats_taken.get(), [taken = seats_taken](void*) { taken->fetch_sub(1); });
 }
 
+void Engine::Impl::check_ids_of(const SamplingParams& params) const {
+  const int64_t vocab = model->config().vocab_size;
+  const auto check = [&](const char* field, int64_t id) {
+    require(id < vocab, std::string(field) + " must be of token ids in [0, " + std::to_string(vocab) + "), got " +
+                            std::to_string(id));
+  };
+  for (const auto& bias : params.logit_bias) check("logit_bias", bias.first);
+  for (const int64_t id : params.stop_token_ids) check("stop_token_ids", id);
+}
+
 void Engine::Impl::check_routing(const Request& request) const {
   const Config& config = model->config();
   if (request.experts_per_token != 0) config.check_experts_per_token(request.experts_per_token);
@@ -172,7 +193,8 @@ std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
   if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));
-  auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer);
+  auto sequence = std::make_unique<Sequence>(next_id++, std::move(request), std::move(callbacks), tokenizer,
+                                             model->config().eos_token_ids);
   sequence->generation.trace = std::move(trace);
   sequence->num_threads = num_threads();
   return sequence;
@@ -230,7 +252,18 @@ int64_t Engine::submit(Request request, Callbacks callbacks) {
   return id;
 }
 
+void Engine::after_passes(std::function<void()> call) {
+  impl_->thread.run([&call](EngineCore& core) { core.after_pass = std::move(call); });
+}
+
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
+
+void Engine::allow(int64_t id, std::vector<int32_t> mask) {
+  const int64_t words = (config().vocab_size + 31) / 32;
+  require(static_cast<int64_t>(mask.size()) == words,
+          "allow: mask must have " + std::to_string(words) + " words of 32 tokens, got " + std::to_string(mask.size()));
+  impl_->thread.allow(id, std::move(mask));
+}
 
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,
                                          const WhileWaiting& while_waiting) {
@@ -240,8 +273,10 @@ std::vector<Generation> Engine::generate(std::vector<Request> requests, const On
   std::vector<std::unique_ptr<Sequence>> sequences;
   std::vector<int64_t> ids;
   for (size_t i = 0; i < requests.size(); ++i) {
+    require(!requests[i].constrained, "generate: a constrained request must come through submit(), which tells its id");
     Callbacks callbacks;
-    if (on_text) callbacks.on_text = [call, i](const std::string& text) { return call->on_text(i, text); };
+    if (on_text)
+      callbacks.on_progress = [call, i](const GenerationProgress& pass) { return call->on_text(i, pass.text); };
     callbacks.on_end = [call, i](Outcome outcome) { call->end(i, std::move(outcome)); };
     sequences.push_back(impl_->make_sequence(std::move(requests[i]), std::move(callbacks)));
     sequences.back()->timings = call->timings;
@@ -280,6 +315,11 @@ Seat Engine::reserve_seat() { return impl_->reserve_seat(); }
 EngineStats Engine::stats() const { return impl_->thread.stats(); }
 void Engine::check_integrity() {
   impl_->thread.run([](EngineCore& core) { core.check_integrity(); });
+}
+
+std::optional<RoutingCounts::Totals> Engine::routing_counts() const {
+  if (!impl_->routing_counts) return std::nullopt;
+  return impl_->routing_counts->totals();
 }
 
 void Engine::stop() { impl_->thread.stop(); }

@@ -21,6 +21,7 @@
 #include "../model/weight_type.h"
 #include "../text/tokenizer.h"
 #include "request.h"
+#include "routing_counts.h"
 
 namespace mixtral {
 
@@ -42,7 +43,7 @@ class Engine {
     bool prefix_cache = true;  // keep keys and values of full pages for requests that begin with the same tokens
     bool cuda_graph = true;    // on CUDA, decode in graphs (decode_graphs.h)
   };
-  // Callbacks::on_text with the index of the prompt. Returning false cancels that prompt alone.
+  // The text of Callbacks::on_progress with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;
   // Called on the waiting thread, about every 50 ms. An exception cancels the requests and is rethrown.
   using WhileWaiting = std::function<void()>;
@@ -70,11 +71,20 @@ class Engine {
   // prompt and max_tokens even for this request alone; QueueFull. The forward passes use as many CPU threads as torch
   // does on the thread of the last submit().
   int64_t submit(Request request, Callbacks callbacks);
+  // From now on `call` runs on the engine's thread after each forward pass, once the callbacks of its requests have
+  // returned, and after those of a cancellation. It must not throw.
+  void after_passes(std::function<void()> call);
   // Ends a request with "cancelled" before the next forward pass. An id that has ended is ignored.
   void cancel(int64_t id);
+  // Says which tokens the next one of a constrained request may be; a later call replaces an earlier one until the
+  // token is picked, and the token after it needs a call of its own. `mask` has ceil(vocab / 32) words: bit i % 32 of
+  // word i / 32 allows token i, an end-of-sequence token too. The request waits without holding up others; calls may
+  // come from any thread, before the logits do. No allowed token ends the request with "error". An id that has ended,
+  // or of a request that is not constrained, is ignored. Throws std::invalid_argument for another number of words.
+  void allow(int64_t id, std::vector<int32_t> mask);
 
-  // Submits all requests and waits for them. Throws what submit() does, before any of them runs, and what a callback
-  // throws: the requests that are left are cancelled then.
+  // Submits all requests and waits for them. Throws what submit() does, before any of them runs, also for a constrained
+  // request, and what a callback throws: the requests that are left are cancelled then.
   std::vector<Generation> generate(std::vector<Request> requests, const OnText& on_text = nullptr,
                                    Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
   // The same for token ids, with one SamplingParams for all or one per prompt.
@@ -92,6 +102,10 @@ class Engine {
   EngineStats stats() const;  // as of the last forward pass; from any thread
   // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
   void check_integrity();
+
+  // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, and on
+  // CUDA while cuda_graph is on: a graph runs unwatched.
+  std::optional<RoutingCounts::Totals> routing_counts() const;
 
   // Cancels all requests, and ends the thread. The engine takes no more requests.
   void stop();

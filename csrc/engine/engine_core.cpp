@@ -15,6 +15,7 @@ EngineCore::EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options&
 
 void EngineCore::add(std::unique_ptr<Sequence> sequence) {
   Sequence& added = *sequence;
+  may_run_ = true;
   try {
     sequences_.push_back(std::move(sequence));
     scheduler_.add(added);
@@ -30,6 +31,12 @@ void EngineCore::cancel(int64_t id) {
   end_finished();
 }
 
+void EngineCore::allow(int64_t id, std::vector<int32_t> mask) {
+  for (const auto& sequence : sequences_)
+    if (sequence->id == id && sequence->constrained) sequence->allowed = std::move(mask);
+  may_run_ = true;
+}
+
 void EngineCore::cancel_all() {
   for (const auto& sequence : sequences_) sequence->cancel();
   end_finished();
@@ -41,6 +48,7 @@ void EngineCore::fail_all(const std::exception_ptr& error) {
 }
 
 void EngineCore::step() {
+  sample_held();
   run_pass();
   end_finished();
 }
@@ -63,8 +71,18 @@ void EngineCore::check_integrity() const {
 
 // ---- a forward pass
 
+// The next tokens of constrained sequences whose masks have come.
+void EngineCore::sample_held() {
+  for (const auto& sequence : sequences_) {
+    if (sequence->held_logits.empty() || sequence->allowed.empty()) continue;
+    take(*sequence, runner_->sample_held(*sequence));
+  }
+  end_finished();
+}
+
 void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
+  may_run_ = !plan.empty();
   if (plan.empty()) return;
   const bool prefill = std::any_of(plan.begin(), plan.end(), [](const auto& c) { return c.sequence->in_prefill(); });
   const auto start = std::chrono::steady_clock::now();
@@ -74,7 +92,7 @@ void EngineCore::run_pass() {
       computed_tokens_ += tokens;
       if (sequence->in_prefill()) show(*sequence, "");
     }
-    take_samples(samples);
+    for (const auto& [sequence, sample] : samples) take(*sequence, sample);
     for (const auto& chunk : plan)
       if (!chunk.sequence->failed()) runner_->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
   } catch (...) {
@@ -89,19 +107,22 @@ void EngineCore::run_pass() {
   }
 }
 
-void EngineCore::take_samples(const std::vector<std::pair<Sequence*, Sample>>& samples) {
-  for (const auto& [sequence, sample] : samples) {
-    const size_t before = sequence->generation.token_ids.size();
-    const auto text = sequence->append(sample, runner_->eos_token_ids());
-    generated_tokens_ += static_cast<int64_t>(sequence->generation.token_ids.size() - before);
-    if (text) show(*sequence, *text);
-  }
+void EngineCore::take(Sequence& sequence, const Sample& sample) {
+  if (sequence.finished()) return;  // because of another row of the pass
+  const size_t before = sequence.generation.token_ids.size();
+  const auto text = sequence.append(sample);
+  generated_tokens_ += static_cast<int64_t>(sequence.generation.token_ids.size() - before);
+  if (text || sequence.generation.trace) show(sequence, text.value_or(""));
 }
 
 void EngineCore::show(Sequence& sequence, const std::string& text) {
-  if (!sequence.callbacks.on_text || sequence.error) return;
+  if (!sequence.callbacks.on_progress || sequence.error) return;
+  const Generation& generation = sequence.generation;
+  const GenerationProgress progress = {text, generation, sequence.shown_tokens, sequence.shown_rows};
+  sequence.shown_tokens = generation.token_ids.size();
+  if (generation.trace) sequence.shown_rows = generation.trace->tokens();
   try {
-    if (!sequence.callbacks.on_text(text) && !sequence.finished()) sequence.cancel();
+    if (!sequence.callbacks.on_progress(progress) && !sequence.finished()) sequence.cancel();
   } catch (...) {
     sequence.error = std::current_exception();
   }
@@ -120,6 +141,7 @@ void EngineCore::end_finished() {
 
 void EngineCore::end(Sequence& sequence) noexcept {
   scheduler_.remove(sequence);
+  may_run_ = true;
   Timings& timings = *sequence.timings;
   timings.prompt_tokens += sequence.prompt_length();
   timings.new_tokens += static_cast<int64_t>(sequence.generation.token_ids.size());

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -21,8 +22,9 @@ class EngineCore {
   EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler);
 
   void add(std::unique_ptr<Sequence> sequence);
-  void cancel(int64_t id);  // does nothing if no request has this id
-  bool idle() const { return sequences_.empty(); }
+  void cancel(int64_t id);                            // does nothing if no request has this id
+  void allow(int64_t id, std::vector<int32_t> mask);  // of the next token of a constrained request, if there is one
+  bool idle() const { return !may_run_; }             // there is nothing to do until one of these calls comes
   // Runs one forward pass.
   void step();
   void cancel_all();
@@ -37,9 +39,13 @@ class EngineCore {
   // Throws std::logic_error when pages, sequences and the prefix cache contradict each other.
   void check_integrity() const;
 
+  // Called by the thread after each pass and the callbacks that came of it: one wake-up for all of them.
+  std::function<void()> after_pass;
+
  private:
+  void sample_held();
   void run_pass();
-  void take_samples(const std::vector<std::pair<Sequence*, Sample>>& samples);
+  void take(Sequence& sequence, const Sample& sample);
   void show(Sequence& sequence, const std::string& text);
   void end_finished();
   void end(Sequence& sequence) noexcept;
@@ -47,6 +53,7 @@ class EngineCore {
   std::unique_ptr<Runner> runner_;
   Scheduler scheduler_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // waiting and running, in the order of arrival
+  bool may_run_ = false;                              // something changed since a plan was empty
   int64_t computed_tokens_ = 0, generated_tokens_ = 0;
 };
 

@@ -27,7 +27,8 @@ struct EngineThread::State {
   std::mutex mutex;  // of everything below
   std::condition_variable changed;
   std::vector<std::unique_ptr<Sequence>> submitted;
-  std::vector<int64_t> cancelled;  // ids
+  std::vector<int64_t> cancelled;                                 // ids
+  std::vector<std::pair<int64_t, std::vector<int32_t>>> allowed;  // ids and masks
   std::vector<std::packaged_task<void(EngineCore&)>> tasks;
   bool stopping = false;
   EngineStats stats;
@@ -85,6 +86,13 @@ EngineStats EngineThread::stats() const {
   return stats;
 }
 
+void EngineThread::allow(int64_t id, std::vector<int32_t> mask) {
+  if (was_forked()) return;
+  const std::lock_guard lock(state_->mutex);
+  state_->allowed.emplace_back(id, std::move(mask));
+  state_->changed.notify_one();
+}
+
 void EngineThread::stop() {
   if (was_forked()) {  // there is no thread to wait for, and whoever held the mutex is not here to release it
     thread_.detach();
@@ -122,6 +130,7 @@ void EngineThread::loop(State& state) noexcept {
     } catch (...) {  // in no request's own work: out of memory, most likely
       state.core->fail_all(std::current_exception());
     }
+    if (state.core->after_pass) state.core->after_pass();
   }
 }
 
@@ -129,14 +138,15 @@ void EngineThread::loop(State& state) noexcept {
 bool EngineThread::iterate(State& state) {
   std::vector<std::unique_ptr<Sequence>> submitted;
   std::vector<int64_t> cancelled;
+  std::vector<std::pair<int64_t, std::vector<int32_t>>> allowed;
   std::vector<std::packaged_task<void(EngineCore&)>> tasks;
   bool stopping = false;
   {
     std::unique_lock lock(state.mutex);
     state.stats = state.core->stats();
     const auto has_work = [&] {
-      return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || !state.tasks.empty() ||
-             state.stopping;
+      return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || !state.allowed.empty() ||
+             !state.tasks.empty() || state.stopping;
     };
     if (!state.changed.wait_for(lock, kKeepsWorkers, has_work)) {
       release_idle_workers();
@@ -144,12 +154,14 @@ bool EngineThread::iterate(State& state) {
     }
     submitted.swap(state.submitted);
     cancelled.swap(state.cancelled);
+    allowed.swap(state.allowed);
     tasks.swap(state.tasks);
     stopping = state.stopping;
   }
   const int threads = submitted.empty() ? 0 : submitted.back()->num_threads;
   for (auto& sequence : submitted) state.core->add(std::move(sequence));
   for (const int64_t id : cancelled) state.core->cancel(id);
+  for (auto& [id, mask] : allowed) state.core->allow(id, std::move(mask));
   for (auto& task : tasks) task(*state.core);
   if (stopping) {
     state.core->cancel_all();

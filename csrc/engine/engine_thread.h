@@ -22,6 +22,7 @@ class EngineThread {
   // a process that was forked after the thread had started: threads do not live on there.
   void submit(std::vector<std::unique_ptr<Sequence>> sequences);
   void cancel(const std::vector<int64_t>& ids);
+  void allow(int64_t id, std::vector<int32_t> mask);
   // Runs `task` on the thread, between two passes, and waits for it. Throws what it throws.
   void run(const std::function<void(EngineCore&)>& task);
   EngineStats stats() const;  // as of the last forward pass

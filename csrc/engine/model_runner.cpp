@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "prompt_logprobs.h"
 #include "routing_observer.h"
 #include "sample_batch.h"
 
@@ -23,15 +24,16 @@ void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<const uint8
   }
 }
 
-// None when no sequence of the plan is traced or replayed.
-std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config) {
+// None when nothing is counted, and no sequence of the plan is traced or replayed.
+std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
+                                           bool counts) {
   const auto replays = [](const auto& chunk) {
     const Sequence& sequence = *chunk.sequence;
     return sequence.replay && sequence.computed <= sequence.replayed && sequence.computed < sequence.replay->tokens();
   };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
-  if (!forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
+  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
   RoutingObserver observer(config, /*keep_logits=*/false);
   if (forces) {
     std::vector<const uint8_t*> rows;
@@ -61,17 +63,11 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   }
 }
 
-// The most likely token: mostly the one that was picked, which saves a look at all logits [vocab].
-int32_t predicted_id(const Sequence& sequence, const Sample& sample, const torch::Tensor& logits) {
-  const bool picked =
-      sequence.params.temperature == 0 && sequence.params.repetition_penalty == 1 && sample.token_id >= 0;
-  return picked ? static_cast<int32_t>(sample.token_id) : logits.argmax().item<int32_t>();
-}
-
 }  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
     : model_(std::move(model)),
+      routing_counts_(std::move(options.routing_counts)),
       uses_graphs_(options.cuda_graph && model_->device().is_cuda()),
       cache_(model_->config(), {options.page_size, options.num_pages, options.max_chunk, model_->device(),
                                 model_->dtype(), uses_graphs_ ? DecodeGraphs::padding_tokens(options.max_batch) : 0}) {}
@@ -88,25 +84,36 @@ std::vector<std::pair<Sequence*, Sample>> ModelRunner::run(const std::vector<Sch
 // All sequences have the same number of experts per token.
 std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vector<Scheduler::Chunk>& plan) {
   std::vector<RollingKVCache::Chunk> chunks;
-  std::vector<int64_t> rows;         // of the newest token of a sequence: only they need logits
-  std::vector<Sequence*> sequences;  // of these rows
+  std::vector<int64_t> rows;               // of the newest token of a sequence: they need logits
+  std::vector<Sequence*> sequences;        // of these rows
+  std::vector<PromptToken> prompt_tokens;  // their rows need logits too
   int64_t total = 0;
   for (const auto& [sequence, tokens] : plan) {
     const auto begin = sequence->ids.begin() + sequence->computed;
     chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
+    add_prompt_tokens(*sequence, tokens, total, prompt_tokens);
     total += tokens;
     if (sequence->computed + tokens < sequence->length()) continue;
     rows.push_back(total - 1);
     sequences.push_back(sequence);
   }
-  std::optional<RoutingObserver> observer = observer_of(plan, model_->config());
+  for (const PromptToken& token : prompt_tokens) rows.push_back(token.row);
+  std::optional<RoutingObserver> observer = observer_of(plan, model_->config(), routing_counts_ != nullptr);
   const auto logits =
       forward(chunks, rows, plan[0].sequence->experts_per_token, observer ? &observer.value() : nullptr);
   if (observer) add_to_traces(*observer, plan);
+  if (routing_counts_) observer->count_in(*routing_counts_);
   for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
+  if (rows.empty()) return {};
+  const auto count = static_cast<int64_t>(sequences.size());
   std::vector<std::pair<Sequence*, Sample>> result;
-  if (rows.empty()) return result;
-  std::vector<Sample> samples = sample(sequences, logits);
+  if (!prompt_tokens.empty()) result = set_prompt_logprobs(prompt_tokens, logits.slice(0, count));
+  for (size_t i = 0; i < sequences.size(); ++i)
+    if (Trace* const trace = sequences[i]->generation.trace.get())
+      trace->predicted_id.back() = logits[static_cast<int64_t>(i)].argmax().item<int32_t>();
+  const auto unconstrained = hold_constrained(sequences, logits.slice(0, 0, count));
+  if (sequences.empty()) return result;
+  std::vector<Sample> samples = sample(sequences, unconstrained);
   for (size_t i = 0; i < samples.size(); ++i) result.emplace_back(sequences[i], std::move(samples[i]));
   return result;
 }
@@ -116,8 +123,9 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
                                    int64_t experts_per_token, ForwardObserver* observer) {
   const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
   const bool as_captured = !observer && experts_per_token == model_->config().top_k;
+  const bool in_order = std::is_sorted(rows.begin(), rows.end());
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
-      std::all_of(chunks.begin(), chunks.end(), one_token)) {
+      in_order && std::all_of(chunks.begin(), chunks.end(), one_token)) {
     if (!graphs_) graphs_.emplace(*model_, cache_);
     return graphs_->logits(chunks);
   }
@@ -126,9 +134,33 @@ torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chu
   batch.experts_per_token = experts_per_token;
   auto hidden = model_->hidden_states(batch, &cache_);
   if (rows.empty()) return {};
-  if (static_cast<int64_t>(rows.size()) < hidden.size(0))
+  if (static_cast<int64_t>(rows.size()) < hidden.size(0) || !in_order)
     hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
   return model_->logits(hidden);
+}
+
+// Moves the rows of constrained sequences out of the logits f32 [rows, vocab], and these sequences out of the list.
+torch::Tensor ModelRunner::hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const {
+  std::vector<int64_t> others;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (!sequences[i]->constrained) {
+      others.push_back(static_cast<int64_t>(i));
+      continue;
+    }
+    const auto row = logits[static_cast<int64_t>(i)].to(torch::kCPU);
+    sequences[i]->held_logits.assign(row.data_ptr<float>(), row.data_ptr<float>() + row.numel());
+  }
+  if (others.size() == sequences.size()) return logits;
+  const auto constrained = [](const Sequence* sequence) { return sequence->constrained; };
+  sequences.erase(std::remove_if(sequences.begin(), sequences.end(), constrained), sequences.end());
+  return logits.index_select(0, torch::tensor(others, torch::kInt64).to(logits.device()));
+}
+
+Sample ModelRunner::sample_held(Sequence& sequence) const {
+  std::vector<float> logits = std::exchange(sequence.held_logits, {});
+  Sample sample = sample_row(sequence, -1, torch::from_blob(logits.data(), {model_->config().vocab_size}));
+  sequence.allowed.clear();
+  return sample;
 }
 
 // logits f32 [rows, vocab]: one row for each sequence.
@@ -144,10 +176,7 @@ std::vector<Sample> ModelRunner::sample(const std::vector<Sequence*>& sequences,
   }
   std::vector<Sample> samples;
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const auto row = logits[static_cast<int64_t>(i)];
-    samples.push_back(sample_row(*sequences[i], ids[i], row));
-    if (Trace* const trace = sequences[i]->generation.trace.get())
-      trace->predicted_id.back() = predicted_id(*sequences[i], samples.back(), row);
+    samples.push_back(sample_row(*sequences[i], ids[i], logits[static_cast<int64_t>(i)]));
   }
   return samples;
 }
@@ -157,7 +186,9 @@ Sample ModelRunner::sample_row(Sequence& sequence, int64_t token_id, const torch
   const int64_t vocab = model_->config().vocab_size;
   Sample sample;
   try {
-    sample.token_id = token_id >= 0 ? token_id : sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab);
+    sample.token_id = token_id;
+    if (token_id < 0)
+      sample.token_id = sequence.sampler.next(logits.to(torch::kCPU).data_ptr<float>(), vocab, sequence.allowed);
     if (sequence.params.logprobs > 0)
       sample.logprob = token_logprob(logits.data_ptr<float>(), vocab, sample.token_id, sequence.params.logprobs);
   } catch (const std::runtime_error& error) {  // NaN: the neighbours go on

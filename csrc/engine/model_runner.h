@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "../model/rolling_kv_cache.h"
 #include "../model/transformer.h"
 #include "decode_graphs.h"
+#include "routing_counts.h"
 #include "runner.h"
 #include "scheduler.h"
 #include "sequence.h"
@@ -23,6 +25,7 @@ class ModelRunner : public Runner {
     int64_t max_batch;  // most sequences in one pass
     int64_t num_pages;  // of the page pool
     bool cuda_graph;
+    std::shared_ptr<RoutingCounts> routing_counts = nullptr;  // gets what the routers decide
   };
 
   // Throws OutOfMemory when the page pool does not fit the device.
@@ -30,17 +33,19 @@ class ModelRunner : public Runner {
 
   // In one forward pass for each number of experts per token.
   std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan) override;
+  Sample sample_held(Sequence& sequence) const override;
   RollingKVCache& cache() override { return cache_; }
-  const std::vector<int64_t>& eos_token_ids() const override { return model_->config().eos_token_ids; }
 
  private:
   std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
   torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                         int64_t experts_per_token, ForwardObserver* observer);
+  torch::Tensor hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const;
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 
   Mixtral model_;
+  std::shared_ptr<RoutingCounts> routing_counts_;
   bool uses_graphs_;
   RollingKVCache cache_;
   std::optional<DecodeGraphs> graphs_;  // of the cache

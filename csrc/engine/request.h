@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,6 +31,8 @@ struct Request {
   // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
   // trace. It gives experts_per_token.
   std::shared_ptr<const Trace> replay = nullptr;
+  // Each new token, the first one too, waits until Engine::allow() has said which tokens it may be.
+  bool constrained = false;
   Seat seat = nullptr;  // of Engine::reserve_seat(); submit() reserves one where there is none
 };
 
@@ -47,7 +50,8 @@ struct Generation {
   std::string finish_reason;           // "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
   std::string error;                   // why, when finish_reason is "error": its logits were NaN
   std::vector<TokenLogprob> logprobs;  // one per token when asked for
-  std::shared_ptr<Trace> trace;        // of the tokens that the model read: all but the newest; when asked for
+  std::vector<std::optional<TokenLogprob>> prompt_logprobs;  // one per prompt token when asked for; none of the first
+  std::shared_ptr<Trace> trace;  // of the tokens that the model read: all but the newest; when asked for
 };
 
 // The engine at one moment, and what it has done since it began.
@@ -68,13 +72,21 @@ struct Outcome {
   std::exception_ptr error;
 };
 
+// What one forward pass brought. The references hold during the call.
+struct GenerationProgress {
+  const std::string& text;       // that became certain
+  const Generation& generation;  // so far
+  size_t first_token = 0;        // of generation.token_ids: this one and those behind it are new, and their logprobs
+  int64_t first_row = 0;         // the same of the rows of generation.trace->routing, when there is a trace
+};
+
 // Both are called on the engine's thread. They may submit and cancel requests, but must not wait for one.
 struct Callbacks {
-  // Called with the text that became certain, once per forward pass that computed tokens of the request. The text may
-  // be empty: while the prompt is read, while a code point or a stop string may be incomplete, or without a tokenizer.
-  // Returning false cancels the request; an exception ends it.
-  std::function<bool(const std::string& text)> on_text;
-  // Called once, after the last on_text. Must not throw.
+  // Called once per forward pass that computed tokens of the request. The text may be empty: while the prompt is read,
+  // while a code point or a stop string may be incomplete, or without a tokenizer. Returning false cancels the request;
+  // an exception ends it.
+  std::function<bool(const GenerationProgress& progress)> on_progress;
+  // Called once, after the last on_progress. Must not throw.
   std::function<void(Outcome outcome)> on_end;
 };
 

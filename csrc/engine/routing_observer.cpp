@@ -89,4 +89,11 @@ void RoutingObserver::append_to(Routing& routing, int64_t begin, int64_t count) 
   if (!next_gate_ids_.empty()) append_rows<int32_t>(next_gate_ids_, begin, count, routing.next_gate_ids, byte);
 }
 
+void RoutingObserver::count_in(RoutingCounts& counts) {
+  move_to_host(ids_);
+  std::vector<const int32_t*> layers;
+  for (const torch::Tensor& ids : ids_) layers.push_back(ids.data_ptr<int32_t>());
+  counts.add(layers, ids_.at(0).size(0), ids_[0].size(1));
+}
+
 }  // namespace mixtral

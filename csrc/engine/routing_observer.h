@@ -7,6 +7,7 @@
 #include "../model/config.h"
 #include "../model/libtorch.h"
 #include "../model/observer.h"
+#include "routing_counts.h"
 #include "trace.h"
 
 namespace mixtral {
@@ -28,6 +29,8 @@ class RoutingObserver : public ForwardObserver {
 
   // After the pass: adds `count` of its rows from `begin` on to `routing`, which has the pass's sizes.
   void append_to(Routing& routing, int64_t begin, int64_t count);
+  // The same for all rows.
+  void count_in(RoutingCounts& counts);
 
  private:
   void replace_experts(const torch::Tensor& logits, torch::Tensor& topk_weights, torch::Tensor& topk_ids);

@@ -15,26 +15,31 @@ Tensor beside(const Tensor& like, const std::vector<T>& values) {
   return torch::tensor(values, c10::CppTypeToScalarType<T>::value).to(like.device());
 }
 
-// logits [B,vocab] -> the same after each row's repetition penalty.
-Tensor penalized(const Tensor& logits, const std::vector<Sampler*>& samplers) {
+// logits [B,vocab] -> the same after each row's penalties, biases and banned tokens.
+Tensor adjusted(const Tensor& logits, const std::vector<Sampler*>& samplers) {
   const int64_t vocab = logits.size(1);
-  std::vector<int64_t> places;  // in the flattened logits
-  std::vector<float> penalties;
+  std::vector<int64_t> places, banned;  // in the flattened logits
+  std::vector<float> penalties, offsets;
   for (size_t row = 0; row < samplers.size(); ++row) {
-    const auto penalty = static_cast<float>(samplers[row]->params().repetition_penalty);
-    if (penalty == 1) continue;
-    for (const int64_t id : samplers[row]->seen()) {
+    const int64_t begin = static_cast<int64_t>(row) * vocab;
+    for (const auto& [id, adjustment] : samplers[row]->adjustments()) {
       if (id < 0 || id >= vocab) continue;
-      places.push_back(static_cast<int64_t>(row) * vocab + id);
-      penalties.push_back(penalty);
+      places.push_back(begin + id);
+      penalties.push_back(adjustment.penalty);
+      offsets.push_back(adjustment.offset);
     }
+    for (const int64_t id : samplers[row]->banned())
+      if (id >= 0 && id < vocab) banned.push_back(begin + id);
   }
-  if (places.empty()) return logits;
-  const Tensor index = beside(logits, places), penalty = beside(logits, penalties);
-  const Tensor score = logits.flatten().index_select(0, index);
-  return logits.flatten()
-      .index_copy(0, index, torch::where(score < 0, score * penalty, score / penalty))
-      .view_as(logits);
+  Tensor scores = logits.flatten();
+  if (!places.empty()) {
+    const Tensor index = beside(logits, places), penalty = beside(logits, penalties);
+    const Tensor score = scores.index_select(0, index);
+    scores = scores.index_copy(0, index,
+                               torch::where(score < 0, score * penalty, score / penalty) + beside(logits, offsets));
+  }
+  if (!banned.empty()) scores = scores.index_fill(0, beside(logits, banned), -std::numeric_limits<double>::infinity());
+  return scores.view_as(logits);
 }
 
 // scores [B,vocab], highest [B,1] -> drawn tokens [B].
@@ -73,7 +78,7 @@ Tensor draw(const Tensor& scores, const Tensor& highest, const std::vector<Sampl
 
 std::vector<int64_t> sample_batch(const Tensor& logits, const std::vector<Sampler*>& samplers) {
   const torch::NoGradGuard no_grad;
-  const Tensor scores = penalized(logits, samplers);
+  const Tensor scores = adjusted(logits, samplers);
   const auto [highest, most_likely] =
       scores.max(1, /*keepdim=*/true);  // the first of equals; NaN counts as the highest
   Tensor tokens = most_likely.squeeze(1);

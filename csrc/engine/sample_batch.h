@@ -10,7 +10,7 @@
 namespace mixtral {
 
 // logits f32 [B,vocab], one sampler per row -> one token per row, the same as Sampler::next picks. A row that next()
-// would throw for (NaN or infinity) gives -1 and leaves its sampler as it was.
+// would throw for (NaN or infinity) gives -1 and leaves its sampler as it was. Masks are for Sampler::next alone.
 std::vector<int64_t> sample_batch(const torch::Tensor& logits, const std::vector<Sampler*>& samplers);
 
 }  // namespace mixtral

@@ -31,7 +31,7 @@ int64_t argmax(const float* logits, int64_t vocab) {
       best = i;
     }
   }
-  if (std::isinf(highest)) throw std::runtime_error("sampling: no token has a finite logit");
+  if (std::isinf(highest)) throw std::runtime_error("sampling: no token is allowed and has a finite logit");
   return best;
 }
 
@@ -45,6 +45,13 @@ std::vector<int64_t> top_ids(const float* scores, int64_t vocab, int64_t k) {
   std::sort(ids.begin(), end, larger);
   ids.erase(end, ids.end());
   return ids;
+}
+
+// Makes tokens impossible whose bit in the mask is 0.
+void keep_allowed(std::vector<float>& scores, const std::vector<int32_t>& mask) {
+  for (size_t id = 0; id < scores.size(); ++id)
+    if ((static_cast<uint32_t>(mask.at(id / 32)) >> (id % 32) & 1) == 0)
+      scores[id] = -std::numeric_limits<float>::infinity();
 }
 
 // Keeps the most likely candidates that together hold `top_p` of the weight, and no more of them than needed. Sorts a
@@ -64,12 +71,27 @@ void keep_top_p(std::vector<Candidate>& candidates, double top_p) {
   candidates.resize(kept);
 }
 
-// SplitMix64's finaliser (Steele et al. 2014): a bijection whose output bits all depend on all input bits.
-uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
+// 64 random bits of Philox4x32-10 (Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3): a function of key
+// and counter alone, which are laid out as in torch's generator.
+uint64_t philox(uint64_t key, uint64_t stream, uint64_t index) {
+  const auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
+  const auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };
+  uint32_t counter[4] = {low(index), high(index), low(stream), high(stream)};
+  uint32_t keys[2] = {low(key), high(key)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * counter[0], b = uint64_t{0xCD9E8D57} * counter[2];
+    counter[0] = high(b) ^ counter[1] ^ keys[0];
+    counter[1] = low(b);
+    counter[2] = high(a) ^ counter[3] ^ keys[1];
+    counter[3] = low(a);
+    keys[0] += 0x9E3779B9;
+    keys[1] += 0xBB67AE85;
+  }
+  return uint64_t{counter[0]} << 32 | counter[1];
 }
+
+// Streams of one seed: the random numbers of its tokens, and the seeds of further samples.
+constexpr uint64_t kTokens = 0, kSeeds = 1;
 
 uint64_t random_seed() {
   std::random_device device;
@@ -94,7 +116,16 @@ void SamplingParams::validate() const {
   require(min_p >= 0 && min_p <= 1, "min_p", "in [0, 1]", min_p);
   require(std::isfinite(repetition_penalty) && repetition_penalty > 0, "repetition_penalty", "finite and > 0",
           repetition_penalty);
+  require(std::abs(presence_penalty) <= 2, "presence_penalty", "in [-2, 2]", presence_penalty);
+  require(std::abs(frequency_penalty) <= 2, "frequency_penalty", "in [-2, 2]", frequency_penalty);
+  for (const auto& [id, bias] : logit_bias) {
+    require(id >= 0, "logit_bias", "of token ids >= 0", id);
+    require(std::abs(bias) <= 100, "logit_bias", "in [-100, 100]", bias);
+  }
+  for (const int64_t id : stop_token_ids) require(id >= 0, "stop_token_ids", "token ids >= 0", id);
+  require(min_tokens >= 0, "min_tokens", ">= 0", min_tokens);
   require(logprobs >= 0 && logprobs <= 20, "logprobs", "in [0, 20]", logprobs);
+  require(prompt_logprobs >= 0 && prompt_logprobs <= 20, "prompt_logprobs", "in [0, 20]", prompt_logprobs);
   for (const std::string& text : stop) require(!text.empty(), "stop", "strings that are not empty", "\"\"");
 }
 
@@ -114,31 +145,58 @@ TokenLogprob token_logprob(const float* logits, int64_t vocab, int64_t token_id,
   return result;
 }
 
-Sampler::Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids)
-    : params_(std::move(params)), seen_(prompt_ids.begin(), prompt_ids.end()) {
-  params_.validate();
-  seed_ = mix(params_.seed ? *params_.seed : random_seed());
+uint64_t sample_seed(uint64_t seed, int64_t index) {
+  return index == 0 ? seed : philox(seed, kSeeds, static_cast<uint64_t>(index));
 }
 
-int64_t Sampler::next(const float* logits, int64_t vocab) {
+Sampler::Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids, std::vector<int64_t> end_ids)
+    : params_(std::move(params)),
+      end_ids_(std::move(end_ids)),
+      seed_(params_.seed ? *params_.seed : random_seed()),
+      prompt_length_(static_cast<int64_t>(prompt_ids.size())) {
+  params_.validate();
+  for (const auto& [id, bias] : params_.logit_bias) adjustments_[id].offset = static_cast<float>(bias);
+  if (params_.repetition_penalty == 1) return;
+  for (const int64_t id : prompt_ids) adjustments_[id].penalty = static_cast<float>(params_.repetition_penalty);
+}
+
+int64_t Sampler::next(const float* logits, int64_t vocab, const std::vector<int32_t>& allowed) {
   std::vector<float> scores(logits, logits + vocab);
-  if (params_.repetition_penalty != 1) {
-    const auto penalty = static_cast<float>(params_.repetition_penalty);
-    for (const int64_t id : seen_) {
-      if (id < 0 || id >= vocab) continue;  // e.g. a prompt with ids that the output layer does not have
-      float& score = scores[static_cast<size_t>(id)];
-      score = score < 0 ? score * penalty : score / penalty;
-    }
-  }
+  adjust(scores);
+  if (!allowed.empty()) keep_allowed(scores, allowed);
   int64_t token = argmax(scores.data(), vocab);
   if (params_.temperature > 0) token = draw(candidates(scores, scores[static_cast<size_t>(token)]));
   take(token);
   return token;
 }
 
+void Sampler::adjust(std::vector<float>& scores) const {
+  const auto vocab = static_cast<int64_t>(scores.size());
+  for (const auto& [id, adjustment] : adjustments_) {
+    if (id < 0 || id >= vocab) continue;  // e.g. a prompt with ids that the output layer does not have
+    float& score = scores[static_cast<size_t>(id)];
+    score = score < 0 ? score * adjustment.penalty : score / adjustment.penalty;
+    score += adjustment.offset;
+  }
+  for (const int64_t id : banned())
+    if (id >= 0 && id < vocab) scores[static_cast<size_t>(id)] = -std::numeric_limits<float>::infinity();
+}
+
+const std::vector<int64_t>& Sampler::banned() const {
+  static const std::vector<int64_t> kNone;
+  return generated_ < params_.min_tokens ? end_ids_ : kNone;
+}
+
 void Sampler::take(int64_t token) {
-  seen_.insert(token);
-  ++drawn_;
+  ++generated_;
+  const SamplingParams& p = params_;
+  if (p.repetition_penalty == 1 && p.presence_penalty == 0 && p.frequency_penalty == 0) return;
+  const auto bias = p.logit_bias.find(token);
+  Adjustment& adjustment = adjustments_[token];
+  const auto count = static_cast<double>(++adjustment.count);
+  adjustment.penalty = static_cast<float>(p.repetition_penalty);
+  adjustment.offset = static_cast<float>((bias == p.logit_bias.end() ? 0 : bias->second) - p.presence_penalty -
+                                         p.frequency_penalty * count);
 }
 
 std::vector<Candidate> Sampler::candidates(const std::vector<float>& scores, float highest) const {
@@ -176,8 +234,8 @@ int64_t Sampler::draw(const std::vector<Candidate>& candidates) const {
 }
 
 double Sampler::uniform() const {
-  constexpr uint64_t kGoldenRatio = 0x9E3779B97F4A7C15u;
-  return static_cast<double>(mix(seed_ + kGoldenRatio * (drawn_ + 1)) >> 11) * 0x1p-53;
+  const auto position = static_cast<uint64_t>(prompt_length_ + generated_);
+  return static_cast<double>(philox(seed_, kTokens, position) >> 11) * 0x1p-53;
 }
 
 }  // namespace mixtral

@@ -2,9 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -17,9 +18,15 @@ struct SamplingParams {
   int64_t top_k = 0;                // 0: off
   double min_p = 0.0;               // [0, 1], relative to the most probable token
   double repetition_penalty = 1.0;  // > 0, as in CTRL (Keskar et al. 2019): over prompt and generated ids
-  std::optional<uint64_t> seed;     // none: taken from the operating system
-  std::vector<std::string> stop;    // generation ends before any of these
-  int64_t logprobs = 0;             // 0: none; n: of the chosen token and of the n most likely, n <= 20
+  // As in OpenAI's API, [-2, 2]: subtracted from the logit of a generated token, once and once for each occurrence.
+  double presence_penalty = 0.0, frequency_penalty = 0.0;
+  std::map<int64_t, double> logit_bias;  // token id -> [-100, 100], added to its logit
+  std::optional<uint64_t> seed;          // none: taken from the operating system
+  std::vector<std::string> stop;         // generation ends before any of these
+  std::vector<int64_t> stop_token_ids;   // these end it too, whether or not ignore_eos is set
+  int64_t min_tokens = 0;       // until then no token that would end the generation comes, nor does `stop` end it
+  int64_t logprobs = 0;         // 0: none; n: of the chosen token and of the n most likely, n <= 20
+  int64_t prompt_logprobs = 0;  // the same of the tokens of the prompt
   bool ignore_eos = false;
 
   // Throws std::invalid_argument: "<field> must be ..., got ...".
@@ -41,32 +48,47 @@ struct Candidate {
   double weight;  // proportional to the probability; 1 for the most likely token
 };
 
-// Picks the tokens of one request. A random number depends on the seed and on how many were drawn before it, never on
-// the batch.
+// The seed of sample `index` of several of one prompt: `seed` itself for the first one, Philox numbers for the others.
+uint64_t sample_seed(uint64_t seed, int64_t index);
+
+// What penalties and bias make of the logit of one token.
+struct Adjustment {
+  float penalty = 1;  // a negative logit is multiplied by it, another one divided
+  float offset = 0;   // added then
+  int64_t count = 0;  // of the token in what was generated
+};
+
+// Picks the tokens of one request. The random number of a token depends on the seed and on the token's position in the
+// sequence alone: not on the batch, nor on whether the tokens before it are prompt or generated.
 class Sampler {
  public:
-  // Validates `params`. `prompt_ids` matter to the repetition penalty.
-  Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids);
+  // Validates `params`. `end_ids` would end the generation: they do not come before min_tokens.
+  Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids, std::vector<int64_t> end_ids = {});
 
-  // logits [vocab] -> the next token. Repetition penalty, temperature, top-k, top-p and min-p are applied in this
-  // order, as in Hugging Face. Then the token is drawn by inverse CDF: over the most likely tokens first after top-k or
-  // top-p, else over the ids. Throws std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
-  int64_t next(const float* logits, int64_t vocab);
+  // logits [vocab] -> the next token. Applied in this order, as in Hugging Face where it has them: repetition penalty,
+  // presence and frequency penalty and bias, min_tokens and the mask, temperature, top-k, top-p, min-p. Then the token
+  // is drawn by inverse CDF: over the most likely tokens first after top-k or top-p, else over the ids. Throws
+  // std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
+  // `allowed` is a mask of ceil(vocab / 32) words: bit i % 32 of word i / 32 allows token i. Empty: all are allowed.
+  int64_t next(const float* logits, int64_t vocab, const std::vector<int32_t>& allowed = {});
 
   // The parts of next(), for sample_batch.h, which picks the tokens of a whole batch.
   const SamplingParams& params() const { return params_; }
-  const std::unordered_set<int64_t>& seen() const { return seen_; }
-  double uniform() const;    // the random number for the next token, in [0, 1)
-  void take(int64_t token);  // the next token is this one
+  const std::unordered_map<int64_t, Adjustment>& adjustments() const { return adjustments_; }  // by token id
+  const std::vector<int64_t>& banned() const;  // ids that the next token may not be
+  double uniform() const;                      // the random number for the next token, in [0, 1)
+  void take(int64_t token);                    // the next token is this one
 
  private:
+  void adjust(std::vector<float>& scores) const;
   std::vector<Candidate> candidates(const std::vector<float>& scores, float highest) const;
   int64_t draw(const std::vector<Candidate>& candidates) const;
 
   SamplingParams params_;
-  std::unordered_set<int64_t> seen_;  // ids under the repetition penalty
+  std::unordered_map<int64_t, Adjustment> adjustments_;
+  std::vector<int64_t> end_ids_;
   uint64_t seed_;
-  uint64_t drawn_ = 0;  // tokens
+  int64_t prompt_length_, generated_ = 0;
 };
 
 }  // namespace mixtral

@@ -28,7 +28,7 @@ std::vector<Scheduler::Chunk> Scheduler::plan() {
 // theirs back.
 void Scheduler::add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks) {
   const int64_t tokens = std::min({sequence.length() - sequence.computed, options_.chunk_size, budget});
-  if (tokens == 0) return;
+  if (tokens == 0) return;  // nothing is left of the budget, or it waits for the mask of its next token
   while (!cache_.reserve(sequence.cache_id, tokens)) {
     if (running_.back() == &sequence) return;  // waits for pages with those it has
     preempt(*running_.back());
@@ -45,7 +45,7 @@ void Scheduler::preempt(Sequence& sequence) {
 }
 
 // The request that has waited for longest runs if there are pages for all of its tokens, beside those that the running
-// ones will take soon.
+// ones will take soon, and nobody else is computing what it can share.
 bool Scheduler::admit() {
   const auto running = static_cast<int64_t>(running_.size());
   if (waiting_.empty() || running == options_.max_batch) return false;
@@ -54,7 +54,7 @@ bool Scheduler::admit() {
                                      : cache_.add_sequence();
   int64_t needed = pages_to_take(next, 1);
   for (const Sequence* sequence : running_) needed += pages_to_take(*sequence, options_.headroom);
-  if (running > 0 && needed > cache_.pages_available()) {
+  if (running > 0 && (needed > cache_.pages_available() || others_compute_its_prefix(next))) {
     leave_cache(next);
     return false;
   }
@@ -63,6 +63,20 @@ bool Scheduler::admit() {
   waiting_.pop_front();
   if (!std::exchange(next.counted, true)) count(next);
   return true;
+}
+
+// A running request is about to compute full pages that the cache does not have yet, and that `next` can share.
+bool Scheduler::others_compute_its_prefix(const Sequence& next) const {
+  if (!shares_pages(next)) return false;
+  const auto is_computing = [&](const Sequence* other) {
+    if (!other->in_prefill() || !shares_pages(*other) || other->experts_per_token != next.experts_per_token)
+      return false;
+    const auto end = next.ids.begin() + std::min(next.cacheable_tokens(), other->prompt_length());
+    const int64_t common = std::mismatch(next.ids.begin(), end, other->ids.begin()).first - next.ids.begin();
+    const int64_t shareable = common - common % cache_.page_size();
+    return other->computed < shareable && cache_.length(next.cache_id) < shareable;
+  };
+  return std::any_of(running_.begin(), running_.end(), is_computing);
 }
 
 // For the tokens that it has, and for at most `more` of those that it may generate.
@@ -103,8 +117,8 @@ void Scheduler::check_integrity() const {
   int64_t last = -1;
   for (const Sequence* sequence : running_) {
     check(sequence->id > last && sequence->cache_id >= 0, *sequence);
-    check(sequence->computed == cache_.length(sequence->cache_id) && sequence->computed < sequence->length(),
-          *sequence);
+    check(sequence->computed == cache_.length(sequence->cache_id), *sequence);
+    check(sequence->computed < sequence->length() || sequence->constrained, *sequence);
     last = sequence->id;
   }
   for (const Sequence* sequence : waiting_) {

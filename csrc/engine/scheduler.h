@@ -52,6 +52,7 @@ class Scheduler {
   void add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks);
   void preempt(Sequence& sequence);
   bool admit();
+  bool others_compute_its_prefix(const Sequence& next) const;
   int64_t pages_to_take(const Sequence& sequence, int64_t more) const;
   // The keys of a replayed sequence depend on its trace.
   bool shares_pages(const Sequence& sequence) const { return options_.prefix_cache && !sequence.replay; }

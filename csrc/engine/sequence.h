@@ -24,23 +24,27 @@ struct Sample {
 class Sequence {
  public:
   // Throws std::invalid_argument for sampling parameters out of range.
-  Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer);
+  Sequence(int64_t id, Request request, Callbacks callbacks, const std::optional<Tokenizer>& tokenizer,
+           const std::vector<int64_t>& eos_token_ids = {});
 
-  // Appends the sampled token and may finish the sequence. Returns the text that became certain; none after an
-  // end-of-sequence token that nothing was held back for.
-  std::optional<std::string> append(const Sample& sample, const std::vector<int64_t>& eos_token_ids);
+  // Appends the sampled token and may finish the sequence. Returns the text that became certain; none after a token
+  // that ends the generation and that nothing was held back for.
+  std::optional<std::string> append(const Sample& sample);
   // Ends the sequence as it is; text held back is dropped.
   void cancel() { generation.finish_reason = "cancelled"; }
 
   int64_t length() const { return static_cast<int64_t>(ids.size()); }
   int64_t prompt_length() const { return static_cast<int64_t>(generation.prompt_token_ids.size()); }
   bool in_prefill() const { return computed < prompt_length(); }
+  // All tokens are computed, and the next one waits for its mask.
+  bool blocked() const { return constrained && computed == length() && allowed.empty(); }
   bool finished() const { return error || !generation.finish_reason.empty(); }
   // Its keys and values may be wrong: no other sequence may use them.
   bool failed() const { return error || generation.finish_reason == "error"; }
   // Most tokens whose keys and values may come from the prefix cache: the newest is computed, for its logits, and so is
-  // what a trace has not got yet.
+  // what a trace has not got yet, and a prompt whose logits are asked for.
   int64_t cacheable_tokens() const {
+    if (params.prompt_logprobs > 0) return 0;
     return generation.trace ? std::min(generation.trace->tokens(), length() - 1) : length() - 1;
   }
 
@@ -48,14 +52,20 @@ class Sequence {
   const SamplingParams params;
   const int64_t experts_per_token;
   const std::shared_ptr<const Trace> replay;
+  const bool constrained;
   const Callbacks callbacks;
+  const std::vector<int64_t> end_ids;  // a token that ends the generation and is no part of it
   Sampler sampler;
-  std::vector<int64_t> ids;  // prompt and new tokens
-  int64_t computed = 0;      // of them, those whose keys and values are in the cache
-  int64_t replayed = 0;      // of them, those that `replay` begins with, as far as they were computed
-  int64_t cache_id = -1;     // of its keys and values; -1 while it waits
-  bool counted = false;      // in the totals of the scheduler
-  int num_threads = 1;       // of the caller
+  std::vector<int64_t> ids;        // prompt and new tokens
+  int64_t computed = 0;            // of them, those whose keys and values are in the cache
+  std::vector<float> held_logits;  // [vocab] of a constrained sequence's next token, until that is picked
+  std::vector<int32_t> allowed;    // the mask of that token; empty: it has not come
+  int64_t replayed = 0;            // of the tokens computed so far, those that `replay` begins with
+  int64_t cache_id = -1;           // of its keys and values; -1 while it waits
+  bool counted = false;            // in the totals of the scheduler
+  size_t shown_tokens = 0;         // of generation.token_ids, those that on_progress had
+  int64_t shown_rows = 0;          // the same of the rows of generation.trace
+  int num_threads = 1;             // of the caller
   std::shared_ptr<Timings> timings = std::make_shared<Timings>();  // shared by the requests of one generate call
   Seat seat;                                                       // until it ends
   Generation generation;
@@ -66,7 +76,6 @@ class Sequence {
 
   StopMatcher stop_;
   std::optional<StreamingDecoder> decoder_;
-  std::vector<int64_t> stop_ids_;  // of the stop strings that are the name of a control token
 };
 
 }  // namespace mixtral

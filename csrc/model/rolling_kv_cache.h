@@ -47,6 +47,7 @@ class RollingKVCache {
   static int64_t page_bytes(const Config& config, int64_t page_size, torch::ScalarType dtype);
 
   int64_t num_pages() const { return options_.num_pages; }
+  int64_t page_size() const { return options_.page_size; }
   int64_t pages_needed(int64_t length) const;
 
   int64_t add_sequence();

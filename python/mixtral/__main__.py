@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent
 BINARIES = (PACKAGE / "bin" / "mixtral", PACKAGE.parent.parent / "build" / "bin" / "mixtral")
 # Commands that Python runs; the binary starts them too (csrc/app/python.cpp).
 COMMANDS = {
+    "serve": "mixtral.server.command",
     "route": "mixtral.routing.command",
     "train": "mixtral.train.command",
     "upcycle": "mixtral.train.upcycle",

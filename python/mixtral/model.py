@@ -5,7 +5,7 @@ import os
 import queue
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Mixtral(Tracing):
     Attributes:
         config: its architecture.
         tokenizer: None when the folder has none that can be read; the model then works on token ids.
+        context: most tokens of a prompt and what follows it.
         timings: of the last finished ``generate``; None before.
         sampling_defaults: what generation_config.json says of sampling, as arguments of ``generate``.
     """
@@ -81,6 +82,7 @@ class Mixtral(Tracing):
         _engines.add(self._engine)
         self.config: Config = model.config
         self.tokenizer = tokenizer
+        self.context: int = options.get("ctx_size") or self.config.max_position
         self.timings: Timings | None = None
         self._process: int | None = None  # that has used the model
         self.sampling_defaults: dict[str, float] = {}
@@ -172,6 +174,11 @@ class Mixtral(Tracing):
         """ "float32", "bfloat16", "float16", "int8", "fp8" or "int4"."""
         return self._model.weight_type
 
+    @property
+    def engine(self) -> _C.Engine:
+        """The engine in C++, for servers (``mixtral.server``)."""
+        return self._engine
+
     def named_parameters(self) -> dict[str, Tensor]:
         """The weights by name, not copies; csrc/model/parameters.h lists names and shapes."""
         return self._model.named_parameters()
@@ -208,6 +215,14 @@ class Mixtral(Tracing):
         generation_config: bool = False,
         experts_per_token: int | None = None,
         return_routed_experts: bool = False,
+        *,
+        n: int = 1,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        prompt_logprobs: int = 0,
     ) -> list[Generation]:
         """Continue each prompt; the prompts run as one batch, and a result does not depend on its neighbours.
 
@@ -226,8 +241,8 @@ class Mixtral(Tracing):
             stop: generation ends before any of these texts.
             logprobs: 0: none; n: of each new token and of the n most likely at its place.
             ignore_eos: go on after the end-of-sequence token.
-            on_text: called with (index of the prompt, text) as text becomes certain, on a thread of the engine. False
-                cancels that prompt; the others go on, and so does one whose call returns nothing. It must not call
+            on_text: called with (index of the result, text) as text becomes certain, on a thread of the engine. False
+                cancels that result; the others go on, and so does one whose call returns nothing. It must not call
                 ``generate``.
             generation_config: take the five sampling parameters that are not given here from the model's
                 generation_config.json (``sampling_defaults``).
@@ -235,9 +250,17 @@ class Mixtral(Tracing):
             return_routed_experts: keep the experts of every token and layer, as ``routed_experts`` of the result: uint8
                 [tokens, layers, experts per token]. The tokens are those that the model read: prompt and new ones,
                 but for the newest.
+            n: continue each prompt this many times, each with its own random numbers.
+            presence_penalty, frequency_penalty: [-2, 2]; subtracted from the logit of a generated token, once and once
+                for each time that it was generated (as in OpenAI's API).
+            logit_bias: token id -> [-100, 100], added to its logit after the penalties.
+            min_tokens: among so many new tokens is none that would end the generation, and ``stop`` does not end it.
+            stop_token_ids: generation ends before any of these tokens too, even with ``ignore_eos``.
+            prompt_logprobs: 0: none; n: of each token of the prompt and of the n most likely at its place.
 
         Returns:
-            One result for each prompt: ``text``, ``token_ids``, ``finish_reason``, ``logprobs``, ``routed_experts``.
+            One result for each prompt, or ``n`` of the first prompt, then ``n`` of the next: ``text``, ``token_ids``,
+            ``finish_reason``, ``logprobs``, ``prompt_logprobs`` (None for the first token), ``routed_experts``.
 
         Raises:
             ValueError: an empty or too long prompt, an id outside the vocabulary, a parameter out of range, or text
@@ -256,11 +279,19 @@ class Mixtral(Tracing):
             stop=stop,
             logprobs=logprobs,
             ignore_eos=ignore_eos,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            min_tokens=min_tokens,
+            stop_token_ids=stop_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
+        if n < 1:
+            raise ValueError(f"n must be >= 1, got {n}")
         self._check_process()
         ids = [self._prompt_ids(prompt) for prompt in prompt_list(prompts)]
         k = experts_or_default(experts_per_token)
-        generations, self.timings = self._engine.generate(ids, params, k, return_routed_experts, on_text)
+        generations, self.timings = self._engine.generate(ids, params, k, return_routed_experts, on_text, n)
         return generations
 
     def stream(self, prompt: Prompt, **options: object) -> Iterator[str]:
@@ -268,7 +299,7 @@ class Mixtral(Tracing):
 
         Args:
             prompt: text or token ids.
-            options: those of ``generate``, without ``on_text`` and ``return_routed_experts``.
+            options: those of ``generate``, without ``on_text``, ``return_routed_experts`` and ``n``.
 
         Raises:
             ValueError, MemoryError: as ``generate``, when the first piece is asked for; ValueError for a model
@@ -362,12 +393,20 @@ class Mixtral(Tracing):
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         generation_config: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
+        stop_token_ids: Sequence[int] = (),
         **fields: object,
     ) -> _C.SamplingParams:
         defaults = self.sampling_defaults if generation_config else {}
         given = {name: value for name, value in fields.items() if value is not None}
         stops = [stop] if isinstance(stop, str) else list(stop or [])
-        return _C.SamplingParams(stop=stops, seed=None if seed == -1 else seed, **{**defaults, **given})
+        return _C.SamplingParams(
+            stop=stops,
+            seed=None if seed == -1 else seed,
+            logit_bias=dict(logit_bias or {}),
+            stop_token_ids=list(stop_token_ids),
+            **{**defaults, **given},
+        )
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

@@ -77,6 +77,12 @@ class Tokenizer(_C.Tokenizer):
             ids = [*ids, self.eos_id] if end is None else [*closed[: len(closed) - len(rest)], *rest[: end + 1]]
         return ids, common_prefix(prompt, ids)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of the folder; None where it has none."""
+        found = self._template(None)
+        return found[0] if found else None
+
     def _encode_template(
         self, template: tuple[str, str], messages: Sequence[Message], closed: bool = False
     ) -> list[int]:

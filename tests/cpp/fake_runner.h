@@ -95,7 +95,7 @@ class FakeRunner : public Runner {
     return samples;
   }
   RollingKVCache& cache() override { return cache_; }
-  const std::vector<int64_t>& eos_token_ids() const override { return eos_; }
+  Sample sample_held(Sequence&) const override { throw std::logic_error("nothing is constrained"); }
 
   std::function<void()> before_pass;
   std::function<bool()> is_nan;
@@ -104,7 +104,6 @@ class FakeRunner : public Runner {
   int64_t window_, page_size_;
   RollingKVCache cache_;
   std::vector<uint64_t> keys_;  // of each slot
-  std::vector<int64_t> eos_;
 };
 
 }  // namespace mixtral

@@ -16,8 +16,8 @@ namespace {
 
 // The end of a submitted request.
 struct Waiter {
-  Callbacks callbacks(std::function<bool(const std::string&)> on_text = nullptr) {
-    return {std::move(on_text), [ended = ended](Outcome outcome) { ended->set_value(std::move(outcome)); }};
+  Callbacks callbacks(std::function<bool(const GenerationProgress&)> on_progress = nullptr) {
+    return {std::move(on_progress), [ended = ended](Outcome outcome) { ended->set_value(std::move(outcome)); }};
   }
   Outcome wait() {
     auto future = ended->get_future();
@@ -78,7 +78,7 @@ TEST(EngineRequests, CancelEndsOneRequestAlone) {
   Waiter endless, other;
   std::promise<void> running;
   std::atomic<bool> told{false};
-  const int64_t id = engine.submit(request({1, 2}, kEndless), endless.callbacks([&](const std::string&) {
+  const int64_t id = engine.submit(request({1, 2}, kEndless), endless.callbacks([&](const GenerationProgress&) {
     if (!told.exchange(true)) running.set_value();
     return true;
   }));
@@ -115,7 +115,7 @@ TEST(EngineRequests, AnExceptionOfACallbackEndsItsRequest) {
   Engine engine = make_engine(model);
   Waiter failing, other;
   int calls = 0;
-  engine.submit(request({1, 2}, params(9)), failing.callbacks([&](const std::string&) -> bool {
+  engine.submit(request({1, 2}, params(9)), failing.callbacks([&](const GenerationProgress&) -> bool {
     if (++calls == 3) throw Mine("mine");
     return true;
   }));
@@ -232,7 +232,7 @@ TEST(EngineRequests, CallbacksMaySubmitAndCancelButNotWait) {
   Waiter first, second;
   std::atomic<bool> refused{false};
   int calls = 0;
-  engine.submit(request({1, 2}, params(4)), first.callbacks([&](const std::string&) {
+  engine.submit(request({1, 2}, params(4)), first.callbacks([&](const GenerationProgress&) {
     if (++calls > 1) return true;
     try {
       engine.generate({{1}}, {params(2)});
@@ -251,7 +251,7 @@ TEST(EngineRequests, ACallbackMayDropTheEngine) {
   auto engine = std::make_unique<Engine>(make_engine(tiny_model(tiny_config())));
   std::promise<std::string> reason;
   std::promise<void> stored;
-  engine->submit(request({1, 2}, kEndless), {[&](const std::string&) {
+  engine->submit(request({1, 2}, kEndless), {[&](const GenerationProgress&) {
                                                stored.get_future().wait();
                                                engine.reset();
                                                return true;
@@ -310,6 +310,47 @@ TEST(EngineRequests, APoolThatMemoryCannotHoldIsRefusedWithNumbers) {
   Engine engine(model, std::nullopt, options);
   EXPECT_THROW(engine.generate({{1}}, {params(int64_t{1} << 32)}), OutOfMemory);
   EXPECT_EQ(engine.generate({{1}}, {params(3)})[0].finish_reason, "length");
+}
+
+TEST(EngineRequests, ABurstGetsExactlyTheSeatsThatThereAre) {
+  const auto model = tiny_model(tiny_config());
+  Engine::Options options;
+  options.max_queue = 16;
+  Engine engine(model, std::nullopt, options);
+  std::promise<void> blocked, go_on;  // the engine runs nothing until all have asked
+  engine.submit(request({1}, params(1)), {[&](const GenerationProgress&) {
+                                            blocked.set_value();
+                                            go_on.get_future().wait();
+                                            return true;
+                                          },
+                                          nullptr});
+  blocked.get_future().wait();
+  std::atomic<int> taken{0}, refused{0}, ended{0};
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 4; ++i) {
+    clients.emplace_back([&] {
+      for (int j = 0; j < 100; ++j) {
+        try {
+          engine.submit(request({1, 2}, params(2)), {nullptr, [&](Outcome) { ++ended; }});
+          ++taken;
+        } catch (const QueueFull&) {
+          ++refused;
+        }
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(taken, 15);
+  EXPECT_EQ(refused, 400 - 15);
+  go_on.set_value();
+  for (int i = 0; i < 6000 && ended < 15; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  ASSERT_EQ(ended, 15);
+  const Seat seat = engine.reserve_seat();  // ended requests hold none
+  EXPECT_EQ(engine.generate(std::vector<std::vector<int64_t>>(15, {3, 4}), {params(3)}).size(), 15u);
+  EXPECT_THROW(engine.generate(std::vector<std::vector<int64_t>>(16, {3, 4}), {params(3)}), QueueFull);
+  Request reserved = request({3, 4}, params(3));
+  reserved.seat = seat;
+  EXPECT_EQ(engine.generate({reserved})[0].token_ids.size(), 3u);
 }
 
 // Requests of random sizes at random times: some wait, some are preempted, some are cancelled.

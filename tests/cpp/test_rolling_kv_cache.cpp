@@ -133,6 +133,47 @@ TEST(RollingKVCache, TruncateGivesPagesBackUnlessTheWindowHasMovedOn) {
   EXPECT_THROW(cache.truncate(7, 0), std::runtime_error);
 }
 
+TEST(RollingKVCache, ReserveTakesThePagesThatALaterBatchUses) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 3, 8);
+  const int64_t a = cache.add_sequence(), b = cache.add_sequence();
+  EXPECT_TRUE(cache.reserve(a, 5));
+  EXPECT_TRUE(cache.reserve(a, 3));  // has them
+  EXPECT_EQ(cache.pages_in_use(), 2);
+  EXPECT_FALSE(cache.reserve(b, 5));
+  EXPECT_EQ(cache.pages_in_use(), 2);
+  EXPECT_TRUE(cache.reserve(b, 4));
+  cache.prepare({{b, {1, 2, 3, 4}}, {a, {1, 2, 3, 4, 5, 6, 7, 8}}});
+  EXPECT_EQ(cache.pages_available(), 0);
+  cache.check_integrity();
+}
+
+TEST(RollingKVCache, CommittedPagesAreSharedAndStay) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 10, 16);
+  std::vector<int64_t> ids = random_ids(11, 101, 1);
+  const auto read = [&](int64_t kind) {
+    const int64_t sequence = cache.add_sequence(ids, 10, kind);
+    const int64_t cached = cache.length(sequence);
+    cache.prepare({{sequence, {ids.begin() + cached, ids.end()}}});
+    cache.commit(sequence, ids);
+    cache.check_integrity();
+    return std::make_pair(sequence, cached);
+  };
+  const auto [a, none] = read(2);
+  EXPECT_EQ(none, 0);
+  const auto [b, cached] = read(2);
+  EXPECT_EQ(cached, 8);
+  EXPECT_EQ(cache.pages_in_use(), 2 + 1 + 1);
+  EXPECT_EQ(read(1).second, 0);  // another kind of keys
+  EXPECT_TRUE(cache.truncate(b, 8));
+  EXPECT_THROW(cache.truncate(b, 7), std::runtime_error);  // others may have the page
+  cache.remove_sequence(a);
+  EXPECT_EQ(cache.pages_in_use(), 2 + 3);
+  EXPECT_EQ(cache.pages_cached(), 0);
+  cache.discard_sequence(b);
+  EXPECT_EQ(cache.pages_in_use(), 3);
+  EXPECT_EQ(read(2).second, 0);
+}
+
 TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
   const Config config = tiny_config(4, 2, /*window=*/0);
   const auto message = [](const auto& make) -> std::string {

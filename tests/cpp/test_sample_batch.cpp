@@ -29,7 +29,13 @@ std::vector<SamplingParams> mixed_params() {
     for (const double top_p : {1.0, 0.95, 0.3, 1e-9})
       for (const double min_p : {0.0, 0.2, 1.0})
         all.push_back(make(top_k % 2 ? 0.6 : 1.7, top_k, top_p, min_p, top_p == 0.95 ? 1.5 : 1));
-  for (size_t i = 0; i < all.size(); ++i) all[i].seed = 100 + i;
+  for (size_t i = 0; i < all.size(); ++i) {
+    SamplingParams& params = all[i];
+    params.seed = 100 + i;
+    if (i % 3 == 1) params.presence_penalty = 1.3, params.frequency_penalty = -0.7;
+    if (i % 4 == 2) params.logit_bias = {{static_cast<int64_t>(i), 7.3}, {5, -100}, {kVocab + 3, 50}};
+    if (i % 5 == 3) params.min_tokens = 40;
+  }
   return all;
 }
 
@@ -45,8 +51,8 @@ TEST(SampleBatch, PicksTheTokensOfSamplerNext) {
   std::vector<Sampler> one_by_one, together;
   std::vector<Sampler*> samplers;
   for (const SamplingParams& own : params) {
-    one_by_one.emplace_back(own, std::vector<int64_t>{1, 2, 3, -1, kVocab});
-    together.emplace_back(own, std::vector<int64_t>{1, 2, 3, -1, kVocab});
+    for (auto* list : {&one_by_one, &together})
+      list->emplace_back(own, std::vector<int64_t>{1, 2, 3, -1, kVocab}, std::vector<int64_t>{5, 6, -2, kVocab});
   }
   for (Sampler& sampler : together) samplers.push_back(&sampler);
   const auto rows = static_cast<int64_t>(params.size());
@@ -82,6 +88,7 @@ TEST(SampleBatch, ARowThatCannotBeSampledIsLeftAloneWithItsSampler) {
   for (const double temperature : {0.0, 1.0}) {
     const auto params = [&] {
       auto params = make(temperature, 2, 0.9, 0, 1);
+      params.presence_penalty = 1;
       params.seed = 5;
       return params;
     }();
@@ -95,9 +102,9 @@ TEST(SampleBatch, ARowThatCannotBeSampledIsLeftAloneWithItsSampler) {
       EXPECT_EQ(ids[row], -1);
       EXPECT_THROW(samplers[row].next(logits[static_cast<int64_t>(row)].data_ptr<float>(), 3), std::runtime_error);
       EXPECT_EQ(samplers[row].uniform(), Sampler(params, {}).uniform());
-      EXPECT_TRUE(samplers[row].seen().empty());
+      EXPECT_TRUE(samplers[row].adjustments().empty());
     }
-    EXPECT_EQ(samplers[0].seen(), (std::unordered_set<int64_t>{ids[0]}));
+    EXPECT_EQ(samplers[0].adjustments().at(ids[0]).count, 1);
   }
 }
 

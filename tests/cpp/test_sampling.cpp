@@ -106,6 +106,23 @@ TEST(Sampler, SameSeedSameTokensWhateverElseRuns) {
   EXPECT_NE(ids_a, ids_b);
 }
 
+// Philox4x32-10: the known answers of its authors' library, Random123, for counter 0 and key 0, and for digits of pi.
+TEST(Sampler, RandomNumbersAreThoseOfPhiloxForSeedAndPosition) {
+  const auto uniform_of = [](uint64_t high, uint64_t low) {
+    return static_cast<double>((high << 32 | low) >> 11) * 0x1p-53;
+  };
+  EXPECT_EQ(Sampler(sampled(0), {}).uniform(), uniform_of(0x6627e8d5, 0xe169c58d));
+  EXPECT_EQ(sample_seed(7, 0), 7u);
+  EXPECT_NE(sample_seed(7, 1), sample_seed(7, 2));
+  EXPECT_NE(sample_seed(7, 1), sample_seed(8, 1));
+
+  Sampler sampler(sampled(5), {1, 2});
+  next(sampler, {0, 0});
+  EXPECT_EQ(sampler.uniform(), Sampler(sampled(5), {1, 2, 0}).uniform());  // the fourth token
+  EXPECT_NE(sampler.uniform(), Sampler(sampled(5), {1, 2}).uniform());
+  EXPECT_NE(sampler.uniform(), Sampler(sampled(6), {1, 2, 0}).uniform());
+}
+
 TEST(Sampler, TopKTopPAndMinPKeepTheRightTokens) {
   const std::vector<float> logits = log_of({0.1f, 0.4f, 0.2f, 0.3f});
   SamplingParams params = sampled();
@@ -159,6 +176,68 @@ TEST(Sampler, RepetitionPenaltyCoversPromptAndGeneratedIds) {
   EXPECT_EQ(next(sampler, {3, 1.6f, 1.4f}), 1);      // 3 / 2 (once, though it occurs twice) < 1.6
   EXPECT_EQ(next(sampler, {3, 1.6f, 1.4f}), 0);      // 1.5, 0.8, 1.4
   EXPECT_EQ(next(sampler, {-1, -1.9f, -1.95f}), 2);  // a negative logit is multiplied: -2, -3.8
+}
+
+// As in OpenAI's API: score = logit - presence * (it was generated) - frequency * (how often), and bias is added.
+TEST(Sampler, PresenceAndFrequencyPenaltyAndBiasAreOverGeneratedTokens) {
+  SamplingParams params;
+  params.presence_penalty = 0.5;
+  params.frequency_penalty = 0.25;
+  params.logit_bias = {{2, 0.125}, {999, 1}};  // an id that the output layer lacks is nobody's business
+  Sampler sampler(params, {0, 0, 1});          // the prompt does not count
+  const std::vector<float> logits = {3, 2.3125f, 1.625f};
+  std::vector<double> scores = {3, 2.3125, 1.75};
+  std::map<int64_t, int> count;
+  for (int step = 0; step < 12; ++step) {
+    const int64_t best = std::max_element(scores.begin(), scores.end()) - scores.begin();
+    ASSERT_EQ(next(sampler, logits), best) << step;
+    scores[static_cast<size_t>(best)] -= (count[best]++ == 0 ? 0.5 : 0) + 0.25;
+  }
+  EXPECT_EQ(count.size(), 3u);  // each penalty was felt
+  params.presence_penalty = params.frequency_penalty = -1;
+  Sampler loyal(params, {});
+  EXPECT_EQ(next(loyal, {0, 1, 0}), 1);
+  EXPECT_EQ(next(loyal, {2.5f, 1, 0}), 1);  // 1 + 1 + 1
+}
+
+TEST(Sampler, RepetitionPenaltyComesBeforeTheOthersAndTheBias) {
+  SamplingParams params;
+  params.repetition_penalty = 2;
+  params.presence_penalty = 1;
+  params.logit_bias = {{0, 0.5}};
+  Sampler sampler(params, {0});
+  EXPECT_EQ(next(sampler, {4, 2.75f}), 1);  // 4 / 2 + 0.5
+  EXPECT_EQ(next(sampler, {4, 7}), 0);      // 2.5 against 7 / 2 - 1; ties to the smaller id
+}
+
+TEST(Sampler, NoEndComesBeforeMinTokens) {
+  for (const double temperature : {0.0, 1.0}) {
+    SamplingParams params = sampled();
+    params.temperature = temperature;
+    params.min_tokens = 3;
+    Sampler sampler(params, {1, 1, 1, 1}, {1, 2, 999});
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(next(sampler, {0, 90, 80}), 0);
+    EXPECT_EQ(next(sampler, {0, 90, 20}), 1);
+  }
+}
+
+TEST(Sampler, AMaskLeavesTheAllowedTokens) {
+  // Tokens 0 and 33 of 40: bit 0 of the first word, bit 1 of the second.
+  const std::vector<int32_t> mask = {1, 2};
+  std::vector<float> logits(40, 5.0f);
+  logits[0] = 1;
+  logits[33] = 2;
+  Sampler greedy(SamplingParams{}, {});
+  EXPECT_EQ(greedy.next(logits.data(), 40, mask), 33);
+  Sampler random(sampled(), {});
+  std::map<int64_t, int> counts;
+  for (int i = 0; i < 2000; ++i) ++counts[random.next(logits.data(), 40, mask)];
+  EXPECT_EQ(counts.size(), 2u);
+  EXPECT_NEAR(counts[33] / 2000.0, 1 / (1 + std::exp(-1)), 0.04);
+  const std::vector<int32_t> last = {0, -1};  // bits behind the vocabulary too
+  EXPECT_EQ(greedy.next(logits.data(), 33, {std::numeric_limits<int32_t>::min(), 0}), 31);
+  EXPECT_EQ(greedy.next(logits.data(), 34, last), 32);
+  EXPECT_THROW(greedy.next(logits.data(), 40, {0, 0}), std::runtime_error);
 }
 
 TEST(Sampler, BrokenLogitsAreAnError) {
@@ -222,6 +301,16 @@ TEST(SamplingParams, EachFieldIsCheckedAtItsBounds) {
   EXPECT_EQ(error([](P p) { p.min_p = 1; }), "ok");
   EXPECT_EQ(error([](P p) { p.repetition_penalty = 0; }), "repetition_penalty must be finite and > 0, got 0");
   EXPECT_EQ(error([](P p) { p.repetition_penalty = INFINITY; }), "repetition_penalty must be finite and > 0, got inf");
+  EXPECT_EQ(error([](P p) { p.presence_penalty = 2.5; }), "presence_penalty must be in [-2, 2], got 2.5");
+  EXPECT_EQ(error([](P p) { p.presence_penalty = NAN; }), "presence_penalty must be in [-2, 2], got nan");
+  EXPECT_EQ(error([](P p) { p.frequency_penalty = -2.5; }), "frequency_penalty must be in [-2, 2], got -2.5");
+  EXPECT_EQ(error([](P p) { p.frequency_penalty = -2; }), "ok");
+  EXPECT_EQ(error([](P p) { p.logit_bias = {{3, 100}, {4, -100}}; }), "ok");
+  EXPECT_EQ(error([](P p) { p.logit_bias = {{3, -100.5}}; }), "logit_bias must be in [-100, 100], got -100.5");
+  EXPECT_EQ(error([](P p) { p.logit_bias = {{-3, 1}}; }), "logit_bias must be of token ids >= 0, got -3");
+  EXPECT_EQ(error([](P p) { p.stop_token_ids = {1, -1}; }), "stop_token_ids must be token ids >= 0, got -1");
+  EXPECT_EQ(error([](P p) { p.min_tokens = -1; }), "min_tokens must be >= 0, got -1");
+  EXPECT_EQ(error([](P p) { p.prompt_logprobs = 21; }), "prompt_logprobs must be in [0, 20], got 21");
   EXPECT_EQ(error([](P p) { p.logprobs = 20; }), "ok");
   EXPECT_EQ(error([](P p) { p.logprobs = 21; }), "logprobs must be in [0, 20], got 21");
   EXPECT_EQ(error([](P p) { p.logprobs = -1; }), "logprobs must be in [0, 20], got -1");

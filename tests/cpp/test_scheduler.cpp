@@ -31,7 +31,7 @@ class SchedulerTest : public ::testing::Test {
     const auto chunks = scheduler->plan();
     if (chunks.empty()) return plan;
     for (const auto& [sequence, tokens] : chunks) plan.emplace_back(sequence->id, tokens);
-    for (const auto& sample : runner->run(chunks)) sample.first->append(sample.second, {});
+    for (const auto& sample : runner->run(chunks)) sample.first->append(sample.second);
     for (const auto& chunk : chunks) runner->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
     scheduler->check_integrity();
     runner->cache().check_integrity();
@@ -78,6 +78,17 @@ TEST_F(SchedulerTest, NobodyOvertakes) {
   EXPECT_EQ(pass(), (Plan{{0, 12}}));
 }
 
+TEST_F(SchedulerTest, PassesOverASequenceWithoutANextToken) {
+  make({16, 64, 8, true}, 20);
+  for (const int64_t length : {1, 2, 3}) add(length);
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 2}, {2, 3}}));
+  sequences[1]->ids.pop_back();  // it waits for a mask
+  const auto chunks = scheduler->plan();
+  ASSERT_EQ(chunks.size(), 2u);
+  EXPECT_EQ(chunks[0].sequence, sequences[0].get());
+  EXPECT_EQ(chunks[1].sequence, sequences[2].get());
+}
+
 TEST_F(SchedulerTest, RemovesWhatWaits) {
   make({16, 64, 1, true}, 10);
   add(1);
@@ -88,8 +99,8 @@ TEST_F(SchedulerTest, RemovesWhatWaits) {
 
 TEST_F(SchedulerTest, TheNewestGivesItsPagesBackAndIsComputedAgain) {
   make({16, 64, 8, false}, 5);
-  add(8);
-  add(3);
+  add(8, /*max_tokens=*/8);
+  add(3, /*max_tokens=*/8);
   EXPECT_EQ(pass(), (Plan{{0, 8}, {1, 3}}));                              // 2 and 1 pages
   for (int i = 0; i < 4; ++i) EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}}));  // 3 and 2: all of them
   add(1);
@@ -116,6 +127,17 @@ TEST_F(SchedulerTest, WhoSharesAPrefixComputesTheRest) {
   EXPECT_EQ(sequences[1]->timings->cached_tokens, 8);
   // Two pages are shared by four; the third of each, and three of the other prompt.
   EXPECT_EQ(scheduler->stats().pages_in_use, 2 + 1 + 1 + 1 + 3);
+}
+
+TEST_F(SchedulerTest, APrefixThatIsBeingComputedIsWaitedFor) {
+  make({/*chunk_size=*/8, 64, 8, true}, 40);
+  add(22);
+  add(15);
+  add(15, 4, /*first_id=*/2);  // shares nothing, but does not overtake
+  EXPECT_EQ(pass(), (Plan{{0, 8}}));
+  EXPECT_EQ(pass(), (Plan{{0, 8}}));  // 12 of the second's 15 tokens are full pages that the first computes
+  EXPECT_EQ(pass(), (Plan{{0, 6}, {1, 3}, {2, 8}}));
+  EXPECT_EQ(scheduler->stats().prefix_hits, 12);
 }
 
 }  // namespace

@@ -22,11 +22,11 @@ class SequenceText : public ::testing::Test {
 
   // Appends tokens until the sequence ends. `shown`: what a callback would get.
   Generation run(const std::vector<int64_t>& ids, SamplingParams params, std::string* shown = nullptr) {
-    Sequence sequence(0, {{1, 5}, params, ""}, {}, tokenizer);
+    Sequence sequence(0, {{1, 5}, params}, {}, tokenizer, {kEos});
     std::string text;
     for (const int64_t id : ids) {
       EXPECT_FALSE(sequence.finished());
-      text += sequence.append({id, std::nullopt, ""}, {kEos}).value_or("");
+      text += sequence.append({id, std::nullopt}).value_or("");
     }
     if (shown) *shown = text;
     EXPECT_EQ(text, sequence.generation.text);
@@ -99,10 +99,27 @@ TEST_F(SequenceText, AStopStringInTheLastTokenIsAStopAndNotALength) {
   EXPECT_EQ(run({letter_a(), letter_a()}, params(2, {plain.text})).finish_reason, "stop");
 }
 
+TEST_F(SequenceText, NoStopStringEndsItBeforeMinTokens) {
+  const auto plain = run({letter_a(), letter_a(), letter_a()}, params(3));
+  const std::string first = run({letter_a()}, params(1)).text;
+  SamplingParams stop = params(3, {first});
+  EXPECT_EQ(run({letter_a()}, stop).text, "");
+  stop.min_tokens = 2;
+  const auto later = run({letter_a(), letter_a()}, stop);
+  EXPECT_EQ(later.finish_reason, "stop");
+  EXPECT_EQ(later.text, first);
+  stop.min_tokens = 3;
+  EXPECT_EQ(run({letter_a(), letter_a(), letter_a()}, stop).finish_reason, "stop");
+  stop.min_tokens = 4;
+  const auto never = run({letter_a(), letter_a(), letter_a()}, stop);
+  EXPECT_EQ(never.finish_reason, "length");
+  EXPECT_EQ(never.text, plain.text);
+}
+
 TEST_F(SequenceText, AnErrorKeepsTheTextUntilThen) {
-  Sequence sequence(0, {{1}, params(5), ""}, {}, tokenizer);
-  sequence.append({letter_a(), std::nullopt, ""}, {kEos});
-  EXPECT_EQ(sequence.append({-1, std::nullopt, "nan"}, {kEos}), std::nullopt);
+  Sequence sequence(0, {{1}, params(5)}, {}, tokenizer, {kEos});
+  sequence.append({letter_a(), std::nullopt});
+  EXPECT_EQ(sequence.append({-1, std::nullopt, "nan"}), std::nullopt);
   EXPECT_EQ(sequence.generation.finish_reason, "error");
   EXPECT_EQ(sequence.generation.error, "nan");
   EXPECT_EQ(sequence.generation.token_ids.size(), 1u);
@@ -112,11 +129,38 @@ TEST(Sequence, EndOfSequenceIsATokenLikeOthersWhenIgnored) {
   SamplingParams params;
   params.max_tokens = 2;
   params.ignore_eos = true;
-  Sequence sequence(0, {{1}, params, ""}, {}, std::nullopt);
-  EXPECT_EQ(sequence.append({kEos, std::nullopt, ""}, {kEos}), "");
+  Sequence sequence(0, {{1}, params}, {}, std::nullopt, {kEos});
+  EXPECT_EQ(sequence.append({kEos, std::nullopt}), "");
   EXPECT_FALSE(sequence.finished());
-  sequence.append({kEos, std::nullopt, ""}, {kEos});
+  sequence.append({kEos, std::nullopt});
   EXPECT_EQ(sequence.generation.finish_reason, "length");
+}
+
+TEST(Sequence, AStopTokenEndsItWithoutBeingPartOfIt) {
+  SamplingParams params;
+  params.ignore_eos = true;  // is about the model's own ends alone
+  params.stop_token_ids = {7, 9};
+  Sequence sequence(0, {{9}, params}, {}, std::nullopt, {kEos});
+  sequence.append({kEos, std::nullopt});
+  EXPECT_FALSE(sequence.finished());
+  EXPECT_EQ(sequence.append({9, std::nullopt}), std::nullopt);
+  EXPECT_EQ(sequence.generation.finish_reason, "stop");
+  EXPECT_EQ(sequence.generation.token_ids, (std::vector<int64_t>{kEos}));
+}
+
+TEST(Sequence, NoTokenThatEndsItComesBeforeMinTokens) {
+  SamplingParams params;
+  params.min_tokens = 2;
+  params.stop_token_ids = {1};
+  Sequence sequence(0, {{5}, params}, {}, std::nullopt, {kEos});
+  const std::vector<float> logits = {0, 3, 2, 1};  // the stop token, then the end of sequence, are the likeliest
+  const auto step = [&] { sequence.append({sequence.sampler.next(logits.data(), 4), std::nullopt}); };
+  step();
+  step();
+  EXPECT_FALSE(sequence.finished());
+  step();
+  EXPECT_EQ(sequence.generation.finish_reason, "stop");
+  EXPECT_EQ(sequence.generation.token_ids, (std::vector<int64_t>{3, 3}));
 }
 
 }  // namespace

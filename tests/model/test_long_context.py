@@ -97,7 +97,7 @@ def test_documents_may_be_several_and_token_ids():
 
 def test_passkey_cells_cover_the_grid_with_wilson_intervals():
     result = long_context.passkey(demo_model(), [128, 200], depths=3, trials=2, distances=4, style="ruler", digits=3)
-    assert (result["style"], result["digits"], result["k_max"]) == ("ruler", 3, 0)
+    assert (result["style"], result["digits"]) == ("ruler", 3) and 100 < result["k_max"] < 128
     assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [
         (length, depth) for length in (128, 200) for depth in (0, 0.5, 1)
     ]

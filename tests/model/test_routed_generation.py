@@ -93,9 +93,9 @@ def test_stream_takes_another_number_of_experts():
     from python_models import demo_model
 
     model = demo_model()
-    one = model.generate("Once upon", max_tokens=20, experts_per_token=1)[0].text
-    assert "".join(model.stream("Once upon", max_tokens=20, experts_per_token=1)) == one
-    assert one != model.generate("Once upon", max_tokens=20)[0].text
+    one = model.generate("Once upon a time", max_tokens=20, experts_per_token=1)[0].text
+    assert "".join(model.stream("Once upon a time", max_tokens=20, experts_per_token=1)) == one
+    assert one != model.generate("Once upon a time", max_tokens=20)[0].text
 
 
 def test_wrong_arguments_are_value_errors(checkpoint):

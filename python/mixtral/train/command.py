@@ -18,9 +18,9 @@ loss.svg, and tensorboard/ where that is installed. Ctrl-C finishes the step and
 bits as a run without interruption. Several processes: torchrun --nproc-per-node N -m mixtral train CONFIG.toml
 
 Examples:
-  mixtral train models/demo.toml --out build/demo
-  mixtral train models/demo.toml --out build/demo --resume
-  mixtral train models/demo.toml --out build/small --steps 200 --set train.lr=1e-3 --set model.num_layers=2"""
+  mixtral train docs/worked_run/dense.toml --out build/dense
+  mixtral train docs/worked_run/dense.toml --out build/dense --resume
+  mixtral train docs/worked_run/dense.toml --out build/small --steps 200 --set train.lr=1e-3 --set model.num_layers=2"""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,49 @@
+"""The app: routes, errors, and the bridge to the engine while it runs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from .. import __version__
+from ..model import Mixtral
+from . import chat, completions, errors, metrics, models, tokens
+from .bridge import Bridge
+from .lifecycle import Lifecycle
+from .metrics import Metrics
+from .served import Served
+from .settings import Settings
+
+
+def create_app(
+    model: Mixtral,
+    settings: Settings | None = None,
+    lifecycle: Lifecycle | None = None,
+    bridge: Callable[[Mixtral, int, Metrics], Bridge] = Bridge,
+) -> FastAPI:
+    """An ASGI app that serves ``model``. One process, one worker: the engine is in it.
+
+    ``lifecycle``: of the server around it (``run.Server``), which is told when the engine hangs. ``bridge``: makes the
+    way to the engine, of the model, the number of seats and the metrics; tests have others.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        served = app.state.served
+        served.bridge = bridge(model, served.settings.queue, served.metrics)
+        watch = asyncio.create_task(lifecycle.watch(served.bridge.progress)) if lifecycle else None
+        try:
+            yield
+        finally:
+            if watch:
+                watch.cancel()
+            served.bridge.close()
+
+    # The pages of FastAPI's documentation load scripts from the network; /openapi.json is there.
+    app = FastAPI(title="mixtral", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.served = Served(model, settings or Settings())
+    errors.install(app)
+    for module in (completions, chat, models, tokens, metrics):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,108 @@
+"""/v1/chat/completions."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ..model import Generation, TokenLogprob
+from .bridge import Call, Progress, result_of
+from .errors import ApiError
+from .protocol import ChatRequest
+from .served import Served, served, usage
+from .streaming import EventStream, answer, event, json_response
+from .strict_json import StrictRoute
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    server = served(request)
+    server.check_name(body.model)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+    call = server.bridge.open(body.n)
+    with call.closed_on_error():
+        chat = Chat(server, body, await server.chat_prompt(body.messages))
+        for choice in range(body.n):
+            server.submit(call, chat.prompt, body, choice, max_tokens=chat.max_tokens, logprobs=chat.top)
+    if body.stream:
+        return EventStream(chat.stream(call), call.close)
+    return json_response(await answer(request, chat.whole(call), call.close))
+
+
+class Chat:
+    """One answer: its id, and how what the engine says becomes JSON."""
+
+    def __init__(self, server: Served, body: ChatRequest, prompt: list[int]) -> None:
+        self.server, self.body, self.prompt = server, body, prompt
+        self.top = max(body.top_logprobs, 1) if body.logprobs else 0  # the engine's 0 is none at all
+        rest = max(server.context - len(prompt), 1)
+        self.max_tokens = body.max_completion_tokens or body.max_tokens or rest
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": server.settings.served_model_name,
+            "system_fingerprint": None,
+        }
+
+    async def whole(self, call: Call) -> dict[str, object]:
+        choices, completion_tokens = [], 0
+        for index, generation in enumerate(await call.generations()):
+            completion_tokens += len(generation.token_ids)
+            message = {"role": "assistant", "content": generation.text.removeprefix(" "), "refusal": None}
+            choices.append(self._choice(index, {"message": message}, generation, generation.finish_reason))
+        return {**self._head, "choices": choices, "usage": usage(len(self.prompt), completion_tokens)}
+
+    async def stream(self, call: Call) -> AsyncIterator[bytes]:
+        completion_tokens = 0
+        wants_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+        head = {**self._head, "usage": None} if wants_usage else self._head
+        begun: set[int] = set()  # choices that have text: the space before the first word is no part of the answer
+        for index in range(self.body.n):
+            first = {"role": "assistant", "content": ""}
+            yield event(
+                {**head, "choices": [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]}
+            )
+        async for index, progress in call:
+            completion_tokens += len(progress.token_ids)
+            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
+            text = progress.text
+            if text and index not in begun:
+                begun.add(index)
+                text = text.removeprefix(" ")
+            if text or reason or (progress.token_ids and self._tells_tokens):
+                delta = {"content": text} if text or progress.token_ids else {}
+                yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
+        if wants_usage:
+            yield event({**self._head, "choices": [], "usage": usage(len(self.prompt), completion_tokens)})
+
+    @property
+    def _tells_tokens(self) -> bool:
+        return self.body.logprobs or self.body.return_token_ids
+
+    def _choice(
+        self, index: int, message: dict[str, object], new: Generation | Progress, finish_reason: str | None
+    ) -> dict[str, object]:
+        logprobs = self._logprobs(new.logprobs)
+        choice = {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
+        if self.body.return_token_ids:
+            choice["token_ids"] = new.token_ids
+        return choice
+
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, object] | None:
+        if not self.body.logprobs:
+            return None
+        return {"content": [self._token(token) for token in logprobs], "refusal": None}
+
+    def _token(self, token: TokenLogprob) -> dict[str, object]:
+        top = token.top[: self.body.top_logprobs]
+        return {**self._entry(token.token_id, token.logprob), "top_logprobs": [self._entry(*pair) for pair in top]}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, object]:
+        texts = self.server.texts
+        return {"token": texts.text(token), "logprob": logprob, "bytes": texts.bytes(token)}

@@ -1,0 +1,27 @@
+"""What a server is told when it starts; the flags of ``mixtral serve``."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one server.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        api_key: what clients must send as "Authorization: Bearer KEY"; None: nothing.
+        served_model_name: the model's name in requests and answers.
+        chat_template: as of ``Tokenizer.apply_chat``; None: the model's own.
+        queue: requests that may wait or run at a time, beyond which clients get 429.
+        max_n: most choices of one request.
+        max_prompts: most prompts of one request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    served_model_name: str = "mixtral"
+    chat_template: str | None = None
+    queue: int = 256
+    max_n: int = 8
+    max_prompts: int = 256
