@@ -1,12 +1,12 @@
 #include "model_runner.h"
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "../model/memory.h"
 #include "errors.h"
 #include "prompt_logprobs.h"
 #include "routing_observer.h"
@@ -19,16 +19,20 @@ namespace {
 void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<RoutingObserver::ForcedRow>& rows) {
   for (int64_t i = sequence.computed; i < sequence.computed + tokens; ++i) {
     const Trace* const replay = sequence.replay.get();
-    sequence.diverged = sequence.diverged || !replay || i >= replay->tokens() ||
-                        replay->token_id[static_cast<size_t>(i)] != sequence.ids[static_cast<size_t>(i)];
-    rows.push_back({sequence.diverged ? nullptr : replay->routing.experts_of(i), sequence.experts_per_token});
+    if (replay && i == sequence.replayed && i < replay->tokens() &&
+        replay->token_id[static_cast<size_t>(i)] == sequence.ids[static_cast<size_t>(i)])
+      ++sequence.replayed;
+    rows.push_back({i < sequence.replayed ? replay->routing.experts_of(i) : nullptr, sequence.experts_per_token});
   }
 }
 
 // None when nothing is counted, and no sequence of the plan is traced or replayed.
 std::unique_ptr<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
                                              bool counts) {
-  const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
+  const auto replays = [](const auto& chunk) {
+    const Sequence& sequence = *chunk.sequence;
+    return sequence.replay && sequence.computed <= sequence.replayed && sequence.computed < sequence.replay->tokens();
+  };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
   if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return nullptr;
@@ -48,8 +52,10 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   int64_t row = 0;
   for (const auto& [sequence, tokens] : plan) {
     if (Trace* const trace = sequence->generation.trace.get()) {
-      observer.append_to(trace->routing, row, tokens);
-      for (int64_t i = sequence->computed; i < sequence->computed + tokens; ++i) {
+      const int64_t end = sequence->computed + tokens;
+      const int64_t begin = std::clamp(trace->tokens(), sequence->computed, end);  // it has those before a preemption
+      observer.append_to(trace->routing, row + begin - sequence->computed, end - begin);
+      for (int64_t i = begin; i < end; ++i) {
         trace->token_id.push_back(static_cast<int32_t>(sequence->ids[static_cast<size_t>(i)]));
         trace->position.push_back(static_cast<int32_t>(i));
       }
@@ -80,44 +86,11 @@ torch::Tensor select_rows(const torch::Tensor& x, const std::vector<int64_t>& ro
 }  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
-    : model_(std::move(model)), options_(options), uses_graphs_(options.cuda_graph && model_->device().is_cuda()) {}
-
-int64_t ModelRunner::pages_needed(int64_t prompt_tokens, int64_t max_tokens) const {
-  const int64_t chunk = std::min(options_.max_chunk, std::max(prompt_tokens, 1 + options_.speculate));
-  return RollingKVCache::pages_needed(model_->config(), options_.page_size, chunk, prompt_tokens + max_tokens);
-}
-
-// Pages of the largest pool that there is memory for now.
-int64_t ModelRunner::affordable_pages() const {
-  const auto page =
-      static_cast<double>(RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype()));
-  auto available = static_cast<double>(available_memory(model_->device().str()));
-  if (cache_) available -= cache_->bytes_to_grow(num_pages());
-  const double pages = static_cast<double>(num_pages()) + available / page;
-  return static_cast<int64_t>(std::clamp<double>(pages, 0, INT32_MAX));
-}
-
-void ModelRunner::grow(int64_t least, int64_t wanted) {
-  if (least <= num_pages()) return;
-  const int64_t page_bytes = RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype());
-  const int64_t allowed = options_.kv_memory > 0 ? options_.kv_memory / page_bytes : INT32_MAX;
-  if (options_.kv_memory > 0 && least > allowed) {
-    throw OutOfMemory("the key/value cache: needs " +
-                      gib_text(static_cast<double>(least) * static_cast<double>(page_bytes)) + ", kv_memory allows " +
-                      gib_text(static_cast<double>(options_.kv_memory)));
-  }
-  graphs_.reset();  // they are bound to the addresses of the pool
-  if (cache_ && cache_->empty()) cache_.reset();
-  if (cache_) wanted = std::max(wanted, num_pages() + num_pages() / 2);  // so that copies are rare
-  const int64_t pages = std::clamp(std::min({wanted, allowed, affordable_pages()}), least, std::max(least, wanted));
-  if (cache_) {
-    cache_->grow(pages);
-  } else {
-    const int64_t padding = uses_graphs_ ? DecodeGraphs::padding_tokens(options_.max_batch) : 0;
-    cache_.emplace(model_->config(), RollingKVCache::Options{options_.page_size, pages, options_.max_chunk,
-                                                             model_->device(), model_->dtype(), padding});
-  }
-}
+    : model_(std::move(model)),
+      routing_counts_(std::move(options.routing_counts)),
+      uses_graphs_(options.cuda_graph && model_->device().is_cuda()),
+      cache_(model_->config(), {options.page_size, options.num_pages, options.max_chunk, model_->device(),
+                                model_->dtype(), uses_graphs_ ? DecodeGraphs::padding_tokens(options.max_batch) : 0}) {}
 
 // A pass that was computed.
 struct ModelRunner::Pass {
@@ -129,6 +102,13 @@ struct ModelRunner::Pass {
 };
 
 std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<Step> steps = compute(plan);
+  pass_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return steps;
+}
+
+std::vector<Step> ModelRunner::compute(const std::vector<Scheduler::Chunk>& plan) {
   try {
     std::optional<Pass> pass;
     try {
@@ -137,11 +117,11 @@ std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
       roll_back(plan);
       if (!is_out_of_memory(error) || plan.size() == 1) throw;
     }
-    if (!pass) return run_halves(plan);
+    if (!pass) return compute_halves(plan);
     if (pass->observer) add_to_traces(*pass->observer, plan);
     for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
     std::vector<Step> steps = finish(*pass);
-    if (options_.routing_counts) count_routing(*pass, plan, steps);
+    if (routing_counts_) count_routing(*pass, plan, steps);
     return steps;
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
@@ -149,10 +129,10 @@ std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
   }
 }
 
-std::vector<Step> ModelRunner::run_halves(const std::vector<Scheduler::Chunk>& plan) {
+std::vector<Step> ModelRunner::compute_halves(const std::vector<Scheduler::Chunk>& plan) {
   const auto middle = plan.begin() + static_cast<std::ptrdiff_t>(plan.size() / 2);
-  std::vector<Step> steps = run({plan.begin(), middle});
-  for (Step& step : run({middle, plan.end()})) steps.push_back(std::move(step));
+  std::vector<Step> steps = compute({plan.begin(), middle});
+  for (Step& step : compute({middle, plan.end()})) steps.push_back(std::move(step));
   return steps;
 }
 
@@ -174,14 +154,14 @@ ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan
     for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row) rows.push_back(row);
   }
   for (const PromptToken& token : pass.prompt_tokens) rows.push_back(token.row);
-  pass.observer = observer_of(plan, model_->config(), options_.routing_counts != nullptr);
+  pass.observer = observer_of(plan, model_->config(), routing_counts_ != nullptr);
   pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer.get());
   return pass;
 }
 
 // The cache forgets what a pass that failed was to write.
 void ModelRunner::roll_back(const std::vector<Scheduler::Chunk>& plan) {
-  for (const auto& chunk : plan) cache_->truncate(chunk.sequence->cache_id, chunk.sequence->computed);
+  for (const auto& chunk : plan) cache_.truncate(chunk.sequence->cache_id, chunk.sequence->computed);
 }
 
 std::vector<Step> ModelRunner::finish(Pass& pass) {
@@ -207,7 +187,7 @@ void ModelRunner::count_routing(Pass& pass, const std::vector<Scheduler::Chunk>&
   for (const Step& step : steps) held[step.sequence] = static_cast<int64_t>(step.samples.size()) - 1;
   int64_t row = 0;
   for (const auto& [sequence, tokens] : plan) {
-    pass.observer->count_in(*options_.routing_counts, row, tokens + held[sequence]);
+    pass.observer->count_in(*routing_counts_, row, tokens + held[sequence]);
     row += tokens + static_cast<int64_t>(sequence->draft.size());
   }
 }
@@ -255,7 +235,7 @@ std::vector<Step> ModelRunner::sample_and_compare(const Pass& pass) {
   for (const Step& step : steps) {
     if (step.sequence->draft.empty()) continue;
     step.sequence->computed += static_cast<int64_t>(step.samples.size()) - 1;
-    cache_->truncate(step.sequence->cache_id, step.sequence->computed);
+    cache_.truncate(step.sequence->cache_id, step.sequence->computed);
   }
   return steps;
 }
@@ -268,16 +248,16 @@ torch::Tensor ModelRunner::logits(const std::vector<RollingKVCache::Chunk>& chun
   const bool in_order = std::is_sorted(rows.begin(), rows.end());
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
       in_order && std::all_of(chunks.begin(), chunks.end(), one_token)) {
-    if (!graphs_) graphs_.emplace(*model_, *cache_);
+    if (!graphs_) graphs_.emplace(*model_, cache_);
     return graphs_->logits(chunks);
   }
-  Batch batch = cache_->prepare(chunks);
+  Batch batch = cache_.prepare(chunks);
   batch.observer = observer;
   batch.experts_per_token = experts.begin()->first;
   if (experts.size() > 1)
     for (const auto& [count, of] : experts)
       batch.rows_by_experts[count] = torch::tensor(of, torch::kInt64).to(model_->device());
-  const auto hidden = model_->hidden_states(batch, &*cache_);
+  const auto hidden = model_->hidden_states(batch, &cache_);
   if (rows.empty()) return {};
   return model_->logits(select_rows(hidden, rows));
 }

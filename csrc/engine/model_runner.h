@@ -11,6 +11,7 @@
 #include "../model/transformer.h"
 #include "decode_graphs.h"
 #include "routing_counts.h"
+#include "runner.h"
 #include "scheduler.h"
 #include "sequence.h"
 
@@ -19,49 +20,31 @@ namespace mixtral {
 // The rows of a pass with each number of experts per token.
 using RowsByExperts = std::map<int64_t, std::vector<int64_t>>;
 
-// What a pass picked for a sequence: the guesses of its draft that held, and one token more.
-struct Step {
-  Sequence* sequence;
-  std::vector<Sample> samples;
-};
-
-class ModelRunner {
+class ModelRunner : public Runner {
  public:
   struct Options {
     int64_t page_size;
     int64_t max_chunk;  // most tokens of one sequence in one pass
     int64_t max_batch;  // most sequences in one pass
-    int64_t kv_memory;  // most bytes of the page pool; 0: as much as the device has
+    int64_t num_pages;  // of the page pool
     bool cuda_graph;
-    int64_t speculate = 0;                                    // most tokens of a draft
     std::shared_ptr<RoutingCounts> routing_counts = nullptr;  // gets what the routers decide
   };
 
+  // Throws OutOfMemory when the page pool does not fit the device.
   ModelRunner(Mixtral model, Options options);
 
-  // Most pages that a request holds at a time.
-  int64_t pages_needed(int64_t prompt_tokens, int64_t max_tokens) const;
-  // Makes the page pool larger: to `wanted` pages, or to as many as memory has room for, but no fewer than `least`.
-  // A pool without sequences is dropped first. Throws OutOfMemory.
-  void grow(int64_t least, int64_t wanted);
-  int64_t num_pages() const { return cache_ ? cache_->num_pages() : 0; }
-  int64_t pages_in_use() const { return cache_ ? cache_->pages_in_use() : 0; }
-  RollingKVCache& cache() { return cache_.value(); }
-
-  // Computes the tokens of the plan in one forward pass, behind them the drafts, and picks tokens for the sequences all
-  // of whose tokens are computed then; of a constrained one it keeps the logits instead. Counts the tokens as computed,
-  // and the guesses that held. Never throws: a pass that runs out of memory is computed in two halves, and these
-  // likewise; what goes wrong is the error of the sequences that it happened to (Sequence::error).
-  std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan);
-  // Picks the next token of a constrained sequence, from its logits and mask.
-  Sample sample_held(Sequence& sequence) const;
-
-  MixtralImpl& model() { return *model_; }
+  // In one forward pass, whatever the numbers of experts per token. Never throws: a pass that runs out of memory is
+  // computed in two halves, and these likewise; what goes wrong is the error of the sequences that it happened to.
+  std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan) override;
+  Sample sample_held(Sequence& sequence) const override;
+  RollingKVCache& cache() override { return cache_; }
+  double pass_seconds() const override { return pass_seconds_; }
 
  private:
-  int64_t affordable_pages() const;
   struct Pass;
-  std::vector<Step> run_halves(const std::vector<Scheduler::Chunk>& plan);
+  std::vector<Step> compute(const std::vector<Scheduler::Chunk>& plan);
+  std::vector<Step> compute_halves(const std::vector<Scheduler::Chunk>& plan);
   Pass forward(const std::vector<Scheduler::Chunk>& plan);
   torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
                        const RowsByExperts& experts, ForwardObserver* observer);
@@ -74,10 +57,11 @@ class ModelRunner {
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 
   Mixtral model_;
-  Options options_;
+  std::shared_ptr<RoutingCounts> routing_counts_;
   bool uses_graphs_;
-  std::optional<RollingKVCache> cache_;
+  RollingKVCache cache_;
   std::optional<DecodeGraphs> graphs_;  // of the cache
+  double pass_seconds_ = 0;
 };
 
 }  // namespace mixtral

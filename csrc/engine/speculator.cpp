@@ -23,8 +23,10 @@ void Speculator::propose(const std::vector<Scheduler::Chunk>& plan) {
     const auto generated = static_cast<int64_t>(sequence.generation.token_ids.size());
     const int64_t most = std::min({most_, limits_.chunk_size - 1, budget, sequence.params.max_tokens - generated - 1});
     if (most <= 0) continue;
-    if (const int64_t tokens = sequence.gate.open(most)) sequence.draft = look_up(sequence.ids, tokens);
-    budget -= static_cast<int64_t>(sequence.draft.size());
+    if (const int64_t longest = sequence.gate.open(most)) sequence.draft = look_up(sequence.ids, longest);
+    const auto tokens = static_cast<int64_t>(sequence.draft.size());
+    if (!cache_.reserve(sequence.cache_id, 1 + tokens)) sequence.draft.clear();
+    budget -= tokens;
   }
 }
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "engine/engine_core.h"
+#include "engine/model_runner.h"
 #include "generations.h"
 
 namespace mixtral {
@@ -46,7 +47,7 @@ std::future<Outcome> submit_constrained(Engine& engine, const std::vector<int64_
     return true;
   };
   callbacks.on_end = [ended](Outcome outcome) { ended->set_value(std::move(outcome)); };
-  Request request = {prompt, sampling, ""};
+  Request request = {prompt, sampling};
   request.constrained = true;
   id->set_value(engine.submit(std::move(request), std::move(callbacks)));
   engine.allow(known->get(), mask_at(0));
@@ -94,7 +95,7 @@ TEST(Constrained, OthersGoOnWhileOneWaits) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
   std::promise<Outcome> ended;
-  Request waiting = {{1, 2}, params(1), ""};
+  Request waiting = {{1, 2}, params(1)};
   waiting.constrained = true;
   const int64_t id = engine.submit(waiting, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }});
   expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
@@ -107,7 +108,7 @@ TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
   std::promise<Outcome> ended;
   std::promise<int64_t> id;
   int calls = 0;
-  Request first = {{1, 2}, params(3), ""};
+  Request first = {{1, 2}, params(3)};
   engine.submit(first, {[&, known = id.get_future().share()](const GenerationProgress&) {
                           if (++calls == 1) {  // both reach the engine before its next pass
                             engine.allow(known.get(), mask_of({50}));
@@ -116,7 +117,7 @@ TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
                           return true;
                         },
                         nullptr});
-  Request second = {{1, 2}, params(1), ""};
+  Request second = {{1, 2}, params(1)};
   second.constrained = true;
   id.set_value(engine.submit(second, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }}));
   EXPECT_EQ(end_of(ended.get_future()).generation.token_ids, (std::vector<int64_t>{51}));
@@ -126,7 +127,7 @@ TEST(Constrained, AWaitingRequestCanBeCancelledAndAnEndedOneIsIgnored) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
   std::promise<Outcome> ended;
-  Request waiting = {{1, 2}, params(9), ""};
+  Request waiting = {{1, 2}, params(9)};
   waiting.constrained = true;
   const int64_t id = engine.submit(waiting, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }});
   engine.generate({{3, 4}}, {params(3)});
@@ -161,31 +162,30 @@ TEST(Constrained, WrongCallsAreRefusedInTheCallersThread) {
   Engine engine(tiny_model(tiny_config()), std::nullopt, {});
   EXPECT_THROW(engine.allow(0, Mask(3)), std::invalid_argument);
   EXPECT_THROW(engine.allow(0, Mask(5)), std::invalid_argument);
-  Request request = {{1, 2}, params(3), ""};
+  Request request = {{1, 2}, params(3)};
   request.constrained = true;
   EXPECT_THROW(engine.generate({request}), std::invalid_argument);
 }
 
 // The engine's thread sleeps then, instead of running empty passes.
 TEST(Constrained, TheEngineIsIdleWhileAllThatRunsWaits) {
-  EngineCore core(tiny_model(tiny_config()),
-                  {/*page_size=*/4, /*max_chunk=*/4, /*max_batch=*/1, /*kv_memory=*/0, false},
+  const ModelRunner::Options options = {/*page_size=*/4, /*max_chunk=*/4, /*max_batch=*/1, /*num_pages=*/10, false};
+  EngineCore core(std::make_unique<ModelRunner>(tiny_model(tiny_config()), options),
                   {/*chunk_size=*/4, /*token_budget=*/8, /*max_batch=*/1});
-  Request request = {random_ids(9, kTinyVocab, 1), params(2), ""};
+  Request request = {random_ids(9, kTinyVocab, 1), params(2)};
   request.constrained = true;
   std::vector<int64_t> tokens;
   const Callbacks callbacks = {nullptr, [&](Outcome outcome) { tokens = outcome.generation.token_ids; }};
   core.add(std::make_unique<Sequence>(0, request, callbacks, std::nullopt));
-  core.add(
-      std::make_unique<Sequence>(1, Request{{1}, params(1), ""}, Callbacks(), std::nullopt));  // waits for its seat
+  core.add(std::make_unique<Sequence>(1, Request{{1}, params(1)}, Callbacks(), std::nullopt));  // waits for its seat
   const auto passes_until_idle = [&] {
     int passes = 0;
     for (; !core.idle() && passes < 20; ++passes) core.step();
     return passes;
   };
-  EXPECT_EQ(passes_until_idle(), 3);  // 4 + 4 + 1 tokens
+  EXPECT_EQ(passes_until_idle(), 4);  // 4 + 4 + 1 tokens, and nothing to do
   core.allow(0, mask_of({50}));
-  EXPECT_EQ(passes_until_idle(), 1);  // picks a token and computes it
+  EXPECT_EQ(passes_until_idle(), 2);  // picks a token and computes it, and nothing to do
   core.allow(0, mask_of({51}));
   passes_until_idle();
   EXPECT_EQ(tokens, (std::vector<int64_t>{50, 51}));

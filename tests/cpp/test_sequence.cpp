@@ -22,11 +22,11 @@ class SequenceText : public ::testing::Test {
 
   // Appends tokens until the sequence ends. `shown`: what a callback would get.
   Generation run(const std::vector<int64_t>& ids, SamplingParams params, std::string* shown = nullptr) {
-    Sequence sequence(0, {{1, 5}, params, ""}, {}, tokenizer, {kEos});
+    Sequence sequence(0, {{1, 5}, params}, {}, tokenizer, {kEos});
     std::string text;
     for (const int64_t id : ids) {
       EXPECT_FALSE(sequence.finished());
-      text += sequence.append({id, std::nullopt, ""}).value_or("");
+      text += sequence.append({id, std::nullopt}).value_or("");
     }
     if (shown) *shown = text;
     EXPECT_EQ(text, sequence.generation.text);
@@ -117,8 +117,8 @@ TEST_F(SequenceText, NoStopStringEndsItBeforeMinTokens) {
 }
 
 TEST_F(SequenceText, AnErrorKeepsTheTextUntilThen) {
-  Sequence sequence(0, {{1}, params(5), ""}, {}, tokenizer, {kEos});
-  sequence.append({letter_a(), std::nullopt, ""});
+  Sequence sequence(0, {{1}, params(5)}, {}, tokenizer, {kEos});
+  sequence.append({letter_a(), std::nullopt});
   EXPECT_EQ(sequence.append({-1, std::nullopt, "nan"}), std::nullopt);
   EXPECT_EQ(sequence.generation.finish_reason, "error");
   EXPECT_EQ(sequence.generation.error, "nan");
@@ -129,10 +129,10 @@ TEST(Sequence, EndOfSequenceIsATokenLikeOthersWhenIgnored) {
   SamplingParams params;
   params.max_tokens = 2;
   params.ignore_eos = true;
-  Sequence sequence(0, {{1}, params, ""}, {}, std::nullopt, {kEos});
-  EXPECT_EQ(sequence.append({kEos, std::nullopt, ""}), "");
+  Sequence sequence(0, {{1}, params}, {}, std::nullopt, {kEos});
+  EXPECT_EQ(sequence.append({kEos, std::nullopt}), "");
   EXPECT_FALSE(sequence.finished());
-  sequence.append({kEos, std::nullopt, ""});
+  sequence.append({kEos, std::nullopt});
   EXPECT_EQ(sequence.generation.finish_reason, "length");
 }
 
@@ -140,10 +140,10 @@ TEST(Sequence, AStopTokenEndsItWithoutBeingPartOfIt) {
   SamplingParams params;
   params.ignore_eos = true;  // is about the model's own ends alone
   params.stop_token_ids = {7, 9};
-  Sequence sequence(0, {{9}, params, ""}, {}, std::nullopt, {kEos});
-  sequence.append({kEos, std::nullopt, ""});
+  Sequence sequence(0, {{9}, params}, {}, std::nullopt, {kEos});
+  sequence.append({kEos, std::nullopt});
   EXPECT_FALSE(sequence.finished());
-  EXPECT_EQ(sequence.append({9, std::nullopt, ""}), std::nullopt);
+  EXPECT_EQ(sequence.append({9, std::nullopt}), std::nullopt);
   EXPECT_EQ(sequence.generation.finish_reason, "stop");
   EXPECT_EQ(sequence.generation.token_ids, (std::vector<int64_t>{kEos}));
 }
@@ -152,9 +152,9 @@ TEST(Sequence, NoTokenThatEndsItComesBeforeMinTokens) {
   SamplingParams params;
   params.min_tokens = 2;
   params.stop_token_ids = {1};
-  Sequence sequence(0, {{5}, params, ""}, {}, std::nullopt, {kEos});
+  Sequence sequence(0, {{5}, params}, {}, std::nullopt, {kEos});
   const std::vector<float> logits = {0, 3, 2, 1};  // the stop token, then the end of sequence, are the likeliest
-  const auto step = [&] { sequence.append({sequence.sampler.next(logits.data(), 4), std::nullopt, ""}); };
+  const auto step = [&] { sequence.append({sequence.sampler.next(logits.data(), 4), std::nullopt}); };
   step();
   step();
   EXPECT_FALSE(sequence.finished());
