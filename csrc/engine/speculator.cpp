@@ -7,7 +7,10 @@ namespace {
 
 constexpr double kNewest = 0.3;  // the weight of the newest value in a moving average
 
-bool decodes(const Scheduler::Chunk& chunk) { return chunk.tokens == 1 && !chunk.sequence->in_prefill(); }
+// Its newest token is the only one that is not computed.
+bool decodes(const Scheduler::Chunk& chunk) {
+  return !chunk.sequence->in_prefill() && chunk.sequence->computed + 1 == chunk.sequence->length();
+}
 
 }  // namespace
 
