@@ -1,19 +1,22 @@
-"""The way from the engine's thread to a client's socket, without a model.
+"""The way from the engine's thread to a client's socket.
 
 1. What it costs the engine's thread to tell the event loop of one token of each of 128 requests, while a Python thread
    spins: a C++ thread plays the engine, with a step every 5 ms.
 2. How many server-sent events a second one process sends over 32 streams, with an engine that always has a token.
+3. New tokens a second of 8 clients of a server, beside those of one ``generate()`` of the same prompts in process. The
+   clients run in a process of their own on the same processors.
 """
 
 import asyncio
 import multiprocessing
-import socket
 import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
+import httpx
 import uvicorn
 from torch.utils.cpp_extension import load_inline
 
@@ -21,9 +24,13 @@ import mixtral
 from common import REPOSITORY, Bench, Row, main
 from mixtral.server.app import create_app
 from mixtral.server.bridge import Bridge, Progress
+from mixtral.server.lifecycle import Lifecycle
+from mixtral.server.limits import Limits
+from mixtral.server.run import Server, listen
 from random_models import SHAPES, model_config
 
 SEQUENCES, STEPS, STREAMS, SECONDS = 128, 600, 32, 8.0
+CLIENTS, NEW_TOKENS, TURNS = 8, 128, 4
 
 # A thread that does what the engine's does with the callbacks of its requests, and times it.
 ENGINE = r"""
@@ -58,7 +65,7 @@ std::vector<double> play(const std::shared_ptr<EventBox>& box, int64_t sequences
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace mixtral;
-  py::class_<EventBox, std::shared_ptr<EventBox>>(m, "EventBox")
+  py::class_<EventBox, std::shared_ptr<EventBox>>(m, "EventBox", py::module_local())
       .def(py::init<>())
       .def("fileno", &EventBox::fd)
       .def("take", [](EventBox& box) {
@@ -121,10 +128,12 @@ class Endless(Bridge):
 
 
 def serve(port: multiprocessing.Queue) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(mixtral.Mixtral.from_config(model_config(SHAPES["mini"])), bridge=Endless)
-    port.put(listener.getsockname()[1])
-    uvicorn.run(app, fd=listener.fileno(), log_level="warning", access_log=False)
+    model = mixtral.Mixtral.from_config(model_config(SHAPES["mini"]))
+    with listen("127.0.0.1", 0) as listener:
+        server = Server(Lifecycle(Limits()))
+        server.serve_on(
+            listener, lambda: create_app(model, bridge=Endless), lambda _: port.put(listener.getsockname()[1])
+        )
 
 
 async def events_per_second(port: int) -> float:
@@ -160,6 +169,50 @@ def server_process() -> Iterator[int]:
         process.kill()
 
 
+def stream_all(url: str, prompts: list[list[int]]) -> float:
+    """Seconds until all prompts have streamed their answers."""
+
+    async def one(client: httpx.AsyncClient, prompt: list[int]) -> None:
+        body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = [line async for line in answer.aiter_lines()]
+        assert lines[-2] == "data: [DONE]", lines[-1]
+
+    async def together() -> float:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            await client.get("/version")
+            start = time.perf_counter()
+            await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+            return time.perf_counter() - start
+
+    return asyncio.run(together())
+
+
+def against_in_process(bench: Bench) -> None:
+    model = mixtral.Mixtral.from_config(model_config(SHAPES["mini"]), dtype="bfloat16")
+    prompts = [[1, *range(10 + i, 42 + i)] for i in range(CLIENTS)]
+    server = uvicorn.Server(uvicorn.Config(create_app(model), port=0, log_level="warning"))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    rates: dict[str, list[float]] = {"in process": [], "server": []}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+        for turn in range(1 + TURNS):
+            start = time.perf_counter()
+            model.generate(prompts, NEW_TOKENS, ignore_eos=True)
+            seconds = {"in process": time.perf_counter() - start}
+            seconds["server"] = clients.submit(stream_all, url, prompts).result(timeout=120)
+            for who in rates if turn else ():  # the first turn warms up
+                rates[who].append(CLIENTS * NEW_TOKENS / seconds[who])
+    server.should_exit = True
+    alone, served = (statistics.median(rates[who]) for who in ("in process", "server"))
+    case = f"mini bfloat16, {CLIENTS} clients, {NEW_TOKENS} new tokens each"
+    ratio = served / alone
+    bench.rows.append(Row(case, "served", served, "tokens/s", peer="in process", peer_value=alone, ratio=ratio))
+    print(f"{case}: {served:.1f} tokens/s x {ratio:.3f} of in process {alone:.1f}", flush=True)
+
+
 def run(bench: Bench) -> None:
     for spin in (False, True):
         milliseconds = sorted(1e3 * s for s in engine_seconds(spin))
@@ -171,6 +224,7 @@ def run(bench: Bench) -> None:
         rate = asyncio.run(events_per_second(port))
     bench.rows.append(Row(f"{STREAMS} streams", "server-sent events", rate, "1/s"))
     print(f"{STREAMS} streams: {rate:.0f} events/s", flush=True)
+    against_in_process(bench)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 FOLDER = Path(__file__).parent
 CPU_ONLY = {
     "bench_activity.py",
+    "bench_bridge.py",
     "bench_engine.py",
     "bench_long_context.py",
     "bench_moe_mlp_training.py",

@@ -14,7 +14,7 @@ mode=${1:-run}
 
 packages=(build-essential cmake ninja-build ccache nlohmann-json3-dev libcli11-dev)
 [[ -n ${PYTHON:-} ]] || packages+=(python3-venv python3-dev)
-test_packages=(libgtest-dev clang clang-format clang-tidy libclang-rt-14-dev nginx-light)
+test_packages=(libgtest-dev clang clang-format clang-tidy libclang-rt-14-dev nginx-light chromium chromium-driver)
 case $mode in
   app | run) target=python_package groups=(build run serve) stages=5 ;;
   test) target=all groups=(build run serve test) packages+=("${test_packages[@]}") stages=5 ;;

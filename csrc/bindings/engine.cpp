@@ -10,12 +10,23 @@
 namespace mixtral {
 namespace {
 
-std::optional<torch::Tensor> routed_experts(const Generation& generation) {
+// The memory of a member of the trace's routing, [tokens,L,K], which keeps the trace alive.
+template <typename T>
+std::optional<torch::Tensor> routed(const Generation& generation, std::vector<T> Routing::*values,
+                                    torch::ScalarType dtype) {
   const std::shared_ptr<Trace>& trace = generation.trace;
   if (!trace) return std::nullopt;
   Routing& routing = trace->routing;
-  return torch::from_blob(
-      routing.topk_ids.data(), {routing.tokens(), routing.layers, routing.top_k}, [trace](void*) {}, torch::kUInt8);
+  return torch::from_blob((routing.*values).data(), {routing.tokens(), routing.layers, routing.top_k},
+                          [trace](void*) {}, dtype);
+}
+
+std::optional<torch::Tensor> routed_experts(const Generation& generation) {
+  return routed(generation, &Routing::topk_ids, torch::kUInt8);
+}
+
+std::optional<torch::Tensor> routed_weights(const Generation& generation) {
+  return routed(generation, &Routing::topk_weights, torch::kFloat16);
 }
 
 void bind_results(py::module_& m) {
@@ -55,6 +66,7 @@ void bind_results(py::module_& m) {
           "routed_experts", &routed_experts,
           "uint8 [tokens, layers, experts per token], of every token that the model read: the prompt "
           "and all new ones but the newest. None unless asked for.")
+      .def_property_readonly("routed_weights", &routed_weights, "float16 of the same shape: the router's weights.")
       .def("__repr__", [](const py::object& self) {
         return py::str("Generation(text={!r}, finish_reason={!r}, {} tokens)")
             .format(self.attr("text"), self.attr("finish_reason"), py::len(self.attr("token_ids")));
@@ -243,6 +255,9 @@ void bind_engine(py::module_& m) {
   py::class_<HeldSeat>(m, "Seat", "A place among max_queue requests, until the request ends or the object is gone.");
   py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
       .def_readonly("timings", &Outcome::timings)
+      .def_property_readonly(
+          "trace", [](const Outcome& outcome) { return outcome.generation.trace; },
+          "A RequestTrace, however the request ended; None unless it was traced.")
       .def("result", &result, "The Generation; raises the error that ended the request.");
   py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
       .def(py::init([](std::shared_ptr<MixtralImpl> model, std::optional<Tokenizer> tokenizer,

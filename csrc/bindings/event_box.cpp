@@ -35,12 +35,13 @@ EventBox::~EventBox() { ::close(fd_); }
 
 Callbacks EventBox::callbacks(int64_t key) {
   const auto box = shared_from_this();
+  const auto place = std::make_shared<Place>(Place{key});
   Callbacks callbacks;
-  callbacks.on_progress = [box, key](const GenerationProgress& progress) {
-    box->add_progress(key, progress);
+  callbacks.on_progress = [box, place](const GenerationProgress& progress) {
+    box->add_progress(*place, progress);
     return true;
   };
-  callbacks.on_end = [box, key](Outcome outcome) { box->add_end(key, std::move(outcome)); };
+  callbacks.on_end = [box, place](Outcome outcome) { box->add_end(*place, std::move(outcome)); };
   return callbacks;
 }
 
@@ -59,17 +60,18 @@ std::vector<Event> EventBox::take() {
   std::vector<Event> events;
   const std::lock_guard lock(mutex_);
   events.swap(events_);
-  places_.clear();
+  events_.reserve(events.size());
+  ++round_;
   woken_ = false;
   return events;
 }
 
-void EventBox::add_progress(int64_t key, const GenerationProgress& progress) {
+void EventBox::add_progress(Place& place, const GenerationProgress& progress) {
   const Generation& generation = progress.generation;
   const bool tells = !progress.text.empty() || progress.first_token < generation.token_ids.size() || generation.trace;
   if (!tells) return;  // more of the prompt was read
   const std::lock_guard lock(mutex_);
-  Event& event = event_of(key);
+  Event& event = event_of(place);
   event.text += progress.text;
   append_from(generation.token_ids, progress.first_token, event.token_ids);
   append_from(generation.logprobs, progress.first_token, event.logprobs);
@@ -77,16 +79,20 @@ void EventBox::add_progress(int64_t key, const GenerationProgress& progress) {
   if (generation.trace) append_rows(generation.trace->routing, progress.first_row, event);
 }
 
-void EventBox::add_end(int64_t key, Outcome outcome) {
+void EventBox::add_end(Place& place, Outcome outcome) {
+  auto ended = std::make_unique<Outcome>(std::move(outcome));
   const std::lock_guard lock(mutex_);
-  event_of(key).outcome = std::move(outcome);
+  event_of(place).outcome = std::move(ended);
 }
 
 // With the mutex held.
-Event& EventBox::event_of(int64_t key) {
-  const auto [place, is_new] = places_.try_emplace(key, events_.size());
-  if (is_new) events_.emplace_back().key = key;
-  return events_[place->second];
+Event& EventBox::event_of(Place& place) {
+  if (place.round != round_) {
+    events_.emplace_back().key = place.key;
+    place.round = round_;
+    place.index = events_.size() - 1;
+  }
+  return events_[place.index];
 }
 
 }  // namespace mixtral

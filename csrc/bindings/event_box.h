@@ -9,7 +9,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "../engine/request.h"
@@ -27,7 +26,7 @@ struct Event {
   std::vector<uint8_t> routed_ids;
   std::vector<uint16_t> routed_weights;  // bits of f16
   int64_t layers = 0, top_k = 0;         // of the routed rows
-  std::optional<Outcome> outcome;        // the request has ended
+  std::unique_ptr<Outcome> outcome;      // the request has ended
 };
 
 class EventBox : public std::enable_shared_from_this<EventBox> {
@@ -48,15 +47,22 @@ class EventBox : public std::enable_shared_from_this<EventBox> {
   std::vector<Event> take();
 
  private:
-  void add_progress(int64_t key, const GenerationProgress& progress);
-  void add_end(int64_t key, Outcome outcome);
-  Event& event_of(int64_t key);
+  // Where the event of a request is, when it was put there since the box was emptied for the `round`-th time.
+  struct Place {
+    int64_t key;
+    uint64_t round = 0;
+    size_t index = 0;
+  };
+
+  void add_progress(Place& place, const GenerationProgress& progress);
+  void add_end(Place& place, Outcome outcome);
+  Event& event_of(Place& place);
 
   const int fd_;
   std::mutex mutex_;  // of everything below
   std::vector<Event> events_;
-  std::unordered_map<int64_t, size_t> places_;  // of the requests in events_
-  bool woken_ = false;                          // since the box was emptied
+  uint64_t round_ = 1;
+  bool woken_ = false;  // since the box was emptied
 };
 
 }  // namespace mixtral

@@ -44,7 +44,7 @@ void bind_events(py::module_& m) {
           "routed_weights", [](const Event& event) { return rows(event, event.routed_weights, torch::kFloat16); },
           "float16 [rows, L, K]: the weights of these experts.")
       .def_property_readonly(
-          "outcome", [](const Event& event) { return event.outcome ? &*event.outcome : nullptr; },
+          "outcome", [](const Event& event) { return event.outcome.get(); },
           py::return_value_policy::reference_internal, "The Outcome; None while the request runs.");
   py::class_<EventBox, std::shared_ptr<EventBox>>(m, "EventBox", "The events of many requests, for an event loop.")
       .def(py::init<>())

@@ -18,9 +18,13 @@ std::vector<ChatMessage> chat_messages(const std::vector<py::dict>& dicts) {
         message.content = value.cast<std::string>();
       } else if (name == "prefix") {
         message.prefix = value.cast<bool>();
+      } else if (name == "tool_calls") {
+        message.tool_calls = value.cast<std::vector<std::string>>();
+      } else if (name == "tool_call_id") {
+        message.tool_call_id = value.cast<std::string>();
       } else {
         throw std::invalid_argument("apply_chat: messages[" + std::to_string(messages.size() - 1) +
-                                    "] expected the keys role, content and prefix, got " + name);
+                                    "] has an unknown key: " + name);
       }
     }
   }
@@ -53,10 +57,13 @@ void bind_chat(py::module_& m) {
            "wanted: a name or a file; empty: what the folder says. Raises LoadError, ValueError.")
       .def(
           "encode",
-          [](const ChatFormat& self, const std::vector<py::dict>& messages) {
-            return self.encode(chat_messages(messages));
+          [](const ChatFormat& self, const std::vector<py::dict>& messages, const std::string& tools) {
+            return self.encode(chat_messages(messages), tools);
           },
-          py::arg("messages"), "Raises ValueError, naming the message.")
+          py::arg("messages"), py::arg("tools") = "",
+          "messages: with role, content, prefix, tool_calls (JSON texts) and tool_call_id; tools: a JSON array. "
+          "Raises\n"
+          "ValueError, naming the message.")
       .def_property_readonly("name", &ChatFormat::name, "\"chatml\", ...; \"custom\".")
       .def_property_readonly("source", &ChatFormat::source)
       .def_property_readonly("end_of_answer", &ChatFormat::end_of_answer);

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "../engine/append_document.h"
 #include "../engine/replay.h"
 #include "../engine/trace_file.h"
 #include "../model/transformer.h"
@@ -130,9 +131,26 @@ torch::Tensor replay_trace(MixtralImpl& model, const py::dict& fields, int64_t c
   return replay(model, given, options);
 }
 
+// The traces of requests as one, in the order given. None may be null.
+void write_request_traces(const std::vector<std::shared_ptr<Trace>>& requests, MixtralImpl& model,
+                          const std::optional<Tokenizer>& tokenizer, int64_t experts_per_token,
+                          const std::filesystem::path& path) {
+  Trace all = empty_trace(model.config(), experts_per_token);
+  for (const auto& request : requests) append_document(all, *request);
+  all.model = trace_fingerprint(model);
+  describe_tokens(all, tokenizer ? &*tokenizer : nullptr, model.config());
+  write_trace(all, path);
+}
+
 }  // namespace
 
 void bind_trace(py::module_& m) {
+  py::class_<Trace, std::shared_ptr<Trace>>(m, "RequestTrace", "What the routers decided for one request.")
+      .def("__len__", &Trace::tokens)
+      .def_property_readonly("experts_per_token", [](const Trace& trace) { return trace.routing.top_k; });
+  m.def("write_request_traces", &write_request_traces, py::arg("requests"), py::arg("model"), py::arg("tokenizer"),
+        py::arg("experts_per_token"), py::arg("path"), ReleaseGil(),
+        "Each request a document of one trace file. Raises ValueError unless all have these experts per token.");
   m.def("trace", &trace, py::arg("model"), py::arg("tokenizer"), py::arg("ids"), py::arg("docs"), py::arg("domains"),
         py::arg("domain_names"), py::arg("logits"), py::arg("experts_per_token"), py::arg("chunk_size"),
         py::arg("progress"), "-> the fields of a Trace.");

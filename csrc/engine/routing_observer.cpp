@@ -46,7 +46,8 @@ void RoutingObserver::force(const Routing& routing, int64_t begin, int64_t count
   for (int64_t t = begin; t < begin + count; ++t) forced_.push_back({routing.experts_of(t), routing.top_k});
 }
 
-void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& router, torch::Tensor& topk_weights,
+void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& router,
+                                  const std::optional<torch::Tensor>& select_bias, torch::Tensor& topk_weights,
                                   torch::Tensor& topk_ids) {
   torch::Tensor logits;
   if (keep_logits_ || !forced_.empty()) logits = router_logits(x, router);
@@ -56,7 +57,7 @@ void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& r
   if (!keep_logits_) return;
   logits_.push_back(logits);
   if (previous_x_.defined()) {
-    const auto guess = ops::moe_route(previous_x_, router, topk_ids.size(1), config_.renormalize);
+    const auto guess = ops::moe_route(previous_x_, router, topk_ids.size(1), config_.renormalize, select_bias);
     next_gate_ids_.push_back(std::get<1>(guess));
   }
   previous_x_ = x;

@@ -1,6 +1,7 @@
 // Records what the routers of one forward pass decide, and may decide for them.
 #pragma once
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -23,13 +24,14 @@ class RoutingObserver : public ForwardObserver {
     int64_t top_k;
   };
   // One for each row. A row whose recorded experts are the router's own keeps the router's weights, so nothing of it
-  // changes, bit for bit. Elsewhere the weights are the router's softmax, over the recorded experts.
+  // changes, bit for bit. Elsewhere the weights are the router's softmax, over the recorded experts; a
+  // select_bias has no part in it.
   void force(std::vector<ForcedRow> rows) { forced_ = std::move(rows); }
   // The same for a pass over the tokens [begin, begin + count) of `routing`.
   void force(const Routing& routing, int64_t begin, int64_t count);
 
-  void after_route(const torch::Tensor& x, const torch::Tensor& router, torch::Tensor& topk_weights,
-                   torch::Tensor& topk_ids) override;
+  void after_route(const torch::Tensor& x, const torch::Tensor& router, const std::optional<torch::Tensor>& select_bias,
+                   torch::Tensor& topk_weights, torch::Tensor& topk_ids) override;
 
   // After the pass: adds `count` of its rows from `begin` on to `routing`, which has their number of experts.
   void append_to(Routing& routing, int64_t begin, int64_t count);

@@ -65,9 +65,9 @@ class Sampler {
   // Validates `params`. `end_ids` would end the generation: they do not come before min_tokens.
   Sampler(SamplingParams params, const std::vector<int64_t>& prompt_ids, std::vector<int64_t> end_ids = {});
 
-  // logits [vocab] -> the next token. Applied in this order, as in Hugging Face where it has them: repetition penalty,
-  // presence and frequency penalty and bias, min_tokens and the mask, temperature, top-k, top-p, min-p. Then the token
-  // is drawn by inverse CDF: over the most likely tokens first after top-k or top-p, else over the ids. Throws
+  // logits [vocab] -> the next token. Applied in this order, each step as Hugging Face has it if it does: repetition
+  // penalty, presence and frequency penalty and bias, min_tokens and mask, temperature, top-k, top-p, min-p. The token
+  // is drawn by inverse CDF then: over the most likely tokens first after top-k or top-p, else over the ids. Throws
   // std::runtime_error when a logit is NaN or +infinity, or all are -infinity.
   // `allowed` is a mask of ceil(vocab / 32) words: bit i % 32 of word i / 32 allows token i. Empty: all are allowed.
   int64_t next(const float* logits, int64_t vocab, const std::vector<int32_t>& allowed = {});

@@ -65,12 +65,14 @@ class TraceReader {
     trace.domains = domains.get<std::vector<std::string>>();
     const std::vector<int64_t> shape = entry("topk_ids").shape;
     check(shape.size() == 3, "topk_ids", "must be [N, L, K]");
+    check(shape[1] > 0 && shape[2] > 0, "topk_ids", "must have at least one layer and one expert per token");
     trace.routing.layers = shape[1];
     trace.routing.top_k = shape[2];
     const std::string experts = text("num_experts");
     check(!experts.empty() && experts.size() <= 3 && experts.find_first_not_of("0123456789") == std::string::npos,
           "num_experts", "must be a number in [1, 256], got " + experts);
     trace.routing.experts = std::stoll(experts);
+    check(entry("token_id").shape == std::vector<int64_t>{shape[0]}, "token_id", "must be [N], as topk_ids says");
     trace.token_id.resize(static_cast<size_t>(shape[0]));
     visit_tensors(trace, [this](const char* name, const char* dtype, auto& values, const std::vector<int64_t>& shape) {
       read_into(name, dtype, values, shape);
@@ -109,7 +111,6 @@ class TraceReader {
   void check_values(const Trace& trace) const {
     const Routing& routing = trace.routing;
     check(trace.tokens() > 0, "token_id", "must not be empty");
-    check(routing.layers > 0 && routing.top_k > 0, "topk_ids", "must have at least one layer and one expert per token");
     const auto below = [](const std::vector<uint8_t>& values, size_t end) {
       return std::all_of(values.begin(), values.end(), [end](uint8_t value) { return value < end; });
     };

@@ -35,7 +35,7 @@ std::tuple<torch::Tensor, torch::Tensor> SparseMoeImpl::route(const torch::Tenso
 torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch) {
   auto [topk_weights, topk_ids] = route(x, batch);
   if (batch.observer) {
-    batch.observer->after_route(x, router_, topk_weights, topk_ids);
+    batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
     batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
   }
   return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);

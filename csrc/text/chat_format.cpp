@@ -121,8 +121,9 @@ struct ChatFormat::Impl {
   std::map<std::string, std::string> special_tokens;  // for the template
   TokenizerVersion version = TokenizerVersion::kV1;
 
-  std::vector<int64_t> encode(const std::vector<ChatMessage>& messages) const {
-    if (!jinja) return apply_chat(tokenizer, version, messages);
+  std::vector<int64_t> encode(const std::vector<ChatMessage>& messages, const std::string& tools = "") const {
+    if (!jinja) return apply_chat(tokenizer, version, messages, tools);
+    if (!tools.empty()) throw std::invalid_argument("chat: tools need a format of Mistral's, not a chat template");
     check_end(messages);
     return tokenizer.encode(jinja->render(messages, special_tokens), /*add_bos=*/false, /*add_eos=*/false,
                             /*parse_special=*/true);
@@ -225,8 +226,8 @@ ChatFormat::ChatFormat(const fs::path& folder, const Tokenizer& tokenizer, const
   impl_ = std::make_shared<const Impl>(std::move(impl));
 }
 
-std::vector<int64_t> ChatFormat::encode(const std::vector<ChatMessage>& messages) const {
-  return impl_->encode(messages);
+std::vector<int64_t> ChatFormat::encode(const std::vector<ChatMessage>& messages, const std::string& tools) const {
+  return impl_->encode(messages, tools);
 }
 const std::string& ChatFormat::name() const { return impl_->name; }
 const std::string& ChatFormat::source() const { return impl_->source; }

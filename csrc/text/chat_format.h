@@ -25,9 +25,10 @@ class ChatFormat {
   // tokens for a chat.
   ChatFormat(const std::filesystem::path& folder, const Tokenizer& tokenizer, const std::string& wanted = "");
 
-  // The ids of the prompt. Control tokens written in a template's messages are read, as transformers does it. Throws
-  // std::invalid_argument for what the format refuses, LoadError as ChatTemplate::render does.
-  std::vector<int64_t> encode(const std::vector<ChatMessage>& messages) const;
+  // The ids of the prompt. Control tokens written in a template's messages are read, as transformers does it. `tools`:
+  // as of apply_chat. Throws std::invalid_argument for what the format refuses, and for tools with a template;
+  // LoadError as ChatTemplate::render does.
+  std::vector<int64_t> encode(const std::vector<ChatMessage>& messages, const std::string& tools = "") const;
 
   // "chatml"; "custom" where no format with a name gives the same ids.
   const std::string& name() const;

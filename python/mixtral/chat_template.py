@@ -4,29 +4,34 @@ A template comes with a model, from anyone. Jinja's sandbox keeps it from the re
 or filling the memory. So it runs in a process of its own (_template_worker.py), which is ended after ``SECONDS``.
 """
 
-import atexit
-import json
-import os
-import selectors
-import subprocess
-import sys
-import threading
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import LoadError
+from .worker import Worker
 
 SECONDS = 2.0  # to render one template
-START_SECONDS = 60.0  # to start the process, on a busy machine
 
 Message = dict[str, object]
 
 # Put behind the message that the model goes on with, and cut off again, as transformers does it.
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "
 
+_worker = Worker(
+    Path(__file__).with_name("_template_worker.py"),
+    SECONDS,
+    "chat templates need jinja2 3.1 or later: pip install jinja2",
+)
+
 
 def render(
-    template: str, file: str, messages: list[Message], special_tokens: dict[str, str], closed: bool = False
+    template: str,
+    file: str,
+    messages: list[Message],
+    special_tokens: dict[str, str],
+    closed: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text of a conversation, up to where the model's answer begins.
 
@@ -37,6 +42,7 @@ def render(
             it.
         special_tokens: the template's variables ``bos_token``, ``eos_token`` and so on.
         closed: up to the end of the last message instead, with what the template puts behind it.
+        tools: the template's variable ``tools``.
 
     Raises:
         ValueError: the template raises an exception; the message holds its words.
@@ -47,9 +53,12 @@ def render(
     if goes_on:
         shown[-1]["content"] = str(shown[-1]["content"]) + _CUT
     variables = dict(
-        special_tokens, messages=shown, add_generation_prompt=not (goes_on or closed), tools=None, documents=None
+        special_tokens, messages=shown, add_generation_prompt=not (goes_on or closed), tools=tools, documents=None
     )
-    answer = _worker.ask({"template": template, "variables": variables})
+    answer = _worker.ask({"template": template, "variables": variables}) or {
+        "error": "limit",
+        "message": f"takes more than {SECONDS:g} seconds or too much memory to render",
+    }
     if "text" in answer:
         return _cut(answer["text"]) if goes_on else answer["text"]
     if answer["error"] == "refused":
@@ -63,68 +72,3 @@ def _cut(text: str) -> str:
     if place < 0:
         raise ValueError("chat: the chat template does not show the message that the model is to go on with")
     return text[:place] if text.startswith(_CUT, place) else text[:place].rstrip()
-
-
-class _Worker:
-    """The process; started when it is first needed, and anew after one that had to be ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-
-    def ask(self, request: dict[str, object]) -> dict[str, str]:
-        with self._lock:
-            alive = self._process is not None and self._process.poll() is None
-            if not alive or self._owner != os.getpid():  # a fork has the parent's pipes
-                self._start()
-            answer = self._exchange(request, SECONDS)
-        if answer is None:
-            return {"error": "limit", "message": f"takes more than {SECONDS:g} seconds or too much memory to render"}
-        return answer
-
-    def _start(self) -> None:
-        script = str(Path(__file__).with_name("_template_worker.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._owner = os.getpid()
-        if self._exchange({"path": sys.path}, START_SECONDS) is None:
-            raise RuntimeError("mixtral: chat templates need jinja2 3.1 or later: pip install jinja2")
-
-    def _exchange(self, request: dict[str, object], seconds: float) -> dict[str, str] | None:
-        """The answer; None, and the process is gone, when there is none in time."""
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._read_line(time.monotonic() + seconds)
-        except OSError:
-            line = b""
-        if not line.endswith(b"\n"):
-            self.stop()
-            return None
-        return json.loads(line)
-
-    def _read_line(self, deadline: float) -> bytes:
-        line = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n") and selector.select(max(0.0, deadline - time.monotonic())):
-                part = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not part:
-                    break
-                line += part
-        return line
-
-    def stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None and self._owner == os.getpid():
-            process.kill()
-            process.communicate()
-
-
-_worker = _Worker()
-atexit.register(_worker.stop)

@@ -13,6 +13,12 @@ from .errors import LoadError
 OK, USAGE, BAD_FILE, NO_MEMORY, RUN_TIME = 0, 2, 3, 4, 5
 
 
+SWITCH_VALUES = {
+    **dict.fromkeys(("true", "on", "yes", "enable", "1"), True),
+    **dict.fromkeys(("false", "off", "no", "disable", "0"), False),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Flags of one command; a wrong one is a ValueError."""
 
@@ -24,6 +30,29 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._variables: dict[str, argparse.Action] = {}
+
+    def add_flag(self, *names: str, help: str, **how: object) -> None:
+        """An option that may also come from the environment, as in the binary: --ctx-size from MIXTRAL_CTX_SIZE."""
+        variable = "MIXTRAL_" + names[-1].lstrip("-").replace("-", "_").upper()
+        self._variables[variable] = self.add_argument(*names, help=f"{help} (env: {variable})", **how)
+
+    def parse_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        given = super().parse_intermixed_args(args, namespace)
+        added = []
+        for variable, action in self._variables.items():
+            value, name = os.environ.get(variable), action.option_strings[-1]
+            if not value or getattr(given, action.dest) != action.default:
+                continue
+            if action.nargs != 0:
+                added.append(f"{name}={value}")
+            elif value.lower() not in SWITCH_VALUES:
+                self.error(f"{variable}: expected true or false, got {value}")
+            elif SWITCH_VALUES[value.lower()]:
+                added.append(name)
+        return super().parse_intermixed_args([*added, *(sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (see {self.prog} --help)")

@@ -1,12 +1,14 @@
 """The tokenizer for Python: that of C++, and chats by any Jinja template."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from . import _C
 from .chat_template import Message, render
+from .tool_messages import mistral_messages, mistral_tools
 
 
 class Tokenizer(_C.Tokenizer):
@@ -25,16 +27,24 @@ class Tokenizer(_C.Tokenizer):
         super().__init__(path, version)
         self._folder = Path(path)
 
-    def apply_chat(self, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
+    def apply_chat(
+        self,
+        messages: Sequence[Message],
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The prompt ids of a conversation, as transformers' ``apply_chat_template`` gives them.
 
         Args:
-            messages: [{"role": "user", "content": "Hi"}, ...]. Roles are "system", "user" and "assistant"; a template
-                may know more roles, and more keys. "prefix": True on the last message, an assistant's: the model goes
-                on with it.
+            messages: [{"role": "user", "content": "Hi"}, ...]. Roles are "system", "user", "assistant" and "tool"; a
+                template may know more roles, and more keys. "prefix": True on the last message, an assistant's: the
+                model goes on with it. Tool calls and their results are written as OpenAI's API has them.
             chat_template: "mistral-v1", "mistral-v2", "mistral-v3", "mistral-v7", "chatml", "zephyr", "llama-2",
                 "alpaca", "vicuna", or a Jinja template, as its file or its text. None: the folder's, and where it has
                 none Mistral's format for this tokenizer.
+            tools: what the model may call, as OpenAI's API has it: [{"type": "function", "function": {"name": ...,
+                "description": ..., "parameters": a JSON schema}}, ...]. Mistral's formats take tools since v2; a
+                template gets them as its variable ``tools``.
 
         Raises:
             ValueError: what the format refuses, with the message or the template's own words; an unknown name; the
@@ -43,9 +53,11 @@ class Tokenizer(_C.Tokenizer):
         """
         found = self._template(chat_template)
         if found is None:  # Mistral's formats are code: no template gives their ids for every text
-            return _C.ChatFormat(self._folder, self, chat_template or "").encode(messages)
+            chat_format = _C.ChatFormat(self._folder, self, chat_template or "")
+            version = chat_template.removeprefix("mistral-") if chat_template else self.version
+            return chat_format.encode(mistral_messages(messages, version), mistral_tools(tools or []))
         _check(messages)
-        return self._encode_template(found, messages)
+        return self._encode_template(found, messages, tools=tools)
 
     def encode_answer(self, messages: Sequence[Message], chat_template: str | None = None) -> tuple[list[int], int]:
         """The ids of a conversation that ends with an answer, for training.
@@ -84,10 +96,14 @@ class Tokenizer(_C.Tokenizer):
         return found[0] if found else None
 
     def _encode_template(
-        self, template: tuple[str, str], messages: Sequence[Message], closed: bool = False
+        self,
+        template: tuple[str, str],
+        messages: Sequence[Message],
+        closed: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
-        text = render(*template, list(messages), tokens | _C.special_token_texts(self._folder), closed)
+        text = render(*template, list(messages), tokens | _C.special_token_texts(self._folder), closed, tools)
         return self.encode(text, parse_special=True)
 
     def _template(self, wanted: str | None) -> tuple[str, str] | None:

@@ -50,7 +50,7 @@ def test_prompt_logprobs_are_one_for_each_token_of_the_prompt():
         (["--presence-penalty", "3"], "presence_penalty must be in [-2, 2], got 3"),
         (["--min-tokens", "-1"], "min_tokens must be >= 0, got -1"),
         (["--samples", "0"], "--samples: must be >= 1, got 0"),
-        (["--samples", "2", "--prompt-cache", "x"], "--prompt-cache excludes --samples"),
+        (["--samples", "2", "--prompt-cache", "x"], "--samples excludes --prompt-cache"),
         (["--prompt-logprobs", "2"], "--prompt-logprobs requires --json"),
         (["--frequency_penalty", "1"], "use --frequency-penalty"),
     ],

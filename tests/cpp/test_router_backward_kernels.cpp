@@ -37,6 +37,23 @@ std::vector<double> softmax(const std::vector<float>& logits, int64_t t, int exp
   return p;
 }
 
+TEST(TopkSoftmax, SharesAmongChosenExpertsFarBelowTheLargest) {
+  const auto weights_of = [](const std::array<float, 3>& row, const std::array<float, 3>& bias) {
+    std::array<float, 2> weights{};
+    std::array<int32_t, 2> ids{};
+    emulator::launch({{1, 1, 1}, kWarpSize, 0, 3},
+                     [&] { warp_topk_softmax(row.data(), bias.data(), weights.data(), ids.data(), 3, 2, true); });
+    return weights;
+  };
+  const float share = 1.0f / (1.0f + std::exp(-1.0f));
+  const std::array<float, 2> low = weights_of({0, -200, -201}, {-9, 0, 0});  // their probabilities are zero in f32
+  EXPECT_NEAR(low[0], share, 1e-6);
+  EXPECT_NEAR(low[1], 1.0f - share, 1e-6);
+  const std::array<float, 2> rising = weights_of({0, -2, -1}, {-9, 1, 0});  // the larger logit is chosen second
+  EXPECT_NEAR(rising[1], share, 1e-6);
+  EXPECT_EQ(weights_of({-INFINITY, 0, -200}, {1, -9, 1}), (std::array<float, 2>{0, 1}));
+}
+
 void expect_topk_softmax_backward(int64_t tokens, int experts, int top_k, bool renormalize) {
   const std::vector<float> logits = random_values(tokens * experts, 1), grad = random_values(tokens * top_k, 2);
   std::vector<float> weights(tokens * top_k), out(tokens * experts, NAN);

@@ -8,6 +8,7 @@
 
 #include "gpu_emulator/hopper.h"
 // The kernels, after the building blocks.
+#include "ops/cuda/division.cuh"
 #include "ops/host_device.h"
 #include "ops/moe_mlp/moe_mlp_backward_kernels.cuh"
 #include "ops/rms_norm/rms_norm_backward_kernels.cuh"
@@ -92,12 +93,36 @@ TEST(RmsNormBackwardKernels, WriteOnlyTheGradientThatIsWanted) {
   EXPECT_EQ(some.weight, run_norm(grad, {}, x, weight, true).weight);
 }
 
+TEST(Division, IsRoundedToNearestWhateverTheEstimateOfTheReciprocal) {
+  const auto expect_exact = [](float a, float b) {
+    const float reciprocal = 1.0f / b;
+    for (const float estimate : {reciprocal, std::nextafter(reciprocal, 0.0f), std::nextafter(reciprocal, 2.0f)})
+      ASSERT_EQ(corrected_quotient(a, b, estimate), a / b) << a << " / " << b << ", estimate " << estimate;
+  };
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
+  for (int i = 0; i < 200000; ++i) {
+    const float a = std::ldexp(mantissa(random), static_cast<int>(random() % 170) - 70);
+    const float b = std::ldexp(mantissa(random), static_cast<int>(random() % 24));
+    expect_exact(i % 2 ? a : -a, b);
+    expect_exact(mantissa(random), std::nextafter(std::ldexp(1.0f, 1 + i % 23), 0.0f));  // the hardest: all bits set
+    expect_exact(1.0f, mantissa(random));
+  }
+  expect_exact(0.0f, 1.0f);
+  for (int i = 0; i < 1000; ++i) {  // results near or below the smallest normal number
+    const float a = std::ldexp(mantissa(random), -149 + i % 79), b = 8 * mantissa(random);
+    EXPECT_NEAR(divide(a, b), a / b, std::nextafter(a / b, 1.0f) - a / b);
+  }
+  EXPECT_TRUE(std::isnan(divide(NAN, 2.0f)) && std::isnan(divide(1.0f, NAN)) && std::isnan(divide(0.0f, 0.0f)));
+}
+
 TEST(SwigluBackwardKernel, GivesTheGradientsOfGateAndValue) {
   constexpr int64_t kRows = 3, kIntermediate = 600;
   const std::vector<float> grad = normal_values(kRows * kIntermediate, 1);
   std::vector<float> gate_up = normal_values(2 * kRows * kIntermediate, 2);
   gate_up[0] = 200.0f;
   gate_up[1] = -200.0f;
+  gate_up[2] = -1e30f;  // exp(-gate) is infinite
   std::vector<float> out(gate_up.size(), NAN);
   emulator::launch({{kRows, 2, 1}, kSwigluBackwardThreads, 0, 0},
                    [&] { swiglu_backward_elementwise_kernel(grad.data(), gate_up.data(), out.data(), kIntermediate); });

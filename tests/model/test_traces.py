@@ -58,6 +58,21 @@ def test_experts_are_those_of_transformers_for_every_token(experts, top_k, windo
     assert torch.equal(trace.docs.long(), torch.arange(3).repeat_interleave(50))
 
 
+def biased_model(*favourites: int) -> mixtral.Mixtral:
+    """Whose every router chooses these experts, whatever the token."""
+    model = mixtral.Mixtral.from_config(tiny_config(select_bias=True))
+    for name, parameter in model.named_parameters().items():
+        if name.endswith("select_bias"):
+            parameter[list(favourites)] = 2  # above any probability
+    return model
+
+
+def test_an_expert_bias_decides_what_the_next_gate_would_choose():
+    trace = biased_model(1, 3).trace(documents(4, 30), logits=True)
+    assert torch.equal(trace.topk_ids.sort(-1).values.unique(dim=0), torch.tensor([[[1, 3], [1, 3]]]))
+    assert torch.equal(trace.next_gate_ids.sort(-1).values.unique(dim=0), torch.tensor([[[1, 3]]]))
+
+
 def test_a_tie_goes_to_the_smaller_id():
     model = mixtral.Mixtral.from_config(tiny_config())
     for name, parameter in model.named_parameters().items():
@@ -181,6 +196,14 @@ def test_replayed_experts_compute_what_masked_routers_would():
     assert (share.gather(1, free.topk_ids[:, 0].long()) >= share[:, 2:]).all()
 
 
+def test_replayed_experts_have_the_weights_of_a_biased_router_that_chose_them():
+    model, other, ids = biased_model(1, 3), biased_model(0, 2), list(range(3, 33))
+    trace = model.trace(ids)
+    assert torch.equal(model.replay(trace), model(torch.tensor([ids]))[0])
+    trace.topk_ids.copy_(other.trace(ids).topk_ids)
+    torch.testing.assert_close(model.replay(trace), other(torch.tensor([ids]))[0], atol=1e-5, rtol=1e-5)
+
+
 def test_traces_with_another_number_of_experts_replay():
     model = tiny_model()
     trace = model.trace(list(range(3, 33)), experts_per_token=3)
@@ -269,6 +292,16 @@ def test_wrong_files_are_load_errors(changes, message, tmp_path):
     spoiled(path, **changes)
     with pytest.raises(mixtral.LoadError, match=message):
         mixtral.Trace.load(path)
+
+
+@pytest.mark.parametrize("shape", [(2**40, 1, 0), (2**40, 0, 1), (0, 1, 1)])
+def test_sizes_without_data_are_a_load_error(shape, tmp_path):
+    metadata = {"kind": "mixtral routing trace", "version": "1", "domains": '["text"]', "num_experts": "4"}
+    header = {"__metadata__": metadata, "topk_ids": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "t").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(mixtral.LoadError, match="topk_ids: must have at least one|token_id: is missing"):
+        mixtral.Trace.load(tmp_path / "t")
 
 
 def test_a_truncated_file_is_a_load_error(tmp_path):

@@ -113,6 +113,18 @@ def test_select_bias_decides_between_experts(device, dtype):
         assert ops.topk_softmax(logits, 2, True, select_bias)[1].tolist() == [expected]
 
 
+def test_chosen_experts_far_below_the_largest_share_by_their_logits(device, dtype):
+    """Their probabilities are zero in f32."""
+    logits = torch.tensor([[0, -200, -201], [-INF, 0, -200]], device=device, dtype=dtype)
+    bias = torch.tensor([1.0, -9, 1], device=device)
+    weights, ids = ops.topk_softmax(logits, 2, True, torch.tensor([-9.0, 0, 0], device=device))
+    assert ids[0].tolist() == [1, 2]
+    expected = torch.tensor([0.0, -1.0], device=device).softmax(0)
+    torch.testing.assert_close(weights[0], expected, rtol=1e-6, atol=0)
+    weights, ids = ops.topk_softmax(logits, 2, True, bias)
+    assert ids[1].tolist() == [0, 2] and weights[1].tolist() == [0, 1]
+
+
 def test_select_bias_leaves_rows_that_are_no_distribution_nan(device):
     logits = torch.tensor([[NAN, 1, 2, 3], [INF, 0, 1, 2], [-INF] * 4, [0.0, 1, 2, 3]], device=device)
     weights, ids = ops.topk_softmax(logits, 3, True, torch.tensor([0.1, 0.4, 0.0, 0.2], device=device))

@@ -211,6 +211,40 @@ def test_route_says_what_to_install(capsys: pytest.CaptureFixture, monkeypatch: 
     assert capsys.readouterr().err == "mixtral: route needs pandas, scipy: pip install 'mixtral[routing]'\n"
 
 
+# ---- the environment
+
+
+def test_flags_that_are_not_given_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"TOKENS": "200k", "LAYERS": "1-3", "DOMAIN": "a=b", "ANSI": "on", "DEVICE": "cuda", "CTX_SIZE": ""}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"MIXTRAL_{name}", value)
+    flags = command._parser().parse_intermixed_args(["--device", "cpu", "--domain", "c=d", "MODEL"])
+    assert (flags.tokens, flags.layers, flags.ansi, flags.ctx_size) == (200_000, [1, 2, 3], True, 512)
+    assert (flags.device, flags.domain, flags.path) == ("cpu", ["c=d"], "MODEL")
+    monkeypatch.setenv("MIXTRAL_ANSI", "no")
+    flags = command._parser().parse_intermixed_args([])
+    assert (flags.device, flags.domain, flags.ansi) == ("cuda", ["a=b"], False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "status", "message"),
+    [
+        ("MIXTRAL_MODEL", "/nowhere", 3, "/nowhere"),
+        ("MIXTRAL_DEVICE", "tpu", 2, "argument --device: invalid choice: 'tpu'"),
+        ("MIXTRAL_TOKENS", "many", 2, "argument --tokens: expected a number such as 200k, got many"),
+        ("MIXTRAL_ANSI", "maybe", 2, "MIXTRAL_ANSI: expected true or false, got maybe"),
+    ],
+)
+def test_wrong_values_of_the_environment_are_one_line(
+    variable: str, value: str, status: int, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("And it came to pass. " * 20)
+    variables = environment(MIXTRAL_PYTHON=sys.executable, PYTHONPATH=str(ROOT / "python"), **{variable: value})
+    run = mixtral("route", "--domain", f"a={tmp_path / 'text'}", "--out", tmp_path / "out", env=variables)
+    error = run.stderr.decode()
+    assert run.returncode == status and message in error and error.count("\n") == 1, error
+
+
 # ---- bad input
 
 

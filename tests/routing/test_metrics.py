@@ -193,12 +193,20 @@ def test_confidence_is_that_of_the_softmax() -> None:
     assert found["margin_median"] == pytest.approx(float(np.median(best[:, 1] - best[:, 2])), abs=1e-5)
 
 
+def test_where_a_bias_decides_the_margin_is_negative() -> None:
+    logits = torch.zeros(50, 1, EXPERTS)
+    logits[..., 2] = 0.5
+    ids = np.tile(np.array([0, 1]), (50, 1, 1))  # not the third expert
+    found = confidence(tokens_of(ids, router_logits=logits.half()), 0)["domain0"]
+    assert (found["margin"], found["within_bfloat16"]) == (-0.5, 0.0)
+
+
 @pytest.mark.parametrize(("gap", "undecided"), [(0.0, 1.0), (0.007, 1.0), (0.009, 0.0), (0.5, 0.0)])
 def test_choices_that_bfloat16_could_change(gap: float, undecided: float) -> None:
     """Near 1 a number of bfloat16 is 1/128 from the next, so rounding moves two logits by 1/128 together."""
     logits = torch.zeros(50, 1, EXPERTS)
     logits[..., 0], logits[..., 1], logits[..., 2] = 3, 1 + gap, 1
-    found = confidence(tokens_of(drawn(50), router_logits=logits.half()), 0)["domain0"]
+    found = confidence(tokens_of(np.tile(np.array([0, 1]), (50, 1, 1)), router_logits=logits.half()), 0)["domain0"]
     assert found["within_bfloat16"] == undecided
 
 

@@ -12,13 +12,7 @@ import mixtral
 
 PAGE = Path(mixtral.__file__).parent / "server" / "page.html"
 LAYERS, EXPERTS = 3, 4
-STATS = {
-    "model": "fake",
-    "experts": EXPERTS,
-    "experts_per_token": 2,
-    "tokens": 0,
-    "layers": [{} for _ in range(LAYERS)],
-}
+MODEL = {"id": "fake", "num_layers": LAYERS, "num_experts": EXPERTS, "experts_per_token": 2, "chat_format": "a fake"}
 
 
 def route(token: int) -> list[list[int]]:
@@ -83,9 +77,9 @@ def fake_server() -> Iterator[FakeServer]:
         def do_GET(self) -> None:
             if self.path == "/":
                 self.reply(200, "text/html; charset=utf-8", PAGE.read_bytes())
-            elif self.path == "/v1/routing/stats":
+            elif self.path == "/v1/models":
                 if not self.refused():
-                    self.reply(200, "application/json", json.dumps(STATS).encode())
+                    self.reply(200, "application/json", json.dumps({"data": [MODEL]}).encode())
             else:
                 self.reply(404, "text/plain", b"")
 

@@ -83,14 +83,18 @@ class ServerProcess:
         self.process.stderr.close()
 
 
-def stand_in_command(**options: object) -> list[str]:
-    return [sys.executable, str(Path(__file__).with_name("stand_in.py")), json.dumps(options)]
+def command(script: str, options: dict) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name(script)), json.dumps(options)]
 
 
 def stand_in(wait: bool = True, **options: object) -> ServerProcess:
     """The server around an application without a model (stand_in.py)."""
+    return ServerProcess(command("stand_in.py", options), wait)
 
-    return ServerProcess(stand_in_command(**options), wait)
+
+def small_server(wait: bool = True, **options: object) -> ServerProcess:
+    """The whole server around a small model with random weights (small_server.py)."""
+    return ServerProcess(command("small_server.py", options), wait)
 
 
 class Answer:

@@ -18,7 +18,7 @@ from mixtral.server.settings import Settings
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
-def small_model(**options) -> mixtral.Mixtral:
+def small_model(max_position: int = 1024, **options) -> mixtral.Mixtral:
     """Random weights, and the bundled model's tokenizer."""
     config = mixtral.Config(
         hidden_size=64,
@@ -28,7 +28,7 @@ def small_model(**options) -> mixtral.Mixtral:
         num_kv_heads=2,
         head_dim=16,
         vocab_size=4096,
-        max_position=1024,
+        max_position=max_position,
         num_experts=4,
         top_k=2,
         rms_norm_eps=1e-5,
@@ -47,6 +47,7 @@ def running(app: FastAPI) -> Iterator[str]:
     failed: list[BaseException] = []
 
     def run() -> None:
+        torch.set_num_threads(1)  # of passes for requests of this thread: two wait for each other on a busy machine
         try:
             asyncio.run(server.serve())
         except BaseException as error:

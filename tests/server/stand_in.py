@@ -16,9 +16,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mixtral.server import logs
+from mixtral.server.errors import ClientGone
 from mixtral.server.lifecycle import Lifecycle
 from mixtral.server.limits import Limits
 from mixtral.server.run import Server, listen
+from mixtral.server.streaming import unless_gone
 
 running = 0  # generations that have begun and not ended
 stuck = False
@@ -46,7 +48,14 @@ async def completions(request: Request) -> Response:
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream")
-    return JSONResponse([event async for event in events])
+
+    async def whole() -> list[str]:
+        return [event async for event in events]
+
+    try:
+        return JSONResponse(await unless_gone(request.receive, whole()))
+    except ClientGone:
+        return Response(status_code=499)
 
 
 async def state(request: Request) -> Response:

@@ -10,13 +10,13 @@ from mixtral.server.app import create_app
 from mixtral.server.settings import Settings
 from running import running, small_model
 
-LONG = {"model": "mixtral", "prompt": "Once", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
+LONG = {"model": "mixtral", "prompt": "Once", "max_tokens": 16000, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
 def server():
     """(URL, the bridge) of a server of its own: it counts what runs."""
-    app = create_app(small_model(max_batch=2), Settings(queue=4))
+    app = create_app(small_model(max_position=16384, max_batch=2), Settings(queue=4))
     with running(app) as url:
         yield url, app.state.served.bridge
 

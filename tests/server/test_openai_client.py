@@ -56,7 +56,9 @@ def test_a_streamed_chat_is_the_whole_one(client):
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options))
     *chunks, last = chunks
-    assert last.choices == [] and last.usage == whole.usage
+    assert last.choices == [] and last.usage.prompt_tokens_details.cached_tokens >= 0
+    counts = [(u.prompt_tokens, u.completion_tokens, u.total_tokens) for u in (last.usage, whole.usage)]
+    assert counts[0] == counts[1]
     assert all(chunk.usage is None and chunk.object == "chat.completion.chunk" for chunk in chunks)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
@@ -76,6 +78,60 @@ def test_the_logprobs_of_a_completion_are_those_of_the_model(client, server_mode
     ends = [*choice.logprobs.text_offset[1:], len(choice.text)]
     for begin, end, text in zip(choice.logprobs.text_offset, ends, choice.logprobs.tokens, strict=True):
         assert choice.text[begin:end] == text or text.startswith("bytes:")
+
+
+def test_echo_gives_the_prompt_with_its_logprobs(client, server_model):
+    text, options = "In the beginning 海", {"echo": True, "logprobs": 2, **FIXED, "max_tokens": 3}
+    ids = server_model.tokenizer.encode(text, add_bos=True)
+    expected = server_model.generate(ids, 3, temperature=0.9, seed=7, logprobs=2, prompt_logprobs=2, ignore_eos=True)[0]
+    choice = client.completions.create(prompt=text, **options).choices[0]
+    assert choice.text == text + expected.text
+    scored = [token.logprob for token in [*expected.prompt_logprobs[1:], *expected.logprobs]]
+    assert choice.logprobs.token_logprobs == [None, *scored] and len(scored) == len(ids) + 2
+    assert choice.logprobs.top_logprobs[0] is None
+    for top, own, token in list(
+        zip(choice.logprobs.top_logprobs, [None, *scored], choice.logprobs.tokens, strict=True)
+    )[1:]:
+        assert top[token] == own or token.startswith("bytes:")
+    begins = choice.logprobs.text_offset
+    assert choice.logprobs.tokens[0] == "<s>" and begins[:2] == [0, 0] and begins[len(ids)] == len(text)
+    chunks = list(client.completions.create(prompt=text, stream=True, **options))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    assert sum((chunk.choices[0].logprobs.token_logprobs for chunk in chunks), []) == choice.logprobs.token_logprobs
+    assert client.completions.create(prompt=text, echo=True, **FIXED).choices[0].text.startswith(text)
+    again = client.completions.create(prompt=[ids, ids], **options).choices
+    assert [each.logprobs for each in again] == [choice.logprobs] * 2
+
+
+def test_a_scored_prompt_has_one_new_token_even_at_the_end_of_the_text(client, server_model):
+    """lm-evaluation-harness takes the last entry away."""
+    ids, end = [1, 300, 400], server_model.tokenizer.eos_id
+    options = {"echo": True, "logprobs": 1, "max_tokens": 1, "logit_bias": {str(end): 100}}
+    choice = client.completions.create(model="mixtral", prompt=ids, **options).choices[0]
+    assert len(choice.logprobs.token_logprobs) == len(ids) + 1
+    assert choice.logprobs.tokens[-1] == "</s>" and choice.text == server_model.tokenizer.decode(ids)
+
+
+def test_the_likeliest_of_equals_is_greedy(client):
+    """lm-evaluation-harness compares the same floats: a greedy token's own, and the largest of its place."""
+    options = {**FIXED, "temperature": 0, "max_tokens": 8}
+    answer = client.completions.create(prompt="In the beginning", logprobs=1, **options).choices[0]
+    scored = client.completions.create(prompt=f"In the beginning{answer.text}", echo=True, logprobs=1, **options)
+    for logprobs in (answer.logprobs, scored.choices[0].logprobs):
+        pairs = zip(logprobs.token_logprobs[-8:], logprobs.top_logprobs[-8:], strict=True)
+        assert all(own == max(top.values()) for own, top in pairs)
+
+
+def test_biases_and_stop_ids_reach_the_sampler(client):
+    options = {"model": "mixtral", "prompt": "Once", "max_tokens": 5, "seed": 1}
+    biased = client.completions.create(**options, logit_bias={"400": 100}, extra_body={"return_token_ids": True})
+    assert biased.choices[0].token_ids == [400] * 5 and biased.choices[0].prompt_token_ids[0] == 1
+    stopped = client.completions.create(**options, logit_bias={"400": 100}, extra_body={"stop_token_ids": [400]})
+    assert (stopped.choices[0].finish_reason, stopped.usage.completion_tokens) == ("stop", 0)
+    penalised = client.completions.create(
+        **options, temperature=0, logit_bias={"400": 1}, frequency_penalty=2, extra_body={"return_token_ids": True}
+    )
+    assert penalised.choices[0].token_ids.count(400) <= 1
 
 
 def test_zero_logprobs_are_of_the_token_alone(client):
@@ -142,6 +198,11 @@ def test_models_are_listed(client):
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "stop": [""]}, "stop"),
+        ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"5000": 1}}, "logit_bias"),
+        ({"prompt": "a", "extra_body": {"stop_token_ids": [5000]}}, "stop_token_ids"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [4096]}, "prompt"),

@@ -45,6 +45,10 @@ def random_case(seed: int) -> dict[str, object]:
         "min_p": 0.02,
         "repetition_penalty": 1.2,
         "ignore_eos": True,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "min_tokens": draw.randint(1, 4),
+        "stop_token_ids": [draw.randrange(4096) for _ in range(40)],
         "experts_per_token": draw.randint(1, 4),
     }
     return body | {name: value for name, value in optional.items() if draw.random() < 0.3}
@@ -56,21 +60,10 @@ def offline(model, body: dict[str, object]) -> list[tuple]:
     if isinstance(prompts, str):
         prompts = [prompts]
     results = []
-    options = {
-        name: body[name]
-        for name in ("stop", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "experts_per_token")
-        if name in body
-    }
+    options = {name: value for name, value in body.items() if name not in ("prompt", "logprobs", "return_token_ids")}
+    options["logprobs"] = max(body["logprobs"], 1) if "logprobs" in body else 0
     for prompt in prompts:
-        for choice in range(body["n"]):
-            generation = model.generate(
-                prompt,
-                body["max_tokens"],
-                temperature=body["temperature"],
-                seed=body["seed"] + choice,
-                logprobs=max(body["logprobs"], 1) if "logprobs" in body else 0,
-                **options,
-            )[0]
+        for generation in model.generate(prompt, **options):
             logprobs = [token.logprob for token in generation.logprobs]
             results.append((generation.text, generation.token_ids, logprobs, generation.finish_reason))
     return results
@@ -126,5 +119,8 @@ def test_streamed_whole_and_offline_are_the_same(server_url, server_model, first
     for body, (answer, lines) in zip(bodies, asyncio.run(ask_all()), strict=True):
         expected = offline(server_model, body)
         assert whole(answer) == expected, body
-        assert streamed(lines, len(expected)) == (expected, answer["usage"]), body
+        results, usage = streamed(lines, len(expected))
+        for counts in (usage, answer["usage"]):  # the second to come finds the first one's prompt in the cache
+            assert counts.pop("prompt_tokens_details")["cached_tokens"] <= counts["prompt_tokens"]
+        assert (results, usage) == (expected, answer["usage"]), body
         assert answer["usage"]["completion_tokens"] == sum(len(result[1]) for result in expected)

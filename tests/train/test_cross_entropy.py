@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixtral.ops as ops
 from comparing import assert_close, gradients
 from mixtral import train
-from mixtral.train import losses
+from mixtral.train import cross_entropy
 
 T, H, V = 150, 24, 70
 NAN = float("nan")
@@ -43,7 +43,7 @@ def plain_distillation(logits, teacher, labels, weights, alpha, temperature) -> 
 
 @pytest.fixture(params=[10**9, 1000, 1], ids=["one chunk", "chunks", "rows"])
 def chunks(request, monkeypatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", request.param)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", request.param)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weights", "plain"])
@@ -112,7 +112,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_logits_of_all_tokens_are_never_held(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 20 * V)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 20 * V)
     hidden, weight, labels, _ = vocabulary_case()
     teacher = torch.randn(T, 5), torch.randint(0, V, (T, 5))
     for call in (
@@ -150,7 +150,7 @@ def test_no_targets_is_no_loss():
 
 
 def test_bits_do_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**17)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 2**17)
     hidden, weight = (torch.randn(n, 64).bfloat16().requires_grad_() for n in (1500, 300))
     labels, weights, teacher = torch.randint(0, 300, (1500,)), torch.rand(1500), torch.randn(1500, 300)
     results, before = [], torch.get_num_threads()
@@ -204,6 +204,18 @@ def test_alpha_weighs_hard_and_soft():
     own = (hidden @ weight.T).detach()  # a student that is its teacher has nothing to learn from it
     value = train.distill_cross_entropy(student, own, labels, alpha=1.0, temperature=2.0)
     assert all(x.abs().max() < 1e-4 for x in gradients(value, [hidden, weight]))
+
+
+def test_distillation_tells_its_hard_part_from_the_same_product(chunks, monkeypatch):
+    hidden, weight, labels, weights = vocabulary_case()
+    teacher, expected = torch.randn(T, V), train.linear_cross_entropy(hidden, weight, labels, weights)
+    products, make = [], cross_entropy._logits
+    monkeypatch.setattr(cross_entropy, "_logits", lambda *of: products.append(len(of[0])) or make(*of))
+    mixed, hard = train.distill_cross_entropies((hidden, weight), teacher, labels, weights, temperature=2.0)
+    assert sum(products) == (labels >= 0).sum()
+    assert torch.equal(hard, expected) and not hard.requires_grad
+    assert torch.equal(mixed, train.distill_cross_entropy((hidden, weight), teacher, labels, weights, temperature=2.0))
+    assert_close(train.distill_cross_entropies(hidden @ weight.T, teacher, labels, weights)[1], hard)
 
 
 def test_teacher_gets_no_gradient():

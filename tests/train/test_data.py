@@ -12,8 +12,9 @@ from mixtral._C import Config
 from mixtral.tokenizer import Tokenizer
 from mixtral.train import Mixtral, data, documents, passkeys
 from mixtral.train.evaluation import windows
-from mixtral.train.settings import SettingsError, read_settings
+from mixtral.train.settings import read_settings
 from mixtral.train.tokenizer_training import CHAT_TEMPLATE, train_tokenizer, write_tokenizer
+from mixtral.train.toml_tables import SettingsError
 from tiny_run import DEMO_TOKENIZER
 
 pytest_plugins = ["training_fixtures"]

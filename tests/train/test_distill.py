@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mixtral
 from grown_models import small_model, write_texts
-from mixtral.train import Batch, Mixtral, StepTotals, checkpoint, distill_cross_entropy
+from mixtral.train import Batch, Mixtral, StepTotals, checkpoint, cross_entropy, distill_cross_entropy
 from mixtral.train import distill as command
 from mixtral.train.distill import share_kept
 from mixtral.train.model import linear_cross_entropy
@@ -78,7 +78,7 @@ def test_the_student_may_keep_its_own_weights(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("student", ["dense", "teacher"])
-def test_the_loss_is_three_quarters_of_the_text_and_one_of_the_teacher(student: str, folder: Path) -> None:
+def test_the_loss_is_three_quarters_of_the_text_and_one_of_the_teacher(student: str, folder: Path, monkeypatch) -> None:
     """Against the logits of both models in plain PyTorch; a sparse student has the terms of its routers besides."""
     teacher = Mixtral.from_pretrained(folder / "teacher").eval().requires_grad_(False)
     model = Mixtral.from_pretrained(folder / student)
@@ -87,7 +87,11 @@ def test_the_loss_is_three_quarters_of_the_text_and_one_of_the_teacher(student: 
             parameter.mul_(1.3)
     batch = Batch.from_documents([list(range(3, 30)), list(range(40, 50))], [[True] * 27, [False] * 5 + [True] * 5])
     totals = StepTotals(targets=2 * batch.targets, tokens=2 * batch.tokens)  # of two such microbatches
+    products, make = [], cross_entropy._logits
+    monkeypatch.setattr(cross_entropy, "_logits", lambda *of: products.append(len(of[0])) or make(*of))
     losses, extra = distill_loss(teacher, 0.25, 2.0)(model, batch, totals)
+    assert sum(products) == batch.targets  # one product of the vocabulary, besides the teacher's
+    monkeypatch.undo()
 
     with torch.no_grad():
         logits, theirs = (m.logits(batch)[batch.labels >= 0] for m in (model, teacher))

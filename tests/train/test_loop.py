@@ -16,7 +16,8 @@ from mixtral._C import Config
 from mixtral.errors import LoadError
 from mixtral.train import Batch, Mixtral, RouterOptions, checkpoint, loop, metrics
 from mixtral.train.optimizer import Optimizer, learning_rate, sum_of_squares
-from mixtral.train.settings import SettingsError, TrainSettings
+from mixtral.train.settings import TrainSettings
+from mixtral.train.toml_tables import SettingsError
 from tiny_run import assert_same_run, run_tiny, settings, tensors_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
@@ -292,7 +293,7 @@ def test_every_step_is_reported(tmp_path: Path) -> None:
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert set(steps[0]) == set(
-        "step tokens lr loss cross_entropy balance z grad_norm balance_switch max_logit load_cv max_violation "
+        "step tokens lr loss cross_entropy balance z grad_norm balance_sum max_logit load_cv max_violation "
         "max_load_share dead_experts seconds tokens_per_second flops_per_second memory_bytes".split()
     )
     first = steps[0]
@@ -300,7 +301,7 @@ def test_every_step_is_reported(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(
         first["cross_entropy"] + 1e-2 * first["balance"] + 1e-3 * first["z"], rel=1e-6
     )
-    assert first["balance_switch"] == 2 * first["balance"]
+    assert first["balance_sum"] == 2 * first["balance"]
     assert first["tokens"] == batches()(0, 0)[0].tokens
     assert [row["step"] for row in rows if "evaluation" in row] == [4, 6]
     assert outcome.scores == {"x": {"bits_per_byte": 2.0, "xz_bits_per_byte": 3.0}}

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mixtral.train.command import main
-from mixtral.train.settings import Settings, SettingsError, parse, read_settings, read_table, to_toml
+from mixtral.train.settings import Settings, read_settings
+from mixtral.train.toml_tables import SettingsError, parse, read_table, to_toml
 from tiny_run import CONFIG
 
 pytest_plugins = ["training_fixtures"]

@@ -11,7 +11,8 @@ import torch
 from mixtral.train import Mixtral
 from mixtral.train.loop import Outcome, run
 from mixtral.train.parallel import Ranks
-from mixtral.train.settings import OutputSettings, Settings, parse
+from mixtral.train.settings import OutputSettings, Settings
+from mixtral.train.toml_tables import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_TOKENIZER = ROOT / "models" / "demo" / "tokenizer.model"

@@ -33,6 +33,13 @@ __device__ __forceinline__ T from_float(float x) {
   return static_cast<T>(x);
 }
 
+// 1 / x to within one unit in the last place, for 2^-126 <= |x| <= 2^126.
+__device__ __forceinline__ float reciprocal_estimate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;

@@ -15,6 +15,8 @@ namespace mixtral::cuda {
 // Rows of a tile of queries or keys: four tiles fit into 96 KiB of shared memory.
 constexpr int backward_rows(int width) { return width <= 128 ? 32 : 16; }
 constexpr int backward_threads(int width) { return 4 * backward_rows(width); }
+// A block may have all registers it needs, hence the 1 of the launch bounds: shared memory limits how many blocks fit,
+// and left alone the compiler saves registers on the stack for more of them.
 
 // Tiles of Q, dO, K and V; P and dS; lse and D
 constexpr int backward_shared_floats(int width) {
@@ -90,6 +92,12 @@ struct RowSums {
   }
 };
 
+// The query heads of a key/value head. Divisions of 64 bits are calls, around which a kernel saves registers.
+template <typename T>
+__device__ __forceinline__ unsigned group_size(const AttentionProblem<T>& p) {
+  return static_cast<unsigned>(p.num_heads) / static_cast<unsigned>(p.num_kv_heads);
+}
+
 struct WeightAndGradient {
   float weight, ds;
 };
@@ -105,14 +113,14 @@ __device__ __forceinline__ WeightAndGradient weight_and_gradient(const BackwardS
 
 // Block (t, h): tile t of queries, query head h.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(backward_threads(kWidth))
+__global__ void __launch_bounds__(backward_threads(kWidth), 1)
     attention_backward_queries_kernel(AttentionBackwardProblem<T> problem) {
   constexpr int kRows = backward_rows(kWidth);
   const AttentionProblem<T>& p = problem.forward;
   const BackwardShared<kWidth> shared(reinterpret_cast<float*>(dynamic_shared_memory()));
   const QueryTile tile = query_tile(p.cu_seqlens_q, p.sequences, kRows, blockIdx.x);
   if (!p.holds(tile)) return;
-  const int64_t head = blockIdx.y, kv_head = head / (p.num_heads / p.num_kv_heads), count = tile.end - tile.begin;
+  const int64_t head = blockIdx.y, kv_head = blockIdx.y / group_size(p), count = tile.end - tile.begin;
   const int64_t stride = p.num_heads * p.head_dim, first = tile.begin * stride + head * p.head_dim;
   const int64_t k_stride = p.num_kv_heads * p.head_dim;
   const int head_dim = static_cast<int>(p.head_dim), row = threadIdx.x / 4, part = threadIdx.x % 4;
@@ -128,13 +136,13 @@ __global__ void __launch_bounds__(backward_threads(kWidth))
 
   const KeyRange seen = exists ? p.visible(tile.sequence, token) : KeyRange{0, 0};
   KeyRange range{p.visible(tile.sequence, tile.begin).begin, p.visible(tile.sequence, tile.end - 1).end};
-  // cu_seqlens is unchecked.
-  if (p.keys.row(tile.sequence, range.begin) < 0 || p.keys.row(tile.sequence, range.end - 1) < 0) range = {0, 0};
+  const int64_t begin_k = p.keys.cu_seqlens[tile.sequence];
+  if (begin_k < 0 || begin_k + range.end > p.keys.page_size) range = {0, 0};  // cu_seqlens is unchecked
   float* ds = shared.ds + row * BackwardShared<kWidth>::kWeightStride;
   RowSums<kWidth> sums;
   for (int64_t block = range.begin; block < range.end; block += kRows) {
     __syncthreads();  // the previous block has been used
-    const int64_t from = p.keys.row(tile.sequence, block) * k_stride + kv_head * p.head_dim;
+    const int64_t from = (begin_k + block) * k_stride + kv_head * p.head_dim;
     load_tile<kWidth>(p.k + from, k_stride, range.end - block, head_dim, shared.k);
     load_tile<kWidth>(p.v + from, k_stride, range.end - block, head_dim, shared.v);
     __syncthreads();
@@ -150,14 +158,14 @@ __global__ void __launch_bounds__(backward_threads(kWidth))
 
 // Block (t, h): tile t of keys, key/value head h. After the kernel above.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(backward_threads(kWidth))
+__global__ void __launch_bounds__(backward_threads(kWidth), 1)
     attention_backward_keys_kernel(AttentionBackwardProblem<T> problem) {
   constexpr int kRows = backward_rows(kWidth);
   const AttentionProblem<T>& p = problem.forward;
   const BackwardShared<kWidth> shared(reinterpret_cast<float*>(dynamic_shared_memory()));
   const QueryTile tile = query_tile(p.keys.cu_seqlens, p.sequences, kRows, blockIdx.x);  // of keys
   if (tile.begin < 0 || tile.begin >= tile.end || tile.end > p.keys.page_size) return;
-  const int64_t kv_head = blockIdx.y, group = p.num_heads / p.num_kv_heads, count = tile.end - tile.begin;
+  const int64_t kv_head = blockIdx.y, group = group_size(p), count = tile.end - tile.begin;
   const int64_t k_stride = p.num_kv_heads * p.head_dim, first = tile.begin * k_stride + kv_head * p.head_dim;
   const int64_t stride = p.num_heads * p.head_dim;
   const int head_dim = static_cast<int>(p.head_dim), thread = threadIdx.x, row = thread / 4, part = thread % 4;
@@ -166,8 +174,11 @@ __global__ void __launch_bounds__(backward_threads(kWidth))
 
   const int64_t begin_q = p.cu_seqlens_q[tile.sequence], end_q = p.cu_seqlens_q[tile.sequence + 1];
   const int64_t begin_k = p.keys.cu_seqlens[tile.sequence], key = tile.begin + row - begin_k;
-  QueryRange range = seeing_queries({tile.begin - begin_k, tile.end - begin_k}, end_q - begin_q,
-                                    p.keys.length(tile.sequence), p.window, p.causal);
+  const auto seeing = [&](const KeyRange& keys) {
+    return seeing_queries(keys, end_q - begin_q, p.keys.length(tile.sequence), p.window, p.causal);
+  };
+  const QueryRange own = row < count ? seeing({key, key + 1}) : QueryRange{0, 0};
+  QueryRange range = seeing({tile.begin - begin_k, tile.end - begin_k});
   if (begin_q < 0 || end_q > p.tokens) range = {0, 0};  // cu_seqlens is unchecked
   float* weights = shared.weights + row * BackwardShared<kWidth>::kWeightStride;
   float* ds = shared.ds + row * BackwardShared<kWidth>::kWeightStride;
@@ -185,9 +196,7 @@ __global__ void __launch_bounds__(backward_threads(kWidth))
       __syncthreads();
       for (int i = part; i < kRows; i += 4) {
         weights[i] = ds[i] = 0.0f;
-        if (i >= queries || row >= count) continue;
-        const KeyRange seen = p.visible(tile.sequence, token + i);
-        if (key < seen.begin || key >= seen.end) continue;
+        if (block + i < own.begin || block + i >= own.end) continue;
         const WeightAndGradient pair = weight_and_gradient(shared, i, row, p.scale, shared.lse[i], shared.delta[i]);
         weights[i] = pair.weight;
         ds[i] = pair.ds;

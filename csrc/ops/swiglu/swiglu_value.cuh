@@ -2,6 +2,7 @@
 // the same bits.
 #pragma once
 
+#include "../cuda/division.cuh"
 #include "../cuda/kernel.cuh"  // to_float, from_float
 
 namespace mixtral::cuda {
@@ -23,8 +24,8 @@ struct GateUp {
 // The gradients of gate and up (swiglu_backward.h) in f32, rounded once.
 template <typename T>
 __device__ __forceinline__ GateUp<T> swiglu_gradient(float grad, T gate, T up) {
-  const float g = to_float(gate), divisor = 1.0f + expf(-g);
-  const float sigmoid = sizeof(T) == sizeof(float) ? 1.0f / divisor : __fdividef(1.0f, divisor);
+  const float g = to_float(gate), power = expf(-fabsf(g));  // at most 1, so that the divisor is between 1 and 2
+  const float sigmoid = divide(g < 0.0f ? power : 1.0f, 1.0f + power);
   return {from_float<T>(grad * to_float(up) * sigmoid * (1.0f + g * (1.0f - sigmoid))),
           from_float<T>(grad * g * sigmoid)};
 }

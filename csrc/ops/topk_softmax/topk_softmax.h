@@ -5,7 +5,8 @@
 // of equal logits the smaller id comes first. A row that holds a NaN or +inf, or nothing but -inf, gets NaN weights and
 // still distinct ids in [0, E).
 //   select_bias [E]: experts are ranked by p[t, e] + select_bias[e], and the weights are made of p without it (Wang et
-//   al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024, eq. 3).
+//   al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024, eq. 3). Renormalised weights are a
+//   softmax over the chosen logits, so that experts whose p is zero in f32 still have shares.
 //
 // topk_softmax_backward, with g the gradient of the weights:
 //   renormalize: grad_logits[t, ids[t, k]] = w_k (g_k - sum_j g_j w_j), exactly 0 for the experts not chosen;

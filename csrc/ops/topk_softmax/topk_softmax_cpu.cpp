@@ -70,6 +70,10 @@ void launch_topk_softmax_cpu(const T* logits, const float* select_bias, float* w
         choose(row, row_ids, experts, top_k);
       }
       float* row_weights = weights + t * top_k;
+      if (renormalize) {  // a bias may keep the largest logit from being chosen
+        max = -kInfinity;
+        for (int64_t k = 0; k < top_k; ++k) max = std::max(max, ranked(row, row_ids[k]).score);
+      }
       double chosen = 0.0;
       for (int64_t k = 0; k < top_k; ++k) {
         row_weights[k] = exp_f32(ranked(row, row_ids[k]).score - max);

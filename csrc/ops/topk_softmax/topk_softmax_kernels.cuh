@@ -2,6 +2,9 @@
 // at a time. The way back takes a warp per token too.
 #pragma once
 
+#include <cfloat>
+
+#include "../cuda/division.cuh"
 #include "../cuda/kernel.cuh"  // kWarpSize, to_float, warp_sum
 #include "topk_softmax.h"
 
@@ -42,27 +45,32 @@ __device__ __forceinline__ void warp_topk_softmax(const T* row, const float* sel
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const SoftmaxTerms terms = warp_softmax_terms(row, experts);
   RankedExpert expert{INFINITY, -1};
-  float chosen = 0.0f;
+  float top = -FLT_MAX, chosen = 0.0f;  // the largest chosen logit, which a bias may keep from being the row's
   for (int k = 0; k < top_k; ++k) {
     RankedExpert best{-INFINITY, INT32_MAX};
     for (int e = lane; e < experts; e += kWarpSize) {
       const float logit = to_float(row[e]);
-      const float score = select_bias ? expf(logit - terms.max) / terms.total + select_bias[e] : logit;
+      const float score = select_bias ? divide(expf(logit - terms.max), terms.total) + select_bias[e] : logit;
       const RankedExpert candidate{number_or_lowest(score), e};
       if (ranks_before(expert, candidate) && ranks_before(candidate, best)) best = candidate;
     }
     expert = warp_best(best);
-    const float weight = expf(number_or_lowest(to_float(row[expert.id])) - terms.max);
-    chosen += weight;
+    const float logit = number_or_lowest(to_float(row[expert.id]));
+    if (logit > top) {
+      chosen *= expf(top - logit);
+      top = logit;
+    }
+    chosen += expf(logit - top);
     if (lane == 0) {
       ids[k] = expert.id;
-      weights[k] = weight;
+      weights[k] = logit;
     }
   }
   // Every NaN of the row is in the total, and so in its weights.
-  const float denominator = renormalize && terms.total == terms.total ? chosen : terms.total;
-  __syncwarp();  // lane 0 wrote the weights
-  for (int k = lane; k < top_k; k += kWarpSize) weights[k] /= denominator;
+  const bool among_chosen = renormalize && terms.total == terms.total;
+  const float max = among_chosen ? top : terms.max, total = among_chosen ? chosen : terms.total;
+  __syncwarp();  // lane 0 wrote the logits
+  for (int k = lane; k < top_k; k += kWarpSize) weights[k] = divide(expf(weights[k] - max), total);
 }
 
 // One token's grad [K], row [E], weights [K], ids [K] from `first` on -> grad_logits [E]; one warp.
@@ -76,7 +84,7 @@ __device__ __forceinline__ void warp_topk_softmax_backward(const float* grad, co
   float mean = 0.0f;
   for (int k = 0; k < top_k; ++k) mean = fmaf(grad[k], weights[k], mean);
   for (int e = lane; e < experts; e += kWarpSize) {
-    float probability = renormalize ? 0.0f : expf(to_float(row[e]) - terms.max) / terms.total, own = 0.0f;
+    float probability = renormalize ? 0.0f : divide(expf(to_float(row[e]) - terms.max), terms.total), own = 0.0f;
     bool chosen = false;
     for (int k = 0; k < top_k; ++k) {
       if (ids[first + k] != e) continue;

@@ -26,7 +26,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral
 
 from .. import ops
-from ..train.losses import IGNORED, load_balance_loss
+from ..train.cross_entropy import IGNORED
+from ..train.losses import load_balance_loss
 
 PADDING = -1  # the segment of a key that is no token
 

@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "route", "Analyse what the router does: writes trace.safetensors, metrics.json and report.html.", EPILOG
     )
-    add = parser.add_argument
-    add("path", metavar="MODEL", nargs="?", help="folder or .gguf file; without it, the bundled demo model")
-    add("-m", "--model", metavar="MODEL", help="the same as a flag")
+    model = "folder or .gguf file; without it, that of MIXTRAL_MODEL or the bundled demo model"
+    parser.add_argument("path", metavar="MODEL", nargs="?", help=model)
+    parser.add_argument("-m", "--model", metavar="MODEL", help="the same as a flag")
+    add = parser.add_flag
     add("--domain", metavar="NAME=FILE", action="append", default=[], help="a text; may be given several times")
     add("--parallel", metavar="LANG=FILE", action="append", default=[], help="one language of a text, line by line")
     add("--counts", metavar="FILE[#KEY]", help="analyse bare counts of assignments instead; needs no model")
@@ -170,7 +171,7 @@ def _load_model(flags: argparse.Namespace) -> object:
 
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    path = flags.model or flags.path or demo_model()
+    path = flags.model or flags.path or os.environ.get("MIXTRAL_MODEL") or demo_model()
     return mixtral.Mixtral.from_pretrained(
         path, flags.device, flags.dtype, pack=not flags.knockout, progress=_progress("loading")
     )

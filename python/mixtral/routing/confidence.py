@@ -11,20 +11,21 @@ BF16_STEP = 2.0**-8  # half of the last place: what rounding can move a logit by
 def confidence(tokens: Tokens, layer: int) -> dict | None:
     """{domain: means over its tokens}; None without logits.
 
-    ``entropy`` of the softmax over all E as a part of log E; ``top1``, the largest probability; ``margin`` between the
-    logits of the last chosen and the first unchosen expert, with its median; ``within_bfloat16``, the share of tokens
-    whose choice the rounding of these two logits to bfloat16 could change. NaN for a margin when all are chosen.
+    ``entropy`` of the softmax over all E as a part of log E; ``top1``, the largest probability; ``margin`` from the
+    largest logit of an unchosen expert to the smallest of a chosen one, with its median, negative where an expert bias
+    decided; ``within_bfloat16``, the share of tokens that the logits decided and whose choice the rounding of these two
+    to bfloat16 could change. NaN for a margin when all are chosen.
     """
     logits = tokens.router_logits(layer)
     if logits is None:
         return None
     logs = log_softmax(logits, axis=1)
     entropy = -(np.exp(logs) * logs).sum(1) / np.log(tokens.num_experts) if tokens.num_experts > 1 else logs[:, 0] * 0
-    falling = -np.sort(-logits, axis=1)
     if tokens.top_k < tokens.num_experts:
-        last, next_ = falling[:, tokens.top_k - 1], falling[:, tokens.top_k]
+        chosen = tokens.members(tokens.experts(layer))
+        last, next_ = np.where(chosen, logits, np.inf).min(1), np.where(chosen, -np.inf, logits).max(1)
         margin = last - next_
-        close = margin <= BF16_STEP * (np.abs(last) + np.abs(next_))
+        close = (margin >= 0) & (margin <= BF16_STEP * (np.abs(last) + np.abs(next_)))
     else:
         margin, close = np.full(len(tokens), np.nan), np.zeros(len(tokens), bool)
     result = {}

@@ -8,10 +8,11 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..model import Mixtral
-from . import chat, completions, errors, metrics, models, tokens
+from . import chat, completions, errors, metrics, models, routing, tokens
 from .bridge import Bridge
 from .lifecycle import Lifecycle
 from .metrics import Metrics
+from .recorder import Recorder
 from .served import Served
 from .settings import Settings
 
@@ -26,12 +27,18 @@ def create_app(
 
     ``lifecycle``: of the server around it (``run.Server``), which is told when the engine hangs. ``bridge``: makes the
     way to the engine, of the model, the number of seats and the metrics; tests have others.
+
+    Raises:
+        ValueError: a trace that cannot be written.
     """
+    settings = settings or Settings()
+    recorder = Recorder(model, settings.trace) if settings.trace else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         served = app.state.served
-        served.bridge = bridge(model, served.settings.queue, served.metrics)
+        served.bridge = bridge(model, settings.queue, served.metrics)
+        served.bridge.recorder = recorder
         watch = asyncio.create_task(lifecycle.watch(served.bridge.progress)) if lifecycle else None
         try:
             yield
@@ -39,11 +46,13 @@ def create_app(
             if watch:
                 watch.cancel()
             served.bridge.close()
+            if recorder:
+                recorder.save()
 
     # The pages of FastAPI's documentation load scripts from the network; /openapi.json is there.
     app = FastAPI(title="mixtral", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.served = Served(model, settings or Settings())
+    app.state.served = Served(model, settings)
     errors.install(app)
-    for module in (completions, chat, models, tokens, metrics):
+    for module in (completions, chat, models, tokens, routing, metrics):
         app.include_router(module.router)
     return app

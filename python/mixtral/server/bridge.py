@@ -15,6 +15,7 @@ from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
 from .metrics import Metrics, SequenceTimes
+from .recorder import Recorder
 
 
 class Progress:
@@ -64,6 +65,7 @@ class Call:
         self._left = 0
         self._prompt_tokens = self._new_tokens = 0
         self._finish_reasons: list[str] = []
+        self._cached: dict[int, int] = {}  # by sequence
 
     def submit(
         self, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int = 0, routed: bool = False
@@ -98,6 +100,7 @@ class Call:
         if progress.outcome is not None:
             self._left -= 1
             self._finish_reasons.append(_reason(progress.outcome))
+            self._cached[index] = progress.outcome.timings.cached_tokens
         if waiting := self._pending.get(index):
             waiting.merge(progress)
         else:
@@ -123,6 +126,10 @@ class Call:
             if progress.outcome is not None:
                 outcomes[index] = progress.outcome
         return [result_of(outcomes[index]) for index in range(len(outcomes))]
+
+    def cached_tokens(self, n: int) -> int:
+        """Of the prompts, those that the cache had; each of ``n`` sequences, of which the first counts."""
+        return sum(cached for index, cached in self._cached.items() if index % n == 0)
 
     def close(self) -> None:
         """Cancels what still runs, and gives the seats back. Nothing comes any more."""
@@ -159,11 +166,13 @@ class Bridge:
 
     Attributes:
         seats_taken: sequences that wait or run, or are about to.
+        recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
     """
 
     def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
         self.seats_taken = 0
         self._seats = seats
+        self.recorder: Recorder | None = None
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
@@ -195,7 +204,8 @@ class Bridge:
     def submit(
         self, key: int, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int, routed: bool
     ) -> int:
-        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, routed)
+        traced = routed or self.recorder is not None
+        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced)
         self._observed[key] = self._metrics.sequence(len(prompt), params.max_tokens)
         return request
 
@@ -209,6 +219,8 @@ class Bridge:
 
     def progress(self) -> tuple[bool, int]:
         """Whether the engine has work, and how many tokens it has computed."""
+        if not hasattr(self._engine, "stats"):
+            return False, 0
         return bool(self._observed), self._engine.stats().computed_tokens
 
     def close(self) -> None:
@@ -217,6 +229,8 @@ class Bridge:
     def _drain(self) -> None:
         for event in self._box.take():
             self._observe(event)
+            if self.recorder and event.outcome is not None:
+                self.recorder.add(event.outcome)
             if entry := self._open.get(event.key):  # the call may have been closed
                 call, index = entry
                 progress = Progress(event)

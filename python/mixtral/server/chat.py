@@ -11,6 +11,7 @@ from ..model import Generation, TokenLogprob
 from .bridge import Call, Progress, result_of
 from .errors import ApiError
 from .protocol import ChatRequest
+from .routing import routed_tokens
 from .served import Served, served, usage
 from .streaming import EventStream, answer, event, json_response
 from .strict_json import StrictRoute
@@ -21,7 +22,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     server = served(request)
-    server.check_name(body.model)
+    server.check(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
     call = server.bridge.open(body.n)
@@ -42,6 +43,7 @@ class Chat:
         self.top = max(body.top_logprobs, 1) if body.logprobs else 0  # the engine's 0 is none at all
         rest = max(server.context - len(prompt), 1)
         self.max_tokens = body.max_completion_tokens or body.max_tokens or rest
+        self._routed = routed_tokens([prompt] * body.n, server.texts) if body.return_routed_experts else []  # by choice
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -54,14 +56,16 @@ class Chat:
         choices, completion_tokens = [], 0
         for index, generation in enumerate(await call.generations()):
             completion_tokens += len(generation.token_ids)
+            if self._routed:
+                self._routed[index].add(generation)
             message = {"role": "assistant", "content": generation.text.removeprefix(" "), "refusal": None}
             choices.append(self._choice(index, {"message": message}, generation, generation.finish_reason))
-        return {**self._head, "choices": choices, "usage": usage(len(self.prompt), completion_tokens)}
+        tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
+        return {**self._head, "choices": choices, "usage": tokens}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
-        wants_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        head = {**self._head, "usage": None} if wants_usage else self._head
+        head = {**self._head, "usage": None} if self.body.include_usage else self._head
         begun: set[int] = set()  # choices that have text: the space before the first word is no part of the answer
         for index in range(self.body.n):
             first = {"role": "assistant", "content": ""}
@@ -71,6 +75,8 @@ class Chat:
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
             reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
+            if self._routed:
+                self._routed[index].add(progress)
             text = progress.text
             if text and index not in begun:
                 begun.add(index)
@@ -78,12 +84,13 @@ class Chat:
             if text or reason or (progress.token_ids and self._tells_tokens):
                 delta = {"content": text} if text or progress.token_ids else {}
                 yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
-        if wants_usage:
-            yield event({**self._head, "choices": [], "usage": usage(len(self.prompt), completion_tokens)})
+        if self.body.include_usage:
+            tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
+            yield event({**self._head, "choices": [], "usage": tokens})
 
     @property
     def _tells_tokens(self) -> bool:
-        return self.body.logprobs or self.body.return_token_ids
+        return self.body.logprobs or self.body.return_token_ids or self.body.return_routed_experts
 
     def _choice(
         self, index: int, message: dict[str, object], new: Generation | Progress, finish_reason: str | None
@@ -92,6 +99,8 @@ class Chat:
         choice = {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
         if self.body.return_token_ids:
             choice["token_ids"] = new.token_ids
+        if self._routed:
+            choice |= self._routed[index].take()
         return choice
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, object] | None:

@@ -26,19 +26,22 @@ def _size(text: str) -> int:
     unit = number.lstrip("0123456789.")
     try:
         value = float(number.removesuffix(unit)) * SIZES[unit]
+        if not 0 < value < 2**63:
+            raise ValueError
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"expected a size such as 4GiB, got {text}") from None
     return int(value)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be >= {least}, got {text}")
+        if value < least or (most is not None and value > most):
+            rule = f">= {least}" if most is None else f"in [{least}, {most}]"
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
 
     return number
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_server_flags(add: Callable) -> None:
     add("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
-    add("--port", metavar="N", type=_at_least(0), default=8000, help="0: a free one (default: 8000)")
+    add("--port", metavar="N", type=_at_least(0, 65535), default=8000, help="0: a free one (default: 8000)")
     add("--api-key", metavar="KEY", help="what clients must send; better in MIXTRAL_API_KEY, which ps does not show")
     add("--served-model-name", metavar="NAME", help="the model's name for clients (default: the folder's)")
     add("--chat-template", metavar="NAME|FILE", help="instead of the model's own, as of `mixtral chat`")
@@ -88,6 +91,7 @@ def _add_server_flags(add: Callable) -> None:
     add("--watchdog", metavar="S", type=_seconds, default=120.0, help="for one forward pass (default: 120)")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
     add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
+    add("--trace", metavar="FILE", help="write which experts every token of all requests went to, when the server ends")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
 
 
@@ -116,6 +120,8 @@ def main(argv: Sequence[str]) -> int:
 def _serve(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(argv)
     require_packages("serve", PACKAGES, "serve")
+    import torch
+
     from . import logs
     from .app import create_app
     from .lifecycle import Lifecycle
@@ -123,6 +129,8 @@ def _serve(argv: Sequence[str]) -> int:
     from .run import Server, listen
 
     logs.configure(flags.log_level)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)  # on the thread that submits requests: the engine does as it does
     lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))
 
     def load() -> object:
@@ -146,18 +154,15 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
         served_model_name=flags.served_model_name or name,
         chat_template=flags.chat_template,
         queue=flags.queue,
+        trace=flags.trace,
     )
 
 
 def _load(flags: argparse.Namespace) -> tuple[object, str]:
     """The model, and the name of its folder."""
-    import torch
-
     from .. import _C
     from ..model import Mixtral
 
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
     folder = Path(_C.find_model(flags.path or flags.model or _demo_model()))
     model = Mixtral.from_pretrained(
         folder,

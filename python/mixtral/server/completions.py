@@ -11,6 +11,7 @@ from ..model import Generation, TokenLogprob
 from .bridge import Call, Progress, result_of
 from .errors import ApiError
 from .protocol import CompletionRequest
+from .routing import routed_tokens
 from .served import Served, served, usage
 from .streaming import EventStream, answer, event, json_response
 from .strict_json import StrictRoute
@@ -22,7 +23,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     server = served(request)
-    server.check_name(body.model)
+    server.check(body)
     given = _prompts(body, server.settings.max_prompts)
     call = server.bridge.open(len(given) * body.n)
     with call.closed_on_error():
@@ -61,6 +62,8 @@ class Completion:
         }
         self._begun: set[int] = set()  # choices of which something was told
         self._offsets: dict[int, Offsets] = {}  # by choice
+        choices = [prompt for prompt in prompts for _ in range(body.n)]
+        self._routed = routed_tokens(choices, server.texts) if body.return_routed_experts else []  # by choice
         if body.logprobs is not None or body.echo:
             server.need_tokenizer("logprobs" if body.logprobs is not None else "echo")
 
@@ -79,26 +82,31 @@ class Completion:
         choices, completion_tokens = [], 0
         for index, generation in enumerate(await call.generations()):
             completion_tokens += len(generation.token_ids)
+            if self._routed:
+                self._routed[index].add(generation)
             choices.append(self._choice(index, generation, generation.prompt_logprobs, generation.finish_reason))
-        return {**self._head, "choices": choices, "usage": usage(self._prompt_tokens(), completion_tokens)}
+        tokens = usage(self._prompt_tokens(), completion_tokens, call.cached_tokens(self.body.n))
+        return {**self._head, "choices": choices, "usage": tokens}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
-        wants_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        head = {**self._head, "usage": None} if wants_usage else self._head
+        head = {**self._head, "usage": None} if self.body.include_usage else self._head
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
             end = result_of(progress.outcome) if progress.outcome is not None else None
+            if self._routed:
+                self._routed[index].add(progress)
             if progress.text or end or (progress.token_ids and self._tells_tokens):
                 of_prompt = progress.prompt_logprobs or (end.prompt_logprobs if end else [])
                 choice = self._choice(index, progress, of_prompt, end.finish_reason if end else None)
                 yield event({**head, "choices": [choice]})
-        if wants_usage:
-            yield event({**self._head, "choices": [], "usage": usage(self._prompt_tokens(), completion_tokens)})
+        if self.body.include_usage:
+            tokens = usage(self._prompt_tokens(), completion_tokens, call.cached_tokens(self.body.n))
+            yield event({**self._head, "choices": [], "usage": tokens})
 
     @property
     def _tells_tokens(self) -> bool:
-        return self.body.logprobs is not None or self.body.return_token_ids
+        return self.body.logprobs is not None or self.body.return_token_ids or self.body.return_routed_experts
 
     def _choice(
         self,
@@ -119,6 +127,8 @@ class Completion:
             choice["logprobs"] = self._logprobs(index, tokens, logprobs)
         if self.body.return_token_ids:
             choice |= {"token_ids": new.token_ids, "prompt_token_ids": prompt}
+        if self._routed:
+            choice |= self._routed[index].take()
         return choice
 
     def _prompt_tokens(self) -> int:

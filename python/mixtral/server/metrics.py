@@ -9,10 +9,11 @@ from typing import Protocol
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 router = APIRouter()
+disable_created_metrics()
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -98,6 +99,9 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry for every scrape."""
+        yield self._expert_tokens()
+        if not hasattr(self.engine, "stats"):
+            return
         stats = self.engine.stats()
         gauges = {
             "num_requests_running": ("Sequences that take part in passes", stats.running),
@@ -119,7 +123,6 @@ class Metrics:
                 metric = family(f"mixtral:{name}", help_, labels=LABELS)
                 metric.add_metric(self.labels, value)
                 yield metric
-        yield self._expert_tokens()
 
     def _expert_tokens(self) -> Metric:
         metric = CounterMetricFamily(

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 Text = StrictStr
 Id = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Count = Annotated[StrictInt, Field(ge=1, lt=2**31)]
 IdText = Annotated[StrictStr, Field(pattern="^[0-9]{1,10}$")]  # keys of JSON objects are text
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 StopText = Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -43,20 +44,19 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     user: Text | None = None
 
-    top_k: Annotated[StrictInt, Field(ge=-1)] = 0
+    top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] = 0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Number, Field(gt=0)] = 1.0
     ignore_eos: StrictBool = False
-    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    min_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] = 0
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] = []
-    experts_per_token: Annotated[StrictInt, Field(ge=1)] | None = None
+    experts_per_token: Count | None = None
     return_token_ids: StrictBool = False
+    return_routed_experts: StrictBool = False
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> "Sampling":
-        if self.stream_options and not self.stream:
-            raise ValueError("stream_options is for stream: true only")
-        return self
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling_params(self) -> dict[str, object]:
         """Arguments of ``_C.SamplingParams``, without max_tokens and those of log probabilities."""
@@ -78,7 +78,7 @@ class Sampling(Body):
 
 class CompletionRequest(Sampling):
     prompt: Text | list[Text] | list[Id] | list[list[Id]]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] = 16
+    max_tokens: Count = 16
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool = False
     best_of: Literal[1] | None = None
@@ -100,8 +100,8 @@ class Message(Body):
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] = 0
 

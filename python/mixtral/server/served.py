@@ -42,6 +42,12 @@ class Served:
         self.context = model.context
         self.texts = TokenTexts(model.tokenizer) if model.tokenizer else None
 
+    def check(self, body: Sampling) -> None:
+        """Raises ApiError for what no request may ask of this server."""
+        self.check_name(body.model)
+        if body.stream_options and not body.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options", "invalid_value")
+
     def need_tokenizer(self, param: str) -> Tokenizer:
         """Raises ApiError 400, naming ``param``, where the model has none."""
         if self.model.tokenizer is None:
@@ -90,7 +96,7 @@ class Served:
         seed = None if body.seed is None else _C.sample_seed(body.seed % 2**64, choice)
         try:
             sampling = _C.SamplingParams(**{**body.sampling_params(), "seed": seed, **params})
-            call.submit(prompt, sampling, body.experts_per_token or 0)
+            call.submit(prompt, sampling, body.experts_per_token or 0, body.return_routed_experts)
         except (ValueError, IndexError) as error:
             raise _refused(str(error)) from None
 

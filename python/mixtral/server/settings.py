@@ -13,7 +13,7 @@ class Settings:
         served_model_name: the model's name in requests and answers.
         chat_template: as of ``Tokenizer.apply_chat``; None: the model's own.
         queue: requests that may wait or run at a time, beyond which clients get 429.
-        max_n: most choices of one request.
+        trace: a file that gets the routing of all requests when the server ends; None: nothing is kept.
         max_prompts: most prompts of one request.
     """
 
@@ -23,5 +23,5 @@ class Settings:
     served_model_name: str = "mixtral"
     chat_template: str | None = None
     queue: int = 256
-    max_n: int = 8
+    trace: str | None = None
     max_prompts: int = 256

@@ -3,11 +3,10 @@
 from typing import TYPE_CHECKING
 
 from .batch import Batch, Losses, StepTotals
+from .cross_entropy import distill_cross_entropies, distill_cross_entropy, linear_cross_entropy
 from .losses import (
     CONVENTIONS,
     RouterSums,
-    distill_cross_entropy,
-    linear_cross_entropy,
     load_balance_loss,
     load_balance_loss_from_sums,
     router_sums,
@@ -27,6 +26,7 @@ __all__ = [
     "StepTotals",
     "CONVENTIONS",
     "RouterSums",
+    "distill_cross_entropies",
     "distill_cross_entropy",
     "linear_cross_entropy",
     "load_balance_loss",

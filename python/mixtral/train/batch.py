@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .losses import IGNORED
+from .cross_entropy import IGNORED
 
 T = TypeVar("T")
 

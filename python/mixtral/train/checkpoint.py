@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import LoadError
-from .settings import SettingsError
+from .toml_tables import SettingsError
 
 FOLDER = "checkpoints"
 

@@ -69,7 +69,7 @@ def train(settings: Any, source: Path, ranks: Any, resume: bool) -> int:
     from ..tokenizer import Tokenizer
     from . import checkpoint, data, loop, prepare, result
     from .evaluation import Evaluator
-    from .settings import to_toml
+    from .toml_tables import to_toml
 
     options, root = settings.train, source.parent
     out = root / settings.output.folder

@@ -17,7 +17,8 @@ from . import documents
 from .batch import Batch, even_groups
 from .documents import TOKEN_FILES, Documents
 from .passkeys import DIGITS, PasskeyMaker
-from .settings import DataSettings, DomainSettings, SettingsError, TrainSettings
+from .settings import DataSettings, DomainSettings, TrainSettings
+from .toml_tables import SettingsError
 
 
 @dataclass

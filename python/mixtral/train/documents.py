@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..tokenizer import Tokenizer
-from .settings import DataSettings, DomainSettings, SettingsError
+from .settings import DataSettings, DomainSettings
+from .toml_tables import SettingsError
 
 TOKEN_FILES = (".npy", ".bin")
 

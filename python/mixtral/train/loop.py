@@ -10,10 +10,8 @@ the microbatches, and compute the same but for the order of sums.
 
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ from . import checkpoint, metrics
 from .batch import Batch, Losses, StepTotals
 from .optimizer import Optimizer, learning_rate
 from .parallel import Ranks
-from .settings import OutputSettings, SettingsError, TrainSettings
+from .settings import OutputSettings, TrainSettings
+from .signals import stop_signals
+from .toml_tables import SettingsError
 
 # Microbatches of a step, all of them on every rank: of step number and context, which the curriculum may shorten.
 Batches = Callable[[int, int], list[Batch]]
@@ -87,7 +87,7 @@ def run(
     """
     loop = _Loop(model, batches, settings, output, identity, loss_fn, evaluate, ranks or Ranks(settings.device))
     loop.start(resume)
-    with _signals() as pending:
+    with stop_signals() as pending:
         try:
             while loop.done < 1 and not pending.number(loop.ranks):
                 loop.train_step()
@@ -229,8 +229,7 @@ class _Loop:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + int(totals.tokens), self.seconds + seconds
         row = {"step": self.step, "tokens": self.tokens, "lr": lr, **terms, "grad_norm": norm}
         if load is not None:
-            # Switch sums over layers; f counts all K choices here.
-            row |= {"balance_switch": terms["balance"] * len(load), "max_logit": max_logit}
+            row |= {"balance_sum": terms["balance"] * len(load), "max_logit": max_logit}
             row |= metrics.expert_statistics(load)
         row |= {
             "seconds": self.seconds,
@@ -293,32 +292,3 @@ class _Loop:
 def step_totals(batches: list[Batch]) -> StepTotals:
     """Targets and tokens of the whole step; the load is not known yet."""
     return StepTotals(sum(float(batch.targets) for batch in batches), sum(batch.tokens for batch in batches))
-
-
-class _Pending:
-    """The signal that asked the run to stop."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def receive(self, number: int, _frame: object) -> None:
-        if self._number:  # a second one does not wait for the step
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self._number = number
-
-    def number(self, ranks: Ranks) -> int:
-        """SIGINT, SIGTERM or 0, of any rank: all stop after the same step."""
-        return int(ranks.largest(self._number))
-
-
-@contextmanager
-def _signals() -> Iterator[_Pending]:
-    """SIGINT and SIGTERM wait for the end of the step."""
-    pending = _Pending()
-    before = {number: signal.signal(number, pending.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield pending
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,8 +17,9 @@ from torch.nn import functional
 from ..model import Config
 from . import folders
 from .batch import Batch, Losses, StepTotals
+from .cross_entropy import IGNORED, linear_cross_entropy
 from .layers import Decoder, Linear, Routing
-from .losses import IGNORED, linear_cross_entropy, router_sums
+from .losses import router_sums
 from .objective import share_of_step
 from .options import RouterOptions
 

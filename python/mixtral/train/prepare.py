@@ -12,8 +12,9 @@ from ..model import Config
 from ..tokenizer import Tokenizer
 from .model import Mixtral
 from .parallel import Ranks
-from .settings import ModelSettings, Settings, SettingsError
+from .settings import ModelSettings, Settings
 from .tokenizer_training import train_tokenizer, write_tokenizer
+from .toml_tables import SettingsError
 
 # Of [train], what changes no result: precision, length and data are what a run is, speed is not.
 FREE = ("steps", "minutes", "tokens", "threads", "device", "recompute", "gradient_checkpointing")

@@ -17,7 +17,8 @@ from .loop import Outcome
 from .metrics import FILE
 from .model import Mixtral
 from .output import RUN_FILES
-from .settings import Settings, SettingsError
+from .settings import Settings
+from .toml_tables import SettingsError
 
 _CARD = """\
 ---

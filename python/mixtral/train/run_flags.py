@@ -29,7 +29,8 @@ def train_settings(flags: argparse.Namespace, max_position: int, source: str) ->
     Raises:
         SettingsError: a value that no run can have.
     """
-    from .settings import SettingsError, TrainSettings, check_train
+    from .settings import TrainSettings, check_train
+    from .toml_tables import SettingsError
 
     if flags.context > max_position:
         raise SettingsError(f"{source}: --context {flags.context} exceeds max_position {max_position} of the model")

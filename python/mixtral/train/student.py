@@ -8,10 +8,11 @@ from torch import Tensor
 from ..tokenizer import Tokenizer
 from . import prepare
 from .batch import Batch, Losses, StepTotals
+from .cross_entropy import distill_cross_entropies
 from .loop import LossFunction
-from .losses import distill_cross_entropy, linear_cross_entropy
 from .model import Mixtral
-from .settings import ModelSettings, SettingsError, TrainSettings, parse, read_table
+from .settings import ModelSettings, TrainSettings
+from .toml_tables import SettingsError, parse, read_table
 
 
 def make_student(teacher: Mixtral, into: Path, init: str, train: TrainSettings, tokenizer: Tokenizer) -> Mixtral:
@@ -77,9 +78,8 @@ def distill_loss(teacher: Mixtral, alpha: float, temperature: float) -> LossFunc
 
         def mixed(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
             nonlocal hard
-            with torch.no_grad():
-                hard = linear_cross_entropy(hidden, weight, labels, weights)
-            return distill_cross_entropy((hidden, weight), logits, labels, weights, alpha, temperature)
+            total, hard = distill_cross_entropies((hidden, weight), logits, labels, weights, alpha, temperature)
+            return total
 
         losses = model.loss(batch, totals, mixed)
         return losses._replace(cross_entropy=hard / totals.targets), {"distill": losses.cross_entropy}

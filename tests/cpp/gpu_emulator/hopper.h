@@ -111,6 +111,7 @@ template <typename T>
 T from_float(float x) {
   return static_cast<T>(x);
 }
+inline float reciprocal_estimate(float x) { return std::nextafter(1.0f / x, 0.0f); }
 inline float warp_sum(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;

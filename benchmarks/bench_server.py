@@ -1,0 +1,243 @@
+"""The server under load, beside llama.cpp's (``pip install 'llama-cpp-python[server]'``) on the same GGUF file.
+
+Both take turns on the same requests. Clients are closed loops: each sends its next request when the last has ended, and
+every request is accounted for.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+import mixtral
+from common import Bench, Row
+from http_load import Client, Outcome
+from peers.gguf_models import write_gguf
+from random_models import SHAPES, write_checkpoint
+
+SHAPE = "mini"
+NEW_TOKENS, LONG_NEW_TOKENS = 64, 400
+PROMPT, LONG_PROMPT = 60, 2000  # characters; a token each, as no word of the file's tokenizer fits them
+FIRST_TOKEN_GOAL, BETWEEN_TOKENS_GOAL = 1.0, 0.1  # seconds: a request that meets both is good
+PATIENCE = 120.0
+
+
+def body(characters: int, new_tokens: int, seed: int) -> dict:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    prompt = "".join(letters[(seed + i * i) % 26] for i in range(characters))
+    usage = {"include_usage": True}
+    return {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True, "stream_options": usage}
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, command: list[str], port: int) -> None:
+        self.port = port
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        end = time.monotonic() + PATIENCE
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self._log.seek(0)
+                raise RuntimeError(f"{' '.join(command)}: {self._log.read()[-2000:]}")
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        async def ask() -> bool:
+            client = Client("127.0.0.1", self.port)
+            outcome = await client.post({"prompt": "a", "max_tokens": 1, "temperature": 0}, deadline=20)
+            client.close()
+            return outcome.status == 200
+
+        return asyncio.run(ask())
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def start_ours(path: Path, threads: int) -> Server:
+    port = free_port()
+    flags = ["--port", str(port), "--threads", str(threads), "--log-level", "warning"]
+    return Server([sys.executable, "-m", "mixtral", "serve", str(path), *flags], port)
+
+
+def start_llama(path: Path, threads: int) -> Server:
+    port = free_port()
+    flags = ["--model", str(path), "--port", str(port), "--n_ctx", "4096", "--verbose", "false"]
+    flags += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--interrupt_requests", "false"]
+    return Server([sys.executable, "-m", "llama_cpp.server", *flags], port)
+
+
+async def closed_loop(port: int, clients: int, seconds: float, new_tokens: int = NEW_TOKENS) -> list[Outcome]:
+    """What ``clients`` get that begin requests for so long."""
+    end = time.perf_counter() + seconds
+    outcomes: list[Outcome] = []
+
+    async def one(number: int) -> None:
+        client = Client("127.0.0.1", port)
+        seed = number
+        while time.perf_counter() < end:
+            outcomes.append(await client.post(body(PROMPT, new_tokens, seed), deadline=PATIENCE))
+            seed += clients
+        client.close()
+
+    await asyncio.gather(*(one(number) for number in range(clients)))
+    return outcomes
+
+
+async def beside_a_long_prompt(port: int) -> list[Outcome]:
+    """Four streams, in the middle of which a long prompt arrives."""
+    clients = [Client("127.0.0.1", port) for _ in range(5)]
+    streams = [
+        asyncio.ensure_future(clients[i].post(body(PROMPT, LONG_NEW_TOKENS, i), deadline=PATIENCE)) for i in range(4)
+    ]
+    await asyncio.sleep(1.0)
+    await clients[4].post(body(LONG_PROMPT, 1, 9), deadline=PATIENCE)
+    outcomes = list(await asyncio.gather(*streams))
+    for client in clients:
+        client.close()
+    return outcomes
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+class Times:
+    """What many outcomes say together."""
+
+    def __init__(self, outcomes: list[Outcome]) -> None:
+        wrong = [outcome for outcome in outcomes if outcome.status != 200 or outcome.error or outcome.ends != 1]
+        if wrong:
+            raise RuntimeError(f"{len(wrong)} of {len(outcomes)} requests failed, the first with {wrong[0]}")
+        self.requests = len(outcomes)
+        self.first = [outcome.events[0] - outcome.start for outcome in outcomes]
+        self.whole = [outcome.events[-1] - outcome.start for outcome in outcomes]
+        gaps = [[b - a for a, b in zip(o.events, o.events[1:], strict=False)] for o in outcomes]
+        self.between = [gap for of_one in gaps for gap in of_one]
+        span = max(o.events[-1] for o in outcomes) - min(o.start for o in outcomes)
+        # One event a token, if the server does not say how many there were.
+        self.throughput = sum(o.tokens or len(o.events) for o in outcomes) / span
+        good = [
+            first <= FIRST_TOKEN_GOAL and statistics.fmean(of_one or [0.0]) <= BETWEEN_TOKENS_GOAL
+            for first, of_one in zip(self.first, gaps, strict=True)
+        ]
+        self.goodput = sum(good) / span
+
+    def latencies(self) -> dict[str, float]:
+        named = {"first token": self.first, "between tokens": self.between, "whole answer": self.whole}
+        return {
+            f"{share:.0%} {name}": percentile(values, share)
+            for name, values in named.items()
+            if values
+            for share in (0.5, 0.99)
+        }
+
+
+def compare(bench: Bench, case: str, ours: Times, peer: Times | None) -> None:
+    def add(metric: str, unit: str, value: float, other: float | None) -> None:
+        ratio = value / other if other else None
+        bench.rows.append(
+            Row(case, metric, value, unit, None, None, "llama.cpp server" if other else None, other, ratio)
+        )
+        print(
+            f"{case:34s} {metric:28s} {value:10.2f} {unit:10s}", f"x {ratio:.2f} llama.cpp" if ratio else "", flush=True
+        )
+
+    add("throughput", "tokens/s", ours.throughput, peer.throughput if peer else None)
+    add("goodput", "requests/s", ours.goodput, peer.goodput if peer else None)
+    others = peer.latencies() if peer else {}
+    for name, seconds in ours.latencies().items():
+        add(f"1 / {name}", "1/s", 1 / seconds, 1 / others[name] if name in others else None)
+
+
+def in_process(path: Path, threads: int, clients: int) -> float:
+    """Tokens a second of the engine in this process, with as many prompts of the same length at a time."""
+    torch.set_num_threads(threads)
+    model = mixtral.Mixtral.from_pretrained(path)
+    prompts = [body(PROMPT, NEW_TOKENS, seed)["prompt"] for seed in range(clients)]
+    model.generate(prompts, max_tokens=4, temperature=0)
+    rates = []
+    for _ in range(3):
+        start = time.perf_counter()
+        generations = model.generate(prompts, max_tokens=NEW_TOKENS, temperature=0)
+        rates.append(sum(len(g.token_ids) for g in generations) / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def run(bench: Bench, folder: Path, threads: int, seconds: float, with_peer: bool) -> None:
+    path = write_gguf(SHAPES[SHAPE], write_checkpoint(SHAPES[SHAPE], folder / SHAPE), "BF16")
+    with ExitStack() as stack:
+        ours = stack.enter_context(start_ours(path, threads))
+        peer = stack.enter_context(start_llama(path, threads)) if with_peer else None
+        results: dict[tuple[str, int], Times] = {}
+        cases: dict[str, Callable] = {
+            f"{clients} client{'s' if clients > 1 else ''}": lambda port, c=clients: closed_loop(port, c, seconds)
+            for clients in (1, 8)
+        }
+        cases["4 streams, a long prompt arrives"] = beside_a_long_prompt
+        for case, load in cases.items():
+            for server in filter(None, (ours, peer)):
+                asyncio.run(load(server.port)) if case == "1 client" else None  # warm
+                results[case, server.port] = Times(asyncio.run(load(server.port)))
+            compare(bench, case, results[case, ours.port], results.get((case, peer.port)) if peer else None)
+        eight, one = results["8 clients", ours.port].throughput, results["1 client", ours.port].throughput
+    bench.rows.append(
+        Row("8 clients against 1", "throughput", eight, "tokens/s", None, None, "1 client", one, eight / one)
+    )
+    alone = in_process(path, threads, 8)
+    row = Row(
+        "8 clients against the engine", "throughput", eight, "tokens/s", None, None, "in process", alone, eight / alone
+    )
+    bench.rows.append(row)
+    print(f"8 clients: x {eight / one:.2f} of 1 client, x {eight / alone:.2f} of the engine in process")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each case and server (default: 8)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench-server", help="for the model"
+    )
+    parser.add_argument("--no-peer", action="store_true", help="without llama.cpp's server")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-server.json")
+    arguments = parser.parse_args()
+    with_peer = not arguments.no_peer
+    if with_peer and importlib.util.find_spec("llama_cpp") is None:
+        parser.error("llama-cpp-python[server] is not installed; --no-peer measures ours alone")
+    bench = Bench("server", "cpu")
+    if with_peer:
+        import llama_cpp
+
+        bench.versions["llama-cpp-python"] = llama_cpp.__version__
+    run(bench, arguments.folder, arguments.threads, arguments.seconds, with_peer)
+    bench.finish(arguments.record)
+
+
+if __name__ == "__main__":
+    main()
