@@ -366,6 +366,7 @@ def trace(
 def replay(
     model: Mixtral, fields: dict[str, Any], chunk_size: int, progress: Callable[[int, int], None] | None
 ) -> torch.Tensor: ...
+
 class RequestTrace:
     def __len__(self) -> int: ...
     @property
