@@ -98,10 +98,11 @@ Prompts repeating_prompts(size_t count) {
 }
 
 // Returns the guesses that were made and those that held.
-std::pair<int64_t, int64_t> expect_same_with_and_without_guesses(const Mixtral& model, size_t count,
-                                                                 double temperature) {
+std::pair<int64_t, int64_t> expect_same_with_and_without_guesses(const Mixtral& model, size_t count, double temperature,
+                                                                 bool prefix_cache) {
   Engine::Options options;
   options.page_size = 4;
+  options.prefix_cache = prefix_cache;
   std::vector<Request> requests;
   for (const auto& prompt : repeating_prompts(count)) {
     requests.push_back({prompt, params(30, temperature, 7 + requests.size()), ""});
@@ -116,7 +117,7 @@ std::pair<int64_t, int64_t> expect_same_with_and_without_guesses(const Mixtral& 
   Timings timings;
   const auto guessed = engine.generate(requests, nullptr, &timings);
   for (size_t i = 0; i < count; ++i) expect_same(guessed[i], plain[i]);
-  if (model->config().is_moe()) {
+  if (model->config().is_moe() && !prefix_cache) {
     EXPECT_EQ(engine.routing_counts()->tokens, plain_engine.routing_counts()->tokens);
     EXPECT_EQ(engine.routing_counts()->chosen, plain_engine.routing_counts()->chosen);
   }
@@ -125,7 +126,8 @@ std::pair<int64_t, int64_t> expect_same_with_and_without_guesses(const Mixtral& 
 
 TEST(EngineSteps, GuessesChangeNoTokenAndNoLogprob) {
   for (const double temperature : {0.0, 0.8}) {
-    const auto [drafted, accepted] = expect_same_with_and_without_guesses(tiny_model(tiny_config()), 200, temperature);
+    const auto [drafted, accepted] =
+        expect_same_with_and_without_guesses(tiny_model(tiny_config()), 200, temperature, true);
     EXPECT_GT(accepted, 0);
     EXPECT_GT(drafted, accepted);
   }
@@ -135,7 +137,7 @@ TEST(EngineSteps, GuessesChangeNoBitInAnyFormatOrWindow) {
   const auto packable = tiny_model(packable_config(4, 2, /*window=*/0), torch::kBFloat16);
   for (auto& model : {tiny_model(tiny_config(4, 2, /*window=*/1)), tiny_model(tiny_config(0, 0, /*window=*/30)),
                       packed_model(packable, Packing::kFloat), packed_model(packable, Packing::kInt4)})
-    EXPECT_GT(expect_same_with_and_without_guesses(model, 20, 0).second, 0);
+    EXPECT_GT(expect_same_with_and_without_guesses(model, 20, 0, false).second, 0);
 }
 
 // A guess that holds may be the end: by a token or by the number of tokens.
@@ -247,7 +249,6 @@ TEST_F(EngineFaults, ARequestThatDoesNotFitMemoryFailsAlone) {
   const auto long_prompt = random_ids(100, 101, 1);
   const auto expected = alone(model, {1, 2}, params(10, 1.0));
   Engine engine(model, std::nullopt, {});
-  engine.generate({{1, 2}, long_prompt}, {params(10, 1.0)});  // the page pool is large enough from here on
   std::future<Outcome> large;
   auto small = submit(engine, {1, 2}, [&] {
     large = submit(engine, long_prompt, nullptr);
