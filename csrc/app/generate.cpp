@@ -68,6 +68,8 @@ nlohmann::json timings_json(const Timings& timings, int64_t samples, double load
           {"decode_seconds", timings.decode_seconds},
           {"decode_tokens_per_second",
            per_second(decoded_tokens(timings, static_cast<size_t>(samples)), timings.decode_seconds)},
+          {"drafted_tokens", timings.drafted_tokens},
+          {"accepted_tokens", timings.accepted_tokens},
           {"peak_pages", timings.peak_pages}};
 }
 
@@ -163,6 +165,7 @@ void add_generate(CLI::App& app) {
   add_experts_flag(command, flags->model);
   command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral generate -p \"Once upon a time\" -n 64\n"

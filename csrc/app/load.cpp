@@ -80,6 +80,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
+  options.speculate = flags.speculate;
   return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
           seconds_now() - start};
 }

@@ -77,6 +77,8 @@ void bind_results(py::module_& m) {
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
       .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the prefix cache had.")
       .def_readonly("new_tokens", &Timings::new_tokens)
+      .def_readonly("drafted_tokens", &Timings::drafted_tokens, "Guessed by speculation.")
+      .def_readonly("accepted_tokens", &Timings::accepted_tokens, "Of those, the ones that held.")
       .def_readonly("peak_pages", &Timings::peak_pages);
   py::class_<EngineStats>(m, "EngineStats", "The engine at one moment, and what it has done since it began.")
       .def_readonly("running", &EngineStats::running, "Requests.")
@@ -248,7 +250,8 @@ void bind_engine(py::module_& m) {
       .def_readwrite("kv_memory", &Engine::Options::kv_memory)
       .def_readwrite("max_queue", &Engine::Options::max_queue)
       .def_readwrite("prefix_cache", &Engine::Options::prefix_cache)
-      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
+      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph)
+      .def_readwrite("speculate", &Engine::Options::speculate);
   py::class_<HeldSeat>(m, "Seat", "A place among max_queue requests, until the request ends or the object is gone.");
   py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
       .def_readonly("timings", &Outcome::timings)

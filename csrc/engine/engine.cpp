@@ -34,6 +34,7 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   positive("page_size", options.page_size);
   if (options.ctx_size == 0) options.ctx_size = config.max_position;
   positive("ctx_size", options.ctx_size);
+  require(options.speculate >= 0, "Engine: speculate must be >= 0, got " + std::to_string(options.speculate));
   options.chunk_size = std::min(options.chunk_size, options.token_budget);
   require(options.kv_memory >= 0, "Engine: kv_memory must be >= 0, got " + std::to_string(options.kv_memory));
   require(options.max_queue >= 0, "Engine: max_queue must be >= 0, got " + std::to_string(options.max_queue));
@@ -70,8 +71,10 @@ std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Option
   auto runner = std::make_unique<ModelRunner>(
       model, ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages,
                                   options.cuda_graph, std::move(counts)});
-  return std::make_unique<EngineCore>(std::move(runner), Scheduler::Options{options.chunk_size, options.token_budget,
-                                                                            options.max_batch, options.prefix_cache});
+  return std::make_unique<EngineCore>(
+      std::move(runner),
+      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache},
+      options.speculate);
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {

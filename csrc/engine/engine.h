@@ -42,6 +42,7 @@ class Engine {
     int64_t max_queue = 0;     // requests at a time, those that run included; 0: any number
     bool prefix_cache = true;  // keep keys and values of full pages for requests that begin with the same tokens
     bool cuda_graph = true;    // on CUDA, decode in graphs (decode_graphs.h)
+    int64_t speculate = 0;     // most tokens to guess from earlier text (speculation.h); 0: none. Changes no bit
   };
   // The text of Callbacks::on_progress with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;

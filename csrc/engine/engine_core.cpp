@@ -10,8 +10,10 @@
 
 namespace mixtral {
 
-EngineCore::EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler)
-    : runner_(std::move(runner)), scheduler_(scheduler, runner_->cache()) {}
+EngineCore::EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler, int64_t speculate)
+    : runner_(std::move(runner)),
+      scheduler_(scheduler, runner_->cache()),
+      speculator_(speculate, scheduler, runner_->cache()) {}
 
 void EngineCore::add(std::unique_ptr<Sequence> sequence) {
   Sequence& added = *sequence;
@@ -75,7 +77,7 @@ void EngineCore::check_integrity() const {
 void EngineCore::sample_held() {
   for (const auto& sequence : sequences_) {
     if (sequence->held_logits.empty() || sequence->allowed.empty()) continue;
-    take(*sequence, runner_->sample_held(*sequence));
+    take({sequence.get(), {runner_->sample_held(*sequence)}});
   }
   end_finished();
 }
@@ -87,17 +89,20 @@ void EngineCore::run_pass() {
   const bool prefill = std::any_of(plan.begin(), plan.end(), [](const auto& c) { return c.sequence->in_prefill(); });
   const auto start = std::chrono::steady_clock::now();
   try {
-    const auto samples = runner_->run(plan);
+    speculator_.propose(plan);
+    const std::vector<Step> steps = runner_->run(plan);
+    speculator_.learn(steps, runner_->pass_seconds());
     for (const auto& [sequence, tokens] : plan) {
       computed_tokens_ += tokens;
       if (sequence->in_prefill()) show(*sequence, "");
     }
-    for (const auto& [sequence, sample] : samples) take(*sequence, sample);
+    for (const Step& step : steps) take(step);
     for (const auto& chunk : plan)
       if (!chunk.sequence->failed()) runner_->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
   }
+  for (const auto& chunk : plan) chunk.sequence->draft.clear();
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::set<Timings*> timings;  // the requests of one call share theirs
   for (const auto& chunk : plan) timings.insert(chunk.sequence->timings.get());
@@ -107,11 +112,24 @@ void EngineCore::run_pass() {
   }
 }
 
-void EngineCore::take(Sequence& sequence, const Sample& sample) {
-  if (sequence.finished()) return;  // because of another row of the pass
+// Appends the picked tokens until the sequence ends; those behind the end are forgotten.
+void EngineCore::take(const Step& step) {
+  Sequence& sequence = *step.sequence;
+  computed_tokens_ += static_cast<int64_t>(sequence.draft.size());
+  sequence.timings->drafted_tokens += static_cast<int64_t>(sequence.draft.size());
+  sequence.timings->accepted_tokens += static_cast<int64_t>(step.samples.size()) - 1;
   const size_t before = sequence.generation.token_ids.size();
-  const auto text = sequence.append(sample);
+  std::optional<std::string> text;
+  for (const Sample& sample : step.samples) {
+    if (sequence.finished()) break;
+    const auto piece = sequence.append(sample);
+    if (piece) text = text.value_or("") + *piece;
+  }
   generated_tokens_ += static_cast<int64_t>(sequence.generation.token_ids.size() - before);
+  if (sequence.computed > sequence.length()) {
+    sequence.computed = sequence.length();
+    runner_->cache().truncate(sequence.cache_id, sequence.computed);
+  }
   if (text || sequence.generation.trace) show(sequence, text.value_or(""));
 }
 

@@ -13,13 +13,15 @@
 #include "runner.h"
 #include "scheduler.h"
 #include "sequence.h"
+#include "speculator.h"
 
 namespace mixtral {
 
 // Used by one thread. No method throws because of a request: what goes wrong with one ends that request.
 class EngineCore {
  public:
-  EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler);
+  // speculate: most tokens to guess (speculator.h).
+  EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler, int64_t speculate = 0);
 
   void add(std::unique_ptr<Sequence> sequence);
   void cancel(int64_t id);                            // does nothing if no request has this id
@@ -45,13 +47,14 @@ class EngineCore {
  private:
   void sample_held();
   void run_pass();
-  void take(Sequence& sequence, const Sample& sample);
+  void take(const Step& step);
   void show(Sequence& sequence, const std::string& text);
   void end_finished();
   void end(Sequence& sequence) noexcept;
 
   std::unique_ptr<Runner> runner_;
   Scheduler scheduler_;
+  Speculator speculator_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // waiting and running, in the order of arrival
   bool may_run_ = false;                              // something changed since a plan was empty
   int64_t computed_tokens_ = 0, generated_tokens_ = 0;

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "../model/rolling_kv_cache.h"
@@ -16,6 +16,9 @@
 #include "sequence.h"
 
 namespace mixtral {
+
+// The rows of a pass with each number of experts per token.
+using RowsByExperts = std::map<int64_t, std::vector<int64_t>>;
 
 class ModelRunner : public Runner {
  public:
@@ -31,16 +34,25 @@ class ModelRunner : public Runner {
   // Throws OutOfMemory when the page pool does not fit the device.
   ModelRunner(Mixtral model, Options options);
 
-  // In one forward pass for each number of experts per token.
-  std::vector<std::pair<Sequence*, Sample>> run(const std::vector<Scheduler::Chunk>& plan) override;
+  // In one forward pass, whatever the numbers of experts per token. Never throws: a pass that runs out of memory is
+  // computed in two halves, and these likewise; what goes wrong is the error of the sequences that it happened to.
+  std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan) override;
   Sample sample_held(Sequence& sequence) const override;
   RollingKVCache& cache() override { return cache_; }
+  double pass_seconds() const override { return pass_seconds_; }
 
  private:
-  std::vector<std::pair<Sequence*, Sample>> run_pass(const std::vector<Scheduler::Chunk>& plan);
-  torch::Tensor forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
-                        int64_t experts_per_token, ForwardObserver* observer);
-  torch::Tensor hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const;
+  struct Pass;
+  std::vector<Step> compute(const std::vector<Scheduler::Chunk>& plan);
+  std::vector<Step> compute_halves(const std::vector<Scheduler::Chunk>& plan);
+  Pass forward(const std::vector<Scheduler::Chunk>& plan);
+  torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
+                       const RowsByExperts& experts, ForwardObserver* observer);
+  void roll_back(const std::vector<Scheduler::Chunk>& plan);
+  std::vector<Step> finish(Pass& pass);
+  void count_routing(Pass& pass, const std::vector<Scheduler::Chunk>& plan, const std::vector<Step>& steps);
+  void hold_constrained(Pass& pass) const;
+  std::vector<Step> sample_and_compare(const Pass& pass);
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
   Sample sample_row(Sequence& sequence, int64_t token_id, const torch::Tensor& logits) const;
 
@@ -49,6 +61,7 @@ class ModelRunner : public Runner {
   bool uses_graphs_;
   RollingKVCache cache_;
   std::optional<DecodeGraphs> graphs_;  // of the cache
+  double pass_seconds_ = 0;
 };
 
 }  // namespace mixtral

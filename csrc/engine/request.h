@@ -40,7 +40,8 @@ struct Timings {
   double prefill_seconds = 0, decode_seconds = 0;  // forward passes with prompt tokens in them, and the others
   int64_t prompt_tokens = 0, new_tokens = 0;       // the first new token of each prompt comes from its prefill
   int64_t cached_tokens = 0;  // of the prompt tokens, those whose keys and values the prefix cache had
-  int64_t peak_pages = 0;     // of the key/value cache
+  int64_t drafted_tokens = 0, accepted_tokens = 0;  // that speculation guessed, and of them those that held
+  int64_t peak_pages = 0;                           // of the key/value cache
 };
 
 struct Generation {

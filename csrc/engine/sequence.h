@@ -11,6 +11,7 @@
 #include "../text/stop_matcher.h"
 #include "../text/tokenizer.h"
 #include "request.h"
+#include "speculation.h"
 
 namespace mixtral {
 
@@ -58,6 +59,8 @@ class Sequence {
   Sampler sampler;
   std::vector<int64_t> ids;        // prompt and new tokens
   int64_t computed = 0;            // of them, those whose keys and values are in the cache
+  std::vector<int64_t> draft;      // guesses of the tokens after `ids`, for the next pass alone
+  DraftGate gate;                  // of the drafts
   std::vector<float> held_logits;  // [vocab] of a constrained sequence's next token, until that is picked
   std::vector<int32_t> allowed;    // the mask of that token; empty: it has not come
   int64_t replayed = 0;            // of the tokens computed so far, those that `replay` begins with

@@ -72,6 +72,8 @@ class Mixtral(Tracing):
             max_queue: requests at a time, those that run included; one more raises an error (default: any number).
             prefix_cache: keep keys and values for prompts that begin with the same tokens (default true).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
+            speculate: most tokens to guess, in each step, from earlier text that ends alike (prompt lookup); the
+                default, 0: none. Results are the same bit for bit; text that repeats itself comes faster.
 
         Raises:
             TypeError: an unknown option.

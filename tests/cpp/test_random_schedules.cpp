@@ -55,9 +55,9 @@ std::vector<int64_t> fake_prompt(int64_t length, std::mt19937& random) {
   return ids;
 }
 
-// Arrivals, cancellations, exceptions of passes, NaNs, preemptions, shared prefixes: every request ends exactly once,
+// Arrivals, cancellations, exceptions of passes, NaNs, preemptions, shared prefixes, guesses: every request ends once,
 // no page is lost, and what is not disturbed itself has the result of a request that is alone.
-void run_schedule(unsigned seed, EngineStats& total) {
+void run_schedule(unsigned seed, EngineStats& total, int64_t& accepted) {
   std::mt19937 random(seed);
   const auto pick = [&](int64_t low, int64_t high) {
     return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
@@ -75,7 +75,8 @@ void run_schedule(unsigned seed, EngineStats& total) {
     if (faults && pick(0, 30) == 0) throw std::runtime_error("a fault");
   };
   runner.is_nan = [&] { return faults && pick(0, 60) == 0; };
-  EngineCore core(std::move(owned), options);
+  const int64_t speculate = pick(0, 2) == 0 ? pick(1, 6) : 0;
+  EngineCore core(std::move(owned), options, speculate);
   Clients clients(core);
   struct Asked {
     int64_t max_tokens, experts;
@@ -97,6 +98,7 @@ void run_schedule(unsigned seed, EngineStats& total) {
   for (const auto& [id, end] : clients.ended) {
     ASSERT_EQ(end.times, 1) << "request " << id;
     const Generation& generation = end.outcome.generation;
+    accepted += end.outcome.timings.accepted_tokens;
     if (end.outcome.error || generation.finish_reason != "length") continue;
     clients.expect_alone(id, asked[id].max_tokens, window, asked[id].experts);
     if (::testing::Test::HasFatalFailure()) return;
@@ -109,13 +111,15 @@ void run_schedule(unsigned seed, EngineStats& total) {
 
 TEST(RandomSchedules, EveryRequestEndsOnceWithTheResultOfOneThatIsAlone) {
   EngineStats total;
+  int64_t accepted = 0;  // guesses
   for (unsigned seed = 0; seed < 10000; ++seed) {
-    run_schedule(seed, total);
+    run_schedule(seed, total, accepted);
     ASSERT_FALSE(HasFatalFailure()) << "seed " << seed;
   }
   // The schedules are of the kind that this test is for.
   EXPECT_GT(total.preemptions, 500);
   EXPECT_GT(total.prefix_hits, total.prompt_tokens / 20);
+  EXPECT_GT(accepted, 1000);
 }
 
 TEST(RandomSchedules, APoolForTwoServesEightAndComputesLittleTwice) {
