@@ -31,7 +31,8 @@ class SchedulerTest : public ::testing::Test {
     const auto chunks = scheduler->plan();
     if (chunks.empty()) return plan;
     for (const auto& [sequence, tokens] : chunks) plan.emplace_back(sequence->id, tokens);
-    for (const auto& sample : runner->run(chunks)) sample.first->append(sample.second);
+    for (const auto& step : runner->run(chunks))
+      for (const auto& sample : step.samples) step.sequence->append(sample);
     for (const auto& chunk : chunks) runner->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
     scheduler->check_integrity();
     runner->cache().check_integrity();
