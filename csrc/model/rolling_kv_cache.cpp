@@ -17,23 +17,24 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error("RollingKVCache: " + message);
 }
 
-const RollingKVCache::Options& checked(const RollingKVCache::Options& options) {
+// Before anything is allocated.
+const RollingKVCache::Options& checked(const Config& config, const RollingKVCache::Options& options) {
   require(options.page_size > 0, "page_size must be > 0, got " + std::to_string(options.page_size));
   require(options.max_chunk > 0, "max_chunk must be > 0, got " + std::to_string(options.max_chunk));
   require(options.num_pages > 0 && options.num_pages <= INT32_MAX,
           "num_pages must be in [1, 2^31), got " + std::to_string(options.num_pages));
   require(options.padding_tokens >= 0, "padding_tokens must be >= 0, got " + std::to_string(options.padding_tokens));
+  const double pages =
+      static_cast<double>(options.num_pages) + static_cast<double>(ceil_div(options.padding_tokens, options.page_size));
+  check_memory(kName, pages * static_cast<double>(RollingKVCache::page_bytes(config, options.page_size, options.dtype)),
+               options.device.str());
   return options;
 }
 
 }  // namespace
 
 RollingKVCache::RollingKVCache(const Config& config, Options options)
-    : config_(config), options_(checked(options)), pool_(options.num_pages, options.page_size) {
-  const double pages =
-      static_cast<double>(options.num_pages) + static_cast<double>(ceil_div(options.padding_tokens, options.page_size));
-  check_memory(kName, pages * static_cast<double>(page_bytes(config, options.page_size, options.dtype)),
-               options.device.str());
+    : config_(config), options_(checked(config, options)), pool_(options.num_pages, options.page_size) {
   const int64_t rows = options.num_pages + ceil_div(options.padding_tokens, options.page_size);
   for (int64_t layer = 0; layer < config.num_layers; ++layer)
     for (auto* pool : {&keys_, &values_})
