@@ -8,6 +8,7 @@ from typing import Any
 
 from . import _C
 from .chat_template import Message, render
+from .errors import LoadError
 from .tool_messages import mistral_messages, mistral_tools
 
 
@@ -58,6 +59,21 @@ class Tokenizer(_C.Tokenizer):
             return chat_format.encode(mistral_messages(messages, version), mistral_tools(tools or []))
         _check(messages)
         return self._encode_template(found, messages, tools=tools)
+
+    def tool_format(self, chat_template: str | None = None) -> str | None:
+        """The name of the format of ``apply_chat`` in which a model with this chat format is shown tools.
+
+        Returns:
+            "mistral-v2", "mistral-v3" or "mistral-v7"; None where the chat format is v1, or not one of Mistral's.
+        """
+        try:
+            name = _C.ChatFormat(self._folder, self, chat_template or "").name
+        except (ValueError, LoadError):
+            return None
+        if not name.startswith("mistral-") or name == "mistral-v1" or not self.special_in("[TOOL_CALLS]"):
+            return None
+        # Chats of v2 and v3 look the same, and so do their templates: an explicit name alone knows better.
+        return name if chat_template == name else f"mistral-{self.version}"
 
     def encode_answer(self, messages: Sequence[Message], chat_template: str | None = None) -> tuple[list[int], int]:
         """The ids of a conversation that ends with an answer, for training.

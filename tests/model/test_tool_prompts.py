@@ -132,7 +132,8 @@ def random_conversation(rng: random.Random) -> list[dict[str, Any]]:
         # mistral-common does not count the calls and results of a first message.
         kind = rng.choice(["user", "user", "assistant", "system"] + ["calls", "calls", "tool"] * (place > 0))
         if kind == "calls":
-            made = [dict(call, id=rng.choice(["abcDEF123", "zzzzzzzz9", "bad"] if rng.random() < 0.2 else ["abcDEF123"]))
+            ids = ["abcDEF123"] if rng.random() < 0.8 else ["abcDEF123", "zzzzzzzz9", "bad"]
+            made = [dict(call, id=rng.choice(ids))
                     for call in rng.choices([CALL, OTHER_CALL], k=rng.choice([1, 1, 2]))]  # fmt: skip
             for call in made:
                 arguments = rng.choice([*texts, '{"city": "x"}', "{}"])

@@ -18,8 +18,8 @@ from mixtral.server.settings import Settings
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
-def small_model(max_position: int = 1024, **options) -> mixtral.Mixtral:
-    """Random weights, and the bundled model's tokenizer."""
+def small_model(tokenizer: Path = DEMO, vocab_size: int = 4096, max_position: int = 1024, **options) -> mixtral.Mixtral:
+    """Random weights, and the bundled model's tokenizer or another one."""
     config = mixtral.Config(
         hidden_size=64,
         intermediate_size=64,
@@ -27,7 +27,7 @@ def small_model(max_position: int = 1024, **options) -> mixtral.Mixtral:
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
-        vocab_size=4096,
+        vocab_size=vocab_size,
         max_position=max_position,
         num_experts=4,
         top_k=2,
@@ -37,7 +37,7 @@ def small_model(max_position: int = 1024, **options) -> mixtral.Mixtral:
         dtype="float32",
     )
     model = _C.Mixtral.from_config(config, torch.device("cpu"), "float32", 0)
-    return mixtral.Mixtral(model, mixtral.Tokenizer(DEMO), **options)
+    return mixtral.Mixtral(model, mixtral.Tokenizer(tokenizer), **options)
 
 
 @contextmanager

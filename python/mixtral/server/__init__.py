@@ -4,6 +4,9 @@ protocol     what requests hold; what is not implemented is refused by name
 bridge       from the engine's thread to the event loop
 completions  /v1/completions
 chat         /v1/chat/completions
+tools        what a chat asks of its answer beyond text: tool calls, and a format
+tool_calls   tool calls in an answer, by their token; call_reader reads their text
+grammar      what an answer must match, and which tokens that leaves
 streaming    server-sent events, and clients that go away
 models       /v1/models, /version
 tokens       /tokenize, /detokenize, /tokenizer_info

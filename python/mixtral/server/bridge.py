@@ -14,6 +14,7 @@ from .. import _C
 from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
+from .grammar import MaskThread, Matcher
 from .metrics import Metrics, SequenceTimes
 from .recorder import Recorder
 
@@ -40,7 +41,7 @@ class Progress:
         self.routed_weights: list[Tensor] = []
         if (experts := event.routed_experts) is not None:
             self.routed_experts, self.routed_weights = [experts], [event.routed_weights]
-        self.outcome: _C.Outcome | None = event.outcome
+        self.outcome: _C.Outcome | _Refused | None = event.outcome
 
     def merge(self, later: "Progress") -> None:
         self.text += later.text
@@ -68,16 +69,21 @@ class Call:
         self._cached: dict[int, int] = {}  # by sequence
 
     def submit(
-        self, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int = 0, routed: bool = False
+        self,
+        prompt: Sequence[int],
+        params: _C.SamplingParams,
+        experts_per_token: int = 0,
+        routed: bool = False,
+        matcher: Matcher | None = None,
     ) -> None:
-        """Starts one more sequence.
+        """Starts one more sequence, whose tokens ``matcher`` allows.
 
         Raises:
             ValueError: what the engine refuses.
         """
         key = self._bridge.register(self, len(self._keys))
         try:
-            self._ids.append(self._bridge.submit(key, prompt, params, experts_per_token, routed))
+            self._ids.append(self._bridge.submit(key, prompt, params, experts_per_token, routed, matcher))
             self._prompt_tokens += len(prompt)
         except BaseException:
             self._bridge.forget([key])
@@ -177,6 +183,8 @@ class Bridge:
         self._box = _C.EventBox()
         self._box.attach(self._engine)
         self._open: dict[int, tuple[Call, int]] = {}  # by key: the call, and which of its sequences
+        self._constrained: dict[int, tuple[int, Matcher]] = {}  # by key: the engine's id
+        self._masks = MaskThread(self._engine.allow)
         self._metrics = metrics
         self._observed: dict[int, SequenceTimes] = {}  # by key, until the sequence has ended
         self._next_key = 0
@@ -202,10 +210,20 @@ class Bridge:
         return self._next_key
 
     def submit(
-        self, key: int, prompt: Sequence[int], params: _C.SamplingParams, experts_per_token: int, routed: bool
+        self,
+        key: int,
+        prompt: Sequence[int],
+        params: _C.SamplingParams,
+        experts_per_token: int,
+        routed: bool,
+        matcher: Matcher | None = None,
     ) -> int:
         traced = routed or self.recorder is not None
-        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced)
+        constrained = matcher is not None
+        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced, constrained)
+        if constrained:
+            self._constrained[key] = request, matcher
+            self._masks.push(request, matcher)
         self._observed[key] = self._metrics.sequence(len(prompt), params.max_tokens)
         return request
 
@@ -225,18 +243,34 @@ class Bridge:
 
     def close(self) -> None:
         self._loop.remove_reader(self._box.fileno())
+        self._masks.close()
 
     def _drain(self) -> None:
         for event in self._box.take():
             self._observe(event)
+            refused = self._constrain(event)
             if self.recorder and event.outcome is not None:
                 self.recorder.add(event.outcome)
             if entry := self._open.get(event.key):  # the call may have been closed
                 call, index = entry
                 progress = Progress(event)
+                if refused is not None:
+                    progress.outcome = refused
                 if progress.outcome is not None:
                     del self._open[event.key]
                 call.push(index, progress)
+
+    def _constrain(self, event: _C.Event) -> "_Refused | None":
+        """Asks for the next mask of a constrained sequence. What it returns takes the place of the outcome."""
+        if (constrained := self._constrained.get(event.key)) is None:
+            return None
+        request, matcher = constrained
+        if event.outcome is None:
+            if event.token_ids:
+                self._masks.push(request, matcher, event.token_ids)
+            return None
+        del self._constrained[event.key]
+        return _Refused(matcher.error) if matcher.error else None
 
     def _observe(self, event: _C.Event) -> None:
         if sequence := self._observed.get(event.key):
@@ -244,6 +278,16 @@ class Bridge:
             if event.outcome is not None:
                 sequence.end(_reason(event.outcome))
                 del self._observed[event.key]
+
+
+class _Refused:
+    """The outcome of a sequence whose grammar could not go on."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def result(self) -> Generation:
+        raise ApiError(400, self._reason, "response_format", "schema_too_complex")
 
 
 def _reason(outcome: _C.Outcome) -> str:

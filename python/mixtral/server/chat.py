@@ -15,6 +15,7 @@ from .routing import routed_tokens
 from .served import Served, served, usage
 from .streaming import EventStream, answer, event, json_response
 from .strict_json import StrictRoute
+from .tools import AnswerReader, Form, form_of, message_of
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -25,11 +26,14 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     server.check(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+    form = form_of(body, server.need_tokenizer("messages"), server.tool_format)
     call = server.bridge.open(body.n)
     with call.closed_on_error():
-        chat = Chat(server, body, await server.chat_prompt(body.messages))
-        for choice in range(body.n):
-            server.submit(call, chat.prompt, body, choice, max_tokens=chat.max_tokens, logprobs=chat.top)
+        prompt = await server.chat_prompt(body.messages, form.tools)
+        matchers = await server.matchers(form.grammar, form.param, body.n)
+        chat = Chat(server, body, form, prompt)
+        for choice, matcher in enumerate(matchers):
+            server.submit(call, prompt, body, choice, matcher, max_tokens=chat.max_tokens, logprobs=chat.top)
     if body.stream:
         return EventStream(chat.stream(call), call.close)
     return json_response(await answer(request, chat.whole(call), call.close))
@@ -38,8 +42,9 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 class Chat:
     """One answer: its id, and how what the engine says becomes JSON."""
 
-    def __init__(self, server: Served, body: ChatRequest, prompt: list[int]) -> None:
+    def __init__(self, server: Served, body: ChatRequest, form: Form, prompt: list[int]) -> None:
         self.server, self.body, self.prompt = server, body, prompt
+        self.readers = [AnswerReader(server.model.tokenizer, bool(form.tools)) for _ in range(body.n)]
         self.top = max(body.top_logprobs, 1) if body.logprobs else 0  # the engine's 0 is none at all
         rest = max(server.context - len(prompt), 1)
         self.max_tokens = body.max_completion_tokens or body.max_tokens or rest
@@ -58,15 +63,16 @@ class Chat:
             completion_tokens += len(generation.token_ids)
             if self._routed:
                 self._routed[index].add(generation)
-            message = {"role": "assistant", "content": generation.text.removeprefix(" "), "refusal": None}
-            choices.append(self._choice(index, {"message": message}, generation, generation.finish_reason))
+            reader = self.readers[index]
+            message = message_of(reader.push(generation.text, generation.token_ids, ended=True))
+            reason = reader.finish_reason(generation.finish_reason)
+            choices.append(self._choice(index, {"message": message}, generation, reason))
         tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
         return {**self._head, "choices": choices, "usage": tokens}
 
     async def stream(self, call: Call) -> AsyncIterator[bytes]:
         completion_tokens = 0
         head = {**self._head, "usage": None} if self.body.include_usage else self._head
-        begun: set[int] = set()  # choices that have text: the space before the first word is no part of the answer
         for index in range(self.body.n):
             first = {"role": "assistant", "content": ""}
             yield event(
@@ -74,15 +80,12 @@ class Chat:
             )
         async for index, progress in call:
             completion_tokens += len(progress.token_ids)
-            reason = result_of(progress.outcome).finish_reason if progress.outcome is not None else None
+            ended = result_of(progress.outcome) if progress.outcome is not None else None
             if self._routed:
                 self._routed[index].add(progress)
-            text = progress.text
-            if text and index not in begun:
-                begun.add(index)
-                text = text.removeprefix(" ")
-            if text or reason or (progress.token_ids and self._tells_tokens):
-                delta = {"content": text} if text or progress.token_ids else {}
+            delta = self.readers[index].push(progress.text, progress.token_ids, ended is not None).delta()
+            reason = self.readers[index].finish_reason(ended.finish_reason) if ended else None
+            if delta or reason or (progress.token_ids and self._tells_tokens):
                 yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
         if self.body.include_usage:
             tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))

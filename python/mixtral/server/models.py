@@ -41,4 +41,5 @@ def _describe(server: Served) -> dict[str, object]:
         "num_experts": config.num_experts,
         "experts_per_token": config.top_k,
         "chat_format": server.chat_format,
+        "tool_format": server.tool_format,
     }

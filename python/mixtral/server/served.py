@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from fastapi import Request
 
@@ -12,6 +13,7 @@ from ..model import Mixtral
 from ..tokenizer import Tokenizer
 from .bridge import Bridge, Call
 from .errors import ApiError
+from .grammar import Grammars, Matcher
 from .metrics import Metrics
 from .protocol import Message, Sampling
 from .settings import Settings
@@ -30,6 +32,7 @@ class Served:
         context: most tokens of a prompt and its answer.
         texts: of single tokens; None without a tokenizer.
         chat_format: how chats become prompts, in words; None: the model is for completions only.
+        tool_format: that of Mistral's in which the model is shown tools; None: it takes none.
     """
 
     def __init__(self, model: Mixtral, settings: Settings) -> None:
@@ -39,8 +42,12 @@ class Served:
         self._threads = ThreadPoolExecutor(1, "tokenize")
         self._template = settings.chat_template
         self.chat_format = self._find_chat_format()
+        self.tool_format = model.tokenizer.tool_format(self._template) if self.chat_format else None
         self.context = model.context
         self.texts = TokenTexts(model.tokenizer) if model.tokenizer else None
+        self._grammar_thread = ThreadPoolExecutor(1, "grammar")
+        eos_ids = model.config.eos_token_ids
+        self._grammars = Grammars(model.tokenizer, model.config.vocab_size, eos_ids) if model.tokenizer else None
 
     def check(self, body: Sampling) -> None:
         """Raises ApiError for what no request may ask of this server."""
@@ -76,18 +83,37 @@ class Served:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    async def chat_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Raises ApiError 400 for what the model's format refuses."""
-        shown = [{"role": _role(message.role), "content": message.text()} for message in messages]
+        shown = [_shown(message) for message in messages]
+        uses_tools = tools or any(message.role == "tool" or message.tool_calls for message in messages)
+        template = self.tool_format or self._template if uses_tools else self._template
         if shown[-1]["role"] == "assistant":
             shown[-1]["prefix"] = True
         call = self.need_tokenizer("messages").apply_chat
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call, shown, self._template)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call, shown, template, list(tools))
         except (ValueError, LoadError) as error:
             raise ApiError(400, str(error).removeprefix("apply_chat: "), "messages", "invalid_value") from None
 
-    def submit(self, call: Call, prompt: list[int], body: Sampling, choice: int, **params: object) -> None:
+    async def matchers(self, grammar: str | None, param: str, count: int) -> list[Matcher] | list[None]:
+        """One for each answer; Nones where they are free. Raises ApiError as ``Grammars.matcher``."""
+        if grammar is None:
+            return [None] * count
+        compile_grammar = self._grammars.matcher
+        loop = asyncio.get_running_loop()
+        matcher = await loop.run_in_executor(self._grammar_thread, compile_grammar, grammar, param)
+        return [matcher.copy() for _ in range(count)]
+
+    def submit(
+        self,
+        call: Call,
+        prompt: list[int],
+        body: Sampling,
+        choice: int,
+        matcher: Matcher | None = None,
+        **params: object,
+    ) -> None:
         """Adds one sequence to ``call``. ``params``: max_tokens, logprobs, and what else goes before ``body``.
 
         Raises:
@@ -96,9 +122,11 @@ class Served:
         seed = None if body.seed is None else _C.sample_seed(body.seed % 2**64, choice)
         try:
             sampling = _C.SamplingParams(**{**body.sampling_params(), "seed": seed, **params})
-            call.submit(prompt, sampling, body.experts_per_token or 0, body.return_routed_experts)
+            call.submit(prompt, sampling, body.experts_per_token or 0, body.return_routed_experts, matcher)
         except (ValueError, IndexError) as error:
             raise _refused(str(error)) from None
+        except MemoryError as error:  # its keys and values would never fit
+            raise ApiError(400, str(error), "max_tokens", "context_length_exceeded") from None
 
     def _find_chat_format(self) -> str | None:
         if self.model.tokenizer is None:
@@ -126,6 +154,18 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+
+
+def _shown(message: Message) -> dict[str, Any]:
+    """The message as ``Tokenizer.apply_chat`` takes it."""
+    shown: dict[str, Any] = {"role": _role(message.role), "content": message.text()}
+    if message.tool_calls:
+        shown["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    if message.role == "tool":
+        shown["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            shown["name"] = message.name
+    return shown
 
 
 def _role(role: str) -> str:

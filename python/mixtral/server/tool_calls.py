@@ -50,6 +50,11 @@ class Pieces:
     content: str = ""
     calls: list[CallPiece] = field(default_factory=list)
 
+    def delta(self) -> dict[str, object]:
+        """As in a stream; empty when nothing did."""
+        delta: dict[str, object] = {"content": self.content} if self.content else {}
+        return delta | {"tool_calls": [call.delta() for call in self.calls]} if self.calls else delta
+
 
 class ToolParser:
     """Splits one answer into its text and its tool calls.
@@ -112,6 +117,8 @@ class ToolParser:
             if name is not None:
                 self.calls += 1
                 pieces.calls.append(CallPiece(self.calls - 1, arguments, self._new_id(), name))
+            elif pieces.calls and pieces.calls[-1].index == self.calls - 1:
+                pieces.calls[-1].arguments += arguments
             else:
                 pieces.calls.append(CallPiece(self.calls - 1, arguments))
 
