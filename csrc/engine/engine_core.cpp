@@ -99,6 +99,7 @@ void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
   may_run_ = !plan.empty();
   if (plan.empty()) return;
+  const int64_t pages = runner_->cache().pages_in_use();
   const bool prefill = std::any_of(plan.begin(), plan.end(), [](const auto& c) { return c.sequence->in_prefill(); });
   const auto start = std::chrono::steady_clock::now();
   try {
@@ -121,7 +122,7 @@ void EngineCore::run_pass() {
   for (const auto& chunk : plan) timings.insert(chunk.sequence->timings.get());
   for (Timings* each : timings) {
     (prefill ? each->prefill_seconds : each->decode_seconds) += seconds.count();
-    each->peak_pages = std::max(each->peak_pages, runner_->cache().pages_in_use());
+    each->peak_pages = std::max(each->peak_pages, pages);
   }
 }
 
