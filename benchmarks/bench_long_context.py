@@ -1,7 +1,7 @@
 """Decoding at the end of a long context, with and without a window, against reading weights and cache from memory.
 
 The shape ``small`` in bf16, under the processor's instruction set and held to AVX2. The prompt is computed once, which
-takes minutes, and kept as a session that every measured process goes on with. The median of some rounds counts.
+takes minutes, and kept in a file that every measured process goes on from. The median of some rounds counts.
 """
 
 import json
@@ -36,31 +36,31 @@ def with_window(folder: Path, window: int, out: Path) -> Path:
     return out
 
 
-def prompt_session(model: Path, path: Path) -> Path:
+def prompt_cache(model: Path, path: Path) -> Path:
     """The keys and values of the prompt, in a file."""
     if not path.exists():
         runner = mixtral.Mixtral.from_pretrained(model)
-        runner.generate([PROMPT], max_tokens=1, session="prompt")
-        runner.save_session("prompt", path)
+        runner.generate([PROMPT], max_tokens=1)
+        runner.save_prompt_cache(PROMPT, path)
     return path
 
 
-def decode(model: str, session: str) -> None:
+def decode(model: str, cache: str) -> None:
     """Of a measured process: prints tokens/s after the prompt, and the rate of reading memory beside it, in bytes/s."""
     runner = mixtral.Mixtral.from_pretrained(model)
     rates = []
+    runner.load_prompt_cache(cache)
     for _ in range(ROUNDS):
-        runner.load_session("prompt", session)
-        runner.generate([[*PROMPT, 7]], max_tokens=NEW_TOKENS + 1, ignore_eos=True, session="prompt")
+        runner.generate([[*PROMPT, 7]], max_tokens=NEW_TOKENS + 1, ignore_eos=True)
         rates.append(NEW_TOKENS / runner.timings.decode_seconds)
     bench = [sys.executable, "-m", "mixtral", "bench", model, "--prompt-tokens", "8", "--new-tokens", "8", "--json"]
     memory = json.loads(subprocess.run(bench, stdout=subprocess.PIPE, check=True).stdout)
     print(json.dumps([statistics.median(rates), memory["read_bandwidth_bytes_per_second"]]))
 
 
-def decode_row(model: Path, session: Path, isa: str, window: int) -> Row:
+def decode_row(model: Path, cache: Path, isa: str, window: int) -> Row:
     process = subprocess.run(
-        [sys.executable, __file__, "--decode", model, session],
+        [sys.executable, __file__, "--decode", model, cache],
         stdout=subprocess.PIPE,
         check=True,
         env=os.environ | {"MIXTRAL_CPU_ISA": isa},
@@ -79,9 +79,9 @@ def run(bench: Bench) -> None:
         folder = write_checkpoint(SHAPE, models / "small")
         for window in WINDOWS:
             model = with_window(folder, window, Path(scratch) / str(window))
-            session = prompt_session(model, models / f"small-context-{CONTEXT}-window-{window}.session")
+            cache = prompt_cache(model, models / f"small-context-{CONTEXT}-window-{window}.cache")
             for isa in dict.fromkeys((native_isa(), "avx2")):
-                bench.rows.append(decode_row(model, session, isa, window))
+                bench.rows.append(decode_row(model, cache, isa, window))
 
 
 if __name__ == "__main__":

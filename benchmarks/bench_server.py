@@ -28,23 +28,32 @@ from random_models import SHAPES, write_checkpoint
 
 SHAPE = "mini"
 NEW_TOKENS, LONG_NEW_TOKENS = 64, 400
-PROMPT, LONG_PROMPT = 60, 2000  # characters; a token each, as no word of the file's tokenizer fits them
+PROMPT, LONG_PROMPT = 60, 2000  # letters, a token each
 FIRST_TOKEN_GOAL, BETWEEN_TOKENS_GOAL = 1.0, 0.1  # seconds: a request that meets both is good
 PATIENCE = 120.0
 
 
-def body(characters: int, new_tokens: int, seed: int) -> dict:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    prompt = "".join(letters[(seed + i * i) % 26] for i in range(characters))
-    usage = {"include_usage": True}
-    return {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True, "stream_options": usage}
+def text_of(characters: int, seed: int) -> str:
+    return "".join(chr(ord("a") + (seed + i * i) % 26) for i in range(characters))
+
+
+def ids_of(text: str) -> list[int]:
+    """As llama.cpp reads the text with the file's made-up tokenizer: BOS, and a token for each byte behind a space."""
+    return [1, *(3 + byte for byte in f"\u2581{text}".encode())]
+
+
+def body(server: "Server", characters: int, new_tokens: int, seed: int) -> dict:
+    """The same tokens for both servers; ours has no tokenizer for this file, and streams ids."""
+    text = text_of(characters, seed)
+    fields = {"max_tokens": new_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    return {**fields, "prompt": ids_of(text), "return_token_ids": True} if server.ours else {**fields, "prompt": text}
 
 
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, command: list[str], port: int) -> None:
-        self.port = port
+    def __init__(self, command: list[str], port: int, ours: bool) -> None:
+        self.port, self.ours = port, ours
         self._log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         end = time.monotonic() + PATIENCE
@@ -57,7 +66,7 @@ class Server:
     def _answers(self) -> bool:
         async def ask() -> bool:
             client = Client("127.0.0.1", self.port)
-            outcome = await client.post({"prompt": "a", "max_tokens": 1, "temperature": 0}, deadline=20)
+            outcome = await client.post(body(self, 1, 1, 0), deadline=20)
             client.close()
             return outcome.status == 200
 
@@ -82,26 +91,26 @@ def free_port() -> int:
 def start_ours(path: Path, threads: int) -> Server:
     port = free_port()
     flags = ["--port", str(port), "--threads", str(threads), "--log-level", "warning"]
-    return Server([sys.executable, "-m", "mixtral", "serve", str(path), *flags], port)
+    return Server([sys.executable, "-m", "mixtral", "serve", str(path), *flags], port, ours=True)
 
 
 def start_llama(path: Path, threads: int) -> Server:
     port = free_port()
     flags = ["--model", str(path), "--port", str(port), "--n_ctx", "4096", "--verbose", "false"]
     flags += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--interrupt_requests", "false"]
-    return Server([sys.executable, "-m", "llama_cpp.server", *flags], port)
+    return Server([sys.executable, "-m", "llama_cpp.server", *flags], port, ours=False)
 
 
-async def closed_loop(port: int, clients: int, seconds: float, new_tokens: int = NEW_TOKENS) -> list[Outcome]:
+async def closed_loop(server: Server, clients: int, seconds: float) -> list[Outcome]:
     """What ``clients`` get that begin requests for so long."""
     end = time.perf_counter() + seconds
     outcomes: list[Outcome] = []
 
     async def one(number: int) -> None:
-        client = Client("127.0.0.1", port)
+        client = Client("127.0.0.1", server.port)
         seed = number
         while time.perf_counter() < end:
-            outcomes.append(await client.post(body(PROMPT, new_tokens, seed), deadline=PATIENCE))
+            outcomes.append(await client.post(body(server, PROMPT, NEW_TOKENS, seed), deadline=PATIENCE))
             seed += clients
         client.close()
 
@@ -109,14 +118,13 @@ async def closed_loop(port: int, clients: int, seconds: float, new_tokens: int =
     return outcomes
 
 
-async def beside_a_long_prompt(port: int) -> list[Outcome]:
+async def beside_a_long_prompt(server: Server) -> list[Outcome]:
     """Four streams, in the middle of which a long prompt arrives."""
-    clients = [Client("127.0.0.1", port) for _ in range(5)]
-    streams = [
-        asyncio.ensure_future(clients[i].post(body(PROMPT, LONG_NEW_TOKENS, i), deadline=PATIENCE)) for i in range(4)
-    ]
+    clients = [Client("127.0.0.1", server.port) for _ in range(5)]
+    bodies = [body(server, PROMPT, LONG_NEW_TOKENS, i) for i in range(4)]
+    streams = [asyncio.ensure_future(clients[i].post(bodies[i], deadline=PATIENCE)) for i in range(4)]
     await asyncio.sleep(1.0)
-    await clients[4].post(body(LONG_PROMPT, 1, 9), deadline=PATIENCE)
+    await clients[4].post(body(server, LONG_PROMPT, 1, 9), deadline=PATIENCE)
     outcomes = list(await asyncio.gather(*streams))
     for client in clients:
         client.close()
@@ -179,7 +187,7 @@ def in_process(path: Path, threads: int, clients: int) -> float:
     """Tokens a second of the engine in this process, with as many prompts of the same length at a time."""
     torch.set_num_threads(threads)
     model = mixtral.Mixtral.from_pretrained(path)
-    prompts = [body(PROMPT, NEW_TOKENS, seed)["prompt"] for seed in range(clients)]
+    prompts = [ids_of(text_of(PROMPT, seed)) for seed in range(clients)]
     model.generate(prompts, max_tokens=4, temperature=0)
     rates = []
     for _ in range(3):
@@ -196,14 +204,15 @@ def run(bench: Bench, folder: Path, threads: int, seconds: float, with_peer: boo
         peer = stack.enter_context(start_llama(path, threads)) if with_peer else None
         results: dict[tuple[str, int], Times] = {}
         cases: dict[str, Callable] = {
-            f"{clients} client{'s' if clients > 1 else ''}": lambda port, c=clients: closed_loop(port, c, seconds)
+            f"{clients} client{'s' if clients > 1 else ''}": lambda server, c=clients: closed_loop(server, c, seconds)
             for clients in (1, 8)
         }
         cases["4 streams, a long prompt arrives"] = beside_a_long_prompt
         for case, load in cases.items():
             for server in filter(None, (ours, peer)):
-                asyncio.run(load(server.port)) if case == "1 client" else None  # warm
-                results[case, server.port] = Times(asyncio.run(load(server.port)))
+                if case == "1 client":
+                    asyncio.run(closed_loop(server, 1, 1.0))  # warm
+                results[case, server.port] = Times(asyncio.run(load(server)))
             compare(bench, case, results[case, ours.port], results.get((case, peer.port)) if peer else None)
         eight, one = results["8 clients", ours.port].throughput, results["1 client", ours.port].throughput
     bench.rows.append(

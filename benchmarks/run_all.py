@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent
 CPU_ONLY = {
     "bench_activity.py",
     "bench_bridge.py",
+    "bench_engine.py",
     "bench_long_context.py",
     "bench_moe_mlp_training.py",
     "bench_pack_weight.py",

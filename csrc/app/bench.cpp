@@ -64,6 +64,7 @@ Result measure(const BenchFlags& flags) {
   Engine::Options options;
   options.max_batch = flags.batch;
   options.token_budget = flags.batch * flags.model.chunk_size;
+  options.prefix_cache = false;                                           // every round reads the same prompts
   LoadedEngine loaded = load_engine(flags.model, std::nullopt, options);  // random ids: no text
   Engine& engine = loaded.engine;
   const Config& config = engine.config();

@@ -123,7 +123,8 @@ class Conversation {
       return true;
     };
     Timings timings;
-    check_finished(loaded_.engine.generate({{ids, params, session()}}, on_text, &timings).front());
+    const Generation generation = loaded_.engine.generate({ids}, {params}, on_text, &timings).front();
+    check_finished(generation);
     write_out("\n");
     if (flags_.model.verbose) print_stats(timings, loaded_.seconds);
     if (answer.empty()) {
@@ -131,16 +132,11 @@ class Conversation {
     } else {
       messages_.push_back({"assistant", answer});
       if (!flags_.save.empty()) write_conversation(messages_, flags_.save);
-      save_prompt_cache(loaded_.engine, flags_.prompt_cache);
+      save_prompt_cache(loaded_.engine, generation, flags_.prompt_cache);
     }
   }
 
  private:
-  // Each turn computes only its new tokens.
-  const std::string& session() const {
-    static const std::string kNoFile = "chat";
-    return flags_.prompt_cache.empty() ? kNoFile : flags_.prompt_cache;
-  }
   bool has_system_message() const { return !messages_.empty() && messages_[0].role == "system"; }
   int64_t context() { return context_of(flags_.model, loaded_.engine.config()); }
 
@@ -240,6 +236,7 @@ void add_chat(CLI::App& app) {
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"

@@ -109,6 +109,13 @@ void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags) {
   add_switch(app, "--no-cuda-graph", flags.no_cuda_graph, "On CUDA, launch the kernels of a decoding step one by one");
 }
 
+void add_speculate_flag(CLI::App& app, ModelFlags& flags) {
+  add_option(app, "--speculate", flags.speculate,
+             "Guess up to N tokens per step from earlier text that ends alike; changes the speed alone")
+      ->check(at_least(0))
+      ->capture_default_str();
+}
+
 void add_experts_flag(CLI::App& app, ModelFlags& flags) {
   add_option(app, "--experts-per-token", flags.experts_per_token, "Another number of experts than the checkpoint's")
       ->check(at_least(1));

@@ -23,6 +23,7 @@ struct ModelFlags {
   int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
   bool verbose = false;
   bool no_cuda_graph = false;
+  int64_t speculate = 0;
 };
 
 struct RoutingFlags {
@@ -40,6 +41,7 @@ constexpr const char* kModelPathNames = "MODEL,-m,--model";  // as an argument o
 void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names = kModelPathNames);
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
 void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
+void add_speculate_flag(CLI::App& app, ModelFlags& flags);
 void add_experts_flag(CLI::App& app, ModelFlags& flags);
 // --trace and --replay.
 void add_routing_flags(CLI::App& app, RoutingFlags& flags);

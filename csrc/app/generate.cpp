@@ -68,6 +68,8 @@ nlohmann::json timings_json(const Timings& timings, int64_t samples, double load
           {"decode_seconds", timings.decode_seconds},
           {"decode_tokens_per_second",
            per_second(decoded_tokens(timings, static_cast<size_t>(samples)), timings.decode_seconds)},
+          {"drafted_tokens", timings.drafted_tokens},
+          {"accepted_tokens", timings.accepted_tokens},
           {"peak_pages", timings.peak_pages}};
 }
 
@@ -115,11 +117,11 @@ void run(const CLI::App& command, GenerateFlags flags) {
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Timings timings;
   const bool trace = !flags.routing.trace.empty();
-  const Request request = {ids, flags.sampling, flags.prompt_cache, flags.model.experts_per_token, trace, replay};
+  const Request request = {ids, flags.sampling, flags.model.experts_per_token, trace, replay};
   const auto generations = loaded.engine.generate(requests_of(request, flags.samples), on_text, &timings);
   for (const Generation& generation : generations) check_finished(generation);
   if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, tokenizer);
-  save_prompt_cache(loaded.engine, flags.prompt_cache);
+  save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
   for (const Generation& generation : generations) {
     if (flags.json) {
       print_json(generation, flags, tokenizer, timings, loaded.seconds);
@@ -161,7 +163,9 @@ void add_generate(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral generate -p \"Once upon a time\" -n 64\n"

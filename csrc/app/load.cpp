@@ -80,6 +80,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
+  options.speculate = flags.speculate;
   return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
           seconds_now() - start};
 }
@@ -104,11 +105,14 @@ void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, c
 
 void load_prompt_cache(Engine& engine, const std::string& file) {
   std::error_code ignored;
-  if (!file.empty() && std::filesystem::exists(file, ignored)) engine.load_session(file, file);
+  if (!file.empty() && std::filesystem::exists(file, ignored)) engine.load_prompt_cache(file);
 }
 
-void save_prompt_cache(Engine& engine, const std::string& file) {
-  if (!file.empty()) engine.save_session(file, file);
+void save_prompt_cache(Engine& engine, const Generation& generation, const std::string& file) {
+  if (file.empty()) return;
+  std::vector<int64_t> ids = generation.prompt_token_ids;
+  ids.insert(ids.end(), generation.token_ids.begin(), generation.token_ids.end());
+  engine.save_prompt_cache(ids, file);
 }
 
 }  // namespace mixtral::app

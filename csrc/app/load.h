@@ -38,8 +38,8 @@ void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>&
 // Writes the file of --trace.
 void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer);
 
-// The session of a --prompt-cache file has the file's name. Nothing happens without a name, or where no file is yet.
+// Of a --prompt-cache. Nothing happens without a name, or where no file is yet.
 void load_prompt_cache(Engine& engine, const std::string& file);
-void save_prompt_cache(Engine& engine, const std::string& file);
+void save_prompt_cache(Engine& engine, const Generation& generation, const std::string& file);
 
 }  // namespace mixtral::app

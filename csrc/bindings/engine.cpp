@@ -75,9 +75,23 @@ void bind_results(py::module_& m) {
       .def_readonly("prefill_seconds", &Timings::prefill_seconds)
       .def_readonly("decode_seconds", &Timings::decode_seconds)
       .def_readonly("prompt_tokens", &Timings::prompt_tokens)
-      .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the session had in the cache.")
+      .def_readonly("cached_tokens", &Timings::cached_tokens, "Prompt tokens that the prefix cache had.")
       .def_readonly("new_tokens", &Timings::new_tokens)
+      .def_readonly("drafted_tokens", &Timings::drafted_tokens, "Guessed by speculation.")
+      .def_readonly("accepted_tokens", &Timings::accepted_tokens, "Of those, the ones that held.")
       .def_readonly("peak_pages", &Timings::peak_pages);
+  py::class_<EngineStats>(m, "EngineStats", "The engine at one moment, and what it has done since it began.")
+      .def_readonly("running", &EngineStats::running, "Requests.")
+      .def_readonly("waiting", &EngineStats::waiting, "Requests.")
+      .def_readonly("pages", &EngineStats::pages, "Of the key/value cache.")
+      .def_readonly("pages_in_use", &EngineStats::pages_in_use, "By requests that run.")
+      .def_readonly("pages_cached", &EngineStats::pages_cached, "In use by no request, but in the prefix cache.")
+      .def_readonly("prompt_tokens", &EngineStats::prompt_tokens, "Of requests that were admitted.")
+      .def_readonly("generated_tokens", &EngineStats::generated_tokens)
+      .def_readonly("prefix_queries", &EngineStats::prefix_queries, "Prompt tokens looked for in the prefix cache.")
+      .def_readonly("prefix_hits", &EngineStats::prefix_hits, "Of these, the tokens found.")
+      .def_readonly("preemptions", &EngineStats::preemptions)
+      .def_readonly("computed_tokens", &EngineStats::computed_tokens, "By forward passes.");
   py::class_<Score>(m, "Score", "How well a model predicted a text.")
       .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
       .def_readonly("bytes", &Score::bytes, "Of the text in UTF-8.")
@@ -111,13 +125,12 @@ bool goes_on(const py::object& returned) { return returned.is_none() || returned
 
 // -> ([Generation], Timings), n for each prompt. A Python error in `on_text` travels through the engine to the caller.
 std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::vector<std::vector<int64_t>>& prompts,
-                                                     const SamplingParams& params, const std::string& session,
-                                                     int64_t experts_per_token, bool trace, const py::object& on_text,
-                                                     int64_t n) {
+                                                     const SamplingParams& params, int64_t experts_per_token,
+                                                     bool trace, const py::object& on_text, int64_t n) {
   std::vector<Request> requests;
   for (const auto& prompt : prompts) {
     for (int64_t i = 0; i < n; ++i) {
-      requests.push_back({prompt, params, session, experts_per_token, trace});
+      requests.push_back({prompt, params, experts_per_token, trace});
       if (params.seed) requests.back().params.seed = sample_seed(*params.seed, i);
     }
   }
@@ -134,9 +147,13 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
   return {std::move(generations), timings};
 }
 
+struct HeldSeat {
+  Seat seat;
+};
+
 int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
-               const std::string& session, int64_t experts_per_token, const py::object& on_text,
-               const py::object& on_end, bool constrained) {
+               int64_t experts_per_token, const py::object& on_text, const py::object& on_end, bool constrained,
+               const std::optional<HeldSeat>& seat) {
   Callbacks callbacks;
   callbacks.on_progress = [callback = share(on_text)](const GenerationProgress& progress) {
     const py::gil_scoped_acquire gil;
@@ -151,8 +168,9 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
     }
   };
   const py::gil_scoped_release no_gil;
-  Request request = {prompt, params, session, experts_per_token};
+  Request request = {prompt, params, experts_per_token};
   request.constrained = constrained;
+  if (seat) request.seat = seat->seat;
   return engine.submit(std::move(request), std::move(callbacks));
 }
 
@@ -230,7 +248,11 @@ void bind_engine(py::module_& m) {
       .def_readwrite("page_size", &Engine::Options::page_size)
       .def_readwrite("ctx_size", &Engine::Options::ctx_size)
       .def_readwrite("kv_memory", &Engine::Options::kv_memory)
-      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph);
+      .def_readwrite("max_queue", &Engine::Options::max_queue)
+      .def_readwrite("prefix_cache", &Engine::Options::prefix_cache)
+      .def_readwrite("cuda_graph", &Engine::Options::cuda_graph)
+      .def_readwrite("speculate", &Engine::Options::speculate);
+  py::class_<HeldSeat>(m, "Seat", "A place among max_queue requests, until the request ends or the object is gone.");
   py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
       .def_readonly("timings", &Outcome::timings)
       .def_property_readonly(
@@ -244,17 +266,20 @@ void bind_engine(py::module_& m) {
                  new Engine(Mixtral(std::move(model)), std::move(tokenizer), options));
            }),
            py::arg("model"), py::arg("tokenizer"), py::arg("options"))
-      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("session"),
-           py::arg("experts_per_token"), py::arg("trace"), py::arg("on_text"), py::arg("n") = 1)
-      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("session"), py::arg("experts_per_token"),
-           py::arg("on_text"), py::arg("on_end"), py::arg("constrained") = false,
+      .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("experts_per_token"), py::arg("trace"),
+           py::arg("on_text"), py::arg("n") = 1)
+      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("experts_per_token"), py::arg("on_text"),
+           py::arg("on_end"), py::arg("constrained") = false, py::arg("seat") = py::none(),
            "-> the request's id. The callbacks run on the engine's thread.")
       .def("allow", &allow, py::arg("id"), py::arg("mask"), ReleaseGil(),
            "Says which tokens the next one of a constrained request may be: int32 [ceil(vocab / 32)], bit i % 32 of "
            "word i / 32 allows token i.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
-      .def("save_session", &Engine::save_session, py::arg("session"), py::arg("file"), ReleaseGil())
-      .def("load_session", &Engine::load_session, py::arg("session"), py::arg("file"), ReleaseGil())
+      .def("save_prompt_cache", &Engine::save_prompt_cache, py::arg("ids"), py::arg("file"), ReleaseGil())
+      .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())
+      .def("reserve_seat", [](Engine& engine) { return HeldSeat{engine.reserve_seat()}; })
+      .def("stats", &Engine::stats)
+      .def("check_integrity", &Engine::check_integrity, ReleaseGil())
       .def("routing_counts", &routing_counts,
            "-> (tokens, first [L][E], chosen [L][E]) of all requests so far; None where nothing is counted.")
       .def("stop", &Engine::stop, ReleaseGil(), "Cancels all requests; the engine takes no more.");

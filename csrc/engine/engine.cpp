@@ -10,10 +10,13 @@
 
 #include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
+#include "../model/memory.h"
 #include "../model/transformer.h"
 #include "engine_thread.h"
+#include "model_runner.h"
+#include "prompt_cache_file.h"
+#include "request_check.h"
 #include "require.h"
-#include "session_file.h"
 #include "threads.h"
 
 namespace mixtral {
@@ -31,8 +34,30 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   positive("page_size", options.page_size);
   if (options.ctx_size == 0) options.ctx_size = config.max_position;
   positive("ctx_size", options.ctx_size);
+  require(options.speculate >= 0, "Engine: speculate must be >= 0, got " + std::to_string(options.speculate));
+  options.chunk_size = std::min(options.chunk_size, options.token_budget);
   require(options.kv_memory >= 0, "Engine: kv_memory must be >= 0, got " + std::to_string(options.kv_memory));
+  require(options.max_queue >= 0, "Engine: max_queue must be >= 0, got " + std::to_string(options.max_queue));
   return options;
+}
+
+// Of one sequence of `length` tokens.
+int64_t pages_needed(const Config& config, const Engine::Options& options, int64_t length) {
+  return RollingKVCache::pages_needed(config, options.page_size, std::min(options.chunk_size, length), length);
+}
+
+int64_t pages_of_pool(const MixtralImpl& model, const Engine::Options& options) {
+  const int64_t page_bytes = RollingKVCache::page_bytes(model.config(), options.page_size, model.dtype());
+  if (options.kv_memory > 0) {
+    require(options.kv_memory >= page_bytes, "Engine: kv_memory must hold a page of " + std::to_string(page_bytes) +
+                                                 " bytes, got " + std::to_string(options.kv_memory));
+    return std::min<int64_t>(options.kv_memory / page_bytes, INT32_MAX);
+  }
+  const double wanted = static_cast<double>(options.max_batch) *
+                        static_cast<double>(pages_needed(model.config(), options, options.ctx_size));
+  const double affordable =
+      static_cast<double>(available_memory(model.device().str())) / 2 / static_cast<double>(page_bytes);
+  return static_cast<int64_t>(std::clamp<double>(std::min(wanted, affordable), 1, INT32_MAX));
 }
 
 std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engine::Options& options) {
@@ -41,13 +66,15 @@ std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engin
   return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
 }
 
-std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options,
+std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options, int64_t num_pages,
                                       std::shared_ptr<RoutingCounts> counts) {
-  const int64_t chunk = std::min(options.chunk_size, options.token_budget);
-  return std::make_unique<EngineCore>(model,
-                                      ModelRunner::Options{options.page_size, chunk, options.max_batch,
-                                                           options.kv_memory, options.cuda_graph, std::move(counts)},
-                                      Scheduler::Options{chunk, options.token_budget, options.max_batch});
+  auto runner = std::make_unique<ModelRunner>(
+      model, ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages,
+                                  options.cuda_graph, std::move(counts)});
+  return std::make_unique<EngineCore>(
+      std::move(runner),
+      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache},
+      options.speculate);
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
@@ -82,71 +109,49 @@ struct Engine::Impl {
       : model(std::move(model)),
         tokenizer(std::move(tokenizer)),
         options(checked(options, this->model->config())),
+        num_pages(pages_of_pool(*this->model, this->options)),
         routing_counts(make_counts(*this->model, this->options)),
-        thread(make_core(this->model, this->options, routing_counts)) {}
+        thread(make_core(this->model, this->options, num_pages, routing_counts)) {}
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
-  void check(const Request& request) const;
-  void check_ids_of(const SamplingParams& params) const;
-  void check_routing(const Request& request) const;
+  void check_fits(int64_t length) const;
+  Seat reserve_seat();
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
   Mixtral model;
   const std::optional<Tokenizer> tokenizer;
   const Options options;
+  const int64_t num_pages;
   const std::shared_ptr<RoutingCounts> routing_counts;  // or none
   std::atomic<int64_t> next_id{0};
+  // Shared with the seats, which may outlive the engine.
+  const std::shared_ptr<std::atomic<int64_t>> seats_taken = std::make_shared<std::atomic<int64_t>>(0);
   EngineThread thread;
 };
 
-void Engine::Impl::check(const Request& request) const {
-  const auto& prompt = request.prompt_token_ids;
-  const auto length = static_cast<int64_t>(prompt.size());
-  request.params.validate();
-  require(!prompt.empty(), "prompt must not be empty");
-  model->check_ids(prompt.data(), length);
-  require(length <= options.ctx_size && request.params.max_tokens <= options.ctx_size - length,
-          "prompt must fit the context of " + std::to_string(options.ctx_size) + " tokens with max_tokens, got " +
-              std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(request.params.max_tokens));
-  check_ids_of(request.params);
-  check_routing(request);
-  require(request.session.empty() || request.params.prompt_logprobs == 0,
-          "prompt_logprobs must be 0 with a session, which does not compute its whole prompt");
-  require(request.params.stop.empty() || tokenizer,
-          "stop must be empty without a tokenizer, got " + std::to_string(request.params.stop.size()) + " strings");
+// Of a request for `length` tokens.
+void Engine::Impl::check_fits(int64_t length) const {
+  const int64_t needed = pages_needed(model->config(), options, length);
+  if (needed <= num_pages) return;
+  const int64_t page_bytes = RollingKVCache::page_bytes(model->config(), options.page_size, model->dtype());
+  throw OutOfMemory("the key/value cache: prompt and max_tokens of " + std::to_string(length) + " tokens need " +
+                    std::to_string(needed) + " pages, and the pool has " + std::to_string(num_pages) + " (" +
+                    gib_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
 }
 
-void Engine::Impl::check_ids_of(const SamplingParams& params) const {
-  const int64_t vocab = model->config().vocab_size;
-  const auto check = [&](const char* field, int64_t id) {
-    require(id < vocab, std::string(field) + " must be of token ids in [0, " + std::to_string(vocab) + "), got " +
-                            std::to_string(id));
-  };
-  for (const auto& bias : params.logit_bias) check("logit_bias", bias.first);
-  for (const int64_t id : params.stop_token_ids) check("stop_token_ids", id);
-}
-
-void Engine::Impl::check_routing(const Request& request) const {
-  const Config& config = model->config();
-  if (request.experts_per_token != 0) config.check_experts_per_token(request.experts_per_token);
-  require(request.session.empty() || request.experts_per_token == 0 || request.experts_per_token == config.top_k,
-          "a request of a session must use experts_per_token " + std::to_string(config.top_k) + ", got " +
-              std::to_string(request.experts_per_token));
-  if (!request.trace && !request.replay) return;
-  require(request.session.empty(), "a request of a session can neither be traced nor replayed");
-  if (!request.replay) return;
-  const Trace& replay = *request.replay;
-  check_same_model(replay, *model);
-  for (size_t i = 0; i < replay.position.size(); ++i)
-    require(replay.position[i] == static_cast<int32_t>(i), "replay: the trace must be of one sequence");
-  check_same_tokens(replay, 0, request.prompt_token_ids);
-  require(request.experts_per_token == 0 || request.experts_per_token == replay.routing.top_k,
-          "experts_per_token must be that of the trace, " + std::to_string(replay.routing.top_k) + ", got " +
-              std::to_string(request.experts_per_token));
+Seat Engine::Impl::reserve_seat() {
+  int64_t taken = *seats_taken;
+  do {
+    if (options.max_queue > 0 && taken >= options.max_queue)
+      throw QueueFull("Engine: all " + std::to_string(options.max_queue) + " places for requests are taken");
+  } while (!seats_taken->compare_exchange_weak(taken, taken + 1));
+  return Seat(seats_taken.get(), [taken = seats_taken](void*) { taken->fetch_sub(1); });
 }
 
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
-  check(request);
+  if (!request.seat) request.seat = reserve_seat();
+  check_request(request, *model, options.ctx_size, tokenizer.has_value());
+  check_fits(static_cast<int64_t>(request.prompt_token_ids.size()) + request.params.max_tokens);
   if (request.replay) request.experts_per_token = request.replay->routing.top_k;
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
@@ -254,19 +259,25 @@ std::vector<Generation> Engine::generate(const std::vector<std::vector<int64_t>>
               std::to_string(params.size()));
   std::vector<Request> requests;
   for (size_t i = 0; i < prompts.size(); ++i)
-    requests.push_back({prompts[i], params.size() == 1 ? params[0] : params[i], ""});
+    requests.push_back({prompts[i], params.size() == 1 ? params[0] : params[i]});
   return generate(std::move(requests), on_text, timings, while_waiting);
 }
 
-void Engine::save_session(const std::string& session, const std::filesystem::path& file) {
-  SavedSession saved;
-  impl_->thread.run([&](EngineCore& core) { saved = core.save_session(session); });
-  write_session(saved, *impl_->model, file);
+void Engine::save_prompt_cache(const std::vector<int64_t>& ids, const std::filesystem::path& file) {
+  PromptCache saved;
+  impl_->thread.run([&](EngineCore& core) { saved = core.save_prompt_cache(ids, config().top_k); });
+  write_prompt_cache(saved, *impl_->model, file);
 }
 
-void Engine::load_session(const std::string& session, const std::filesystem::path& file) {
-  SavedSession saved = read_session(*impl_->model, impl_->options.page_size, file);
-  impl_->thread.run([&](EngineCore& core) { core.load_session(session, std::move(saved)); });
+void Engine::load_prompt_cache(const std::filesystem::path& file) {
+  const PromptCache saved = read_prompt_cache(*impl_->model, impl_->options.page_size, file);
+  impl_->thread.run([&](EngineCore& core) { core.load_prompt_cache(saved, config().top_k); });
+}
+
+Seat Engine::reserve_seat() { return impl_->reserve_seat(); }
+EngineStats Engine::stats() const { return impl_->thread.stats(); }
+void Engine::check_integrity() {
+  impl_->thread.run([](EngineCore& core) { core.check_integrity(); });
 }
 
 std::optional<RoutingCounts::Totals> Engine::routing_counts() const {

@@ -2,8 +2,8 @@
 //
 //   Engine        checks requests; submit(), cancel(), generate()
 //   EngineThread  the one thread that runs forward passes
-//   EngineCore    admits requests, runs a pass, hands out results
-//   Scheduler     which requests run, and how many tokens of each
+//   EngineCore    runs a pass, hands out results
+//   Scheduler     which requests run, how many tokens of each, and with which pages
 //   ModelRunner   the model, its cache and its CUDA graphs
 #pragma once
 
@@ -35,16 +35,21 @@ class Engine {
     int64_t token_budget = kTokenBudget;  // tokens of all sequences per forward pass
     int64_t max_batch = kMaxBatch;        // sequences at a time; further requests wait for one to finish
     int64_t page_size = kPageSize;
-    int64_t ctx_size = 0;    // longest prompt plus new tokens; 0: the model's max_position
-    int64_t kv_memory = 0;   // most bytes for keys and values; 0: as much as requests need and the device has
-    bool cuda_graph = true;  // on CUDA, decode in graphs (decode_graphs.h)
+    int64_t ctx_size = 0;  // longest prompt plus new tokens; 0: the model's max_position
+    // Bytes of the pool of keys and values. 0: room for max_batch sequences of ctx_size tokens, in at most half of the
+    // memory that the device has left.
+    int64_t kv_memory = 0;
+    int64_t max_queue = 0;     // requests at a time, those that run included; 0: any number
+    bool prefix_cache = true;  // keep keys and values of full pages for requests that begin with the same tokens
+    bool cuda_graph = true;    // on CUDA, decode in graphs (decode_graphs.h)
+    int64_t speculate = 0;     // most tokens to guess from earlier text (speculation.h); 0: none. Changes no bit
   };
   // The text of Callbacks::on_progress with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;
   // Called on the waiting thread, about every 50 ms. An exception cancels the requests and is rethrown.
   using WhileWaiting = std::function<void()>;
 
-  // Throws std::invalid_argument when an option is out of range.
+  // Throws std::invalid_argument when an option is out of range, OutOfMemory when the pool does not fit the device.
   Engine(Mixtral model, std::optional<Tokenizer> tokenizer, Options options);
   // Loads the model (checkpoint/from_pretrained.h), and the tokenizer if the folder has one. A tokenizer.json of a kind
   // that Tokenizer does not read is a LoadError.
@@ -58,10 +63,14 @@ class Engine {
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) = delete;
 
+  // A place among max_queue requests, before the work of making one (Request::seat). Throws QueueFull when there is
+  // none.
+  Seat reserve_seat();
   // Queues a request and returns its id. Results come through the callbacks, on the engine's thread. Throws
   // std::invalid_argument for an empty prompt, an id outside the vocabulary, a prompt that does not fit ctx_size with
-  // max_tokens, a parameter out of range, or stop strings without a tokenizer. The forward passes use as many CPU
-  // threads as torch does on the thread of the last submit().
+  // max_tokens, a parameter out of range, or stop strings without a tokenizer; OutOfMemory when the pool could not hold
+  // prompt and max_tokens even for this request alone; QueueFull. The forward passes use as many CPU threads as torch
+  // does on the thread of the last submit().
   int64_t submit(Request request, Callbacks callbacks);
   // From now on `call` runs on the engine's thread after each forward pass, once the callbacks of its requests have
   // returned, and after those of a cancellation. It must not throw.
@@ -76,8 +85,7 @@ class Engine {
   void allow(int64_t id, std::vector<int32_t> mask);
 
   // Submits all requests and waits for them. Throws what submit() does, before any of them runs, also for a constrained
-  // request; OutOfMemory when the keys and values of one do not fit; and what a callback throws: the requests that are
-  // left are cancelled then.
+  // request, and what a callback throws: the requests that are left are cancelled then.
   std::vector<Generation> generate(std::vector<Request> requests, const OnText& on_text = nullptr,
                                    Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
   // The same for token ids, with one SamplingParams for all or one per prompt.
@@ -85,13 +93,16 @@ class Engine {
                                    const std::vector<SamplingParams>& params, const OnText& on_text = nullptr,
                                    Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
 
-  // Writes what the cache holds of a session into a file (session_file.h), with which another process goes on to the
-  // same bits. Throws std::invalid_argument when no idle session has this name, std::runtime_error when the file cannot
-  // be written; the file is then as it was.
-  void save_session(const std::string& session, const std::filesystem::path& file);
-  // The session of a file, under the name `session`. Throws LoadError, also for a file of another model, and
+  // Writes what the prefix cache has of the tokens `ids` into a file (prompt_cache_file.h), with which another process
+  // goes on to the same bits. Throws std::runtime_error when the file cannot be written; it is then as it was.
+  void save_prompt_cache(const std::vector<int64_t>& ids, const std::filesystem::path& file);
+  // Puts the tokens of a file into the prefix cache. Throws LoadError, also for a file of another model, and
   // OutOfMemory.
-  void load_session(const std::string& session, const std::filesystem::path& file);
+  void load_prompt_cache(const std::filesystem::path& file);
+
+  EngineStats stats() const;  // as of the last forward pass, or the last end of a request; from any thread
+  // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
+  void check_integrity();
 
   // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, and on
   // CUDA while cuda_graph is on: a graph runs unwatched.

@@ -8,19 +8,18 @@
 #include <string>
 #include <utility>
 
-#include "../model/memory.h"
-
 namespace mixtral {
 
-EngineCore::EngineCore(Mixtral model, const ModelRunner::Options& runner, const Scheduler::Options& scheduler)
-    : runner_(std::move(model), runner),
-      scheduler_(scheduler),
-      max_sessions_(static_cast<size_t>(scheduler.max_batch)) {}
+EngineCore::EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler, int64_t speculate)
+    : runner_(std::move(runner)),
+      scheduler_(scheduler, runner_->cache()),
+      speculator_(speculate, scheduler, runner_->cache()) {
+  publish_stats();
+}
 
 void EngineCore::add(std::unique_ptr<Sequence> sequence) {
   Sequence& added = *sequence;
-  added.max_pages = runner_.pages_needed(added.prompt_length(), added.params.max_tokens);
-  may_admit_ = true;
+  may_run_ = true;
   try {
     sequences_.push_back(std::move(sequence));
     scheduler_.add(added);
@@ -39,11 +38,7 @@ void EngineCore::cancel(int64_t id) {
 void EngineCore::allow(int64_t id, std::vector<int32_t> mask) {
   for (const auto& sequence : sequences_)
     if (sequence->id == id && sequence->constrained) sequence->allowed = std::move(mask);
-}
-
-bool EngineCore::idle() const {
-  const auto& running = scheduler_.running();
-  return !may_admit_ && std::all_of(running.begin(), running.end(), [](const auto* s) { return s->blocked(); });
+  may_run_ = true;
 }
 
 void EngineCore::cancel_all() {
@@ -56,128 +51,98 @@ void EngineCore::fail_all(const std::exception_ptr& error) {
   end_finished();
 }
 
-SavedSession EngineCore::save_session(const std::string& name) {
-  for (const Session& idle : sessions_.idle())
-    if (idle.name == name) return {idle.ids, runner_.cache().contents(idle.cache_id)};
-  throw std::invalid_argument("Engine: there is no idle session " + name);
-}
-
-void EngineCore::load_session(const std::string& name, SavedSession saved) {
-  drop(sessions_.take(name));
-  const int64_t pages = saved.contents.keys.at(0).size(0);
-  const int64_t needed = scheduler_.reserved_pages() + idle_pages_but("") + pages;
-  runner_.grow(needed, needed);
-  add_session({name, runner_.cache().add_sequence(saved.contents), std::move(saved.ids)});
-}
-
 void EngineCore::step() {
-  admit();
   sample_held();
   run_pass();
   end_finished();
+  publish_stats();
 }
 
-// ---- admission ------------------------------------------------------------------------------------------------------
-
-void EngineCore::admit() {
-  if (!std::exchange(may_admit_, false)) return;
-  while (Sequence* const next = scheduler_.next()) {
-    try {
-      if (!make_room(*next)) return;
-      if (!scheduler_.admit(runner_.num_pages() - idle_pages_but(next->session)))
-        throw std::logic_error("Engine: the page pool is smaller than the requests in it need");
-      start(*next);
-    } catch (...) {  // it can never fit
-      next->error = std::current_exception();
-      scheduler_.remove(*next);
-    }
-  }
+EngineStats EngineCore::stats() const {
+  EngineStats stats = scheduler_.stats();
+  stats.computed_tokens = computed_tokens_;
+  stats.generated_tokens = generated_tokens_;
+  return stats;
 }
 
-// Lets the pool grow, and drops idle sessions if memory has no room for that, until the pages of `next` fit. Returns
-// false when they have to wait for those of running requests. Throws OutOfMemory when there are none.
-bool EngineCore::make_room(const Sequence& next) {
-  for (;;) {
-    const int64_t idle = idle_pages_but(next.session);
-    try {
-      runner_.grow(scheduler_.reserved_pages() + next.max_pages + idle, scheduler_.wanted_pages() + idle);
-      return true;
-    } catch (const OutOfMemory&) {
-      if (drop(sessions_.take_oldest_but(next.session))) continue;
-      if (!scheduler_.running().empty()) return false;
-      if (!drop(sessions_.take(next.session))) throw;
-    }
-  }
+void EngineCore::publish_stats() {
+  const std::lock_guard lock(stats_mutex_);
+  published_stats_ = stats();
 }
 
-// Gives the sequence a place in the cache: that of its session, as far as the tokens are the same.
-void EngineCore::start(Sequence& sequence) {
-  RollingKVCache& cache = runner_.cache();
-  if (auto session = sessions_.take(sequence.session)) {
-    const auto& prompt = sequence.ids;
-    const size_t most = std::min(session->ids.size(), prompt.size() - 1);  // one token must be computed, for its logits
-    const auto end = session->ids.begin() + static_cast<std::ptrdiff_t>(most);
-    const int64_t common = std::mismatch(session->ids.begin(), end, prompt.begin()).first - session->ids.begin();
-    if (common > 0 && cache.truncate(session->cache_id, common)) {
-      sequence.cache_id = session->cache_id;
-      sequence.computed = common;
-      sequence.timings->cached_tokens += common;
-      return;
-    }
-    cache.remove_sequence(session->cache_id);
-  }
-  sequence.cache_id = cache.add_sequence();
+EngineStats EngineCore::published_stats() const {
+  const std::lock_guard lock(stats_mutex_);
+  return published_stats_;
 }
 
-int64_t EngineCore::idle_pages_but(const std::string& session) {
-  int64_t pages = 0;
-  for (const Session& idle : sessions_.idle())
-    if (idle.name != session) pages += runner_.cache().pages_held(idle.cache_id);
-  return pages;
-}
-
-bool EngineCore::drop(const std::optional<Session>& session) {
-  if (session) runner_.cache().remove_sequence(session->cache_id);
-  return session.has_value();
+void EngineCore::check_integrity() const {
+  scheduler_.check_integrity();
+  runner_->cache().check_integrity();
+  const EngineStats now = scheduler_.stats();
+  if (now.running + now.waiting != static_cast<int64_t>(sequences_.size()))
+    throw std::logic_error("EngineCore: a request neither runs nor waits");
+  if (now.running == 0 && now.pages_in_use != 0) throw std::logic_error("EngineCore: pages are in use by no request");
 }
 
 // ---- a forward pass
-// --------------------------------------------------------------------------------------------------
 
 // The next tokens of constrained sequences whose masks have come.
 void EngineCore::sample_held() {
   for (const auto& sequence : sequences_) {
     if (sequence->held_logits.empty() || sequence->allowed.empty()) continue;
-    take(*sequence, runner_.sample_held(*sequence));
+    take({sequence.get(), {runner_->sample_held(*sequence)}});
   }
   end_finished();
 }
 
 void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
+  may_run_ = !plan.empty();
   if (plan.empty()) return;
   const bool prefill = std::any_of(plan.begin(), plan.end(), [](const auto& c) { return c.sequence->in_prefill(); });
   const auto start = std::chrono::steady_clock::now();
   try {
-    const auto samples = runner_.run(plan);
+    speculator_.propose(plan);
+    const std::vector<Step> steps = runner_->run(plan);
+    speculator_.learn(steps, runner_->pass_seconds());
+    for (const auto& [sequence, tokens] : plan) {
+      computed_tokens_ += tokens;
+      if (sequence->in_prefill()) show(*sequence, "");
+    }
+    for (const Step& step : steps) take(step);
     for (const auto& chunk : plan)
-      if (chunk.sequence->in_prefill()) show(*chunk.sequence, "");
-    for (const auto& [sequence, sample] : samples) take(*sequence, sample);
+      if (!chunk.sequence->failed()) runner_->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
   } catch (...) {
     for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
   }
+  for (const auto& chunk : plan) chunk.sequence->draft.clear();
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::set<Timings*> timings;  // the requests of one call share theirs
   for (const auto& chunk : plan) timings.insert(chunk.sequence->timings.get());
   for (Timings* each : timings) {
     (prefill ? each->prefill_seconds : each->decode_seconds) += seconds.count();
-    each->peak_pages = std::max(each->peak_pages, runner_.pages_in_use());
+    each->peak_pages = std::max(each->peak_pages, runner_->cache().pages_in_use());
   }
 }
 
-void EngineCore::take(Sequence& sequence, const Sample& sample) {
-  if (sequence.finished()) return;  // because of another row of the pass
-  const auto text = sequence.append(sample);
+// Appends the picked tokens until the sequence ends; those behind the end are forgotten.
+void EngineCore::take(const Step& step) {
+  Sequence& sequence = *step.sequence;
+  computed_tokens_ += static_cast<int64_t>(sequence.draft.size());
+  sequence.timings->drafted_tokens += static_cast<int64_t>(sequence.draft.size());
+  sequence.timings->accepted_tokens += static_cast<int64_t>(step.samples.size()) - 1;
+  const size_t before = sequence.generation.token_ids.size();
+  std::optional<std::string> text;
+  for (const Sample& sample : step.samples) {
+    if (sequence.finished()) break;
+    const auto piece = sequence.append(sample);
+    if (piece) text = text.value_or("") + *piece;
+  }
+  generated_tokens_ += static_cast<int64_t>(sequence.generation.token_ids.size() - before);
+  if (sequence.computed > sequence.length()) {
+    sequence.computed = sequence.length();
+    runner_->cache().truncate(sequence.cache_id, sequence.computed);
+  }
   if (text || sequence.generation.trace) show(sequence, text.value_or(""));
 }
 
@@ -195,7 +160,6 @@ void EngineCore::show(Sequence& sequence, const std::string& text) {
 }
 
 // ---- ends
-// ------------------------------------------------------------------------------------------------------------
 
 void EngineCore::end_finished() {
   const auto runs = [](const auto& sequence) { return !sequence->finished(); };
@@ -208,33 +172,30 @@ void EngineCore::end_finished() {
 
 void EngineCore::end(Sequence& sequence) noexcept {
   scheduler_.remove(sequence);
-  if (sequence.cache_id >= 0) {
-    try {
-      keep_session(sequence);
-    } catch (...) {  // no memory to remember it
-    }
-    if (sequence.cache_id >= 0) runner_.cache().remove_sequence(sequence.cache_id);
-  }
-  may_admit_ = true;
+  may_run_ = true;
   Timings& timings = *sequence.timings;
   timings.prompt_tokens += sequence.prompt_length();
   timings.new_tokens += static_cast<int64_t>(sequence.generation.token_ids.size());
+  sequence.seat.reset();
+  publish_stats();
   if (sequence.callbacks.on_end) sequence.callbacks.on_end({std::move(sequence.generation), timings, sequence.error});
 }
 
-// Leaves the keys and values in the cache for the session's next request.
-void EngineCore::keep_session(Sequence& sequence) {
-  const bool usable = !sequence.error && sequence.generation.finish_reason != "error" && sequence.computed > 0;
-  if (sequence.session.empty() || !usable) return;
-  drop(sessions_.take(sequence.session));  // of a request that ended while this one ran
-  sequence.ids.resize(static_cast<size_t>(sequence.computed));
-  add_session({sequence.session, sequence.cache_id, std::move(sequence.ids)});
-  sequence.cache_id = -1;
+// ---- prompt caches
+
+PromptCache EngineCore::save_prompt_cache(std::vector<int64_t> ids, int64_t experts_per_token) {
+  RollingKVCache& cache = runner_->cache();
+  PromptCache saved;
+  const int64_t sequence = cache.add_sequence(ids, static_cast<int64_t>(ids.size()), experts_per_token);
+  saved.contents = cache.contents(sequence);
+  cache.remove_sequence(sequence);
+  ids.resize(static_cast<size_t>(saved.contents.length));
+  saved.ids = std::move(ids);
+  return saved;
 }
 
-void EngineCore::add_session(Session session) {
-  sessions_.add(std::move(session));
-  if (sessions_.idle().size() > max_sessions_) drop(sessions_.take_oldest_but(""));
+void EngineCore::load_prompt_cache(const PromptCache& saved, int64_t experts_per_token) {
+  runner_->cache().load(saved.contents, saved.ids, experts_per_token);
 }
 
 }  // namespace mixtral

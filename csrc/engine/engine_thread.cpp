@@ -76,6 +76,13 @@ void EngineThread::cancel(const std::vector<int64_t>& ids) {
   state_->changed.notify_one();
 }
 
+EngineStats EngineThread::stats() const {
+  EngineStats stats = state_->core->published_stats();
+  const std::lock_guard lock(state_->mutex);
+  stats.waiting += static_cast<int64_t>(state_->submitted.size());
+  return stats;
+}
+
 void EngineThread::allow(int64_t id, std::vector<int32_t> mask) {
   if (was_forked()) return;
   const std::lock_guard lock(state_->mutex);

@@ -1,4 +1,4 @@
-// What went wrong inside torch, for programs that include no torch header.
+// What went wrong, for code that includes no torch header.
 #pragma once
 
 #include <exception>
@@ -13,5 +13,8 @@ struct TorchError {
 
 // None when torch did not throw `error`.
 std::optional<TorchError> torch_error(const std::exception& error) noexcept;
+
+// Of the host or of a device, whoever ran out of it.
+bool is_out_of_memory(const std::exception& error) noexcept;
 
 }  // namespace mixtral

@@ -1,12 +1,13 @@
 #include "model_runner.h"
 
 #include <algorithm>
-#include <map>
+#include <chrono>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "../model/memory.h"
+#include "errors.h"
 #include "prompt_logprobs.h"
 #include "routing_observer.h"
 #include "sample_batch.h"
@@ -14,28 +15,35 @@
 namespace mixtral {
 namespace {
 
-// The experts that the next `tokens` tokens of a sequence are forced to; null where its router decides.
-void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<const uint8_t*>& rows) {
+// The experts that the next `tokens` tokens of a sequence are forced to, if any.
+void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<RoutingObserver::ForcedRow>& rows) {
   for (int64_t i = sequence.computed; i < sequence.computed + tokens; ++i) {
     const Trace* const replay = sequence.replay.get();
-    sequence.diverged = sequence.diverged || !replay || i >= replay->tokens() ||
-                        replay->token_id[static_cast<size_t>(i)] != sequence.ids[static_cast<size_t>(i)];
-    rows.push_back(sequence.diverged ? nullptr : replay->routing.experts_of(i));
+    if (replay && i == sequence.replayed && i < replay->tokens() &&
+        replay->token_id[static_cast<size_t>(i)] == sequence.ids[static_cast<size_t>(i)])
+      ++sequence.replayed;
+    rows.push_back({i < sequence.replayed ? replay->routing.experts_of(i) : nullptr, sequence.experts_per_token});
   }
 }
 
 // None when nothing is counted, and no sequence of the plan is traced or replayed.
-std::optional<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
-                                           bool counts) {
-  const auto replays = [](const auto& chunk) { return chunk.sequence->replay && !chunk.sequence->diverged; };
+std::unique_ptr<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
+                                             bool counts) {
+  const auto replays = [](const auto& chunk) {
+    const Sequence& sequence = *chunk.sequence;
+    return sequence.replay && sequence.computed <= sequence.replayed && sequence.computed < sequence.replay->tokens();
+  };
   const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
   const bool forces = std::any_of(plan.begin(), plan.end(), replays);
-  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return std::nullopt;
-  RoutingObserver observer(config, /*keep_logits=*/false);
+  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return nullptr;
+  auto observer = std::make_unique<RoutingObserver>(config, /*keep_logits=*/false);
   if (forces) {
-    std::vector<const uint8_t*> rows;
-    for (const auto& [sequence, tokens] : plan) add_forced_rows(*sequence, tokens, rows);
-    observer.force(std::move(rows));
+    std::vector<RoutingObserver::ForcedRow> rows;
+    for (const auto& [sequence, tokens] : plan) {
+      add_forced_rows(*sequence, tokens, rows);
+      rows.resize(rows.size() + sequence->draft.size());
+    }
+    observer->force(std::move(rows));
   }
   return observer;
 }
@@ -44,8 +52,10 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
   int64_t row = 0;
   for (const auto& [sequence, tokens] : plan) {
     if (Trace* const trace = sequence->generation.trace.get()) {
-      observer.append_to(trace->routing, row, tokens);
-      for (int64_t i = sequence->computed; i < sequence->computed + tokens; ++i) {
+      const int64_t end = sequence->computed + tokens;
+      const int64_t begin = std::clamp(trace->tokens(), sequence->computed, end);  // it has those before a preemption
+      observer.append_to(trace->routing, row + begin - sequence->computed, end - begin);
+      for (int64_t i = begin; i < end; ++i) {
         trace->token_id.push_back(static_cast<int32_t>(sequence->ids[static_cast<size_t>(i)]));
         trace->position.push_back(static_cast<int32_t>(i));
       }
@@ -54,134 +64,202 @@ void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk
       trace->doc.resize(size);
       trace->domain.resize(size);
     }
-    row += tokens;
+    row += tokens + static_cast<int64_t>(sequence->draft.size());
   }
+}
+
+RowsByExperts rows_by_experts(const std::vector<Scheduler::Chunk>& plan) {
+  RowsByExperts rows;
+  int64_t row = 0;
+  for (const auto& [sequence, tokens] : plan)
+    for (int64_t i = 0; i < tokens + static_cast<int64_t>(sequence->draft.size()); ++i)
+      rows[sequence->experts_per_token].push_back(row++);
+  return rows;
+}
+
+// x [T,n] -> [rows,n]
+torch::Tensor select_rows(const torch::Tensor& x, const std::vector<int64_t>& rows) {
+  if (static_cast<int64_t>(rows.size()) == x.size(0) && std::is_sorted(rows.begin(), rows.end())) return x;
+  return x.index_select(0, torch::tensor(rows, torch::kInt64).to(x.device()));
 }
 
 }  // namespace
 
 ModelRunner::ModelRunner(Mixtral model, Options options)
-    : model_(std::move(model)), options_(options), uses_graphs_(options.cuda_graph && model_->device().is_cuda()) {}
+    : model_(std::move(model)),
+      routing_counts_(std::move(options.routing_counts)),
+      uses_graphs_(options.cuda_graph && model_->device().is_cuda()),
+      cache_(model_->config(), {options.page_size, options.num_pages, options.max_chunk, model_->device(),
+                                model_->dtype(), uses_graphs_ ? DecodeGraphs::padding_tokens(options.max_batch) : 0}) {}
 
-int64_t ModelRunner::pages_needed(int64_t prompt_tokens, int64_t max_tokens) const {
-  const int64_t chunk = std::min(options_.max_chunk, prompt_tokens);
-  return RollingKVCache::pages_needed(model_->config(), options_.page_size, chunk, prompt_tokens + max_tokens);
+// A pass that was computed.
+struct ModelRunner::Pass {
+  std::vector<Sequence*> sequences;  // all of whose tokens are computed now
+  std::vector<int64_t> first_rows;   // of the logits: that of a sequence's newest token; those of its draft follow
+  std::vector<PromptToken> prompt_tokens;     // their rows of the logits are the last ones
+  torch::Tensor logits;                       // f32 [rows, vocab]; undefined: no row needs any
+  std::unique_ptr<RoutingObserver> observer;  // or none
+};
+
+std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<Step> steps = compute(plan);
+  pass_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return steps;
 }
 
-// Pages of the largest pool that there is memory for now.
-int64_t ModelRunner::affordable_pages() const {
-  const auto page =
-      static_cast<double>(RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype()));
-  auto available = static_cast<double>(available_memory(model_->device().str()));
-  if (cache_) available -= cache_->bytes_to_grow(num_pages());
-  const double pages = static_cast<double>(num_pages()) + available / page;
-  return static_cast<int64_t>(std::clamp<double>(pages, 0, INT32_MAX));
-}
-
-void ModelRunner::grow(int64_t least, int64_t wanted) {
-  if (least <= num_pages()) return;
-  const int64_t page_bytes = RollingKVCache::page_bytes(model_->config(), options_.page_size, model_->dtype());
-  const int64_t allowed = options_.kv_memory > 0 ? options_.kv_memory / page_bytes : INT32_MAX;
-  if (options_.kv_memory > 0 && least > allowed) {
-    throw OutOfMemory("the key/value cache: needs " +
-                      gib_text(static_cast<double>(least) * static_cast<double>(page_bytes)) + ", kv_memory allows " +
-                      gib_text(static_cast<double>(options_.kv_memory)));
+std::vector<Step> ModelRunner::compute(const std::vector<Scheduler::Chunk>& plan) {
+  try {
+    std::optional<Pass> pass;
+    try {
+      pass = forward(plan);
+    } catch (const std::exception& error) {
+      roll_back(plan);
+      if (!is_out_of_memory(error) || plan.size() == 1) throw;
+    }
+    if (!pass) return compute_halves(plan);
+    if (pass->observer) add_to_traces(*pass->observer, plan);
+    for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
+    std::vector<Step> steps = finish(*pass);
+    if (routing_counts_) count_routing(*pass, plan, steps);
+    return steps;
+  } catch (...) {
+    for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
+    return {};
   }
-  graphs_.reset();  // they are bound to the addresses of the pool
-  if (cache_ && cache_->empty()) cache_.reset();
-  if (cache_) wanted = std::max(wanted, num_pages() + num_pages() / 2);  // so that copies are rare
-  const int64_t pages = std::clamp(std::min({wanted, allowed, affordable_pages()}), least, std::max(least, wanted));
-  if (cache_) {
-    cache_->grow(pages);
-  } else {
-    const int64_t padding = uses_graphs_ ? DecodeGraphs::padding_tokens(options_.max_batch) : 0;
-    cache_.emplace(model_->config(), RollingKVCache::Options{options_.page_size, pages, options_.max_chunk,
-                                                             model_->device(), model_->dtype(), padding});
-  }
 }
 
-std::vector<std::pair<Sequence*, Sample>> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
-  std::map<int64_t, std::vector<Scheduler::Chunk>> passes;
-  for (const auto& chunk : plan) passes[chunk.sequence->experts_per_token].push_back(chunk);
-  std::vector<std::pair<Sequence*, Sample>> samples;
-  for (const auto& pass : passes)
-    for (auto& sample : run_pass(pass.second)) samples.push_back(std::move(sample));
-  return samples;
+std::vector<Step> ModelRunner::compute_halves(const std::vector<Scheduler::Chunk>& plan) {
+  const auto middle = plan.begin() + static_cast<std::ptrdiff_t>(plan.size() / 2);
+  std::vector<Step> steps = compute({plan.begin(), middle});
+  for (Step& step : compute({middle, plan.end()})) steps.push_back(std::move(step));
+  return steps;
 }
 
-// All sequences have the same number of experts per token.
-std::vector<std::pair<Sequence*, Sample>> ModelRunner::run_pass(const std::vector<Scheduler::Chunk>& plan) {
+ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan) {
+  Pass pass;
   std::vector<RollingKVCache::Chunk> chunks;
-  std::vector<int64_t> rows;               // of the newest token of a sequence: they need logits
-  std::vector<Sequence*> sequences;        // of these rows
-  std::vector<PromptToken> prompt_tokens;  // their rows need logits too
+  std::vector<int64_t> rows;  // those that need logits: the newest token of a sequence and its draft
   int64_t total = 0;
   for (const auto& [sequence, tokens] : plan) {
     const auto begin = sequence->ids.begin() + sequence->computed;
-    chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
-    add_prompt_tokens(*sequence, tokens, total, prompt_tokens);
-    total += tokens;
+    std::vector<int64_t> ids(begin, begin + tokens);
+    add_prompt_tokens(*sequence, tokens, total, pass.prompt_tokens);
+    ids.insert(ids.end(), sequence->draft.begin(), sequence->draft.end());
+    total += static_cast<int64_t>(ids.size());
+    chunks.push_back({sequence->cache_id, std::move(ids)});
     if (sequence->computed + tokens < sequence->length()) continue;
-    rows.push_back(total - 1);
-    sequences.push_back(sequence);
+    pass.sequences.push_back(sequence);
+    pass.first_rows.push_back(static_cast<int64_t>(rows.size()));
+    for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row) rows.push_back(row);
   }
-  for (const PromptToken& token : prompt_tokens) rows.push_back(token.row);
-  std::optional<RoutingObserver> observer = observer_of(plan, model_->config(), options_.routing_counts != nullptr);
-  const auto logits =
-      forward(chunks, rows, plan[0].sequence->experts_per_token, observer ? &observer.value() : nullptr);
-  if (observer) add_to_traces(*observer, plan);
-  if (options_.routing_counts) observer->count_in(*options_.routing_counts);
-  for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
-  if (rows.empty()) return {};
-  const auto count = static_cast<int64_t>(sequences.size());
-  std::vector<std::pair<Sequence*, Sample>> result;
-  if (!prompt_tokens.empty()) result = set_prompt_logprobs(prompt_tokens, logits.slice(0, count));
-  for (size_t i = 0; i < sequences.size(); ++i)
-    if (Trace* const trace = sequences[i]->generation.trace.get())
-      trace->predicted_id.back() = logits[static_cast<int64_t>(i)].argmax().item<int32_t>();
-  const auto unconstrained = hold_constrained(sequences, logits.slice(0, 0, count));
-  if (sequences.empty()) return result;
-  std::vector<Sample> samples = sample(sequences, unconstrained);
-  for (size_t i = 0; i < samples.size(); ++i) result.emplace_back(sequences[i], std::move(samples[i]));
-  return result;
+  for (const PromptToken& token : pass.prompt_tokens) rows.push_back(token.row);
+  pass.observer = observer_of(plan, model_->config(), routing_counts_ != nullptr);
+  pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer.get());
+  return pass;
+}
+
+// The cache forgets what a pass that failed was to write.
+void ModelRunner::roll_back(const std::vector<Scheduler::Chunk>& plan) {
+  for (const auto& chunk : plan) cache_.truncate(chunk.sequence->cache_id, chunk.sequence->computed);
+}
+
+std::vector<Step> ModelRunner::finish(Pass& pass) {
+  if (!pass.logits.defined()) return {};
+  const auto prompt_rows = static_cast<int64_t>(pass.prompt_tokens.size());
+  std::vector<Step> steps;
+  if (prompt_rows > 0) {
+    const auto failed =
+        set_prompt_logprobs(pass.prompt_tokens, pass.logits.slice(0, pass.logits.size(0) - prompt_rows));
+    for (const auto& [sequence, sample] : failed) steps.push_back({sequence, {sample}});
+  }
+  for (size_t i = 0; i < pass.sequences.size(); ++i)
+    if (Trace* const trace = pass.sequences[i]->generation.trace.get())
+      trace->predicted_id.back() = pass.logits[pass.first_rows[i]].argmax().item<int32_t>();
+  hold_constrained(pass);
+  for (Step& step : sample_and_compare(pass)) steps.push_back(std::move(step));
+  return steps;
+}
+
+// Of the tokens of the plan and the guesses that held.
+void ModelRunner::count_routing(Pass& pass, const std::vector<Scheduler::Chunk>& plan, const std::vector<Step>& steps) {
+  std::map<const Sequence*, int64_t> held;
+  for (const Step& step : steps) held[step.sequence] = static_cast<int64_t>(step.samples.size()) - 1;
+  int64_t row = 0;
+  for (const auto& [sequence, tokens] : plan) {
+    pass.observer->count_in(*routing_counts_, row, tokens + held[sequence]);
+    row += tokens + static_cast<int64_t>(sequence->draft.size());
+  }
+}
+
+// Takes constrained sequences out of the pass; they keep their logits.
+void ModelRunner::hold_constrained(Pass& pass) const {
+  std::vector<Sequence*> others;
+  std::vector<int64_t> rows;
+  for (size_t i = 0; i < pass.sequences.size(); ++i) {
+    Sequence* const sequence = pass.sequences[i];
+    if (!sequence->constrained) {
+      others.push_back(sequence);
+      rows.push_back(pass.first_rows[i]);
+      continue;
+    }
+    const auto row = pass.logits[pass.first_rows[i]].to(torch::kCPU);
+    sequence->held_logits.assign(row.data_ptr<float>(), row.data_ptr<float>() + row.numel());
+  }
+  pass.sequences = std::move(others);
+  pass.first_rows = std::move(rows);
+}
+
+// Picks a token from the row of each sequence; where it is the one that the draft guessed, from the next row too.
+std::vector<Step> ModelRunner::sample_and_compare(const Pass& pass) {
+  std::vector<Step> steps;
+  for (Sequence* sequence : pass.sequences) steps.push_back({sequence, {}});
+  std::vector<size_t> active(steps.size());  // indices of steps
+  std::iota(active.begin(), active.end(), size_t{0});
+  for (size_t round = 0; !active.empty(); ++round) {
+    std::vector<Sequence*> sequences;
+    std::vector<int64_t> rows;
+    for (const size_t i : active) {
+      sequences.push_back(steps[i].sequence);
+      rows.push_back(pass.first_rows[i] + static_cast<int64_t>(round));
+    }
+    std::vector<Sample> samples = sample(sequences, select_rows(pass.logits, rows));
+    std::vector<size_t> held;
+    for (size_t i = 0; i < active.size(); ++i) {
+      const auto& draft = sequences[i]->draft;
+      if (round < draft.size() && samples[i].token_id == draft[round]) held.push_back(active[i]);
+      steps[active[i]].samples.push_back(std::move(samples[i]));
+    }
+    active = std::move(held);
+  }
+  for (const Step& step : steps) {
+    if (step.sequence->draft.empty()) continue;
+    step.sequence->computed += static_cast<int64_t>(step.samples.size()) - 1;
+    cache_.truncate(step.sequence->cache_id, step.sequence->computed);
+  }
+  return steps;
 }
 
 // The hidden rows `rows` of the batch become logits: f32 [rows, vocab].
-torch::Tensor ModelRunner::forward(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
-                                   int64_t experts_per_token, ForwardObserver* observer) {
+torch::Tensor ModelRunner::logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
+                                  const RowsByExperts& experts, ForwardObserver* observer) {
   const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
-  const bool as_captured = !observer && experts_per_token == model_->config().top_k;
+  const bool as_captured = !observer && experts.size() == 1 && experts.begin()->first == model_->config().top_k;
   const bool in_order = std::is_sorted(rows.begin(), rows.end());
   if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
       in_order && std::all_of(chunks.begin(), chunks.end(), one_token)) {
-    if (!graphs_) graphs_.emplace(*model_, *cache_);
+    if (!graphs_) graphs_.emplace(*model_, cache_);
     return graphs_->logits(chunks);
   }
-  Batch batch = cache_->prepare(chunks);
+  Batch batch = cache_.prepare(chunks);
   batch.observer = observer;
-  batch.experts_per_token = experts_per_token;
-  auto hidden = model_->hidden_states(batch, &*cache_);
+  batch.experts_per_token = experts.begin()->first;
+  if (experts.size() > 1)
+    for (const auto& [count, of] : experts)
+      batch.rows_by_experts[count] = torch::tensor(of, torch::kInt64).to(model_->device());
+  const auto hidden = model_->hidden_states(batch, &cache_);
   if (rows.empty()) return {};
-  if (static_cast<int64_t>(rows.size()) < hidden.size(0) || !in_order)
-    hidden = hidden.index_select(0, torch::tensor(rows, torch::kInt64).to(hidden.device()));
-  return model_->logits(hidden);
-}
-
-// Moves the rows of constrained sequences out of the logits f32 [rows, vocab], and these sequences out of the list.
-torch::Tensor ModelRunner::hold_constrained(std::vector<Sequence*>& sequences, const torch::Tensor& logits) const {
-  std::vector<int64_t> others;
-  for (size_t i = 0; i < sequences.size(); ++i) {
-    if (!sequences[i]->constrained) {
-      others.push_back(static_cast<int64_t>(i));
-      continue;
-    }
-    const auto row = logits[static_cast<int64_t>(i)].to(torch::kCPU);
-    sequences[i]->held_logits.assign(row.data_ptr<float>(), row.data_ptr<float>() + row.numel());
-  }
-  if (others.size() == sequences.size()) return logits;
-  const auto constrained = [](const Sequence* sequence) { return sequence->constrained; };
-  sequences.erase(std::remove_if(sequences.begin(), sequences.end(), constrained), sequences.end());
-  return logits.index_select(0, torch::tensor(others, torch::kInt64).to(logits.device()));
+  return model_->logits(select_rows(hidden, rows));
 }
 
 Sample ModelRunner::sample_held(Sequence& sequence) const {
@@ -221,6 +299,8 @@ Sample ModelRunner::sample_row(Sequence& sequence, int64_t token_id, const torch
       sample.logprob = token_logprob(logits.data_ptr<float>(), vocab, sample.token_id, sequence.params.logprobs);
   } catch (const std::runtime_error& error) {  // NaN: the neighbours go on
     sample.error = error.what();
+  } catch (...) {
+    sequence.error = std::current_exception();
   }
   return sample;
 }

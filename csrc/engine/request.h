@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -14,26 +15,33 @@
 
 namespace mixtral {
 
+// A place among the requests that an engine takes at a time. It is free again when the last copy is gone.
+using Seat = std::shared_ptr<void>;
+
+// The engine has as many requests as it may.
+struct QueueFull : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 struct Request {
   std::vector<int64_t> prompt_token_ids;
   SamplingParams params;
-  // Requests of one session share keys and values: after a request they stay in the cache, and the session's next
-  // request computes only the tokens behind the common prefix. Empty: no session.
-  std::string session;
-  int64_t experts_per_token = 0;  // 0: as many as the model's config says; not another number with a session
-  bool trace = false;             // keep what the routers decide, in Generation::trace; not with a session
+  int64_t experts_per_token = 0;  // 0: as many as the model's config says
+  bool trace = false;             // keep what the routers decide, in Generation::trace
   // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
-  // trace. It gives experts_per_token. Not with a session.
+  // trace. It gives experts_per_token.
   std::shared_ptr<const Trace> replay = nullptr;
   // Each new token, the first one too, waits until Engine::allow() has said which tokens it may be.
   bool constrained = false;
+  Seat seat = nullptr;  // of Engine::reserve_seat(); submit() reserves one where there is none
 };
 
 struct Timings {
   double prefill_seconds = 0, decode_seconds = 0;  // forward passes with prompt tokens in them, and the others
   int64_t prompt_tokens = 0, new_tokens = 0;       // the first new token of each prompt comes from its prefill
-  int64_t cached_tokens = 0;  // of the prompt tokens, those that the session had in the cache already
-  int64_t peak_pages = 0;     // of the key/value cache
+  int64_t cached_tokens = 0;  // of the prompt tokens, those whose keys and values the prefix cache had
+  int64_t drafted_tokens = 0, accepted_tokens = 0;  // that speculation guessed, and of them those that held
+  int64_t peak_pages = 0;                           // of the key/value cache
 };
 
 struct Generation {
@@ -45,6 +53,16 @@ struct Generation {
   std::vector<TokenLogprob> logprobs;  // one per token when asked for
   std::vector<std::optional<TokenLogprob>> prompt_logprobs;  // one per prompt token when asked for; none of the first
   std::shared_ptr<Trace> trace;  // of the tokens that the model read: all but the newest; when asked for
+};
+
+// The engine at one moment, and what it has done since it began.
+struct EngineStats {
+  int64_t running = 0, waiting = 0;                       // requests
+  int64_t pages = 0, pages_in_use = 0, pages_cached = 0;  // all; of requests that run; of none, but in the prefix cache
+  int64_t prompt_tokens = 0, generated_tokens = 0;        // of requests that were admitted
+  int64_t prefix_queries = 0, prefix_hits = 0;            // prompt tokens looked for in the prefix cache, and found
+  int64_t preemptions = 0;
+  int64_t computed_tokens = 0;  // by forward passes, those computed again after a preemption included
 };
 
 // How a request ended. `error` is an exception that ended it, of the forward pass or of a callback; then `generation`

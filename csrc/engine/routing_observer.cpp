@@ -2,6 +2,8 @@
 
 #include <c10/util/Half.h>
 
+#include <limits>
+
 #include "../model/ops.h"
 
 namespace mixtral {
@@ -19,18 +21,18 @@ void move_to_host(std::vector<torch::Tensor>& layers) {
   if (!layers.empty() && !layers[0].is_cpu()) layers = torch::stack(layers).cpu().unbind();
 }
 
-// Rows [begin, begin + count) of the layers' [T,n] -> behind `out`, [count,L,n].
+// Rows [begin, begin + count) of the first n columns of the layers' [T,columns] -> behind `out`, [count,L,n].
 template <typename From, typename To, typename Convert>
-void append_rows(const std::vector<torch::Tensor>& layers, int64_t begin, int64_t count, std::vector<To>& out,
-                 Convert convert) {
-  const int64_t n = layers[0].size(1), row = static_cast<int64_t>(layers.size()) * n;
+void append_rows(const std::vector<torch::Tensor>& layers, int64_t begin, int64_t count, int64_t n,
+                 std::vector<To>& out, Convert convert) {
+  const int64_t columns = layers[0].size(1), row = static_cast<int64_t>(layers.size()) * n;
   const size_t old = out.size();
   out.resize(old + static_cast<size_t>(count * row));
   To* to = out.data() + old;
   for (const torch::Tensor& layer : layers) {
-    const From* from = layer.data_ptr<From>() + begin * n;
+    const From* from = layer.data_ptr<From>() + begin * columns;
     for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < n; ++i) to[t * row + i] = convert(from[t * n + i]);
+      for (int64_t i = 0; i < n; ++i) to[t * row + i] = convert(from[t * columns + i]);
     to += n;
   }
 }
@@ -41,7 +43,7 @@ uint16_t half_bits(float value) { return c10::Half(value).x; }
 
 void RoutingObserver::force(const Routing& routing, int64_t begin, int64_t count) {
   forced_.clear();
-  for (int64_t t = begin; t < begin + count; ++t) forced_.push_back(routing.experts_of(t));
+  for (int64_t t = begin; t < begin + count; ++t) forced_.push_back({routing.experts_of(t), routing.top_k});
 }
 
 void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& router,
@@ -66,14 +68,18 @@ void RoutingObserver::replace_experts(const torch::Tensor& logits, torch::Tensor
   const int64_t top_k = topk_ids.size(1), layer = static_cast<int64_t>(ids_.size());
   auto forced = torch::full({topk_ids.size(0), top_k}, -1, torch::kInt32);
   for (int64_t t = 0; t < topk_ids.size(0); ++t) {
-    const uint8_t* const row = forced_.at(static_cast<size_t>(t));
-    for (int64_t k = 0; row && k < top_k; ++k) forced.data_ptr<int32_t>()[t * top_k + k] = row[layer * top_k + k];
+    const ForcedRow& row = forced_.at(static_cast<size_t>(t));
+    for (int64_t k = 0; row.experts && k < row.top_k; ++k)
+      forced.data_ptr<int32_t>()[t * top_k + k] = row.experts[layer * row.top_k + k];
   }
   forced = forced.to(topk_ids.device());
   forced = torch::where(forced < 0, topk_ids, forced);
   const auto same = (forced == topk_ids).all(1, /*keepdim=*/true);  // [T,1]
-  const auto probabilities = config_.renormalize ? logits.gather(1, forced.to(torch::kInt64)).softmax(1)
-                                                 : logits.softmax(1).gather(1, forced.to(torch::kInt64));
+  const auto chosen = forced.clamp_min(0).to(torch::kInt64);
+  const auto probabilities =
+      config_.renormalize
+          ? logits.gather(1, chosen).masked_fill(forced < 0, -std::numeric_limits<float>::infinity()).softmax(1)
+          : logits.softmax(1).gather(1, chosen);
   topk_weights = torch::where(same, topk_weights, probabilities);
   topk_ids = forced;
 }
@@ -84,17 +90,19 @@ void RoutingObserver::append_to(Routing& routing, int64_t begin, int64_t count) 
   move_to_host(logits_);
   move_to_host(next_gate_ids_);
   const auto byte = [](int32_t id) { return static_cast<uint8_t>(id); };
-  append_rows<int32_t>(ids_, begin, count, routing.topk_ids, byte);
-  append_rows<float>(weights_, begin, count, routing.topk_weights, half_bits);
-  if (keep_logits_) append_rows<float>(logits_, begin, count, routing.router_logits, half_bits);
-  if (!next_gate_ids_.empty()) append_rows<int32_t>(next_gate_ids_, begin, count, routing.next_gate_ids, byte);
+  const int64_t top_k = routing.top_k;
+  append_rows<int32_t>(ids_, begin, count, top_k, routing.topk_ids, byte);
+  append_rows<float>(weights_, begin, count, top_k, routing.topk_weights, half_bits);
+  if (keep_logits_) append_rows<float>(logits_, begin, count, routing.experts, routing.router_logits, half_bits);
+  if (!next_gate_ids_.empty()) append_rows<int32_t>(next_gate_ids_, begin, count, top_k, routing.next_gate_ids, byte);
 }
 
-void RoutingObserver::count_in(RoutingCounts& counts) {
+void RoutingObserver::count_in(RoutingCounts& counts, int64_t begin, int64_t count) {
   move_to_host(ids_);
+  const int64_t top_k = ids_.at(0).size(1);
   std::vector<const int32_t*> layers;
-  for (const torch::Tensor& ids : ids_) layers.push_back(ids.data_ptr<int32_t>());
-  counts.add(layers, ids_.at(0).size(0), ids_[0].size(1));
+  for (const torch::Tensor& ids : ids_) layers.push_back(ids.data_ptr<int32_t>() + begin * top_k);
+  counts.add(layers, count, top_k);
 }
 
 }  // namespace mixtral

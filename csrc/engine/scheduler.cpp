@@ -1,48 +1,130 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../model/rolling_kv_cache.h"
 
 namespace mixtral {
-
-void Scheduler::remove(const Sequence& sequence) {
+void Scheduler::remove(Sequence& sequence) {
   waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &sequence), waiting_.end());
   running_.erase(std::remove(running_.begin(), running_.end(), &sequence), running_.end());
+  if (sequence.cache_id >= 0) leave_cache(sequence);
 }
 
-Sequence* Scheduler::next() const { return waiting_.empty() || free_seats() == 0 ? nullptr : waiting_.front(); }
-
-bool Scheduler::admit(int64_t pages) {
-  Sequence* const sequence = next();
-  if (!sequence || reserved_pages() + sequence->max_pages > pages) return false;
-  running_.push_back(sequence);
-  waiting_.pop_front();
-  return true;
-}
-
-std::vector<Scheduler::Chunk> Scheduler::plan() const {
+std::vector<Scheduler::Chunk> Scheduler::plan() {
   std::vector<Chunk> chunks;
   int64_t budget = options_.token_budget;
-  for (Sequence* sequence : running_) {
-    const int64_t tokens = std::min({sequence->length() - sequence->computed, options_.chunk_size, budget});
-    if (budget == 0) break;
-    if (tokens == 0) continue;  // it waits for the mask of its next token
-    chunks.push_back({sequence, tokens});
-    budget -= tokens;
-  }
+  const int64_t before = totals_.preemptions;
+  for (size_t i = 0; i < running_.size(); ++i) add_chunk(*running_[i], budget, chunks);  // running_ may get shorter
+  if (totals_.preemptions > before) return chunks;
+  while (budget > 0 && admit()) add_chunk(*running_.back(), budget, chunks);
   return chunks;
 }
 
-int64_t Scheduler::reserved_pages() const {
-  int64_t pages = 0;
-  for (const Sequence* sequence : running_) pages += sequence->max_pages;
-  return pages;
+// As many tokens of the sequence as chunk and budget allow, if there are pages for them once newer sequences have given
+// theirs back.
+void Scheduler::add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks) {
+  const int64_t tokens = std::min({sequence.length() - sequence.computed, options_.chunk_size, budget});
+  if (tokens == 0) return;  // nothing is left of the budget, or it waits for the mask of its next token
+  while (!cache_.reserve(sequence.cache_id, tokens)) {
+    if (running_.back() == &sequence) return;  // waits for pages with those it has
+    preempt(*running_.back());
+  }
+  chunks.push_back({&sequence, tokens});
+  budget -= tokens;
 }
 
-int64_t Scheduler::wanted_pages() const {
-  int64_t pages = reserved_pages();
-  const size_t count = std::min(waiting_.size(), free_seats());
-  for (size_t i = 0; i < count; ++i) pages += waiting_[i]->max_pages;
-  return pages;
+void Scheduler::preempt(Sequence& sequence) {
+  waiting_.push_front(&sequence);
+  running_.pop_back();
+  leave_cache(sequence);
+  ++totals_.preemptions;
+}
+
+// The request that has waited for longest runs if there are pages for all of its tokens, beside those that the running
+// ones will take soon, and nobody else is computing what it can share.
+bool Scheduler::admit() {
+  const auto running = static_cast<int64_t>(running_.size());
+  if (waiting_.empty() || running == options_.max_batch) return false;
+  Sequence& next = *waiting_.front();
+  next.cache_id = shares_pages(next) ? cache_.add_sequence(next.ids, next.cacheable_tokens(), next.experts_per_token)
+                                     : cache_.add_sequence();
+  int64_t needed = pages_to_take(next, 1);
+  for (const Sequence* sequence : running_) needed += pages_to_take(*sequence, options_.headroom);
+  if (running > 0 && (needed > cache_.pages_available() || others_compute_its_prefix(next))) {
+    leave_cache(next);
+    return false;
+  }
+  next.computed = cache_.length(next.cache_id);
+  running_.push_back(&next);
+  waiting_.pop_front();
+  if (!std::exchange(next.counted, true)) count(next);
+  return true;
+}
+
+// A running request is about to compute full pages that the cache does not have yet, and that `next` can share.
+bool Scheduler::others_compute_its_prefix(const Sequence& next) const {
+  if (!shares_pages(next)) return false;
+  const auto is_computing = [&](const Sequence* other) {
+    if (!other->in_prefill() || !shares_pages(*other) || other->experts_per_token != next.experts_per_token)
+      return false;
+    const auto end = next.ids.begin() + std::min(next.cacheable_tokens(), other->prompt_length());
+    const int64_t common = std::mismatch(next.ids.begin(), end, other->ids.begin()).first - next.ids.begin();
+    const int64_t shareable = common - common % cache_.page_size();
+    return other->computed < shareable && cache_.length(next.cache_id) < shareable;
+  };
+  return std::any_of(running_.begin(), running_.end(), is_computing);
+}
+
+// For the tokens that it has, and for at most `more` of those that it may generate.
+int64_t Scheduler::pages_to_take(const Sequence& sequence, int64_t more) const {
+  const int64_t length = std::min(sequence.length() + more, sequence.prompt_length() + sequence.params.max_tokens);
+  return std::max<int64_t>(0, cache_.pages_needed(length) - cache_.pages_held(sequence.cache_id));
+}
+
+void Scheduler::count(Sequence& admitted) {
+  admitted.timings->cached_tokens += admitted.computed;
+  totals_.prompt_tokens += admitted.prompt_length();
+  if (!shares_pages(admitted)) return;
+  totals_.prefix_queries += admitted.prompt_length();
+  totals_.prefix_hits += admitted.computed;
+}
+
+void Scheduler::leave_cache(Sequence& sequence) {
+  sequence.failed() ? cache_.discard_sequence(sequence.cache_id) : cache_.remove_sequence(sequence.cache_id);
+  sequence.cache_id = -1;
+  sequence.computed = 0;
+}
+
+EngineStats Scheduler::stats() const {
+  EngineStats stats = totals_;
+  stats.running = static_cast<int64_t>(running_.size());
+  stats.waiting = static_cast<int64_t>(waiting_.size());
+  stats.pages = cache_.num_pages();
+  stats.pages_in_use = cache_.pages_in_use();
+  stats.pages_cached = cache_.pages_cached();
+  return stats;
+}
+
+void Scheduler::check_integrity() const {
+  const auto check = [](bool holds, const Sequence& sequence) {
+    if (!holds)
+      throw std::logic_error("Scheduler: the state of request " + std::to_string(sequence.id) + " contradicts itself");
+  };
+  int64_t last = -1;
+  for (const Sequence* sequence : running_) {
+    check(sequence->id > last && sequence->cache_id >= 0, *sequence);
+    check(sequence->computed == cache_.length(sequence->cache_id), *sequence);
+    check(sequence->computed < sequence->length() || sequence->constrained, *sequence);
+    last = sequence->id;
+  }
+  for (const Sequence* sequence : waiting_) {
+    check(sequence->id > last && sequence->cache_id < 0 && sequence->computed == 0, *sequence);
+    last = sequence->id;
+  }
 }
 
 }  // namespace mixtral

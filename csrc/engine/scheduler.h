@@ -1,4 +1,5 @@
-// Decides which requests run, and how many tokens of each the next forward pass computes. First come, first served.
+// Decides which requests run, how many tokens of each the next forward pass computes, and with which pages of the
+// key/value cache. First come, first served.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +10,22 @@
 
 namespace mixtral {
 
-// A request runs once the most pages it may ever hold fit beside those reserved for the running ones. So no running
-// request ever waits for a page.
+class RollingKVCache;
+
+// A request takes pages as it grows. When there are none left, the newest of the running requests gives all of its own
+// back and waits, first in line, to be computed again; full pages stay cached for that until they are taken. The oldest
+// request always gets its pages: each request fits the pool alone. So it ends, and no request waits for ever.
 class Scheduler {
  public:
   struct Options {
     int64_t chunk_size;    // tokens of one sequence per forward pass
     int64_t token_budget;  // tokens of all sequences per forward pass
     int64_t max_batch;     // sequences running at a time
+    bool prefix_cache = true;
+    // Admission leaves pages for this many new tokens of each running request, or for as many as it may generate.
+    // Without a limit, requests with a large max_tokens that they hardly ever need would keep others waiting; with
+    // less, more requests would be preempted, and computed again.
+    int64_t headroom = 256;
   };
   // The next `tokens` tokens of `sequence`.
   struct Chunk {
@@ -24,29 +33,37 @@ class Scheduler {
     int64_t tokens;
   };
 
-  explicit Scheduler(Options options) : options_(options) {}
+  Scheduler(Options options, RollingKVCache& cache) : options_(options), cache_(cache) {}
 
   void add(Sequence& sequence) { waiting_.push_back(&sequence); }
-  void remove(const Sequence& sequence);  // waiting or running
+  // Waiting or running; its pages go back to the pool.
+  void remove(Sequence& sequence);
 
-  // The request to admit next; none when all run or max_batch of them do.
-  Sequence* next() const;
-  // Admits next() if it fits in a pool of `pages` pages.
-  bool admit(int64_t pages);
+  // The next forward pass: more of a prompt, or the newest token, of as many requests as the budget allows, with pages
+  // for these tokens. Those that run come first, the oldest of them at the head; then those that wait are admitted.
+  std::vector<Chunk> plan();
 
-  // The next forward pass: more of a prompt, or the newest token, of as many running requests as the budget allows.
-  std::vector<Chunk> plan() const;
+  EngineStats stats() const;  // but for the tokens generated and computed
 
-  const std::vector<Sequence*>& running() const { return running_; }  // in the order of admission
-  int64_t reserved_pages() const;                                     // of the running requests
-  int64_t wanted_pages() const;  // the same once every request that may run next is admitted
+  // Throws std::logic_error when a sequence and its place in the cache do not agree.
+  void check_integrity() const;
 
  private:
-  size_t free_seats() const { return static_cast<size_t>(options_.max_batch) - running_.size(); }
+  void add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks);
+  void preempt(Sequence& sequence);
+  bool admit();
+  bool others_compute_its_prefix(const Sequence& next) const;
+  int64_t pages_to_take(const Sequence& sequence, int64_t more) const;
+  // The keys of a replayed sequence depend on its trace.
+  bool shares_pages(const Sequence& sequence) const { return options_.prefix_cache && !sequence.replay; }
+  void count(Sequence& admitted);
+  void leave_cache(Sequence& sequence);
 
   Options options_;
-  std::deque<Sequence*> waiting_;
-  std::vector<Sequence*> running_;
+  RollingKVCache& cache_;
+  std::deque<Sequence*> waiting_;   // in the order of arrival
+  std::vector<Sequence*> running_;  // in the order of arrival, all of them before those that wait
+  EngineStats totals_;
 };
 
 }  // namespace mixtral

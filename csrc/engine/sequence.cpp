@@ -23,7 +23,6 @@ Sequence::Sequence(int64_t id, Request request, Callbacks callbacks, const std::
                    const std::vector<int64_t>& eos_token_ids)
     : id(id),
       params(std::move(request.params)),
-      session(std::move(request.session)),
       experts_per_token(request.experts_per_token),
       replay(std::move(request.replay)),
       constrained(request.constrained),
@@ -31,6 +30,7 @@ Sequence::Sequence(int64_t id, Request request, Callbacks callbacks, const std::
       end_ids(ids_that_end(params, tokenizer, eos_token_ids)),
       sampler(params, request.prompt_token_ids, end_ids),
       ids(request.prompt_token_ids),
+      seat(std::move(request.seat)),
       stop_(params.stop) {
   generation.prompt_token_ids = std::move(request.prompt_token_ids);
   if (params.prompt_logprobs > 0) generation.prompt_logprobs.resize(ids.size());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "libtorch.h"
@@ -21,7 +22,9 @@ struct Batch {
   torch::Tensor page_table;             // [B,R]
   torch::Tensor kv_lens;                // [B]: keys of each sequence, this batch's included
   ForwardObserver* observer = nullptr;  // sees the products of the pass (observer.h); may be null
-  int64_t experts_per_token = 0;        // 0: as many as the config says
+  int64_t experts_per_token = 0;        // of all tokens; 0: as many as the config says
+  // Where tokens differ: the rows [n] with each number of experts.
+  std::map<int64_t, torch::Tensor> rows_by_experts;
 };
 
 // A batch on the host, filled sequence by sequence.

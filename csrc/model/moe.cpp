@@ -13,9 +13,27 @@ SparseMoeImpl::SparseMoeImpl(const Config& config, const std::string& path, cons
   down_proj_ = allocator.add(*this, path + "moe.", "down_proj");
 }
 
+// weights f32 [T,K], ids int32 [T,K]. Where tokens have different numbers of experts, K is the largest, and a token
+// with fewer has weight 0 and expert -1, which is none, behind its own. Its bits are those of a pass where all have as
+// many.
+std::tuple<torch::Tensor, torch::Tensor> SparseMoeImpl::route(const torch::Tensor& x, const Batch& batch) {
+  if (batch.rows_by_experts.empty()) {
+    const int64_t top_k = batch.experts_per_token > 0 ? batch.experts_per_token : top_k_;
+    return ops::moe_route(x, router_, top_k, renormalize_, select_bias_);
+  }
+  const int64_t most = batch.rows_by_experts.rbegin()->first;
+  auto topk_weights = torch::zeros({x.size(0), most}, x.options().dtype(torch::kFloat32));
+  auto topk_ids = torch::full({x.size(0), most}, -1, x.options().dtype(torch::kInt32));
+  for (const auto& [top_k, rows] : batch.rows_by_experts) {
+    const auto [weights, ids] = ops::moe_route(x.index_select(0, rows), router_, top_k, renormalize_, select_bias_);
+    topk_weights.narrow(1, 0, top_k).index_copy_(0, rows, weights);
+    topk_ids.narrow(1, 0, top_k).index_copy_(0, rows, ids);
+  }
+  return {topk_weights, topk_ids};
+}
+
 torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch) {
-  const int64_t top_k = batch.experts_per_token > 0 ? batch.experts_per_token : top_k_;
-  auto [topk_weights, topk_ids] = ops::moe_route(x, router_, top_k, renormalize_, select_bias_);  // [T,K]
+  auto [topk_weights, topk_ids] = route(x, batch);
   if (batch.observer) {
     batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
     batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);

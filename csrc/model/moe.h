@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "batch.h"
 #include "config.h"
@@ -18,6 +19,8 @@ struct SparseMoeImpl : torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& x, const Batch& batch);
 
  private:
+  std::tuple<torch::Tensor, torch::Tensor> route(const torch::Tensor& x, const Batch& batch);
+
   int64_t top_k_;
   bool renormalize_;
   torch::Tensor router_;                      // [E,H], f32 unless config.router_in_f32 is false

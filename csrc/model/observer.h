@@ -15,7 +15,8 @@ class ForwardObserver {
   // x [T,Kdim] will be multiplied by weight [N,Kdim], [1,N,Kdim] or packed.
   virtual void before_linear(const torch::Tensor& /*x*/, const torch::Tensor& /*weight*/) {}
   // x [T,H] was routed by router [E,H] and select_bias f32 [E], which most models do not have: topk_weights f32 [T,K],
-  // topk_ids int32 [T,K], which the experts get.
+  // topk_ids int32 [T,K], which the experts get. An id of -1 is none: the token has fewer experts than others
+  // (Batch::rows_by_experts).
   virtual void after_route(const torch::Tensor& /*x*/, const torch::Tensor& /*router*/,
                            const std::optional<torch::Tensor>& /*select_bias*/, torch::Tensor& /*topk_weights*/,
                            torch::Tensor& /*topk_ids*/) {}

@@ -4,6 +4,9 @@
 // wholly behind the window of every query to come goes back to the pool, so a sequence holds at most R = ceil((W - 1 +
 // chunk) / P) + 1 pages however long it grows (Jiang et al., "Mistral 7B", 2023, section 2, rolling buffer cache; here
 // it rolls page by page, so no page is ever overwritten in place). Without a window R grows.
+//
+// A prefix cache: a sequence whose tokens are committed names its full pages by them, and one that begins alike shares
+// them. With a window, the pages that the next token sees are all that must still be there.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +18,7 @@
 #include "config.h"
 #include "defaults.h"
 #include "libtorch.h"
+#include "page_pool.h"
 
 namespace mixtral {
 
@@ -42,28 +46,37 @@ class RollingKVCache {
   // Bytes of one page, keys and values of all layers.
   static int64_t page_bytes(const Config& config, int64_t page_size, torch::ScalarType dtype);
 
-  // Makes the pool larger. Pages keep their numbers and contents, but move in memory. Layers grow one after the other,
-  // so the copy needs room for one old layer beside the new pool. When it throws (OutOfMemory), the cache works on with
-  // the pages it had.
-  void grow(int64_t num_pages);
   int64_t num_pages() const { return options_.num_pages; }
-  // Bytes that grow(num_pages) allocates beyond the present pool.
-  double bytes_to_grow(int64_t num_pages) const;
+  int64_t page_size() const { return options_.page_size; }
+  int64_t pages_needed(int64_t length) const;
 
   int64_t add_sequence();
-  void remove_sequence(int64_t sequence);  // its pages go back to the pool
-  // What a sequence holds, to be kept outside the cache: its pages, on the CPU.
+  // A sequence that may share pages: it begins with the longest prefix of `ids`, of at most `most` tokens, whose keys
+  // and values are cached; length() tells how many these are. kind: what keys and values depend on besides the tokens.
+  int64_t add_sequence(const std::vector<int64_t>& ids, int64_t most, int64_t kind);
+  // Its pages go back to the pool; committed full ones stay cached until they are taken.
+  void remove_sequence(int64_t sequence);
+  // The same when the keys may be NaN: no later sequence begins with these pages, and they become zero.
+  void discard_sequence(int64_t sequence);
+
+  // Takes the pages for the next `tokens` tokens. Returns false and changes nothing when the pool has too few.
+  bool reserve(int64_t sequence, int64_t tokens);
+  // The first length(sequence) ids are the sequence's tokens, their keys and values are computed, and truncate() will
+  // not forget them. Names the pages that they fill, and gives back those behind the window.
+  void commit(int64_t sequence, const std::vector<int64_t>& ids);
+  // Forgets the tokens of a sequence from `length` on. Returns false and changes nothing when keys that the next query
+  // would see are no longer held: they were behind the window. Committed tokens that fill a page cannot be forgotten.
+  bool truncate(int64_t sequence, int64_t length);
+
+  // Keys and values outside the cache, on the CPU.
   struct Contents {
     int64_t length = 0;                       // tokens
     std::vector<torch::Tensor> keys, values;  // per layer [pages,P,Nkv,D]: the last pages up to `length`
   };
   Contents contents(int64_t sequence) const;
-  // A new sequence with these contents. Throws std::runtime_error and changes nothing when the pool has too few pages
-  // or the contents have more or fewer than `length` tokens need.
-  int64_t add_sequence(const Contents& contents);
-  // Forgets the tokens of a sequence from `length` on. Returns false and changes nothing when keys that the next query
-  // would see are no longer held: they were behind the window.
-  bool truncate(int64_t sequence, int64_t length);
+  // Caches the full pages of `contents`, whose tokens are `ids`. Throws OutOfMemory and changes nothing when the pool
+  // has too few pages that nobody uses, std::runtime_error when the contents have more or fewer than `length` needs.
+  void load(const Contents& contents, const std::vector<int64_t>& ids, int64_t kind);
 
   // Takes pages for the chunks, gives back pages behind the window, and lays out the batch. Throws std::runtime_error
   // and changes nothing when the pool has too few pages, a chunk is empty or longer than max_chunk, or a sequence is
@@ -78,15 +91,20 @@ class RollingKVCache {
   torch::Tensor keys(int64_t layer) const;    // [pages,P,Nkv,D]
   torch::Tensor values(int64_t layer) const;  // [pages,P,Nkv,D]
   int64_t length(int64_t sequence) const;
-  int64_t pages_in_use() const;
   int64_t pages_held(int64_t sequence) const;
-  bool empty() const { return sequences_.empty(); }
+  int64_t pages_available() const { return pool_.available(); }
+  int64_t pages_in_use() const { return num_pages() - pages_available(); }
+  int64_t pages_cached() const { return pool_.cached(); }  // in use by nobody, but named
+  // Throws std::logic_error unless every page and name is accounted for.
+  void check_integrity() const;
 
  private:
   struct Sequence {
     int64_t length = 0;
-    int64_t first = 0;          // p div P of the first page it holds
-    std::deque<int32_t> pages;  // one for each p div P from `first` on
+    int64_t first = 0;                   // p div P of the first page it holds
+    std::deque<int32_t> pages;           // one for each p div P from `first` on
+    PagePool::Prefix* prefix = nullptr;  // its tokens up to the last page that was committed full; null: shares none
+    int64_t committed = 0;               // pages of `prefix`
   };
   // The pages [first, end), as p div P, that the `tokens` tokens behind `length` see or write.
   struct PageRange {
@@ -94,7 +112,7 @@ class RollingKVCache {
   };
   PageRange visible_pages(int64_t length, int64_t tokens) const;
   Sequence& find(int64_t sequence);
-  torch::Tensor new_pool(int64_t num_pages) const;
+  int64_t pages_to_take(const Sequence& sequence, int64_t tokens) const;
   void check(const std::vector<Chunk>& chunks) const;
   void release_pages(Sequence& sequence);
   void take_pages(Sequence& sequence, int64_t tokens);
@@ -102,7 +120,7 @@ class RollingKVCache {
   Config config_;
   Options options_;
   std::vector<torch::Tensor> keys_, values_;  // per layer
-  std::vector<int32_t> free_pages_;
+  PagePool pool_;
   std::map<int64_t, Sequence> sequences_;
   int64_t next_sequence_ = 0;
 };

@@ -22,6 +22,7 @@ namespace internal {
 struct PermutationIndex {
   Tensor offs;     // [E] int32 end offsets
   Tensor row_map;  // [T, K] int32
+  int64_t rows;    // of the copies that were kept; on CUDA, where the host does not know, of all
 };
 
 // x [T, H], topk_ids [T, K] -> out [M, H] and the index

@@ -12,8 +12,8 @@ struct ChatMessage {
   std::string role;  // "system", "user", "assistant" or "tool"
   std::string content;
   bool prefix = false;  // of the last message, an assistant's: the model goes on with it instead of answering
-  std::vector<std::string> tool_calls;  // of an assistant: each as the JSON that the model writes
-  std::string tool_call_id;             // of a tool's message, which holds the result of this call: for v7
+  std::vector<std::string> tool_calls = {};  // of an assistant: each as the JSON that the model writes
+  std::string tool_call_id = {};             // of a tool's message, which holds the result of this call: for v7
 };
 
 // Neighbouring messages of one role are joined by an empty line. `version`: whose format; the tokenizer must have its

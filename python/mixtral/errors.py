@@ -1,4 +1,4 @@
-"""The exception of every loader, as in C++ (csrc/io/load_error.h)."""
+"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), and of a full engine (csrc/engine/request.h)."""
 
 
 class LoadError(Exception):
@@ -18,3 +18,7 @@ class LoadError(Exception):
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.file, self.item, self.reason)
+
+
+class QueueFull(RuntimeError):
+    """The engine has as many requests as its option max_queue allows."""

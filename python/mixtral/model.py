@@ -67,8 +67,13 @@ class Mixtral(Tracing):
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).
             ctx_size: longest prompt plus new tokens (default: what the model was made for).
-            kv_memory: most bytes of the key/value cache (default: as much as requests need and the device has).
+            kv_memory: bytes of the key/value cache (default: room for ``max_batch`` sequences of ``ctx_size`` tokens,
+                in at most half of the memory that the device has left).
+            max_queue: requests at a time, those that run included; one more raises ``QueueFull`` (default: any number).
+            prefix_cache: keep keys and values for prompts that begin with the same tokens (default true).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
+            speculate: most tokens to guess, in each step, from earlier text that ends alike (prompt lookup); the
+                default, 0: none. Results are the same bit for bit; text that repeats itself comes faster.
 
         Raises:
             TypeError: an unknown option.
@@ -209,7 +214,6 @@ class Mixtral(Tracing):
         logprobs: int = 0,
         ignore_eos: bool = False,
         on_text: Callable[[int, str], bool | None] | None = None,
-        session: str | None = None,
         generation_config: bool = False,
         experts_per_token: int | None = None,
         return_routed_experts: bool = False,
@@ -242,22 +246,19 @@ class Mixtral(Tracing):
             on_text: called with (index of the result, text) as text becomes certain, on a thread of the engine. False
                 cancels that result; the others go on, and so does one whose call returns nothing. It must not call
                 ``generate``.
-            session: keep the keys and values of this conversation in the cache. The session's next prompt computes
-                only what comes after the tokens that it shares with this one and its answer.
             generation_config: take the five sampling parameters that are not given here from the model's
                 generation_config.json (``sampling_defaults``).
-            experts_per_token: another number of experts than the model's; not with ``session``.
+            experts_per_token: another number of experts than the model's.
             return_routed_experts: keep the experts of every token and layer, as ``routed_experts`` of the result: uint8
                 [tokens, layers, experts per token]. The tokens are those that the model read: prompt and new ones,
-                but for the newest. Not with ``session``.
-            n: continue each prompt this many times, each with its own random numbers. Not with ``session``.
+                but for the newest.
+            n: continue each prompt this many times, each with its own random numbers.
             presence_penalty, frequency_penalty: [-2, 2]; subtracted from the logit of a generated token, once and once
                 for each time that it was generated (as in OpenAI's API).
             logit_bias: token id -> [-100, 100], added to its logit after the penalties.
             min_tokens: among so many new tokens is none that would end the generation, and ``stop`` does not end it.
             stop_token_ids: generation ends before any of these tokens too, even with ``ignore_eos``.
-            prompt_logprobs: 0: none; n: of each token of the prompt and of the n most likely at its place. Not with
-                ``session``.
+            prompt_logprobs: 0: none; n: of each token of the prompt and of the n most likely at its place.
 
         Returns:
             One result for each prompt, or ``n`` of the first prompt, then ``n`` of the next: ``text``, ``token_ids``,
@@ -266,7 +267,7 @@ class Mixtral(Tracing):
         Raises:
             ValueError: an empty or too long prompt, an id outside the vocabulary, a parameter out of range, or text
                 for a model without a tokenizer.
-            MemoryError: the key/value cache does not fit the device.
+            MemoryError: the key/value cache cannot hold a prompt and ``max_tokens``.
         """
         params = self._sampling_params(
             generation_config=generation_config,
@@ -287,14 +288,12 @@ class Mixtral(Tracing):
             stop_token_ids=stop_token_ids,
             prompt_logprobs=prompt_logprobs,
         )
-        if n < 1 or (n > 1 and session):
-            raise ValueError(f"n must be {'1 with a session' if session else '>= 1'}, got {n}")
+        if n < 1:
+            raise ValueError(f"n must be >= 1, got {n}")
         self._check_process()
         ids = [self._prompt_ids(prompt) for prompt in prompt_list(prompts)]
         k = experts_or_default(experts_per_token)
-        generations, self.timings = self._engine.generate(
-            ids, params, session or "", k, return_routed_experts, on_text, n
-        )
+        generations, self.timings = self._engine.generate(ids, params, k, return_routed_experts, on_text, n)
         return generations
 
     def stream(self, prompt: Prompt, **options: object) -> Iterator[str]:
@@ -313,26 +312,26 @@ class Mixtral(Tracing):
         self._check_process()
         return self._pieces(self._prompt_ids(prompt), **options)
 
-    def save_session(self, session: str, path: str | PathLike[str]) -> None:
-        """Write the keys and values of a session of ``generate`` into a file; another process goes on with
-        ``load_session``, to the same bits on the same kind of processor.
+    def save_prompt_cache(self, prompt: Prompt, path: str | PathLike[str]) -> None:
+        """Write the keys and values of a prompt that ``generate`` has read into a file, as far as they are still in the
+        cache: those of full pages. Another process goes on from it with ``load_prompt_cache``, to the same bits on the
+        same kind of processor. New tokens may be part of ``prompt``.
 
         Raises:
-            ValueError: no session of this name is idle.
             RuntimeError: the file cannot be written; it is then as it was.
         """
         self._check_process()
-        self._engine.save_session(session, path)
+        self._engine.save_prompt_cache(self._prompt_ids(prompt), path)
 
-    def load_session(self, session: str, path: str | PathLike[str]) -> None:
-        """Read a session that ``save_session`` wrote; ``generate(..., session=session)`` goes on with it.
+    def load_prompt_cache(self, path: str | PathLike[str]) -> None:
+        """Read a file of ``save_prompt_cache``: prompts that begin with its tokens compute only what comes after them.
 
         Raises:
             LoadError: the file is damaged, or of another model, type or device.
-            MemoryError: the keys and values do not fit the device.
+            MemoryError: the key/value cache has no room for it.
         """
         self._check_process()
-        self._engine.load_session(session, path)
+        self._engine.load_prompt_cache(path)
 
     def perplexity(self, text: str, ctx_size: int = 0, chunk_size: int = _C.CHUNK_SIZE) -> Score:
         """How well the model predicts a text.
@@ -348,7 +347,7 @@ class Mixtral(Tracing):
 
         Raises:
             ValueError: an empty text, a model without a tokenizer, or an option out of range.
-            MemoryError: the key/value cache does not fit the device.
+            MemoryError: the key/value cache cannot hold a prompt and ``max_tokens``.
         """
         if self.tokenizer is None:
             raise ValueError("perplexity: model expected a tokenizer, got none")
@@ -358,7 +357,6 @@ class Mixtral(Tracing):
     def _pieces(
         self,
         prompt_ids: list[int],
-        session: str | None = None,
         experts_per_token: int | None = None,
         **options: object,
     ) -> Iterator[str]:
@@ -370,7 +368,7 @@ class Mixtral(Tracing):
 
         k = experts_or_default(experts_per_token)
         params = self._sampling_params(**options)
-        request = self._engine.submit(prompt_ids, params, session or "", k, on_text, events.put)
+        request = self._engine.submit(prompt_ids, params, k, on_text, events.put)
         event: str | _C.Outcome = ""
         try:
             while isinstance(event := events.get(), str):

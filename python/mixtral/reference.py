@@ -121,11 +121,14 @@ def router_losses_backward(
 def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T,H], [T,K] -> permuted [M,H], end offsets int32 [E], row_map int32 [T,K]."""
     copies = topk_ids.flatten().long()
+    copies = torch.where(copies < 0, num_experts, copies)  # the dropped ones go behind all others
     order = copies.argsort(stable=True)
     row_map = torch.empty_like(copies)
     row_map[order] = torch.arange(len(order), device=x.device)
-    offs = copies.bincount(minlength=num_experts).cumsum(0)
-    return x[order // topk_ids.shape[1]], offs.int(), row_map.reshape(topk_ids.shape).int()
+    kept = copies < num_experts
+    offs = copies[kept].bincount(minlength=num_experts).cumsum(0)
+    permuted = torch.where(kept[order, None], x[order // topk_ids.shape[1]], 0)
+    return permuted, offs.int(), torch.where(kept, row_map, -1).reshape(topk_ids.shape).int()
 
 
 def moe_permute_backward(grad: Tensor, row_map: Tensor) -> Tensor:

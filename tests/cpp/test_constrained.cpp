@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "engine/engine_core.h"
+#include "engine/model_runner.h"
 #include "generations.h"
 
 namespace mixtral {
@@ -33,6 +34,15 @@ Outcome end_of(std::future<Outcome> future) {
   return future.get();
 }
 
+// generate() of one prompt, which must not hang when the constrained requests beside it do.
+Generation generate_beside(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& sampling) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  const auto give_up = [end] {
+    if (std::chrono::steady_clock::now() > end) throw std::runtime_error("no end");
+  };
+  return engine.generate({prompt}, {sampling}, nullptr, nullptr, give_up)[0];
+}
+
 // A constrained request; `mask_at(step)` is handed over for the first token here, for the next ones by the callback.
 std::future<Outcome> submit_constrained(Engine& engine, const std::vector<int64_t>& prompt,
                                         const SamplingParams& sampling, std::function<Mask(int64_t step)> mask_at) {
@@ -46,7 +56,7 @@ std::future<Outcome> submit_constrained(Engine& engine, const std::vector<int64_
     return true;
   };
   callbacks.on_end = [ended](Outcome outcome) { ended->set_value(std::move(outcome)); };
-  Request request = {prompt, sampling, ""};
+  Request request = {prompt, sampling};
   request.constrained = true;
   id->set_value(engine.submit(std::move(request), std::move(callbacks)));
   engine.allow(known->get(), mask_at(0));
@@ -83,7 +93,8 @@ TEST(Constrained, WithEverythingAllowedTheResultIsThatOfAnUnconstrainedRequestWh
   const auto prompts = some_prompts();
   for (size_t i = 0; i < 3; ++i)
     ends.push_back(submit_constrained(engine, prompts[i], params(9, 1.0, i), [](int64_t) { return kEverything; }));
-  const auto beside = engine.generate(prompts, {params(9, 1.0, 7)});
+  std::vector<Generation> beside;
+  for (const auto& prompt : prompts) beside.push_back(generate_beside(engine, prompt, params(9, 1.0, 7)));
   for (size_t i = 0; i < 3; ++i) {
     expect_same(end_of(std::move(ends[i])).generation, alone(model, prompts[i], params(9, 1.0, i)));
     expect_same(beside[i], alone(model, prompts[i], params(9, 1.0, 7)));
@@ -94,10 +105,10 @@ TEST(Constrained, OthersGoOnWhileOneWaits) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
   std::promise<Outcome> ended;
-  Request waiting = {{1, 2}, params(1), ""};
+  Request waiting = {{1, 2}, params(1)};
   waiting.constrained = true;
   const int64_t id = engine.submit(waiting, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }});
-  expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
+  expect_same(generate_beside(engine, {3, 4}, params(9)), alone(model, {3, 4}, params(9)));
   engine.allow(id, mask_of({50}));
   EXPECT_EQ(end_of(ended.get_future()).generation.token_ids, (std::vector<int64_t>{50}));
 }
@@ -107,7 +118,7 @@ TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
   std::promise<Outcome> ended;
   std::promise<int64_t> id;
   int calls = 0;
-  Request first = {{1, 2}, params(3), ""};
+  Request first = {{1, 2}, params(3)};
   engine.submit(first, {[&, known = id.get_future().share()](const GenerationProgress&) {
                           if (++calls == 1) {  // both reach the engine before its next pass
                             engine.allow(known.get(), mask_of({50}));
@@ -116,7 +127,7 @@ TEST(Constrained, ALaterMaskReplacesAnEarlierOne) {
                           return true;
                         },
                         nullptr});
-  Request second = {{1, 2}, params(1), ""};
+  Request second = {{1, 2}, params(1)};
   second.constrained = true;
   id.set_value(engine.submit(second, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }}));
   EXPECT_EQ(end_of(ended.get_future()).generation.token_ids, (std::vector<int64_t>{51}));
@@ -126,15 +137,15 @@ TEST(Constrained, AWaitingRequestCanBeCancelledAndAnEndedOneIsIgnored) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
   std::promise<Outcome> ended;
-  Request waiting = {{1, 2}, params(9), ""};
+  Request waiting = {{1, 2}, params(9)};
   waiting.constrained = true;
   const int64_t id = engine.submit(waiting, {nullptr, [&](Outcome outcome) { ended.set_value(std::move(outcome)); }});
-  engine.generate({{3, 4}}, {params(3)});
+  generate_beside(engine, {3, 4}, params(3));
   engine.cancel(id);
   EXPECT_EQ(end_of(ended.get_future()).generation.finish_reason, "cancelled");
   engine.allow(id, kEverything);
   engine.allow(12345, kEverything);
-  expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
+  expect_same(generate_beside(engine, {3, 4}, params(9)), alone(model, {3, 4}, params(9)));
 }
 
 TEST(Constrained, NoAllowedTokenIsAnErrorOfThatRequest) {
@@ -146,7 +157,7 @@ TEST(Constrained, NoAllowedTokenIsAnErrorOfThatRequest) {
   EXPECT_EQ(result.finish_reason, "error");
   EXPECT_EQ(result.error, "sampling: no token is allowed and has a finite logit");
   EXPECT_EQ(result.token_ids.size(), 2u);
-  expect_same(engine.generate({{3, 4}}, {params(9)})[0], alone(model, {3, 4}, params(9)));
+  expect_same(generate_beside(engine, {3, 4}, params(9)), alone(model, {3, 4}, params(9)));
 }
 
 TEST(Constrained, BitsBehindTheVocabularyAreNotLookedAt) {
@@ -161,31 +172,30 @@ TEST(Constrained, WrongCallsAreRefusedInTheCallersThread) {
   Engine engine(tiny_model(tiny_config()), std::nullopt, {});
   EXPECT_THROW(engine.allow(0, Mask(3)), std::invalid_argument);
   EXPECT_THROW(engine.allow(0, Mask(5)), std::invalid_argument);
-  Request request = {{1, 2}, params(3), ""};
+  Request request = {{1, 2}, params(3)};
   request.constrained = true;
   EXPECT_THROW(engine.generate({request}), std::invalid_argument);
 }
 
 // The engine's thread sleeps then, instead of running empty passes.
 TEST(Constrained, TheEngineIsIdleWhileAllThatRunsWaits) {
-  EngineCore core(tiny_model(tiny_config()),
-                  {/*page_size=*/4, /*max_chunk=*/4, /*max_batch=*/1, /*kv_memory=*/0, false},
+  const ModelRunner::Options options = {/*page_size=*/4, /*max_chunk=*/4, /*max_batch=*/1, /*num_pages=*/10, false};
+  EngineCore core(std::make_unique<ModelRunner>(tiny_model(tiny_config()), options),
                   {/*chunk_size=*/4, /*token_budget=*/8, /*max_batch=*/1});
-  Request request = {random_ids(9, kTinyVocab, 1), params(2), ""};
+  Request request = {random_ids(9, kTinyVocab, 1), params(2)};
   request.constrained = true;
   std::vector<int64_t> tokens;
   const Callbacks callbacks = {nullptr, [&](Outcome outcome) { tokens = outcome.generation.token_ids; }};
   core.add(std::make_unique<Sequence>(0, request, callbacks, std::nullopt));
-  core.add(
-      std::make_unique<Sequence>(1, Request{{1}, params(1), ""}, Callbacks(), std::nullopt));  // waits for its seat
+  core.add(std::make_unique<Sequence>(1, Request{{1}, params(1)}, Callbacks(), std::nullopt));  // waits for its seat
   const auto passes_until_idle = [&] {
     int passes = 0;
     for (; !core.idle() && passes < 20; ++passes) core.step();
     return passes;
   };
-  EXPECT_EQ(passes_until_idle(), 3);  // 4 + 4 + 1 tokens
+  EXPECT_EQ(passes_until_idle(), 4);  // 4 + 4 + 1 tokens, and nothing to do
   core.allow(0, mask_of({50}));
-  EXPECT_EQ(passes_until_idle(), 1);  // picks a token and computes it
+  EXPECT_EQ(passes_until_idle(), 2);  // picks a token and computes it, and nothing to do
   core.allow(0, mask_of({51}));
   passes_until_idle();
   EXPECT_EQ(tokens, (std::vector<int64_t>{50, 51}));

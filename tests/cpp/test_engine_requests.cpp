@@ -34,9 +34,7 @@ Engine make_engine(const Mixtral& model, int64_t kv_pages = 0) {
   return Engine(model, std::nullopt, options);
 }
 
-Request request(std::vector<int64_t> prompt, const SamplingParams& sampling) {
-  return {std::move(prompt), sampling, ""};
-}
+Request request(std::vector<int64_t> prompt, const SamplingParams& sampling) { return {std::move(prompt), sampling}; }
 
 const auto kEndless = params(8000);  // a request that runs until it is cancelled
 
@@ -277,39 +275,85 @@ TEST(EngineRequests, WhatDoesNotFitThePoolWaits) {
   EXPECT_LE(timings.peak_pages, 12);
 }
 
-TEST(EngineRequests, WhatCanNeverFitFailsAlone) {
+TEST(EngineRequests, WhatCanNeverFitIsRefusedInTheCallersThread) {
   const auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
   Engine engine = make_engine(model, /*kv_pages=*/5);
-  Waiter small, large, last;
-  engine.submit(request({1, 2}, params(12)), small.callbacks());
-  engine.submit(request({1, 2}, params(30)), large.callbacks());
-  engine.submit(request({3, 4}, params(12)), last.callbacks());
-  expect_same(small.wait().generation, alone(model, {1, 2}, params(12)));
+  Waiter small, large;
+  engine.submit(request({1, 2}, params(18)), small.callbacks());  // five pages, all there are
   try {
-    std::rethrow_exception(large.wait().error);
+    engine.submit(request({1, 2}, params(19)), large.callbacks());
     FAIL();
   } catch (const OutOfMemory& error) {
-    EXPECT_NE(std::string(error.what()).find("kv_memory allows"), std::string::npos) << error.what();
+    EXPECT_EQ(std::string(error.what()),
+              "the key/value cache: prompt and max_tokens of 21 tokens need 6 pages, and the pool has 5 (0.00 GiB): "
+              "lower max_tokens or raise kv_memory");
   }
-  expect_same(last.wait().generation, alone(model, {3, 4}, params(12)));
+  expect_same(small.wait().generation, alone(model, {1, 2}, params(18)));
   EXPECT_THROW(engine.generate({{1}}, {params(100)}), OutOfMemory);
 }
 
-TEST(EngineRequests, ACacheThatMemoryCannotHoldIsRefusedWithNumbers) {
+TEST(EngineRequests, APoolThatMemoryCannotHoldIsRefusedWithNumbers) {
+  const auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
   Engine::Options options;
-  options.page_size = 4;
-  options.ctx_size = int64_t{1} << 40;
-  Engine engine(tiny_model(tiny_config(4, 2, /*window=*/0)), std::nullopt, options);
+  options.kv_memory = int64_t{1536} << 30;
   try {
-    engine.generate({{1}}, {params(int64_t{1} << 32)});
+    Engine(model, std::nullopt, options);
     FAIL();
   } catch (const OutOfMemory& error) {
     EXPECT_EQ(std::string(error.what()).find("the key/value cache: needs 1536.00 GiB on cpu, "), 0u) << error.what();
   }
+  options.kv_memory = 10;
+  EXPECT_THROW(Engine(model, std::nullopt, options), std::invalid_argument);  // not even a page
+  // Without kv_memory the pool has what the device can afford, and a context beyond that is refused.
+  options.kv_memory = 0;
+  options.ctx_size = int64_t{1} << 40;
+  Engine engine(model, std::nullopt, options);
+  EXPECT_THROW(engine.generate({{1}}, {params(int64_t{1} << 32)}), OutOfMemory);
   EXPECT_EQ(engine.generate({{1}}, {params(3)})[0].finish_reason, "length");
 }
 
-// Requests of random sizes at random times: the pool grows under running ones, some wait, some are cancelled.
+TEST(EngineRequests, ABurstGetsExactlyTheSeatsThatThereAre) {
+  const auto model = tiny_model(tiny_config());
+  Engine::Options options;
+  options.max_queue = 16;
+  Engine engine(model, std::nullopt, options);
+  std::promise<void> blocked, go_on;  // the engine runs nothing until all have asked
+  engine.submit(request({1}, params(1)), {[&](const GenerationProgress&) {
+                                            blocked.set_value();
+                                            go_on.get_future().wait();
+                                            return true;
+                                          },
+                                          nullptr});
+  blocked.get_future().wait();
+  std::atomic<int> taken{0}, refused{0}, ended{0};
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 4; ++i) {
+    clients.emplace_back([&] {
+      for (int j = 0; j < 100; ++j) {
+        try {
+          engine.submit(request({1, 2}, params(2)), {nullptr, [&](Outcome) { ++ended; }});
+          ++taken;
+        } catch (const QueueFull&) {
+          ++refused;
+        }
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(taken, 15);
+  EXPECT_EQ(refused, 400 - 15);
+  go_on.set_value();
+  for (int i = 0; i < 6000 && ended < 15; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  ASSERT_EQ(ended, 15);
+  const Seat seat = engine.reserve_seat();  // ended requests hold none
+  EXPECT_EQ(engine.generate(std::vector<std::vector<int64_t>>(15, {3, 4}), {params(3)}).size(), 15u);
+  EXPECT_THROW(engine.generate(std::vector<std::vector<int64_t>>(16, {3, 4}), {params(3)}), QueueFull);
+  Request reserved = request({3, 4}, params(3));
+  reserved.seat = seat;
+  EXPECT_EQ(engine.generate({reserved})[0].token_ids.size(), 3u);
+}
+
+// Requests of random sizes at random times: some wait, some are preempted, some are cancelled.
 TEST(EngineRequests, RandomArrivalsGetTheirResultsAndLeaveNoPageBehind) {
   const auto model = tiny_model(tiny_config(4, 2, /*window=*/8));
   for (const int64_t kv_pages : {0, 12}) {  // the largest request needs ceil((7 + 25) / 4) + 1 pages

@@ -65,9 +65,15 @@ TEST(PromptLogprobs, DoNotDependOnChunksOrNeighboursAndChangeNoNewToken) {
   }
 }
 
-TEST(PromptLogprobs, AreRefusedWithASession) {
+TEST(PromptLogprobs, AreComputedThoughThePrefixIsCached) {
   Engine engine = engine_with_chunks(tiny_model(tiny_config()), 512);
-  EXPECT_THROW(engine.generate({{{1, 2}, with_prompt_logprobs(1), "s"}}), std::invalid_argument);
+  const auto prompt = random_ids(40, 101, 1);
+  const auto first = engine.generate({prompt}, {with_prompt_logprobs(1)})[0];
+  Timings timings;
+  const auto again = engine.generate({prompt}, {with_prompt_logprobs(1)}, nullptr, &timings)[0];
+  EXPECT_EQ(timings.cached_tokens, 0);
+  ASSERT_EQ(again.prompt_logprobs.size(), 40u);
+  for (size_t i = 1; i < 40; ++i) EXPECT_EQ(again.prompt_logprobs[i]->logprob, first.prompt_logprobs[i]->logprob);
 }
 
 TEST(PromptLogprobs, NanEndsTheRequestAndNotItsNeighbours) {

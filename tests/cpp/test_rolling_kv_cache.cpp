@@ -60,7 +60,7 @@ TEST(RollingKVCache, RandomProgramsKeepEveryVisibleKey) {
     std::map<int64_t, std::pair<int64_t, int64_t>> owner;  // slot -> sequence and position last written there
     for (int step = 0; step < 120; ++step) {
       if (written.size() < 3) written[cache.add_sequence()];
-      if (pick(0, 9) == 0) cache.grow(cache.num_pages() + pick(0, 2));
+      cache.check_integrity();
       for (auto& [sequence, slots] : written) {
         const int64_t length = static_cast<int64_t>(slots.size()), kept = pick(0, length);
         if (pick(0, 9) > 0) continue;
@@ -133,24 +133,45 @@ TEST(RollingKVCache, TruncateGivesPagesBackUnlessTheWindowHasMovedOn) {
   EXPECT_THROW(cache.truncate(7, 0), std::runtime_error);
 }
 
-TEST(RollingKVCache, GrowKeepsPagesAndTheirNumbers) {
-  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 2, 8);
-  const int64_t a = cache.add_sequence();
-  cache.prepare({{a, {1, 2, 3, 4, 5}}});
-  cache.keys(1).copy_(torch::randn_like(cache.keys(1)));
-  cache.values(0).copy_(torch::randn_like(cache.values(0)));
-  const auto keys = cache.keys(1).clone(), values = cache.values(0).clone();
-  cache.grow(5);
-  EXPECT_EQ(cache.num_pages(), 5);
-  EXPECT_EQ(cache.keys(1).size(0), 5);
-  EXPECT_TRUE(torch::equal(cache.keys(1).narrow(0, 0, 2), keys));
-  EXPECT_TRUE(torch::equal(cache.values(0).narrow(0, 0, 2), values));
+TEST(RollingKVCache, ReserveTakesThePagesThatALaterBatchUses) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 3, 8);
+  const int64_t a = cache.add_sequence(), b = cache.add_sequence();
+  EXPECT_TRUE(cache.reserve(a, 5));
+  EXPECT_TRUE(cache.reserve(a, 3));  // has them
   EXPECT_EQ(cache.pages_in_use(), 2);
-  cache.prepare({{a, std::vector<int64_t>(8, 1)}});  // four pages in all
-  const Batch batch = cache.prepare({{a, std::vector<int64_t>(7, 1)}});
-  EXPECT_EQ(batch.page_table.max().item<int64_t>(), 4);
-  EXPECT_EQ(cache.padding_slot(), 5 * 4);
-  EXPECT_THROW(cache.grow(4), std::runtime_error);
+  EXPECT_FALSE(cache.reserve(b, 5));
+  EXPECT_EQ(cache.pages_in_use(), 2);
+  EXPECT_TRUE(cache.reserve(b, 4));
+  cache.prepare({{b, {1, 2, 3, 4}}, {a, {1, 2, 3, 4, 5, 6, 7, 8}}});
+  EXPECT_EQ(cache.pages_available(), 0);
+  cache.check_integrity();
+}
+
+TEST(RollingKVCache, CommittedPagesAreSharedAndStay) {
+  auto cache = make_cache(tiny_config(4, 2, /*window=*/0), 4, 10, 16);
+  std::vector<int64_t> ids = random_ids(11, 101, 1);
+  const auto read = [&](int64_t kind) {
+    const int64_t sequence = cache.add_sequence(ids, 10, kind);
+    const int64_t cached = cache.length(sequence);
+    cache.prepare({{sequence, {ids.begin() + cached, ids.end()}}});
+    cache.commit(sequence, ids);
+    cache.check_integrity();
+    return std::make_pair(sequence, cached);
+  };
+  const auto [a, none] = read(2);
+  EXPECT_EQ(none, 0);
+  const auto [b, cached] = read(2);
+  EXPECT_EQ(cached, 8);
+  EXPECT_EQ(cache.pages_in_use(), 2 + 1 + 1);
+  EXPECT_EQ(read(1).second, 0);  // another kind of keys
+  EXPECT_TRUE(cache.truncate(b, 8));
+  EXPECT_THROW(cache.truncate(b, 7), std::runtime_error);  // others may have the page
+  cache.remove_sequence(a);
+  EXPECT_EQ(cache.pages_in_use(), 2 + 3);
+  EXPECT_EQ(cache.pages_cached(), 0);
+  cache.discard_sequence(b);
+  EXPECT_EQ(cache.pages_in_use(), 3);
+  EXPECT_EQ(read(2).second, 0);
 }
 
 TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
@@ -166,9 +187,6 @@ TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
   const int64_t too_many = 1 << 30;  // pages of 6 KiB
   EXPECT_EQ(message([&] { make_cache(config, 16, too_many, 8); }).find("the key/value cache: needs 6144.00 GiB on cpu"),
             0u);
-  auto cache = make_cache(config, 16, 3, 8);
-  EXPECT_EQ(message([&] { cache.grow(too_many); }).find("the key/value cache: needs 6144.00 GiB on cpu"), 0u);
-  EXPECT_EQ(cache.num_pages(), 3);
 }
 
 TEST(RollingKVCache, AFailedPrepareChangesNothing) {

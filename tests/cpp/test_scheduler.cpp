@@ -1,131 +1,143 @@
-#include <gtest/gtest.h>
-
-#include <map>
 #include <memory>
-#include <random>
 
 #include "engine/scheduler.h"
+#include "fake_runner.h"
 
 namespace mixtral {
 namespace {
 
 class SchedulerTest : public ::testing::Test {
  protected:
-  Sequence& add(Scheduler& scheduler, int64_t prompt_length, int64_t max_pages = 1) {
+  // Pages of four tokens, without a window.
+  Scheduler& make(const Scheduler::Options& options, int64_t num_pages) {
+    runner = std::make_unique<FakeRunner>(/*window=*/0, /*page_size=*/4, num_pages, options.chunk_size);
+    scheduler = std::make_unique<Scheduler>(options, runner->cache());
+    return *scheduler;
+  }
+  void add(int64_t prompt_length, int64_t max_tokens = 4, int64_t first_id = 1) {
     Request request;
     request.prompt_token_ids.assign(static_cast<size_t>(prompt_length), 1);
+    request.prompt_token_ids[0] = first_id;
+    request.params.max_tokens = max_tokens;
+    request.experts_per_token = 2;
     const auto id = static_cast<int64_t>(sequences.size());
     sequences.push_back(std::make_unique<Sequence>(id, std::move(request), Callbacks(), std::nullopt));
-    sequences.back()->max_pages = max_pages;
-    scheduler.add(*sequences.back());
-    return *sequences.back();
+    scheduler->add(*sequences.back());
   }
-  // The plan as {id, tokens}; its tokens count as computed, and a sequence that has computed all gets one more.
-  static std::vector<std::pair<int64_t, int64_t>> pass(const Scheduler& scheduler) {
-    std::vector<std::pair<int64_t, int64_t>> plan;
-    for (const auto& [sequence, tokens] : scheduler.plan()) {
-      plan.emplace_back(sequence->id, tokens);
-      sequence->computed += tokens;
-      if (sequence->computed == sequence->length()) sequence->ids.push_back(1);
-    }
+  // The plan as {id, tokens}; a sequence that has computed all its tokens gets one more.
+  using Plan = std::vector<std::pair<int64_t, int64_t>>;
+  Plan pass() {
+    Plan plan;
+    const auto chunks = scheduler->plan();
+    if (chunks.empty()) return plan;
+    for (const auto& [sequence, tokens] : chunks) plan.emplace_back(sequence->id, tokens);
+    for (const Step& step : runner->run(chunks)) step.sequence->append(step.samples.at(0));
+    for (const auto& chunk : chunks) runner->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
+    scheduler->check_integrity();
+    runner->cache().check_integrity();
     return plan;
   }
-  using Plan = std::vector<std::pair<int64_t, int64_t>>;
 
+  std::unique_ptr<FakeRunner> runner;
+  std::unique_ptr<Scheduler> scheduler;
   std::vector<std::unique_ptr<Sequence>> sequences;
 };
 
 TEST_F(SchedulerTest, ComputesChunksOfPromptsAndNewestTokensWithinTheBudget) {
-  Scheduler scheduler({/*chunk_size=*/4, /*token_budget=*/6, /*max_batch=*/8});
-  for (const int64_t length : {3, 5, 9}) add(scheduler, length);
-  while (scheduler.admit(100)) {
-  }
-  EXPECT_EQ(pass(scheduler), (Plan{{0, 3}, {1, 3}}));
-  EXPECT_EQ(pass(scheduler), (Plan{{0, 1}, {1, 2}, {2, 3}}));
-  EXPECT_EQ(pass(scheduler), (Plan{{0, 1}, {1, 1}, {2, 4}}));
-  EXPECT_EQ(pass(scheduler), (Plan{{0, 1}, {1, 1}, {2, 2}}));
-  EXPECT_EQ(pass(scheduler), (Plan{{0, 1}, {1, 1}, {2, 1}}));
+  make({/*chunk_size=*/4, /*token_budget=*/6, /*max_batch=*/8, /*prefix_cache=*/false}, 100);
+  for (const int64_t length : {3, 5, 9}) add(length);
+  EXPECT_EQ(pass(), (Plan{{0, 3}, {1, 3}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 2}, {2, 3}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 4}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 2}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 1}}));
 }
 
 TEST_F(SchedulerTest, AdmitsInOrderWhileSeatsAndPagesLast) {
-  Scheduler scheduler({16, 64, /*max_batch=*/3});
-  add(scheduler, 1, 4);
-  add(scheduler, 1, 7);
-  add(scheduler, 1, 1);
-  add(scheduler, 1, 1);
-  EXPECT_EQ(scheduler.wanted_pages(), 4 + 7 + 1);
-  EXPECT_FALSE(scheduler.admit(3));
-  EXPECT_TRUE(scheduler.admit(10));
-  EXPECT_EQ(scheduler.reserved_pages(), 4);
-  EXPECT_FALSE(scheduler.admit(10));  // 4 + 7 do not fit, and nobody overtakes
-  EXPECT_TRUE(scheduler.admit(11));
-  EXPECT_TRUE(scheduler.admit(12));
-  EXPECT_EQ(scheduler.next(), nullptr);  // no seat
-  EXPECT_FALSE(scheduler.admit(100));
-  scheduler.remove(*sequences[1]);
-  EXPECT_EQ(scheduler.reserved_pages(), 5);
-  EXPECT_EQ(scheduler.next(), sequences[3].get());
-  EXPECT_TRUE(scheduler.admit(6));
-  EXPECT_EQ(scheduler.running(), (std::vector<Sequence*>{sequences[0].get(), sequences[2].get(), sequences[3].get()}));
+  make({16, 64, /*max_batch=*/3, false}, 8);
+  add(8);   // two pages, soon three
+  add(16);  // four, soon five
+  add(1);   // would fit, but not beside those
+  add(1);
+  EXPECT_EQ(pass(), (Plan{{0, 8}, {1, 16}}));
+  scheduler->remove(*sequences[0]);
+  EXPECT_EQ(pass(), (Plan{{1, 1}, {2, 1}, {3, 1}}));
+  add(1);
+  EXPECT_EQ(pass(), (Plan{{1, 1}, {2, 1}, {3, 1}}));  // no seat
+  scheduler->remove(*sequences[3]);
+  EXPECT_EQ(pass(), (Plan{{1, 1}, {2, 1}, {4, 1}}));
+  EXPECT_EQ(scheduler->stats().running, 3);
+  EXPECT_EQ(scheduler->stats().waiting, 0);
+}
+
+TEST_F(SchedulerTest, NobodyOvertakes) {
+  make({16, 64, 8, false}, 6);
+  add(12);
+  add(16);
+  add(1);
+  EXPECT_EQ(pass(), (Plan{{0, 12}}));
 }
 
 TEST_F(SchedulerTest, PassesOverASequenceWithoutANextToken) {
-  Scheduler scheduler({16, 64, 8});
-  for (const int64_t length : {1, 2, 3}) add(scheduler, length);
-  while (scheduler.admit(100)) {
-  }
-  sequences[1]->computed = 2;
-  EXPECT_EQ(pass(scheduler), (Plan{{0, 1}, {2, 3}}));
+  make({16, 64, 8, true}, 20);
+  for (const int64_t length : {1, 2, 3}) add(length);
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 2}, {2, 3}}));
+  sequences[1]->ids.pop_back();  // it waits for a mask
+  const auto chunks = scheduler->plan();
+  ASSERT_EQ(chunks.size(), 2u);
+  EXPECT_EQ(chunks[0].sequence, sequences[0].get());
+  EXPECT_EQ(chunks[1].sequence, sequences[2].get());
 }
 
 TEST_F(SchedulerTest, RemovesWhatWaits) {
-  Scheduler scheduler({16, 64, 1});
-  add(scheduler, 1);
-  add(scheduler, 1);
-  scheduler.remove(*sequences[0]);
-  EXPECT_TRUE(scheduler.admit(1));
-  EXPECT_EQ(pass(scheduler), (Plan{{1, 1}}));
+  make({16, 64, 1, true}, 10);
+  add(1);
+  add(1);
+  scheduler->remove(*sequences[0]);
+  EXPECT_EQ(pass(), (Plan{{1, 1}}));
 }
 
-TEST_F(SchedulerTest, RandomArrivalsNeverReserveMoreThanThePoolAndAllEnd) {
-  for (unsigned seed = 0; seed < 50; ++seed) {
-    std::mt19937 random(seed);
-    const auto pick = [&](int64_t low, int64_t high) {
-      return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
-    };
-    sequences.clear();
-    const Scheduler::Options options{pick(1, 8), pick(1, 20), pick(1, 5)};
-    Scheduler scheduler(options);
-    const int64_t pages = pick(5, 12);
-    std::map<int64_t, int64_t> left;  // new tokens to come
-    int64_t last_admitted = -1;
-    for (int added = 0; added < 40 || !left.empty();) {
-      if (added < 40 && pick(0, 1) == 0) left[add(scheduler, pick(1, 20), pick(1, 5)).id] = pick(1, 6), ++added;
-      while (Sequence* const next = scheduler.next()) {
-        if (!scheduler.admit(pages)) break;
-        ASSERT_GT(next->id, last_admitted);
-        last_admitted = next->id;
-      }
-      ASSERT_LE(scheduler.reserved_pages(), pages);
-      ASSERT_LE(static_cast<int64_t>(scheduler.running().size()), options.max_batch);
-      int64_t total = 0;
-      for (const auto& [sequence, tokens] : scheduler.plan()) {
-        ASSERT_GT(tokens, 0);
-        ASSERT_LE(tokens, options.chunk_size);
-        total += tokens;
-        sequence->computed += tokens;
-        ASSERT_LE(sequence->computed, sequence->length());
-        if (sequence->computed < sequence->length()) continue;
-        sequence->ids.push_back(1);
-        if (--left[sequence->id] > 0) continue;
-        left.erase(sequence->id);
-        scheduler.remove(*sequence);
-      }
-      ASSERT_LE(total, options.token_budget);
-      ASSERT_TRUE(total > 0 || scheduler.running().empty());
-    }
-    EXPECT_EQ(scheduler.reserved_pages(), 0);
-  }
+TEST_F(SchedulerTest, TheNewestGivesItsPagesBackAndIsComputedAgain) {
+  make({16, 64, 8, false}, 5);
+  add(8, /*max_tokens=*/8);
+  add(3, /*max_tokens=*/8);
+  EXPECT_EQ(pass(), (Plan{{0, 8}, {1, 3}}));                              // 2 and 1 pages
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}}));  // 3 and 2: all of them
+  add(1);
+  EXPECT_EQ(pass(), (Plan{{0, 1}}));  // the first takes a fourth; nobody is admitted in this pass
+  EXPECT_EQ(scheduler->stats().preemptions, 1);
+  EXPECT_EQ(scheduler->stats().waiting, 2);
+  EXPECT_EQ(pass(), (Plan{{0, 1}}));  // one page is free: the second needs three, and the third comes after it
+  scheduler->remove(*sequences[0]);
+  EXPECT_EQ(pass(), (Plan{{1, 8}, {2, 1}}));  // its prompt and five new tokens
+  EXPECT_EQ(sequences[1]->length(), 9);
+}
+
+TEST_F(SchedulerTest, WhoSharesAPrefixComputesTheRest) {
+  make({16, 64, 8, true}, 20);
+  add(10);
+  EXPECT_EQ(pass(), (Plan{{0, 10}}));
+  add(10);
+  add(9);
+  add(8);                      // all of it is cached, but the newest token must be computed
+  add(10, 4, /*first_id=*/2);  // another prompt
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 2}, {2, 1}, {3, 4}, {4, 10}}));
+  EXPECT_EQ(scheduler->stats().prefix_queries, 10 + 10 + 9 + 8 + 10);
+  EXPECT_EQ(scheduler->stats().prefix_hits, 8 + 8 + 4);
+  EXPECT_EQ(sequences[1]->timings->cached_tokens, 8);
+  // Two pages are shared by four; the third of each, and three of the other prompt.
+  EXPECT_EQ(scheduler->stats().pages_in_use, 2 + 1 + 1 + 1 + 3);
+}
+
+TEST_F(SchedulerTest, APrefixThatIsBeingComputedIsWaitedFor) {
+  make({/*chunk_size=*/8, 64, 8, true}, 40);
+  add(22);
+  add(15);
+  add(15, 4, /*first_id=*/2);  // shares nothing, but does not overtake
+  EXPECT_EQ(pass(), (Plan{{0, 8}}));
+  EXPECT_EQ(pass(), (Plan{{0, 8}}));  // 12 of the second's 15 tokens are full pages that the first computes
+  EXPECT_EQ(pass(), (Plan{{0, 6}, {1, 3}, {2, 8}}));
+  EXPECT_EQ(scheduler->stats().prefix_hits, 12);
 }
 
 }  // namespace

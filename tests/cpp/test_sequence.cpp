@@ -22,7 +22,7 @@ class SequenceText : public ::testing::Test {
 
   // Appends tokens until the sequence ends. `shown`: what a callback would get.
   Generation run(const std::vector<int64_t>& ids, SamplingParams params, std::string* shown = nullptr) {
-    Sequence sequence(0, {{1, 5}, params, ""}, {}, tokenizer, {kEos});
+    Sequence sequence(0, {{1, 5}, params}, {}, tokenizer, {kEos});
     std::string text;
     for (const int64_t id : ids) {
       EXPECT_FALSE(sequence.finished());
@@ -117,7 +117,7 @@ TEST_F(SequenceText, NoStopStringEndsItBeforeMinTokens) {
 }
 
 TEST_F(SequenceText, AnErrorKeepsTheTextUntilThen) {
-  Sequence sequence(0, {{1}, params(5), ""}, {}, tokenizer, {kEos});
+  Sequence sequence(0, {{1}, params(5)}, {}, tokenizer, {kEos});
   sequence.append({letter_a(), std::nullopt, ""});
   EXPECT_EQ(sequence.append({-1, std::nullopt, "nan"}), std::nullopt);
   EXPECT_EQ(sequence.generation.finish_reason, "error");
@@ -129,7 +129,7 @@ TEST(Sequence, EndOfSequenceIsATokenLikeOthersWhenIgnored) {
   SamplingParams params;
   params.max_tokens = 2;
   params.ignore_eos = true;
-  Sequence sequence(0, {{1}, params, ""}, {}, std::nullopt, {kEos});
+  Sequence sequence(0, {{1}, params}, {}, std::nullopt, {kEos});
   EXPECT_EQ(sequence.append({kEos, std::nullopt, ""}), "");
   EXPECT_FALSE(sequence.finished());
   sequence.append({kEos, std::nullopt, ""});
@@ -140,7 +140,7 @@ TEST(Sequence, AStopTokenEndsItWithoutBeingPartOfIt) {
   SamplingParams params;
   params.ignore_eos = true;  // is about the model's own ends alone
   params.stop_token_ids = {7, 9};
-  Sequence sequence(0, {{9}, params, ""}, {}, std::nullopt, {kEos});
+  Sequence sequence(0, {{9}, params}, {}, std::nullopt, {kEos});
   sequence.append({kEos, std::nullopt, ""});
   EXPECT_FALSE(sequence.finished());
   EXPECT_EQ(sequence.append({9, std::nullopt, ""}), std::nullopt);
@@ -152,7 +152,7 @@ TEST(Sequence, NoTokenThatEndsItComesBeforeMinTokens) {
   SamplingParams params;
   params.min_tokens = 2;
   params.stop_token_ids = {1};
-  Sequence sequence(0, {{5}, params, ""}, {}, std::nullopt, {kEos});
+  Sequence sequence(0, {{5}, params}, {}, std::nullopt, {kEos});
   const std::vector<float> logits = {0, 3, 2, 1};  // the stop token, then the end of sequence, are the likeliest
   const auto step = [&] { sequence.append({sequence.sampler.next(logits.data(), 4), std::nullopt, ""}); };
   step();

@@ -478,7 +478,7 @@ TEST_F(TokenizerTest, ChatRefusesWhatHasNoAnswer) {
     return "encodes";
   };
   EXPECT_EQ(error({}), "chat: messages must not be empty");
-  EXPECT_EQ(error({{"tool", "a"}}), "chat: message 0: role must be system, user or assistant, got tool");
+  EXPECT_EQ(error({{"tool", "a"}}), "chat: message 0: role before tool must be assistant or tool, got none");
   EXPECT_EQ(error({{"user", "a"}, {"assistant", "b"}}),
             "chat: message 1: the last role must be user, or assistant with prefix, got assistant");
   EXPECT_EQ(error({{"user", "a"}, {"assistant", ""}, {"user", "a"}}),

@@ -146,25 +146,45 @@ def test_on_text_that_returns_false_cancels_its_own_prompt_alone(demo):
     assert second.token_ids == demo.generate("And", max_tokens=8, ignore_eos=True)[0].token_ids
 
 
-def test_a_session_computes_only_what_is_new(demo):
-    prompt = demo.tokenizer.encode("Once upon a time", add_bos=True)
-    first = demo.generate(prompt, max_tokens=8, ignore_eos=True, session="story")[0]
-    assert demo.timings.cached_tokens == 0
-    longer = [*prompt, *first.token_ids, *demo.tokenizer.encode("and then")]
-    again = demo.generate(longer, max_tokens=8, ignore_eos=True, session="story")[0]
-    assert demo.timings.cached_tokens == len(prompt) + 8 - 1 < demo.timings.prompt_tokens == len(longer)
-    assert again.token_ids == demo.generate(longer, max_tokens=8, ignore_eos=True)[0].token_ids
-    "".join(demo.stream(longer, max_tokens=2, session="story"))
-    assert demo.timings.cached_tokens == len(longer) - 1
+def test_a_prompt_that_begins_like_another_computes_only_what_is_new():
+    model = mixtral.Mixtral.from_config(tiny_config(window=0), page_size=4)
+    prompt = [3 + i % 50 for i in range(30)]
+    first = model.generate(prompt, max_tokens=9, ignore_eos=True)[0]
+    assert model.timings.cached_tokens == 0
+    longer = [*prompt, *first.token_ids, 5, 6]
+    again = model.generate(longer, max_tokens=8, ignore_eos=True)[0]
+    assert model.timings.cached_tokens == 36 < model.timings.prompt_tokens == len(longer)  # of 38 that were computed
+    without = mixtral.Mixtral.from_config(tiny_config(window=0), prefix_cache=False)
+    assert again.token_ids == without.generate(longer, max_tokens=8, ignore_eos=True)[0].token_ids
+    without.generate(longer, max_tokens=8)
+    assert without.timings.cached_tokens == 0
+    stats = model._engine.stats()
+    assert (stats.prefix_hits, stats.prefix_queries, stats.preemptions, stats.running) == (36, 71, 0, 0)
+    assert stats.computed_tokens == 30 + 8 + 5 + 7 and stats.pages_in_use == 0 < stats.pages_cached < stats.pages
 
 
 def test_a_cache_beyond_its_limit_is_a_memory_error():
     model = mixtral.Mixtral.from_config(tiny_config(window=0), kv_memory=20_000)
-    with pytest.raises(MemoryError, match="kv_memory allows"):
+    with pytest.raises(MemoryError, match="lower max_tokens or raise kv_memory"):
         model.generate([5], max_tokens=200)
     assert len(model.generate([5], max_tokens=20, ignore_eos=True)[0].token_ids) == 20
-    with pytest.raises(ValueError, match="kv_memory"):
-        mixtral.Mixtral.from_config(tiny_config(), kv_memory=-1)
+    for wrong in (-1, 1):
+        with pytest.raises(ValueError, match="kv_memory"):
+            mixtral.Mixtral.from_config(tiny_config(), kv_memory=wrong)
+    with pytest.raises(MemoryError, match="available"):
+        mixtral.Mixtral.from_config(tiny_config(), kv_memory=1 << 50)
+
+
+def test_a_full_engine_takes_no_request_until_a_seat_is_free():
+    model = mixtral.Mixtral.from_config(tiny_config(), max_queue=2)
+    seats = [model._engine.reserve_seat() for _ in range(2)]
+    with pytest.raises(mixtral.QueueFull, match="all 2 places"):
+        model.generate([3], max_tokens=2)
+    del seats[0]
+    assert len(model.generate([3], max_tokens=2, ignore_eos=True)[0].token_ids) == 2
+    with pytest.raises(mixtral.QueueFull):
+        model.generate([[3], [4]], max_tokens=2)
+    assert len(model.generate([3], max_tokens=2, ignore_eos=True)[0].token_ids) == 2  # what was refused holds no seat
 
 
 def test_an_error_in_on_text_reaches_the_caller_and_leaves_the_model_usable(demo):
@@ -213,7 +233,7 @@ def test_closing_a_stream_ends_the_work(demo):
 def test_errors_of_a_stream_reach_the_reader(demo):
     with pytest.raises(ValueError, match="top_p"):
         next(demo.stream("The", top_p=2.0))
-    small = mixtral.Mixtral(demo._model, demo.tokenizer, kv_memory=1)
+    small = mixtral.Mixtral(demo._model, demo.tokenizer, kv_memory=50_000)  # a page
     with pytest.raises(MemoryError, match="kv_memory"):
         next(small.stream("The"))
 
@@ -353,23 +373,21 @@ print(bool(next(stream)))
     assert run_script(script.format(demo=str(DEMO))) == "True\n"
 
 
-def test_a_saved_session_goes_on_in_another_model_to_the_same_bits(tmp_path):
+def test_a_saved_prompt_cache_goes_on_in_another_model_to_the_same_bits(tmp_path):
     def windowed(window: int) -> mixtral.Mixtral:
         return mixtral.Mixtral.from_config(tiny_config(window=window))
 
     model = windowed(24)
-    prompt = [3 + i % 50 for i in range(70)]  # pages behind the window are gone
+    prompt = [3 + i % 50 for i in range(70)]
     whole = model.generate(prompt, max_tokens=20, logprobs=1, ignore_eos=True)[0]
-    model.generate(prompt, max_tokens=8, session="s", ignore_eos=True)
-    model.save_session("s", tmp_path / "s.cache")
+    longer = prompt + whole.token_ids[:12]
+    model.save_prompt_cache(longer, tmp_path / "s.cache")
     other = windowed(24)
-    other.load_session("t", tmp_path / "s.cache")
-    out = other.generate(prompt + whole.token_ids[:8], max_tokens=12, logprobs=1, session="t", ignore_eos=True)[0]
-    assert other.timings.cached_tokens == 77
-    assert out.token_ids == whole.token_ids[8:]
-    assert [p.logprob for p in out.logprobs] == [p.logprob for p in whole.logprobs[8:]]
-    with pytest.raises(ValueError, match="no idle session nobody"):
-        model.save_session("nobody", tmp_path / "x")
+    other.load_prompt_cache(tmp_path / "s.cache")
+    out = other.generate(longer, max_tokens=8, logprobs=1, ignore_eos=True)[0]
+    assert other.timings.cached_tokens == 80  # of 82
+    assert out.token_ids == whole.token_ids[12:]
+    assert [p.logprob for p in out.logprobs] == [p.logprob for p in whole.logprobs[12:]]
     with pytest.raises(mixtral.LoadError, match="another model"):
-        windowed(25).load_session("s", tmp_path / "s.cache")
+        windowed(25).load_prompt_cache(tmp_path / "s.cache")
     assert [path.name for path in tmp_path.iterdir()] == ["s.cache"]

@@ -108,9 +108,7 @@ def test_stream_takes_the_same_options(demo):
         (dict(stop_token_ids=[96]), r"stop_token_ids must be of token ids in \[0, 96\), got 96"),
         (dict(min_tokens=-1), "min_tokens must be >= 0, got -1"),
         (dict(prompt_logprobs=21), r"prompt_logprobs must be in \[0, 20\], got 21"),
-        (dict(prompt_logprobs=1, session="s"), "prompt_logprobs must be 0 with a session"),
         (dict(n=0), "n must be >= 1, got 0"),
-        (dict(n=2, session="s"), "n must be 1 with a session, got 2"),
     ],
 )
 def test_wrong_values_are_value_errors_that_name_them(tiny, options, message):

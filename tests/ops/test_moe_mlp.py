@@ -128,7 +128,21 @@ def test_nan_stays_in_its_token(device, dtype):
     assert torch.equal(out[rest], clean[rest])
 
 
-@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1, -(2**31), 2**32 + 1])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_tokens_may_have_different_numbers_of_experts(tokens, device, dtype):
+    """The choices of expert -1 change no bit of what the others give."""
+    x, weights, ids, gate_up, down = make((tokens, 64, 64, 8, 4), "uniform", device, dtype)
+    count = torch.arange(tokens, device=device) % 5  # of experts of each token, none included
+    dropped = torch.arange(4, device=device) >= count[:, None]
+    for projections in ((gate_up, down), (pack(gate_up, None), pack(down, None))):
+        mixed = ops.moe_mlp(x, weights.masked_fill(dropped, float("nan")), ids.masked_fill(dropped, -1), *projections)
+        for k in range(5):
+            rows = count == k
+            alone = ops.moe_mlp(x[rows], weights[rows, :k], ids[rows, :k], *projections)
+            assert torch.equal(mixed[rows], alone)
+
+
+@pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1, -(2**31), 2**32 + 1])
 @pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_bad_id_is_an_error_on_cpu_and_dropped_on_cuda(tokens, bad, device, dtype):
     x, weights, ids, gate_up, down = make((tokens, 24, 32, 4, 2), "uniform", device, dtype)
@@ -139,7 +153,8 @@ def test_bad_id_is_an_error_on_cpu_and_dropped_on_cuda(tokens, bad, device, dtyp
     ids = ids.long()
     ids[token, 1] = bad
     if device == "cpu":
-        with pytest.raises(RuntimeError, match=rf"moe_mlp: topk_ids must be in \[0, 4\), got {bad} at token {token}"):
+        expected = rf"moe_mlp: topk_ids must be in \[0, 4\), or -1 for none, got {bad} at token {token}"
+        with pytest.raises(RuntimeError, match=expected):
             ops.moe_mlp(x, weights, ids, gate_up, down)
     else:
         assert torch.equal(ops.moe_mlp(x, weights, ids, gate_up, down), clean)

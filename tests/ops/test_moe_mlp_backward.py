@@ -111,6 +111,19 @@ def test_recomputation_changes_no_bit(case, routing, device, dtype):
     assert all(torch.equal(actual, expected) for actual, expected in zip(own, kept, strict=True))
 
 
+@pytest.mark.parametrize("recompute", ["none", "act", "all"])
+def test_a_choice_of_no_expert_has_the_gradients_of_a_weight_of_zero(recompute, device, dtype):
+    x, weights, ids, *experts = layer = make((9, 40, 32, 4, 3), "uniform", device, dtype)
+    dropped = torch.arange(27, device=device).reshape(9, 3) % 4 == 0
+    zero = (x, weights.masked_fill(dropped, 0), ids, *experts)
+    grad = make_grad(layer)
+    expected = run(zero, grad, recompute)
+    expected[1] = expected[1].masked_fill(dropped, 0)
+    none = (x, weights, ids.masked_fill(dropped, -1), *experts)
+    for actual, want in zip(run(none, grad, recompute), expected, strict=True):
+        assert torch.equal(actual, want)
+
+
 @pytest.mark.every_isa
 def test_bits_do_not_depend_on_threads(dtype):
     layer = make((70, 200, 300, 4, 2), "zipf", "cpu", dtype)

@@ -76,12 +76,25 @@ def test_unpermute_skips_dropped_copies(device, dtype):
     assert torch.equal(out, torch.stack([y[2], torch.zeros_like(y[2])]))
 
 
-@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1, -(2**31), 2**32 + 1, -(2**63)])
+def test_a_copy_without_an_expert_is_dropped(device, dtype):
+    x = torch.randn(5, 6, device=device).to(dtype)
+    ids = torch.tensor([[0, 1], [-1, 2], [3, -1], [-1, -1], [2, 0]], device=device)
+    expected = reference.moe_permute(x, ids, 4)
+    assert expected[1].tolist() == [2, 3, 5, 6] and expected[2].tolist() == [[0, 2], [-1, 3], [5, -1], [-1, -1], [4, 1]]
+    for topk_ids in (ids, ids.int()):
+        for actual, want in zip(ops.moe_permute(x, topk_ids, 4), expected, strict=True):
+            assert torch.equal(actual, want)
+    none = torch.full_like(ids, -1)
+    assert not ops.moe_permute(x, none, 4)[0].any()
+
+
+@pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1, -(2**31), 2**32 + 1, -(2**63)])
 def test_bad_id_is_an_error_on_cpu_and_dropped_on_cuda(bad, device):
     x = torch.randn(3, 5, device=device)
     ids = torch.tensor([[0, 1], [bad, 2], [3, 0]], device=device)
     if device == "cpu":
-        with pytest.raises(RuntimeError, match=rf"moe_permute: topk_ids must be in \[0, 4\), got {bad} at token 1"):
+        expected = rf"moe_permute: topk_ids must be in \[0, 4\), or -1 for none, got {bad} at token 1"
+        with pytest.raises(RuntimeError, match=expected):
             ops.moe_permute(x, ids, 4)
         return
     permuted, offs, row_map = ops.moe_permute(x, ids, 4)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-PATIENCE = 60.0  # seconds after which a wait has failed
+PATIENCE = 180.0  # seconds after which a wait has failed
 
 
 class ServerProcess:

@@ -78,9 +78,10 @@ Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
     return moe_mlp_hopper(op, x, topk_weights, topk_ids, gate_up, down);
 #endif
   const int64_t copies = topk_ids.numel();
-  const Tensor rows = temporary(kCopiedRows, x, copies, x.size(1));                // [M, H]
-  const Tensor activated = temporary(kActivatedRows, x, copies, down.view.depth);  // [M, I]
-  const internal::PermutationIndex index = internal::moe_permute(op, x, topk_ids, gate_up.view.experts, rows);
+  const Tensor all_rows = temporary(kCopiedRows, x, copies, x.size(1));
+  const internal::PermutationIndex index = internal::moe_permute(op, x, topk_ids, gate_up.view.experts, all_rows);
+  const Tensor rows = first_rows(all_rows, index.rows);                                // [M, H]
+  const Tensor activated = temporary(kActivatedRows, x, index.rows, down.view.depth);  // [M, I]
   internal::grouped_gemm_swiglu(op, rows, gate_up, index.offs, activated);
   internal::grouped_gemm(op, activated, down, index.offs, rows);  // overwrites `rows`, no longer needed
   return internal::moe_unpermute(op, rows, topk_weights, index.row_map);

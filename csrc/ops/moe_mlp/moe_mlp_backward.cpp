@@ -18,12 +18,13 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp_for_backward(const Tensor& x, const T
   constexpr const char* op = "moe_mlp_for_backward";
   const auto [gate_up, down] = check_moe_arguments(op, x, topk_weights, topk_ids, gate_up_proj, down_proj);
   const int64_t copies = topk_ids.numel(), intermediate = down.view.depth;
-  const Tensor rows = new_tensor(x, {copies, x.size(1)});
-  const internal::PermutationIndex index = internal::moe_permute(op, x, topk_ids, gate_up.view.experts, rows);
+  const Tensor all_rows = new_tensor(x, {copies, x.size(1)});
+  const internal::PermutationIndex index = internal::moe_permute(op, x, topk_ids, gate_up.view.experts, all_rows);
   const Tensor product = new_tensor(x, {copies, 2 * intermediate}), activated = new_tensor(x, {copies, intermediate});
-  internal::grouped_gemm(op, rows, gate_up, index.offs, product);
-  internal::swiglu(op, product, activated);
-  internal::grouped_gemm(op, activated, down, index.offs, rows);  // overwrites `rows`, no longer needed
+  const Tensor rows = first_rows(all_rows, index.rows), kept_activated = first_rows(activated, index.rows);
+  internal::grouped_gemm(op, rows, gate_up, index.offs, first_rows(product, index.rows));
+  internal::swiglu(op, first_rows(product, index.rows), kept_activated);
+  internal::grouped_gemm(op, kept_activated, down, index.offs, rows);  // overwrites `rows`, no longer needed
   const Tensor out = internal::moe_unpermute(op, rows, topk_weights, index.row_map);
   return {out, product, keep_activated ? activated : new_tensor(x, {0, intermediate})};
 }
@@ -74,18 +75,22 @@ Gradients differentiate(const char* op, const Tensor& grad, const Tensor& x, con
   const auto& [gate_up_proj, down_proj] = weights;
   const int64_t tokens = x.size(0), top_k = topk_ids.size(1), copies = topk_ids.numel(), hidden = x.size(1);
   const int64_t experts = gate_up_proj.view.experts, intermediate = down_proj.view.depth;
-  const Tensor rows = new_tensor(x, {copies, hidden});  // of grad
-  const internal::PermutationIndex index = internal::moe_permute(op, grad, topk_ids, experts, rows);
-  const Tensor inputs = new_tensor(x, {want.gate_up_proj || !gate_up ? copies : 0, hidden});
-  if (inputs.size(0) > 0) internal::moe_permute(op, x, topk_ids, experts, inputs);
+  const Tensor all_rows = new_tensor(x, {copies, hidden});
+  const internal::PermutationIndex index = internal::moe_permute(op, grad, topk_ids, experts, all_rows);
+  const Tensor rows = first_rows(all_rows, index.rows);  // of grad
+  Tensor inputs = new_tensor(x, {want.gate_up_proj || !gate_up ? copies : 0, hidden});
+  if (inputs.size(0) > 0) {
+    internal::moe_permute(op, x, topk_ids, experts, inputs);
+    inputs = first_rows(inputs, index.rows);
+  }
   if (!gate_up) {
-    gate_up = new_tensor(x, {copies, 2 * intermediate});
+    gate_up = new_tensor(x, {index.rows, 2 * intermediate});
     internal::grouped_gemm(op, inputs, gate_up_proj, index.offs, *gate_up);
   }
 
-  const Tensor upper = new_tensor(x, {copies, intermediate});
+  const Tensor upper = new_tensor(x, {index.rows, intermediate});
   if (want.product()) internal::grouped_gemm_backward_input(op, rows, down_proj, index.offs, upper);
-  const Tensor grad_gate_up = new_tensor(x, {want.gate_up() ? copies : 0, 2 * intermediate});
+  const Tensor grad_gate_up = new_tensor(x, {want.gate_up() ? index.rows : 0, 2 * intermediate});
   Gradients out{new_tensor(x, {0, hidden}), new_tensor(x, {want.topk_weights ? tokens : 0, top_k}, ScalarType::Float),
                 new_tensor(x, {want.gate_up_proj ? experts : 0, 2 * intermediate, hidden}),
                 new_tensor(x, {want.down_proj ? experts : 0, hidden, intermediate})};

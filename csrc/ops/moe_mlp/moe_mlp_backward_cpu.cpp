@@ -22,6 +22,8 @@ MIXTRAL_INLINE float dot(const T* a, const T* b, int64_t size) {
 template <typename T>
 MIXTRAL_INLINE void differentiate_row(const MoeActivationGradient<T>& g, int64_t copy, T* scratch) {
   const int64_t size = g.intermediate, row = g.row_map[copy];
+  if (g.grad_weights) g.grad_weights[copy] = 0.0f;
+  if (row < 0) return;  // dropped
   const float weight = g.weights[copy];
   const T *gate = g.gate_up + row * 2 * size, *up = gate + size;
   T* upper = g.grad + row * size;

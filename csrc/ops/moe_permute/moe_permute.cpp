@@ -29,16 +29,18 @@ internal::PermutationIndex internal::moe_permute(const char* op, const Tensor& x
       const CudaScope scope(x);
       check_launch(op, launch_moe_permute_cuda(x_ptr, index_array(ids), out_ptr, offs_ptr, row_map_ptr, tokens, top_k,
                                                num_experts, row_bytes, scope.stream()));
-      return {offs, row_map};
+      return {offs, row_map, copies};
     }
   }
   const int64_t bad = launch_moe_permute_index_cpu(index_array(ids), offs_ptr, row_map_ptr, copies, num_experts);
-  MIXTRAL_CHECK(bad < 0, op, ": topk_ids must be in [0, ", num_experts, "), got ", index_array(ids)[bad], " at token ",
-                bad / top_k);
+  MIXTRAL_CHECK(bad < 0, op, ": topk_ids must be in [0, ", num_experts, "), or -1 for none, got ",
+                index_array(ids)[bad], " at token ", bad / top_k);
+  const int64_t kept = offs_ptr[num_experts - 1];
   parallel_rows(tokens, top_k * row_bytes, [=](int64_t begin, int64_t end) {
     launch_moe_permute_copy_cpu(x_ptr, row_map_ptr, out_ptr, top_k, row_bytes, begin, end);
   });
-  return {offs, row_map};
+  std::fill_n(out_ptr + kept * row_bytes, (copies - kept) * row_bytes, char{0});
+  return {offs, row_map, kept};
 }
 
 namespace {

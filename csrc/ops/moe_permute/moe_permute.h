@@ -6,9 +6,9 @@
 // moe_unpermute_backward: grad_y[row_map[t, k]] = topk_weights[t, k] * grad[t];
 //                         grad_topk_weights[t, k] = <grad[t], y[row_map[t, k]]>, in f32: on the CPU 16 lanes, folded.
 //
-// No capacity: every copy is kept. A bad expert id is an error on the CPU; on CUDA its copy is dropped: row_map is -1,
-// no offset counts it, and moe_unpermute skips it. The rows of `permuted` that are then unused, at the end, are zero,
-// as are gradients of rows that no copy has, and those of dropped weights.
+// No capacity limits the experts. A copy of expert -1 is dropped: row_map is -1, no offset counts it, and moe_unpermute
+// skips it. The rows of `permuted` that are then unused, at the end, are zero, as are gradients of rows that no copy
+// has, and those of dropped weights. Any other id outside [0, E) is an error on the CPU; on CUDA its copy is dropped.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@
 
 namespace mixtral {
 
-// ids [copies] -> offs [E], row_map [copies]. Returns the first copy with a bad id, having written nothing, or -1.
+// ids [copies], -1 for none -> offs [E], row_map [copies]. Returns the first copy with a bad id, having written nothing,
+// or -1.
 int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row_map, int64_t copies, int64_t experts);
 
 // Tokens [begin, end) of x [T, row_bytes] -> permuted [M, row_bytes].

@@ -10,9 +10,10 @@ using namespace cpu;
 
 int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row_map, int64_t copies, int64_t experts) {
   for (int64_t i = 0; i < copies; ++i)
-    if (ids[i] < 0 || ids[i] >= experts) return i;
+    if (ids[i] < -1 || ids[i] >= experts) return i;
   std::fill_n(offs, experts, 0);
-  for (int64_t i = 0; i < copies; ++i) ++offs[ids[i]];
+  for (int64_t i = 0; i < copies; ++i)
+    if (ids[i] >= 0) ++offs[ids[i]];
   int32_t start = 0;
   for (int64_t e = 0; e < experts; ++e) {
     const int32_t count = offs[e];
@@ -20,15 +21,17 @@ int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row
     start += count;
   }
   // Each offset moves from the start of its expert to the end, one copy at a time.
-  for (int64_t i = 0; i < copies; ++i) row_map[i] = offs[ids[i]]++;
+  for (int64_t i = 0; i < copies; ++i) row_map[i] = ids[i] < 0 ? -1 : offs[ids[i]]++;
   return -1;
 }
 
 void launch_moe_permute_copy_cpu(const char* x, const int32_t* row_map, char* permuted, int64_t top_k,
                                  int64_t row_bytes, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t)
-    for (int64_t k = 0; k < top_k; ++k)
-      std::memcpy(permuted + row_map[t * top_k + k] * row_bytes, x + t * row_bytes, row_bytes);
+    for (int64_t k = 0; k < top_k; ++k) {
+      const int64_t row = row_map[t * top_k + k];
+      if (row >= 0) std::memcpy(permuted + row * row_bytes, x + t * row_bytes, row_bytes);
+    }
 }
 
 template <typename T>

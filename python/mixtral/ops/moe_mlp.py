@@ -26,7 +26,7 @@ def moe_mlp(
     Args:
         x: [T, H], float.
         topk_weights: f32 [T, K].
-        topk_ids: [T, K], int32 or int64, in [0, E).
+        topk_ids: [T, K], int32 or int64, in [0, E), or -1 for none: such a copy is dropped, whatever its weight.
         gate_up_proj: [E, 2I, H], dtype of ``x``; rows of the gate, then of the value (Hugging Face's layout).
         down_proj: [E, H, I], dtype of ``x``. Each of the two is plain or packed (:func:`pack_weight`), with
             I a multiple of 32 when ``gate_up_proj`` is packed; a quantised one goes with bf16 ``x`` alone.
@@ -37,7 +37,7 @@ def moe_mlp(
         [T, H], dtype of ``x``.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; on the CPU, an id is outside [0, E) (on CUDA its copy is
+        RuntimeError: a shape, dtype or device does not fit; on the CPU, an id is outside [-1, E) (on CUDA its copy is
             dropped).
         ValueError: ``recompute`` is none of the three.
 

@@ -11,16 +11,17 @@ def moe_permute(x: Tensor, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, 
 
     Args:
         x: [T, H], float.
-        topk_ids: [T, K], int32 or int64, in [0, E).
+        topk_ids: [T, K], int32 or int64, in [0, E), or -1 for none.
         num_experts: E, >= 1.
 
     Returns:
         (permuted [M, H], offs int32 [E], row_map int32 [T, K]) with M = T*K: rows ``offs[e-1]`` to ``offs[e]`` belong
-        to expert e, and ``permuted[row_map[t, k]] == x[t]``. No copy is ever dropped for want of capacity.
+        to expert e, and ``permuted[row_map[t, k]] == x[t]``. A copy of expert -1 is dropped: its ``row_map`` is -1,
+        ``offs`` does not count it, and the rows left over, at the end, are zero. No capacity limits the experts.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; on the CPU, an id is outside [0, E). On CUDA a copy with a
-            bad id is dropped: its ``row_map`` is -1, ``offs`` does not count it, and the rows left over are zero.
+        RuntimeError: a shape, dtype or device does not fit; on the CPU, an id is outside [-1, E). On CUDA a copy with a
+            bad id is dropped.
 
     The gradient is ``grad_x[t] = sum_k grad[row_map[t, k]]``: in f32, k in order, rounded once.
     """

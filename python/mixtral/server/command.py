@@ -100,6 +100,7 @@ def _add_engine_flags(add: Callable) -> None:
     add("--kv-memory", metavar="SIZE", type=_size, default=0, help="of the key/value cache, such as 4GiB")
     add("--chunk-size", metavar="N", type=_at_least(1), default=512, help="prompt tokens of a sequence in a pass")
     add("-c", "--ctx-size", metavar="N", type=_at_least(0), default=0, help="longest prompt plus answer (default: all)")
+    add("--speculate", metavar="N", type=_at_least(0), default=0, help="guess up to N tokens a step from earlier text")
 
 
 def _add_model_flags(add: Callable) -> None:
@@ -172,6 +173,7 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         check_weights=flags.check_weights,
         experts_per_token=flags.experts_per_token,
         max_batch=flags.max_batch,
+        speculate=flags.speculate,
         chunk_size=flags.chunk_size,
         ctx_size=flags.ctx_size,
         kv_memory=flags.kv_memory,

@@ -125,6 +125,8 @@ class Served:
             call.submit(prompt, sampling, body.experts_per_token or 0, body.return_routed_experts, matcher)
         except (ValueError, IndexError) as error:
             raise _refused(str(error)) from None
+        except MemoryError as error:  # its keys and values would never fit
+            raise ApiError(400, str(error), "max_tokens", "context_length_exceeded") from None
 
     def _find_chat_format(self) -> str | None:
         if self.model.tokenizer is None:

@@ -1,4 +1,4 @@
-#include "session_file.h"
+#include "prompt_cache_file.h"
 
 #include <algorithm>
 #include <utility>
@@ -53,16 +53,16 @@ torch::Tensor read_tensor(const TensorFile& file, const std::string& name, const
 
 }  // namespace
 
-void write_session(const SavedSession& session, const MixtralImpl& model, const fs::path& path) {
-  NamedTensors tensors = {{"model", fingerprint_of(model)}, {"token_ids", torch::tensor(session.ids, torch::kInt64)}};
-  for (size_t layer = 0; layer < session.contents.keys.size(); ++layer) {
-    tensors.emplace_back("keys." + std::to_string(layer), session.contents.keys[layer].contiguous());
-    tensors.emplace_back("values." + std::to_string(layer), session.contents.values[layer].contiguous());
+void write_prompt_cache(const PromptCache& saved, const MixtralImpl& model, const fs::path& path) {
+  NamedTensors tensors = {{"model", fingerprint_of(model)}, {"token_ids", torch::tensor(saved.ids, torch::kInt64)}};
+  for (size_t layer = 0; layer < saved.contents.keys.size(); ++layer) {
+    tensors.emplace_back("keys." + std::to_string(layer), saved.contents.keys[layer].contiguous());
+    tensors.emplace_back("values." + std::to_string(layer), saved.contents.values[layer].contiguous());
   }
   replace_file(path, [&tensors](OutputFile& file) { write_tensors(tensors, file); });
 }
 
-SavedSession read_session(const MixtralImpl& model, int64_t page_size, const fs::path& path) {
+PromptCache read_prompt_cache(const MixtralImpl& model, int64_t page_size, const fs::path& path) {
   const TensorFile file = open_safetensors(path);
   const Config& config = model.config();
   const torch::Tensor expected = fingerprint_of(model);
@@ -70,26 +70,25 @@ SavedSession read_session(const MixtralImpl& model, int64_t page_size, const fs:
     throw LoadError(file.path(), "", "is the prompt cache of another model, type or device: name another file");
   }
   const auto ids = read_tensor(file, "token_ids", torch::empty({0}, torch::kInt64), {-1});
-  if (ids.numel() == 0) throw LoadError(file.path(), "token_ids", "must not be empty");
-  SavedSession session;
-  session.ids.assign(ids.data_ptr<int64_t>(), ids.data_ptr<int64_t>() + ids.numel());
-  session.contents.length = ids.numel();
+  PromptCache saved;
+  saved.ids.assign(ids.data_ptr<int64_t>(), ids.data_ptr<int64_t>() + ids.numel());
+  saved.contents.length = ids.numel();
   const torch::Tensor like = torch::empty({0}, model.dtype());
   int64_t pages = -1;
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (const auto& [name, list] :
-         {std::pair("keys.", &session.contents.keys), std::pair("values.", &session.contents.values)}) {
+         {std::pair("keys.", &saved.contents.keys), std::pair("values.", &saved.contents.values)}) {
       list->push_back(read_tensor(file, name + std::to_string(layer), like,
                                   {pages, page_size, config.num_kv_heads, config.head_dim}));
       pages = list->back().size(0);
     }
   }
   try {
-    model.check_ids(session.ids.data(), ids.numel());
+    model.check_ids(saved.ids.data(), ids.numel());
   } catch (const std::exception& e) {
     throw LoadError(file.path(), "token_ids", e.what());
   }
-  return session;
+  return saved;
 }
 
 }  // namespace mixtral

@@ -1,8 +1,7 @@
-// A session in a file: the tokens of a conversation with their keys and values, so that another process goes on with
-// it.
+// A prefix in a file: tokens with their keys and values, so that another process goes on from them.
 //
 // A safetensors file: `model` U8 (fingerprint), `token_ids` I64 [N], and per layer l `keys.l`, `values.l`
-// [pages,P,Nkv,D], the last pages of the sequence.
+// [pages,P,Nkv,D], the last pages of the prefix.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +14,15 @@
 
 namespace mixtral {
 
-struct SavedSession {
+struct PromptCache {
   std::vector<int64_t> ids;           // [N]
   RollingKVCache::Contents contents;  // of these N tokens
 };
 
 // Replaces the file, or leaves it as it was. Throws std::runtime_error when it cannot be written.
-void write_session(const SavedSession& session, const MixtralImpl& model, const std::filesystem::path& path);
+void write_prompt_cache(const PromptCache& saved, const MixtralImpl& model, const std::filesystem::path& path);
 
-// Throws LoadError when the file is no session, or one of another model, type, device or page size.
-SavedSession read_session(const MixtralImpl& model, int64_t page_size, const std::filesystem::path& path);
+// Throws LoadError when the file is no prompt cache, or one of another model, type, device or page size.
+PromptCache read_prompt_cache(const MixtralImpl& model, int64_t page_size, const std::filesystem::path& path);
 
 }  // namespace mixtral
