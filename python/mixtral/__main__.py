@@ -28,6 +28,8 @@ def main() -> None:
     Exits with 5 when the binary is not there or cannot run.
     """
     if module := COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+        if sys.argv[1] == "serve":
+            restart_with_short_waits()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         sys.exit(import_module(module).main(sys.argv[2:]))
     for binary in BINARIES:
@@ -42,6 +44,14 @@ def main() -> None:
         file=sys.stderr,
     )
     sys.exit(5)
+
+
+def restart_with_short_waits() -> None:
+    """As the binary does (csrc/app/wait_policy.cpp): threads that spin take the cores from the event loop, and passes
+    take a multiple of their time. OpenMP reads its variables when it is loaded, so the process starts once more."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def exit_unless_torch_fits() -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -30,7 +31,8 @@ def run(server: ServerProcess, count: int) -> tuple[int, int, str]:
     command += ["--max-examples", str(-(-count // operations)), "--request-timeout", "60", "--continue-on-failure"]
     command += ["--phases", "examples,fuzzing", "--suppress-health-check", "all"]
     environment = {**os.environ, "NO_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    with tempfile.TemporaryDirectory() as folder:  # it keeps a cache in the folder where it runs
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=1800)
     text = done.stdout + done.stderr
     cases = re.search(r"(\d+) generated", text)
     return done.returncode, int(cases.group(1)) if cases else 0, text

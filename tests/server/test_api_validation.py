@@ -24,12 +24,12 @@ def number(least: float, most: float, *, open_below: bool = False, step: float =
 
 
 FIELDS = {
-    "temperature": number(0, 2),
+    "temperature": {"fine": [0, 5e-324, 1e-30, 1, 2], "wrong": [2.1, -1e-9, "1", [], True]},
     "top_p": number(0, 1, open_below=True),
     "min_p": number(0, 1),
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
-    "repetition_penalty": {"fine": [0.5, 1, 2], "wrong": [0, -1, "1", []]},
+    "repetition_penalty": {"fine": [0.01, 1, 100], "wrong": [0, 1e-9, 101, -1, "1", []]},
     "top_k": {"fine": [-1, 0, 1, 10**6], "wrong": [-2, 1.5, "1", [1], 2**70]},
     "n": {"fine": [1, 8], "wrong": [0, 9, -1, 1.5, "1", [], 2**70]},
     "max_tokens": {"fine": [1, 16], "wrong": [0, -1, 1.5, "1", [], 2**70]},

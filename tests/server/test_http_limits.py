@@ -298,13 +298,14 @@ def test_a_client_that_never_reads(quick: ServerProcess) -> None:
 
 def test_a_client_that_reads_slowly_gets_everything(quick: ServerProcess) -> None:
     with quick.connect() as connection:
-        body = {"tokens": 2000, "pad": 10000, "stream": True}  # more than the buffers of the kernel hold
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        body = {"tokens": 500, "pad": 10000, "stream": True}  # more than the buffers of the kernel hold
         connection.request("POST", "/v1/completions", json.dumps(body).encode())
         connection.head()
         events = b""
         while chunk := connection.chunk():
             events += chunk
-            time.sleep(0.002)  # in all longer than a stalled client has
+            time.sleep(0.006)  # in all longer than a stalled client has
         assert events.endswith(b"data: [DONE]\n\n")
 
 

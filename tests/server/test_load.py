@@ -79,14 +79,14 @@ def test_metrics_count_what_happened() -> None:
         server.post("/v1/completions", {"prompt": "", "max_tokens": 4})
         lines = server.get("/metrics").body.decode().splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    labels = 'model_name="small",engine="0"'
+    labels = 'engine="0",model_name="small"'
     counted = {
         f"mixtral:prompt_tokens_total{{{labels}}}": 18,
         f"mixtral:generation_tokens_total{{{labels}}}": 24,
         'mixtral:request_success_total{engine="0",finished_reason="length",model_name="small"}': 6,
-        'mixtral:time_to_first_token_seconds_count{engine="0",model_name="small"}': 6,
-        'mixtral:inter_token_latency_seconds_count{engine="0",model_name="small"}': 18,
-        'mixtral:request_generation_tokens_sum{engine="0",model_name="small"}': 24,
+        f"mixtral:time_to_first_token_seconds_count{{{labels}}}": 6,
+        f"mixtral:inter_token_latency_seconds_count{{{labels}}}": 18,
+        f"mixtral:request_generation_tokens_sum{{{labels}}}": 24,
         f"mixtral:num_requests_running{{{labels}}}": 0,
         f"mixtral:num_requests_waiting{{{labels}}}": 0,
         f"mixtral:kv_cache_usage_perc{{{labels}}}": 0,

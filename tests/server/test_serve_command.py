@@ -27,6 +27,7 @@ def test_serves_the_bundled_model_until_a_signal_comes(start):
         "MIXTRAL_SERVED_MODEL_NAME": "from-the-environment",
         "MIXTRAL_PORT": "1",  # the flag goes before it
     }
+    del environment["OMP_WAIT_POLICY"]  # of the tests
     process = subprocess.Popen(
         [*start, "serve", "--port", "0", "--threads", "1"], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -36,6 +37,7 @@ def test_serves_the_bundled_model_until_a_signal_comes(start):
         line = process.stdout.readline()
         assert line.startswith("mixtral: ready at http://127.0.0.1:"), line
         url = line.split()[-1]
+        assert b"GOMP_SPINCOUNT=1000" in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
         body = {"messages": [{"role": "user", "content": "Who made the heavens?"}], "max_tokens": 8}
         request = urllib.request.Request(
             f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -11,5 +11,11 @@ streaming    server-sent events, and clients that go away
 models       /v1/models, /version
 tokens       /tokenize, /detokenize, /tokenizer_info
 app          puts the routes together
+limits       what a client can take: sizes, times, connections; the protocol class that keeps them
+auth, body   the API key; bodies are JSON
+lifecycle    phases, health routes, and one end for every request
+run          the process: socket, signals, exit status, and the order of the middleware
+logs         JSON lines with request ids
+metrics      /metrics
 command      the flags of ``mixtral serve``
 """

@@ -238,8 +238,6 @@ class Bridge:
 
     def progress(self) -> tuple[bool, int]:
         """Whether the engine has work, and how many tokens it has computed."""
-        if not hasattr(self._engine, "stats"):
-            return False, 0
         return bool(self._observed), self._engine.stats().computed_tokens
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import resource
+import socket
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +20,7 @@ from .errors import ApiError
 logger = logging.getLogger("mixtral.server")
 
 LINGER = 1.0  # seconds in which a refused client may read why
+SEND_BUFFER = 2**17  # bytes in the kernel for one client: with megabytes, a slow reader looks like none for long
 CHUNK_HEAD = 32  # bytes of a chunk that are not its data: size, extension, line ends
 
 
@@ -72,6 +74,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if len(self.connections) > 2 * self.max_connections:  # too many even to say so
             transport.abort()
         elif len(self.connections) > self.max_connections:

@@ -82,7 +82,6 @@ class Metrics:
         self.decode = self._histogram("request_decode_time_seconds", "From the first token to the last", REQUEST)
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt", TOKENS)
         self.new_tokens = self._histogram("request_generation_tokens", "Tokens of an answer", TOKENS)
-        self.params_n = self._histogram("request_params_n", "Choices that a request asked for", (1, 2, 5, 10, 20))
         self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
 
     def sequence(self, prompt_tokens: int, max_tokens: int) -> "SequenceTimes":
@@ -99,9 +98,6 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry for every scrape."""
-        yield self._expert_tokens()
-        if not hasattr(self.engine, "stats"):
-            return
         stats = self.engine.stats()
         gauges = {
             "num_requests_running": ("Sequences that take part in passes", stats.running),
@@ -123,6 +119,7 @@ class Metrics:
                 metric = family(f"mixtral:{name}", help_, labels=LABELS)
                 metric.add_metric(self.labels, value)
                 yield metric
+        yield self._expert_tokens()
 
     def _expert_tokens(self) -> Metric:
         metric = CounterMetricFamily(

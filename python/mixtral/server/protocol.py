@@ -46,7 +46,7 @@ class Sampling(Body):
 
     top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] = 0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[Number, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0  # beyond, logits overflow
     ignore_eos: StrictBool = False
     min_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] = 0
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] = []
