@@ -100,7 +100,7 @@ class Engine {
   // OutOfMemory.
   void load_prompt_cache(const std::filesystem::path& file);
 
-  EngineStats stats() const;  // as of the last forward pass; from any thread
+  EngineStats stats() const;  // as of the last forward pass, or the last end of a request; from any thread
   // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
   void check_integrity();
 

@@ -13,7 +13,9 @@ namespace mixtral {
 EngineCore::EngineCore(std::unique_ptr<Runner> runner, const Scheduler::Options& scheduler, int64_t speculate)
     : runner_(std::move(runner)),
       scheduler_(scheduler, runner_->cache()),
-      speculator_(speculate, scheduler, runner_->cache()) {}
+      speculator_(speculate, scheduler, runner_->cache()) {
+  publish_stats();
+}
 
 void EngineCore::add(std::unique_ptr<Sequence> sequence) {
   Sequence& added = *sequence;
@@ -53,6 +55,7 @@ void EngineCore::step() {
   sample_held();
   run_pass();
   end_finished();
+  publish_stats();
 }
 
 EngineStats EngineCore::stats() const {
@@ -60,6 +63,16 @@ EngineStats EngineCore::stats() const {
   stats.computed_tokens = computed_tokens_;
   stats.generated_tokens = generated_tokens_;
   return stats;
+}
+
+void EngineCore::publish_stats() {
+  const std::lock_guard lock(stats_mutex_);
+  published_stats_ = stats();
+}
+
+EngineStats EngineCore::published_stats() const {
+  const std::lock_guard lock(stats_mutex_);
+  return published_stats_;
 }
 
 void EngineCore::check_integrity() const {
@@ -86,6 +99,7 @@ void EngineCore::run_pass() {
   const auto plan = scheduler_.plan();
   may_run_ = !plan.empty();
   if (plan.empty()) return;
+  const int64_t pages = runner_->cache().pages_in_use();
   const bool prefill = std::any_of(plan.begin(), plan.end(), [](const auto& c) { return c.sequence->in_prefill(); });
   const auto start = std::chrono::steady_clock::now();
   try {
@@ -108,7 +122,7 @@ void EngineCore::run_pass() {
   for (const auto& chunk : plan) timings.insert(chunk.sequence->timings.get());
   for (Timings* each : timings) {
     (prefill ? each->prefill_seconds : each->decode_seconds) += seconds.count();
-    each->peak_pages = std::max(each->peak_pages, runner_->cache().pages_in_use());
+    each->peak_pages = std::max(each->peak_pages, pages);
   }
 }
 
@@ -164,6 +178,7 @@ void EngineCore::end(Sequence& sequence) noexcept {
   timings.prompt_tokens += sequence.prompt_length();
   timings.new_tokens += static_cast<int64_t>(sequence.generation.token_ids.size());
   sequence.seat.reset();
+  publish_stats();
   if (sequence.callbacks.on_end) sequence.callbacks.on_end({std::move(sequence.generation), timings, sequence.error});
 }
 

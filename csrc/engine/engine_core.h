@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +39,7 @@ class EngineCore {
   void load_prompt_cache(const PromptCache& saved, int64_t experts_per_token);
 
   EngineStats stats() const;
+  EngineStats published_stats() const;  // as of the last pass, or the last end of a request; from any thread
   // Throws std::logic_error when pages, sequences and the prefix cache contradict each other.
   void check_integrity() const;
 
@@ -48,6 +50,7 @@ class EngineCore {
   void sample_held();
   void run_pass();
   void take(const Step& step);
+  void publish_stats();
   void show(Sequence& sequence, const std::string& text);
   void end_finished();
   void end(Sequence& sequence) noexcept;
@@ -58,6 +61,8 @@ class EngineCore {
   std::vector<std::unique_ptr<Sequence>> sequences_;  // waiting and running, in the order of arrival
   bool may_run_ = false;                              // something changed since a plan was empty
   int64_t computed_tokens_ = 0, generated_tokens_ = 0;
+  mutable std::mutex stats_mutex_;  // of what follows
+  EngineStats published_stats_;
 };
 
 }  // namespace mixtral

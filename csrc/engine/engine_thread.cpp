@@ -31,12 +31,10 @@ struct EngineThread::State {
   std::vector<std::pair<int64_t, std::vector<int32_t>>> allowed;  // ids and masks
   std::vector<std::packaged_task<void(EngineCore&)>> tasks;
   bool stopping = false;
-  EngineStats stats;
 };
 
 EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_shared<State>()) {
   state_->core = std::move(core);
-  state_->stats = state_->core->stats();
 }
 
 // With the mutex held.
@@ -79,9 +77,8 @@ void EngineThread::cancel(const std::vector<int64_t>& ids) {
 }
 
 EngineStats EngineThread::stats() const {
-  if (was_forked()) return state_->stats;
+  EngineStats stats = state_->core->published_stats();
   const std::lock_guard lock(state_->mutex);
-  EngineStats stats = state_->stats;
   stats.waiting += static_cast<int64_t>(state_->submitted.size());
   return stats;
 }
@@ -143,7 +140,6 @@ bool EngineThread::iterate(State& state) {
   bool stopping = false;
   {
     std::unique_lock lock(state.mutex);
-    state.stats = state.core->stats();
     const auto has_work = [&] {
       return !state.core->idle() || !state.submitted.empty() || !state.cancelled.empty() || !state.allowed.empty() ||
              !state.tasks.empty() || state.stopping;

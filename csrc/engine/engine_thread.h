@@ -25,7 +25,7 @@ class EngineThread {
   void allow(int64_t id, std::vector<int32_t> mask);
   // Runs `task` on the thread, between two passes, and waits for it. Throws what it throws.
   void run(const std::function<void(EngineCore&)>& task);
-  EngineStats stats() const;  // as of the last forward pass
+  EngineStats stats() const;  // as of the last pass, or the last end of a request; not in a forked process
   // Cancels all requests and ends the thread.
   void stop();
   bool is_current() const;  // called on this thread, that is by a callback

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import routing as routing
     from . import train as train
     from .errors import LoadError as LoadError
+    from .errors import QueueFull as QueueFull
     from .model import Config as Config
     from .model import Generation as Generation
     from .model import Mixtral as Mixtral
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "LoadError": "errors",
+    "QueueFull": "errors",
     "Config": "model",
     "Generation": "model",
     "Mixtral": "model",

@@ -67,9 +67,9 @@ class Mixtral(Tracing):
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).
             ctx_size: longest prompt plus new tokens (default: what the model was made for).
-            kv_memory: bytes of the key/value cache (default: room for ``max_batch`` sequences of ``ctx_size`` tokens, in
-                at most half of the memory that the device has left).
-            max_queue: requests at a time, those that run included; one more raises an error (default: any number).
+            kv_memory: bytes of the key/value cache (default: room for ``max_batch`` sequences of ``ctx_size`` tokens,
+                in at most half of the memory that the device has left).
+            max_queue: requests at a time, those that run included; one more raises ``QueueFull`` (default: any number).
             prefix_cache: keep keys and values for prompts that begin with the same tokens (default true).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
             speculate: most tokens to guess, in each step, from earlier text that ends alike (prompt lookup); the

@@ -90,14 +90,11 @@ class FakeRunner : public Runner {
       }
       sequence->computed += tokens;
       if (sequence->computed < sequence->length()) continue;
-      std::vector<Sample> samples;
+      std::vector<Sample> samples = {fake_sample(key_at(sequence->computed - 1))};
       for (const int64_t guess : sequence->draft) {
-        samples.push_back(fake_sample(key_at(sequence->computed - 1)));
         if (samples.back().token_id != guess) break;
-        ++sequence->computed;
+        samples.push_back(fake_sample(key_at(sequence->computed++)));
       }
-      if (samples.size() == sequence->draft.size() && sequence->computed >= sequence->length())
-        samples.push_back(fake_sample(key_at(sequence->computed - 1)));
       cache_.truncate(sequence->cache_id, sequence->computed);
       if (is_nan && is_nan()) samples.back().error = "NaN";
       steps.push_back({sequence, std::move(samples)});

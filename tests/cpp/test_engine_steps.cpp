@@ -14,7 +14,7 @@ namespace mixtral {
 namespace {
 
 Request with_experts(std::vector<int64_t> prompt, int64_t experts, const SamplingParams& sampling) {
-  Request request{std::move(prompt), sampling, ""};
+  Request request{std::move(prompt), sampling};
   request.experts_per_token = experts;
   request.trace = true;
   return request;
@@ -105,7 +105,7 @@ std::pair<int64_t, int64_t> expect_same_with_and_without_guesses(const Mixtral& 
   options.prefix_cache = prefix_cache;
   std::vector<Request> requests;
   for (const auto& prompt : repeating_prompts(count)) {
-    requests.push_back({prompt, params(30, temperature, 7 + requests.size()), ""});
+    requests.push_back({prompt, params(30, temperature, 7 + requests.size())});
     if (requests.size() % 3 == 0 && model->config().is_moe()) requests.back().experts_per_token = 1;
     if (requests.size() % 5 == 0) requests.back().params.repetition_penalty = 1.1;
     if (requests.size() % 7 == 0) requests.back().params.max_tokens = 4;
@@ -198,7 +198,7 @@ class EngineFaults : public ::testing::Test {
       return true;
     };
     callbacks.on_end = [ended](Outcome outcome) { ended->set_value(std::move(outcome)); };
-    engine.submit({prompt, params(10, 1.0), ""}, std::move(callbacks));
+    engine.submit({prompt, params(10, 1.0)}, std::move(callbacks));
     return ended->get_future();
   }
 

@@ -1,8 +1,8 @@
 // Prompts that begin alike: the same bits as without a prefix cache, and fewer tokens computed.
 #include <fstream>
 
-#include "../../csrc/model/memory.h"
 #include "generations.h"
+#include "model/memory.h"
 
 namespace mixtral {
 namespace {
@@ -203,16 +203,13 @@ TEST(PrefixCache, TenThousandTokensBehindAWindowStayInTheSamePagesAndBits) {
   Timings timings;
   int64_t pages = 0, tokens = 0;
   const auto watch = [&](size_t, const std::string&) {
-    if (++tokens > 200) {
-      EXPECT_LE(engine.stats().pages_in_use, 5);  // ceil(64 / 16) + 1
-    }
-    pages = std::max(pages, engine.stats().pages_in_use);
+    if (++tokens > 200) pages = std::max(pages, engine.stats().pages_in_use);
     return true;
   };
   const auto result = engine.generate({prompt}, {params(10000, 1.0)}, watch, &timings)[0];
   ASSERT_EQ(result.token_ids.size(), 10000u);
-  EXPECT_EQ(timings.peak_pages, pages);
-  EXPECT_LE(pages, (63 + 100 + 15) / 16 + 1);
+  EXPECT_EQ(pages, 5);                          // ceil(63 / 16) + 1
+  EXPECT_LE(timings.peak_pages, 100 / 16 + 1);  // while the prompt was read
   // The whole sequence at once, without a cache.
   std::vector<int64_t> ids = prompt;
   ids.insert(ids.end(), result.token_ids.begin(), result.token_ids.end() - 1);

@@ -31,7 +31,7 @@ class SchedulerTest : public ::testing::Test {
     const auto chunks = scheduler->plan();
     if (chunks.empty()) return plan;
     for (const auto& [sequence, tokens] : chunks) plan.emplace_back(sequence->id, tokens);
-    for (const auto& sample : runner->run(chunks)) sample.first->append(sample.second);
+    for (const Step& step : runner->run(chunks)) step.sequence->append(step.samples.at(0));
     for (const auto& chunk : chunks) runner->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
     scheduler->check_integrity();
     runner->cache().check_integrity();

@@ -178,11 +178,11 @@ def test_a_cache_beyond_its_limit_is_a_memory_error():
 def test_a_full_engine_takes_no_request_until_a_seat_is_free():
     model = mixtral.Mixtral.from_config(tiny_config(), max_queue=2)
     seats = [model._engine.reserve_seat() for _ in range(2)]
-    with pytest.raises(mixtral.errors.QueueFull, match="all 2 places"):
+    with pytest.raises(mixtral.QueueFull, match="all 2 places"):
         model.generate([3], max_tokens=2)
     del seats[0]
     assert len(model.generate([3], max_tokens=2, ignore_eos=True)[0].token_ids) == 2
-    with pytest.raises(mixtral.errors.QueueFull):
+    with pytest.raises(mixtral.QueueFull):
         model.generate([[3], [4]], max_tokens=2)
     assert len(model.generate([3], max_tokens=2, ignore_eos=True)[0].token_ids) == 2  # what was refused holds no seat
 
@@ -391,4 +391,3 @@ def test_a_saved_prompt_cache_goes_on_in_another_model_to_the_same_bits(tmp_path
     with pytest.raises(mixtral.LoadError, match="another model"):
         windowed(25).load_prompt_cache(tmp_path / "s.cache")
     assert [path.name for path in tmp_path.iterdir()] == ["s.cache"]
-

@@ -14,7 +14,7 @@ from .. import _C
 from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
-from .grammar import MaskThread, Matcher
+from .grammar import Due, MaskThread, Matcher
 from .metrics import Metrics, SequenceTimes
 from .recorder import Recorder
 
@@ -184,6 +184,7 @@ class Bridge:
         self._box.attach(self._engine)
         self._open: dict[int, tuple[Call, int]] = {}  # by key: the call, and which of its sequences
         self._constrained: dict[int, tuple[int, Matcher]] = {}  # by key: the engine's id
+        self._due: list[Due] = []  # masks, of the events that are being drained
         self._masks = MaskThread(self._engine.allow)
         self._metrics = metrics
         self._observed: dict[int, SequenceTimes] = {}  # by key, until the sequence has ended
@@ -223,7 +224,7 @@ class Bridge:
         request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced, constrained)
         if constrained:
             self._constrained[key] = request, matcher
-            self._masks.push(request, matcher)
+            self._masks.push([Due(request, matcher)])
         self._observed[key] = self._metrics.sequence(len(prompt), params.max_tokens)
         return request
 
@@ -257,6 +258,9 @@ class Bridge:
                 if progress.outcome is not None:
                     del self._open[event.key]
                 call.push(index, progress)
+        if self._due:
+            self._masks.push(self._due)
+            self._due = []
 
     def _constrain(self, event: _C.Event) -> "_Refused | None":
         """Asks for the next mask of a constrained sequence. What it returns takes the place of the outcome."""
@@ -265,10 +269,10 @@ class Bridge:
         request, matcher = constrained
         if event.outcome is None:
             if event.token_ids:
-                self._masks.push(request, matcher, event.token_ids)
+                self._due.append(Due(request, matcher, event.token_ids))
             return None
         del self._constrained[event.key]
-        return _Refused(matcher.error) if matcher.error else None
+        return _Refused(event.outcome, matcher.error) if matcher.error else None
 
     def _observe(self, event: _C.Event) -> None:
         if sequence := self._observed.get(event.key):
@@ -281,8 +285,8 @@ class Bridge:
 class _Refused:
     """The outcome of a sequence whose grammar could not go on."""
 
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
+    def __init__(self, outcome: _C.Outcome, reason: str) -> None:
+        self.timings, self._reason = outcome.timings, reason
 
     def result(self) -> Generation:
         raise ApiError(400, self._reason, "response_format", "schema_too_complex")

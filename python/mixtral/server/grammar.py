@@ -8,9 +8,10 @@ import functools
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ MAX_BYTES = 64 << 10  # of a schema, as JSON
 MAX_DEPTH = 48
 MAX_CALLS = 16  # in one answer
 SECONDS = 2.0  # to compile a schema
+TOGETHER_SECONDS = 0.01  # for the masks of requests that share a forward pass
 
 # Between the parts of JSON, where there may be any amount of space: on one line, or on lines that are indented. Without
 # a limit a model may go on with spaces for ever.
@@ -217,6 +219,14 @@ class Matcher:
         return torch.frombuffer(bytearray(mask), dtype=torch.int32, count=words)
 
 
+class Due(NamedTuple):
+    """A constrained request whose next mask is due."""
+
+    request: int  # of the engine
+    matcher: Matcher
+    token_ids: Sequence[int] = ()  # that are new
+
+
 class MaskThread:
     """Gives constrained requests their masks, on a thread of its own."""
 
@@ -226,13 +236,14 @@ class MaskThread:
             allow: ``Engine.allow``.
         """
         self._allow = allow
-        self._work: queue.SimpleQueue[tuple[int, Matcher, Sequence[int]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[list[Due] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="masks", daemon=True)
         self._thread.start()
 
-    def push(self, request: int, matcher: Matcher, token_ids: Sequence[int] = ()) -> None:
-        """The request has new tokens, or none yet: its next mask is due. Returns at once."""
-        self._work.put((request, matcher, token_ids))
+    def push(self, due: list[Due]) -> None:
+        """Returns at once. The requests of one call, those of one forward pass, get their masks together, so that they
+        share the next pass too."""
+        self._work.put(due)
 
     def close(self) -> None:
         """Ends the thread, once it has done what is queued."""
@@ -240,6 +251,15 @@ class MaskThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            request, matcher, token_ids = work
-            self._allow(request, matcher.mask_behind(token_ids))
+        while (all_due := self._work.get()) is not None:
+            masks, begin = [], time.monotonic()
+            for due in all_due:
+                masks.append((due.request, due.matcher.mask_behind(due.token_ids)))
+                if time.monotonic() > begin + TOGETHER_SECONDS:  # the others do not wait for a slow one
+                    self._send(masks)
+                    masks = []
+            self._send(masks)
+
+    def _send(self, masks: list[tuple[int, Tensor]]) -> None:
+        for request, mask in masks:
+            self._allow(request, mask)
