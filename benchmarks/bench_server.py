@@ -20,10 +20,8 @@ from pathlib import Path
 
 import torch
 
-import mixtral
 from common import Bench, Row
 from http_load import Client, Outcome
-from peers.gguf_models import write_gguf
 from random_models import SHAPES, write_checkpoint
 
 SHAPE = "mini"
@@ -183,22 +181,12 @@ def compare(bench: Bench, case: str, ours: Times, peer: Times | None) -> None:
         add(f"1 / {name}", "1/s", 1 / seconds, 1 / others[name] if name in others else None)
 
 
-def in_process(path: Path, threads: int, clients: int) -> float:
-    """Tokens a second of the engine in this process, with as many prompts of the same length at a time."""
-    torch.set_num_threads(threads)
-    model = mixtral.Mixtral.from_pretrained(path)
-    prompts = [ids_of(text_of(PROMPT, seed)) for seed in range(clients)]
-    model.generate(prompts, max_tokens=4, temperature=0)
-    rates = []
-    for _ in range(3):
-        start = time.perf_counter()
-        generations = model.generate(prompts, max_tokens=NEW_TOKENS, temperature=0)
-        rates.append(sum(len(g.token_ids) for g in generations) / (time.perf_counter() - start))
-    return statistics.median(rates)
-
-
 def run(bench: Bench, folder: Path, threads: int, seconds: float, with_peer: bool) -> None:
-    path = write_gguf(SHAPES[SHAPE], write_checkpoint(SHAPES[SHAPE], folder / SHAPE), "BF16")
+    path = write_checkpoint(SHAPES[SHAPE], folder / SHAPE)
+    if with_peer:
+        from peers.gguf_models import write_gguf  # needs llama_cpp
+
+        path = write_gguf(SHAPES[SHAPE], path, "BF16")
     with ExitStack() as stack:
         ours = stack.enter_context(start_ours(path, threads))
         peer = stack.enter_context(start_llama(path, threads)) if with_peer else None
@@ -218,12 +206,7 @@ def run(bench: Bench, folder: Path, threads: int, seconds: float, with_peer: boo
     bench.rows.append(
         Row("8 clients against 1", "throughput", eight, "tokens/s", None, None, "1 client", one, eight / one)
     )
-    alone = in_process(path, threads, 8)
-    row = Row(
-        "8 clients against the engine", "throughput", eight, "tokens/s", None, None, "in process", alone, eight / alone
-    )
-    bench.rows.append(row)
-    print(f"8 clients: x {eight / one:.2f} of 1 client, x {eight / alone:.2f} of the engine in process")
+    print(f"8 clients: x {eight / one:.2f} of 1 client")
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""A client of /v1/completions (and of chats, for their text) that accounts for every request: what came, when, and how it ended. Plain asyncio."""
+"""A client of /v1/completions, and of chats for their text, that accounts for every request: what came, when, how it
+ended. Plain asyncio."""
 
 import asyncio
 import json
