@@ -141,6 +141,7 @@ TEST(PrefixCache, OnlyKeysOfTheSameKindAreShared) {
   const auto traced = cached({prompt, params(4), 0, /*trace=*/true});
   EXPECT_EQ(traced.first, 0);
   EXPECT_EQ(traced.second.trace->tokens(), 22 + 3);
+  traced.second.trace->model = trace_fingerprint(*model);
   EXPECT_EQ(cached({prompt, params(4), 0, false, traced.second.trace}).first, 0);
   EXPECT_EQ(cached({prompt, params(4)}).first, 20);
 }
@@ -170,7 +171,9 @@ TEST(PrefixCache, PreemptedRequestsHaveTheBitsOfUndisturbedOnes) {
         Request traced = request;
         traced.trace = true;
         traced.params.seed = 99;  // so it parts from the trace at some token
-        request.replay = roomy.generate({traced})[0].trace;
+        const auto trace = roomy.generate({traced})[0].trace;
+        trace->model = trace_fingerprint(*model);
+        request.replay = trace;
       }
       requests.push_back(std::move(request));
     }
