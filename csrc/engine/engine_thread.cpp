@@ -92,7 +92,7 @@ void EngineThread::allow(int64_t id, std::vector<int32_t> mask) {
 
 void EngineThread::stop() {
   if (was_forked()) {  // there is no thread to wait for, and whoever held the mutex is not here to release it
-    thread_.detach();
+    if (thread_.joinable()) thread_.detach();
     new std::shared_ptr<State>(state_);  // never freed: the state is as the thread left it
     return;
   }
@@ -106,6 +106,7 @@ void EngineThread::stop() {
   } else if (thread_.joinable()) {
     thread_.join();
   }
+  process_ = 0;
 }
 
 void EngineThread::check_process() const {
@@ -115,7 +116,11 @@ void EngineThread::check_process() const {
       "the method \"spawn\"");
 }
 
-bool EngineThread::was_forked() const { return thread_.joinable() && process_ != ::getpid(); }
+// Without the mutex, which a thread that is not here may hold.
+bool EngineThread::was_forked() const {
+  const pid_t process = process_;
+  return process != 0 && process != ::getpid();
+}
 
 bool EngineThread::is_current() const { return state_->thread_id == std::this_thread::get_id(); }
 

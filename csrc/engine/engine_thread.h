@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -40,7 +41,7 @@ class EngineThread {
 
   std::shared_ptr<State> state_;  // lives until the thread has ended
   std::thread thread_;
-  pid_t process_ = 0;  // that started the thread
+  std::atomic<pid_t> process_{0};  // that started the thread; 0 while there is none
 };
 
 }  // namespace mixtral
