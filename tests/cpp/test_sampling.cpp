@@ -210,6 +210,14 @@ TEST(Sampler, RepetitionPenaltyComesBeforeTheOthersAndTheBias) {
   EXPECT_EQ(next(sampler, {4, 7}), 0);      // 2.5 against 7 / 2 - 1; ties to the smaller id
 }
 
+TEST(Sampler, ABiasStaysWhenItsTokenWasGenerated) {
+  SamplingParams params;
+  params.presence_penalty = 0.5;
+  params.logit_bias = {{1, 3}};
+  Sampler sampler(params, {});
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(next(sampler, {0, 0}), 1);  // 3, then 3 - 0.5
+}
+
 TEST(Sampler, NoEndComesBeforeMinTokens) {
   for (const double temperature : {0.0, 1.0}) {
     SamplingParams params = sampled();
