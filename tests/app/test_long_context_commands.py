@@ -81,7 +81,7 @@ def test_documents_come_from_jsonl_or_from_cutting(text, tmp_path):
 def test_passkey_reports_its_cells():
     arguments = ["passkey", "--lengths", "100,128", "--depths", "2", "--trials", "1", "--distances", "2"]
     result = ok_json(*arguments)
-    assert (result["style"], result["digits"], result["k_max"]) == ("landmark", 5, 0)
+    assert (result["style"], result["digits"]) == ("landmark", 5) and result["k_max"] > 0
     assert [(c["length"], c["depth"], c["trials"]) for c in result["cells"]] == [
         (100, 0, 1),
         (100, 1, 1),
@@ -90,7 +90,7 @@ def test_passkey_reports_its_cells():
     ]
     assert len(result["distances"]) == 2
     report = ok(*arguments).decode()
-    assert "k_max           0 tokens" in report and "1e-05 of keys" in report and "beyond 508 tokens" in report
+    assert f"k_max {result['k_max']:>11} tokens" in report and "1e-05 of keys" in report and "beyond 508 tokens" in report
     assert f"{result['cells'][0]['logprob']:.4f}" in report
     ruler = ok_json(
         "passkey", "--lengths", "150", "--depths", "1", "--trials", "1", "--style", "ruler", "--distances", "0"

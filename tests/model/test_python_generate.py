@@ -338,7 +338,7 @@ child = os.fork()
 if child == 0:
     uses = [lambda: model.generate("Once"), lambda: model.perplexity("Once"), lambda: next(model.stream("Once")),
             lambda: model(torch.tensor([[1]])),
-            lambda: model._engine.generate([[1]], mixtral._C.SamplingParams(), "", 0, False, None)]
+            lambda: model._engine.generate([[1]], mixtral._C.SamplingParams(), 0, False, None)]
     for use in uses:
         try:
             use()

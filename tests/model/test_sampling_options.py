@@ -134,7 +134,7 @@ def test_a_constrained_request_takes_only_what_its_masks_allow(demo):
     events: queue.SimpleQueue = queue.SimpleQueue()
     params = mixtral._C.SamplingParams(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True)
     prompt = demo.tokenizer.encode("In the year", add_bos=True)
-    request = demo._engine.submit(prompt, params, "", 0, events.put, events.put, constrained=True)
+    request = demo._engine.submit(prompt, params, 0, events.put, events.put, constrained=True)
     demo._engine.allow(request, mask_of(digits, vocab))
     beside = demo.generate("The", max_tokens=8, ignore_eos=True)[0]
     while isinstance(event := events.get(timeout=60), str):
