@@ -60,7 +60,9 @@ def test_stub_lists_what_the_module_has():
     stub = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            members = [member for member in node.body if not isinstance(member, ast.Expr)]  # "..." is a class without any
+            members = [
+                member for member in node.body if not isinstance(member, ast.Expr)
+            ]  # "..." is a class without any
             stub[node.name] = public(map(name_of, members))
         elif isinstance(node, ast.FunctionDef | ast.AnnAssign):
             stub[name_of(node)] = None
