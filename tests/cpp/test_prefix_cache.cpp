@@ -2,6 +2,7 @@
 #include <fstream>
 
 #include "generations.h"
+#include "model/memory.h"
 
 namespace mixtral {
 namespace {
