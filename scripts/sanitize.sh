@@ -18,7 +18,7 @@ fi
 # It wants the program at addresses that it knows. Containers may forbid to fix them.
 fixed_addresses=()
 ! setarch -R true 2>/dev/null || fixed_addresses=(setarch -R)
-export TSAN_OPTIONS=second_deadlock_stack=1 UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=second_deadlock_stack=1 UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=tests/cpp/leaks.supp
 log=build/sanitize-$kind.log status=0
 "${fixed_addresses[@]}" "build/bin/mixtral_tests_$kind" --gtest_filter="$filter" >"$log" 2>&1 || status=$?
 if ((status != 0)); then

