@@ -31,19 +31,23 @@ def client(server_url: str) -> LocalCompletionsAPI:
 
 
 def test_loglikelihoods(client: LocalCompletionsAPI, server_model: mixtral.Mixtral) -> None:
-    """Batches of 8 with different lengths; the greedy continuation among them, and an empty context."""
+    """A thousand, in batches of 8 with different lengths; greedy continuations among them, and an empty context."""
     numbers = random.Random(0)
-    pairs = list(zip(texts(40, 30, numbers), [" " + text for text in texts(40, 6, numbers)], strict=True))
-    pairs.append(("", "and the king"))
+    contexts = texts(999, 30, numbers)
     greedy = server_model.generate(
-        [server_model.tokenizer.encode("and the", add_bos=False)], max_tokens=1, temperature=0
+        [server_model.tokenizer.encode(context, add_bos=False) for context in contexts[:300]],
+        max_tokens=2,
+        temperature=0,
     )
-    pairs.append(("and the", greedy[0].text))
+    continuations = [out.text for out in greedy] + [" " + text for text in texts(699, 6, numbers)]
+    pairs = [(context, text) for context, text in zip(contexts, continuations, strict=True) if text]
+    pairs.append(("", "and the king"))
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     expected = MixtralLM(server_model, add_bos_token=False).loglikelihood(requests, disable_tqdm=True)
     actual = client.loglikelihood(requests, disable_tqdm=True)
     assert [pair[0] for pair in actual] == pytest.approx([pair[0] for pair in expected], abs=1e-5)
     assert [pair[1] for pair in actual] == [pair[1] for pair in expected]
+    assert len(pairs) > 950 and sum(pair[1] for pair in actual) > 50
 
 
 def test_generations(client: LocalCompletionsAPI, server_model: mixtral.Mixtral) -> None:
