@@ -18,8 +18,8 @@
 
 namespace mixtral {
 
-// ids [copies], -1 for none -> offs [E], row_map [copies]. Returns the first copy with a bad id, having written nothing,
-// or -1.
+// ids [copies], -1 for none -> offs [E], row_map [copies]. Returns the first copy with a bad id, having written
+// nothing, or -1.
 int64_t launch_moe_permute_index_cpu(IndexArray ids, int32_t* offs, int32_t* row_map, int64_t copies, int64_t experts);
 
 // Tokens [begin, end) of x [T, row_bytes] -> permuted [M, row_bytes].
