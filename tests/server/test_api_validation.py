@@ -170,3 +170,10 @@ def test_generated_bodies(small: ServerProcess) -> None:
         if i % 50 == 49:
             assert small.post(*CANARY).json()["choices"] == canary
     assert json.dumps(canary)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_the_schema_says_that_answers_may_be_streams(small: ServerProcess, path: str) -> None:
+    schema = json.loads(small.get("/openapi.json").body)
+    content = schema["paths"][path]["post"]["responses"]["200"]["content"]
+    assert set(content) == {"application/json", "text/event-stream"}

@@ -13,14 +13,14 @@ from .errors import ApiError
 from .protocol import ChatRequest
 from .routing import routed_tokens
 from .served import Served, served, usage
-from .streaming import EventStream, answer, event, json_response
+from .streaming import ONE_OR_STREAM, EventStream, answer, event, json_response
 from .strict_json import StrictRoute
 from .tools import AnswerReader, Form, form_of, message_of
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=ONE_OR_STREAM)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     server = served(request)
     server.check(body)

@@ -13,14 +13,14 @@ from .errors import ApiError
 from .protocol import CompletionRequest
 from .routing import routed_tokens
 from .served import Served, served, usage
-from .streaming import EventStream, answer, event, json_response
+from .streaming import ONE_OR_STREAM, EventStream, answer, event, json_response
 from .strict_json import StrictRoute
 from .token_texts import Offsets
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=ONE_OR_STREAM)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     server = served(request)
     server.check(body)

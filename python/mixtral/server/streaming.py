@@ -30,6 +30,8 @@ def json_response(value: object) -> Response:
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+# Of a route, for /openapi.json: an answer is one object or a stream.
+ONE_OR_STREAM = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def event(value: object) -> bytes:
