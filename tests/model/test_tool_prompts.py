@@ -17,14 +17,9 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 import mixtral
+from make_chat_vectors import FILES
 
 DATA = Path(mistral_common.__file__).parent / "data"
-FILES = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-}
 
 WEATHER = {
     "type": "function",

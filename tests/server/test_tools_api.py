@@ -10,18 +10,13 @@ import pytest
 import torch
 
 import mixtral
+from make_chat_vectors import FILES
 from mixtral.server.app import create_app
 from mixtral.server.bridge import Bridge
 from mixtral.server.settings import Settings
 from running import running, small_model
 
 DATA = Path(mistral_common.__file__).parent / "data"
-FILES = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-}
 HI = [{"role": "user", "content": "How warm is it in Köln?"}]
 WEATHER = {
     "type": "function",
