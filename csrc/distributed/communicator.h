@@ -1,0 +1,73 @@
+// What the processes of one model exchange. Each of them is a rank.
+//
+//   communicator.h   sends, receives, and the collectives made of them
+//   shm              ranks of one host, on the CPU: a ring of bytes in shared memory for each pair
+//   c10d             torch's process groups: Gloo over TCP, NCCL; the one file that includes c10d
+//   ranks            how a process becomes one of the ranks: as a local child, or of torchrun
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../model/libtorch.h"
+
+namespace mixtral {
+
+// A rank ended, failed, or was silent for too long. what() names it and says why, where it could still say so itself.
+struct RankError : std::runtime_error {
+  RankError(int rank, const std::string& reason)
+      : std::runtime_error("rank " + std::to_string(rank) + " " + reason), rank(rank) {}
+  int rank;
+};
+
+// Messages between two ranks arrive in the order in which they were sent; both sides know their sizes. Tensors are
+// contiguous, and lie on the CPU, or with NCCL on the device of the rank. Used by one thread at a time. Throws
+// RankError, after which the communicator is of no more use.
+class Communicator {
+ public:
+  struct Send {
+    torch::Tensor tensor;
+    int to;
+  };
+  struct Receive {
+    torch::Tensor tensor;  // is overwritten
+    int from;
+  };
+
+  virtual ~Communicator() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // Does all of them at once, in any order between different ranks, so that ranks that send to each other do not wait
+  // for each other. Returns when everything is received, and every sent tensor may be changed; it may not have arrived.
+  virtual void exchange(const std::vector<Send>& sends, const std::vector<Receive>& receives) = 0;
+
+  // The text of each rank, in their order. Before anything else is exchanged, and with any sizes.
+  virtual std::vector<std::string> exchange_texts(const std::string& own) = 0;
+  // Why this rank ends, for the RankError that the others get.
+  virtual void fail(const std::string& reason) noexcept = 0;
+
+  virtual uint64_t bytes_sent() const = 0;  // of tensors
+
+  // The collectives. Every rank of the communicator calls the same ones in the same order.
+  void send(const torch::Tensor& tensor, int to) { exchange({{tensor, to}}, {}); }
+  void receive(const torch::Tensor& tensor, int from) { exchange({}, {{tensor, from}}); }
+  void broadcast(const torch::Tensor& tensor, int root);
+  // rows[r] entries of the first dimension of `all` come from rank r, which has written them there; those of rank 0
+  // come first. Rows may be 0.
+  void all_gather(const torch::Tensor& all, const std::vector<int64_t>& rows);
+  // The same for `root` alone; elsewhere only the rank's own rows of `all` are read.
+  void gather(const torch::Tensor& all, const std::vector<int64_t>& rows, int root);
+  // The sum over the ranks, in f32, in their order, rounded once to the dtype of `tensor`: the same bits on every rank.
+  torch::Tensor all_reduce_ordered(const torch::Tensor& tensor);
+  void barrier();
+};
+
+// The ranks `members` of another communicator, numbered in this order; this rank is one of them. exchange_texts() is
+// the whole communicator's.
+std::shared_ptr<Communicator> subgroup(std::shared_ptr<Communicator> whole, std::vector<int> members);
+
+}  // namespace mixtral
