@@ -128,6 +128,7 @@ std::string to_text(const BenchFlags& flags, const Result& result) {
 }
 
 void run(const BenchFlags& flags) {
+  follow_as_rank(flags.model);
   const Config config = read_config(model_path(flags.model));
   const Result result = measure(flags);
   write_out(flags.json ? json_line(to_json(flags, result, config)) : to_text(flags, result));

@@ -196,6 +196,7 @@ void stop_at_end_of_answer(const ChatFormat& format, const Engine& engine, Sampl
 }
 
 void run(const CLI::App& command, ChatFlags flags) {
+  follow_as_rank(flags.model);
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const Tokenizer tokenizer = load_tokenizer(flags.model);

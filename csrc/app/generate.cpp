@@ -96,6 +96,7 @@ std::vector<Request> requests_of(const Request& first, int64_t samples) {
 }
 
 void run(const CLI::App& command, GenerateFlags flags) {
+  follow_as_rank(flags.model);
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const std::string prompt = read_prompt(flags.prompt);

@@ -1,17 +1,25 @@
 #include "load.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <set>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
 
+#include "../checkpoint/config_reader.h"
 #include "../checkpoint/folder.h"
+#include "../checkpoint/from_pretrained.h"
 #include "../checkpoint/load_options.h"
+#include "../distributed/ranks.h"
 #include "../engine/threads.h"
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
 #include "../io/printable.h"
+#include "../model/transformer.h"
+#include "errors.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -34,7 +42,57 @@ std::filesystem::path demo_model() {
   throw std::invalid_argument("no MODEL given, and the demo model is not installed: name a model folder");
 }
 
+// Of this process: ranks of one host share its cores.
+void choose_threads(const ModelFlags& flags, int local_ranks) {
+  if (flags.threads > 0) {
+    try_threads(flags.threads);
+    use_threads(static_cast<int>(flags.threads));
+  } else if (std::getenv("OMP_NUM_THREADS") == nullptr) {
+    use_threads(std::max(1, num_threads() / local_ranks));
+  }
+}
+
+// Whether the model can be cut as the flags say; before any process is started for that.
+void check_layout(const ModelFlags& flags) {
+  try {
+    Placement::of_rank(0, flags.ranks.tensor_size, flags.ranks.stages, flags.ranks.expert_parallel)
+        .check(read_config(model_path(flags)));
+  } catch (const std::invalid_argument& error) {
+    throw LoadError(model_path(flags).string(), "", error.what());
+  }
+}
+
+// Starts or joins the ranks of the flags; without several of them this process is alone.
+LoadOptions load_options(const ModelFlags& flags) {
+  LoadOptions options;
+  options.device = flags.device;
+  options.dtype = flags.dtype;
+  options.lora = flags.lora;
+  options.check_weights = flags.check_weights;
+  options.experts_per_token = flags.experts_per_token;
+  if (is_split(flags)) {
+    check_layout(flags);
+    RankOptions ranks = flags.ranks;
+    ranks.device = flags.device;
+    options.world = join_ranks(ranks);
+    options.placement =
+        Placement::of_rank(options.world->rank(), ranks.tensor_size, ranks.stages, ranks.expert_parallel);
+  }
+  choose_threads(flags, options.world ? local_ranks(*options.world) : 1);
+  return options;
+}
+
 }  // namespace
+
+void follow_as_rank(const ModelFlags& flags) {
+  const char* const rank = std::getenv("RANK");
+  if (!is_split(flags) || rank == nullptr || std::string(rank) == "0") return;
+  ignore_sigint();
+  const LoadOptions options = load_options(flags);
+  const Mixtral model = from_pretrained(model_path(flags), options);
+  follow(*model);
+  _exit(kOk);
+}
 
 std::filesystem::path model_path(const ModelFlags& flags) {
   return flags.model.empty() ? demo_model() : find_model(flags.model);
@@ -61,19 +119,10 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
 
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   const double start = seconds_now();
-  if (flags.threads > 0) {
-    try_threads(flags.threads);
-    use_threads(static_cast<int>(flags.threads));
-  }
-  LoadOptions load_options;
-  load_options.device = flags.device;
-  load_options.dtype = flags.dtype;
-  load_options.lora = flags.lora;
-  load_options.check_weights = flags.check_weights;
-  load_options.experts_per_token = flags.experts_per_token;
-  load_options.warn = warn;
+  LoadOptions load = load_options(flags);
+  load.warn = warn;
   ProgressBar bar("loading", bytes_text);
-  load_options.progress = [&bar](uint64_t done, uint64_t total) {
+  load.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
   };
@@ -81,7 +130,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
   options.speculate = flags.speculate;
-  return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
+  return {Engine::from_pretrained(model_path(flags), load, options, std::move(tokenizer)),
           seconds_now() - start};
 }
 

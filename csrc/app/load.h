@@ -24,11 +24,16 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
+// What each command that loads a model calls first. A process that is one of several ranks (distributed/ranks.h), but
+// not the first, loads its part here, does what the first one wants of it, and ends with it: it does not return.
+void follow_as_rank(const ModelFlags& flags);
+
 struct LoadedEngine {
   Engine engine;
   double seconds;  // it took to load
 };
-// Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
+// Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`,
+// and how many ranks hold the model: this process is the first of them.
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
 
 // The trace of --replay; null without one. Throws LoadError.

@@ -55,6 +55,7 @@ std::string passkey_text(const nlohmann::json& result) {
 }
 
 void run(PasskeyFlags& flags) {
+  follow_as_rank(flags.model);
   PasskeyOptions& options = flags.options;
   options.style = parse_passkey_style(flags.style);
   options.ctx_size = flags.model.ctx_size;

@@ -88,6 +88,7 @@ void run(PerplexityFlags& flags) {
   if (flags.paths.size() > 2) throw std::invalid_argument("unexpected argument " + flags.paths[2]);
   const std::string file = flags.paths.back();
   if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
+  follow_as_rank(flags.model);
   if (!flags.contexts.contexts.empty()) {
     if (!flags.compare_dtype.empty()) throw std::invalid_argument("--compare-dtype goes without --contexts");
     if (!flags.routing.trace.empty()) throw std::invalid_argument("--trace goes without --contexts");

@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(*names: str, **options: object) -> None:
         """A flag whose default may come from the environment; argparse converts a default that is text."""
-        variable = "MIXTRAL_" + next(name for name in names if name.startswith("--"))[2:].replace("-", "_").upper()
+        variable = "MIXTRAL_" + names[-1].lstrip("-").replace("-", "_").upper()
         if (value := os.environ.get(variable)) is not None:
-            if options.get("action") == "store_true":
+            if options.get("action") in ("store_true", argparse.BooleanOptionalAction):
                 value = value.lower() not in ("", "0", "false")
             elif (choices := options.get("choices")) and value not in choices:
                 parser.error(f"{variable} expected one of {', '.join(choices)}, got {value}")
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_server_flags(add)
     _add_engine_flags(add)
     _add_model_flags(add)
+    _add_parallel_flags(add)
     return parser
 
 
@@ -114,6 +115,15 @@ def _add_model_flags(add: Callable) -> None:
     add("--no-cuda-graph", action="store_true", help="on CUDA, launch the kernels of a step one by one")
 
 
+def _add_parallel_flags(add: Callable) -> None:
+    backends, number = ("auto", "shm", "gloo", "nccl"), {"metavar": "N", "type": _at_least(1), "default": 1}
+    add("--tp", "--tensor-parallel-size", dest="tensor_parallel_size", **number, help="ranks that share each layer")
+    add("--pp", "--pipeline-parallel-size", dest="pipeline_parallel_size", **number, help="runs of layers")
+    add("--expert-parallel", action=argparse.BooleanOptionalAction, default=True, help="a rank has whole experts")
+    add("--parallel-backend", choices=backends, default="auto", help="between ranks (default: auto)")
+    add("--rank-timeout", metavar="S", type=_seconds, default=30.0, help="that a rank may be silent (default: 30)")
+
+
 def main(argv: Sequence[str]) -> int:
     return run_command(lambda: _serve(argv))
 
@@ -132,6 +142,10 @@ def _serve(argv: Sequence[str]) -> int:
     logs.configure(flags.log_level)
     if flags.threads:
         torch.set_num_threads(flags.threads)  # on the thread that submits requests: the engine does as it does
+        os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # of the other ranks
+    if int(os.environ.get("RANK", "0")) > 0 and flags.tensor_parallel_size * flags.pipeline_parallel_size > 1:
+        _load(flags)[0].follow()  # under torchrun rank 0 serves
+        return 0
     lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))
 
     def load() -> object:
@@ -172,6 +186,11 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         lora=flags.lora,
         check_weights=flags.check_weights,
         experts_per_token=flags.experts_per_token,
+        tensor_parallel_size=flags.tensor_parallel_size,
+        pipeline_parallel_size=flags.pipeline_parallel_size,
+        expert_parallel=flags.expert_parallel,
+        parallel_backend=flags.parallel_backend,
+        rank_timeout=flags.rank_timeout,
         max_batch=flags.max_batch,
         speculate=flags.speculate,
         chunk_size=flags.chunk_size,
