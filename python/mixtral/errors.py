@@ -1,4 +1,4 @@
-"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), of a full engine (csrc/engine/request.h), and of a
+"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), of a full engine (csrc/engine/request.h), of a
 model in several processes (csrc/distributed/communicator.h)."""
 
 

@@ -11,6 +11,8 @@ import pytest
 from binary import BINARY, DEMO, environment, mixtral, ok, ok_json
 from rank_processes import LAYOUTS, Ranks, children_of, is_gone, torchrun, wait_until
 
+pytest_plugins = ["parallel_fixtures"]
+
 PROMPT = ["-p", "In the beginning God created", "-n", "24", "--ignore-eos", "--logprobs", "3"]
 TEXT = Path(__file__)  # a text
 
@@ -24,40 +26,40 @@ def without_times(result: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> dict[str, object]:
+def alone(splittable: Path) -> dict[str, object]:
     """By one process."""
-    return generated(model)
+    return generated(splittable)
 
 
 @pytest.mark.parametrize("backend", ["shm", "gloo"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_and_logprobs_are_those_of_one_process(layout, backend, model, alone):
-    assert generated(model, *LAYOUTS[layout], "--parallel-backend", backend) == alone
+def test_tokens_and_logprobs_are_those_of_one_process(layout, backend, splittable, alone):
+    assert generated(splittable, *LAYOUTS[layout], "--parallel-backend", backend) == alone
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-def test_other_weights(dtype, model):
-    expected = generated(model, "--dtype", dtype)
-    assert generated(model, "--dtype", dtype, *LAYOUTS["tp2pp2"]) == expected
+def test_other_weights(dtype, splittable):
+    expected = generated(splittable, "--dtype", dtype)
+    assert generated(splittable, "--dtype", dtype, *LAYOUTS["tp2pp2"]) == expected
 
 
-def test_cut_experts_round_otherwise_and_are_close(model, alone):
-    cut = generated(model, "--tp", "2", "--no-expert-parallel", "--dtype", "float32")
-    whole = generated(model, "--dtype", "float32")
+def test_cut_experts_round_otherwise_and_are_close(splittable, alone):
+    cut = generated(splittable, "--tp", "2", "--no-expert-parallel", "--dtype", "float32")
+    whole = generated(splittable, "--dtype", "float32")
     assert cut["token_ids"][:4] == whole["token_ids"][:4]
     for ours, theirs in zip(cut["logprobs"][:4], whole["logprobs"][:4], strict=True):
         assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "gloo"])
-def test_torchrun(backend, model, alone):
-    run = torchrun("generate", model, "--tp", "2", "--parallel-backend", backend, "--json", *PROMPT)
+def test_torchrun(backend, splittable, alone):
+    run = torchrun("generate", splittable, "--tp", "2", "--parallel-backend", backend, "--json", *PROMPT)
     assert run.returncode == 0, run.stderr
     assert without_times(json.loads(run.stdout)) == alone  # rank 0 alone writes
 
 
-def test_json_says_the_layout(model):
-    layout = ok_json("generate", model, "--tp", "2", "--pp", "2", *PROMPT)["parallel"]
+def test_json_says_the_layout(splittable):
+    layout = ok_json("generate", splittable, "--tp", "2", "--pp", "2", *PROMPT)["parallel"]
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel": True}
     assert layout == {**sizes, "backend": "shm"}
     bench = ok_json("bench", "--pp", "2", "--prompt-tokens", "8", "--new-tokens", "2", "--repeat", "1", "-t", "1")
@@ -66,20 +68,20 @@ def test_json_says_the_layout(model):
     assert alone == {**dict.fromkeys(sizes, 1), "expert_parallel": True, "backend": None}
 
 
-def test_the_prompt_is_read_once(model, alone):
+def test_the_prompt_is_read_once(splittable, alone):
     """Ranks have the arguments of the first one, but not its stdin."""
     text = PROMPT[1].encode()
-    assert without_times(ok_json("generate", model, *LAYOUTS["tp2"], *PROMPT[2:], stdin=text)) == alone
+    assert without_times(ok_json("generate", splittable, *LAYOUTS["tp2"], *PROMPT[2:], stdin=text)) == alone
 
 
-def test_flags_may_come_from_the_environment(model, alone):
+def test_flags_may_come_from_the_environment(splittable, alone):
     variables = environment(MIXTRAL_TENSOR_PARALLEL_SIZE="2", MIXTRAL_PIPELINE_PARALLEL_SIZE="2")
-    result = ok_json("generate", model, *PROMPT, env=variables)
+    result = ok_json("generate", splittable, *PROMPT, env=variables)
     assert without_times(result) == alone and result["parallel"]["tensor_parallel_size"] == 2
 
 
-def test_chat(model):
-    chat = ["chat", model, "--temp", "0", "-n", "12", "--ignore-eos"]
+def test_chat(splittable):
+    chat = ["chat", splittable, "--temp", "0", "-n", "12", "--ignore-eos"]
     messages = b"Who made the heavens?\nAnd who the earth?\n"
     assert ok(*chat, *LAYOUTS["pp2"], stdin=messages) == ok(*chat, stdin=messages)
 
@@ -140,8 +142,8 @@ def test_wrong_usage_exits_with_2(arguments, words):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("stage", ["idle", "decode"])
-def test_a_signal_ends_all_ranks(number, code, stage, model):
-    with Ranks(model, LAYOUTS["tp2pp2"], max_tokens=2 if stage == "idle" else 3000) as ranks:
+def test_a_signal_ends_all_ranks(number, code, stage, splittable):
+    with Ranks(splittable, LAYOUTS["tp2pp2"], max_tokens=2 if stage == "idle" else 3000) as ranks:
         pids = getattr(ranks, f"until_{stage}")(0)
         ranks.process.send_signal(number)
         status, errors = ranks.end()
@@ -149,9 +151,9 @@ def test_a_signal_ends_all_ranks(number, code, stage, model):
         wait_until(lambda: all(map(is_gone, pids)), "the end of all ranks", 2)
 
 
-def test_ctrl_c_on_a_terminal_is_for_rank_0(model):
+def test_ctrl_c_on_a_terminal_is_for_rank_0(splittable):
     """It reaches all processes of the terminal's group."""
-    command = [BINARY, "generate", model, "--tp", "2", "-p", "Once", "-n", "3000", "--ignore-eos"]
+    command = [BINARY, "generate", splittable, "--tp", "2", "-p", "Once", "-n", "3000", "--ignore-eos"]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )

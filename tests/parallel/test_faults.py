@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +18,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from binary import DEMO, edit_config, mixtral
+from random_models import Shape, write_checkpoint
 from rank_processes import ALL_GONE, LAYOUTS, Ranks, is_gone, listening_addresses, run_ranks, wait_until
+
+pytest_plugins = ["parallel_fixtures"]
 
 TIMES = int(os.environ.get("MIXTRAL_RANK_FAULTS", "1"))
 STAGES = ("init", "load", "prefill", "decode", "idle")
 SIZES = {"tp2": 2, "pp2": 2, "tp2pp2": 4}
 EVERY_RANK = [(layout, rank) for layout, size in SIZES.items() for rank in range(size)]
 GENERATE = ["-p", "In the beginning", "-n", "4", "--ignore-eos"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_in_shared_memory() -> Iterator[None]:
+    before = set(os.listdir("/dev/shm"))
+    yield
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def at_stage(ranks: Ranks, stage: str, rank: int) -> list[int]:
@@ -49,9 +60,9 @@ def assert_all_end(ranks: Ranks, pids: list[int], lost: int, seconds: float = AL
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("layout", "rank"), EVERY_RANK)
-def test_a_killed_rank_ends_all(layout, rank, stage, model):
+def test_a_killed_rank_ends_all(layout, rank, stage, splittable):
     for _ in range(TIMES):
-        with started(model, layout, stage) as ranks:
+        with started(splittable, layout, stage) as ranks:
             pids = at_stage(ranks, stage, rank)
             os.kill(pids[rank], signal.SIGKILL)
             if rank > 0:
@@ -62,8 +73,8 @@ def test_a_killed_rank_ends_all(layout, rank, stage, model):
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode", "idle"])
-def test_a_killed_rank_ends_all_over_gloo(stage, model):
-    with started(model, "tp2pp2", stage, "--parallel-backend", "gloo") as ranks:
+def test_a_killed_rank_ends_all_over_gloo(stage, splittable):
+    with started(splittable, "tp2pp2", stage, "--parallel-backend", "gloo") as ranks:
         pids = at_stage(ranks, stage, 2)
         os.kill(pids[2], signal.SIGKILL)
         assert_all_end(ranks, pids, 2)
@@ -91,17 +102,17 @@ def stop_one(model: Path, layout: str, stage: str, rank: int, timeout: float) ->
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode", "idle"])
-def test_a_stopped_rank_ends_all_after_the_timeout(stage, model):
+def test_a_stopped_rank_ends_all_after_the_timeout(stage, splittable):
     """Several at a time: they only wait."""
     cases = TIMES * EVERY_RANK
     with ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(stop_one, model, layout, stage, rank, 3.0) for layout, rank in cases]
+        runs = [pool.submit(stop_one, splittable, layout, stage, rank, 3.0) for layout, rank in cases]
     for run in runs:
         run.result()
 
 
-def test_idle_ranks_stay_longer_than_the_timeout(model):
-    with started(model, "tp2pp2", "idle", "--rank-timeout", "1") as ranks:
+def test_idle_ranks_stay_longer_than_the_timeout(splittable):
+    with started(splittable, "tp2pp2", "idle", "--rank-timeout", "1") as ranks:
         ranks.until_idle(0)
         time.sleep(3)
         ranks.say("Hi")
@@ -114,9 +125,9 @@ def test_idle_ranks_stay_longer_than_the_timeout(model):
 
 
 @pytest.mark.parametrize(("layout", "rank"), [("tp2", 1), ("pp2", 1), ("tp2pp2", 3)])
-def test_a_rank_without_memory_says_so(layout, rank, model):
+def test_a_rank_without_memory_says_so(layout, rank, splittable):
     """The message is that of the rank that fails, and not that its connection broke."""
-    with Ranks(model, LAYOUTS[layout], max_tokens=2) as ranks:
+    with Ranks(splittable, LAYOUTS[layout], max_tokens=2) as ranks:
         pids = ranks.until_idle(0)
         used = int(Path(f"/proc/{pids[rank]}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(pids[rank], resource.RLIMIT_AS, (used, used))
@@ -135,9 +146,9 @@ def spoiled(model: Path, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
-def test_a_weight_that_only_one_rank_reads(model, tmp_path):
+def test_a_weight_that_only_one_rank_reads(splittable, tmp_path):
     name = "model.layers.3.block_sparse_moe.experts.7.w2.weight"  # of rank 1
-    spoiled(model, tmp_path / "model", name, torch.nan)
+    spoiled(splittable, tmp_path / "model", name, torch.nan)
     run = mixtral("generate", tmp_path / "model", "--tp", "2", "--check-weights", *GENERATE)
     assert run.returncode == 3 and run.stdout == b"", run.stderr
     assert name.encode() in run.stderr and run.stderr.count(b"\n") == 1
@@ -155,26 +166,26 @@ def assert_all_refuse(runs: list, *words: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_a_shard_is_missing_on_one_rank(layout, model, tmp_path):
-    shutil.copytree(model, tmp_path / "model")
+def test_a_shard_is_missing_on_one_rank(layout, splittable, tmp_path):
+    shutil.copytree(splittable, tmp_path / "model")
     (tmp_path / "model" / "model-00002-of-00005.safetensors").unlink()
     command = [*LAYOUTS[layout], *GENERATE]
-    runs = run_ranks(["generate", model, *command], ["generate", tmp_path / "model", *command])
+    runs = run_ranks(["generate", splittable, *command], ["generate", tmp_path / "model", *command])
     assert_all_refuse(runs, "model-00002-of-00005.safetensors")
 
 
-def test_other_weights_on_one_rank(model, tmp_path):
-    spoiled(model, tmp_path / "model", "model.layers.0.self_attn.q_proj.weight", 1.0)
+def test_other_weights_on_one_rank(splittable, tmp_path):
+    spoiled(splittable, tmp_path / "model", "model.layers.0.self_attn.q_proj.weight", 1.0)
     command = ["--tp", "2", *GENERATE]
-    runs = run_ranks(["generate", model, *command], ["generate", tmp_path / "model", *command])
+    runs = run_ranks(["generate", splittable, *command], ["generate", tmp_path / "model", *command])
     assert_all_refuse(runs, "weights in the files")
 
 
-def test_another_configuration_on_one_rank(model, tmp_path):
-    shutil.copytree(model, tmp_path / "model")
+def test_another_configuration_on_one_rank(splittable, tmp_path):
+    shutil.copytree(splittable, tmp_path / "model")
     edit_config(tmp_path / "model", rope_theta=5e5)
     command = ["--pp", "2", *GENERATE]
-    runs = run_ranks(["generate", model, *command], ["generate", tmp_path / "model", *command])
+    runs = run_ranks(["generate", splittable, *command], ["generate", tmp_path / "model", *command])
     assert_all_refuse(runs, "rope_theta", "rank 0", "rank 1")
 
 
@@ -187,13 +198,13 @@ def test_another_configuration_on_one_rank(model, tmp_path):
     ],
     ids=["layout", "experts", "dtype"],
 )
-def test_other_flags_on_one_rank(ours, theirs, word, model):
-    runs = run_ranks(*(["generate", model, *flags, *GENERATE] for flags in (ours, theirs)))
+def test_other_flags_on_one_rank(ours, theirs, word, splittable):
+    runs = run_ranks(*(["generate", splittable, *flags, *GENERATE] for flags in (ours, theirs)))
     assert_all_refuse(runs, word)
 
 
-def test_other_sizes_than_torchrun_has(model):
-    for run in run_ranks(*(["generate", model, "--tp", "4", *GENERATE] for _ in range(2))):
+def test_other_sizes_than_torchrun_has(splittable):
+    for run in run_ranks(*(["generate", splittable, "--tp", "4", *GENERATE] for _ in range(2))):
         assert run.returncode == 2 and b"4" in run.stderr and b"2" in run.stderr, run.stderr
 
 
@@ -213,10 +224,10 @@ def test_sizes_that_do_not_divide_the_model(flags, numbers):
         assert number in run.stderr.decode()
 
 
-def test_a_rank_that_never_comes(model):
+def test_a_rank_that_never_comes(splittable):
     """Rank 0 alone of two."""
     begin = time.monotonic()
-    command = ["generate", model, "--tp", "2", "--rank-timeout", "2", *GENERATE]
+    command = ["generate", splittable, "--tp", "2", "--rank-timeout", "2", *GENERATE]
     (run,) = run_ranks(command, size=2)
     assert run.returncode == 5 and b"rank 1" in run.stderr and run.stderr.count(b"\n") == 1, run.stderr
     assert time.monotonic() - begin < 60
@@ -227,13 +238,13 @@ def test_a_rank_that_never_comes(model):
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
-def test_ranks_in_shared_memory_listen_nowhere(model):
-    with started(model, "tp2pp2", "idle") as ranks:
+def test_ranks_in_shared_memory_listen_nowhere(splittable):
+    with started(splittable, "tp2pp2", "idle") as ranks:
         assert listening_addresses(ranks.until_idle(0)) == set()
 
 
-def test_ranks_of_one_host_listen_on_loopback_alone(model):
-    with started(model, "tp2pp2", "idle", "--parallel-backend", "gloo") as ranks:
+def test_ranks_of_one_host_listen_on_loopback_alone(splittable):
+    with started(splittable, "tp2pp2", "idle", "--parallel-backend", "gloo") as ranks:
         addresses = listening_addresses(ranks.until_idle(0))
         assert addresses and addresses <= LOOPBACK
 
@@ -241,13 +252,11 @@ def test_ranks_of_one_host_listen_on_loopback_alone(model):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def limited(limit: int):
+def limited(limit: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def test_a_model_twice_as_large_as_what_a_rank_may_have(tmp_path):
-    from random_models import Shape, write_checkpoint
-
     shape = Shape(hidden=1024, layers=4, heads=8, kv_heads=4, head_dim=128, intermediate=3584, vocab=4096)
     folder = write_checkpoint(shape, tmp_path / "large")
     arguments = ["generate", folder, "-p", "In the beginning", "-n", "8", "--ignore-eos", "--json", "-t", "1"]
