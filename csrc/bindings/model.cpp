@@ -62,15 +62,6 @@ py::dict named_parameters(const MixtralImpl& model) {
 void bind_model(py::module_& m) {
   m.def("find_model", &find_model, py::arg("model"),
         "The folder that a path or a name in the Hugging Face cache means.");
-  py::class_<RankOptions>(m, "RankOptions")
-      .def(py::init(&from_kwargs<RankOptions>))
-      .def_readwrite("tensor_size", &RankOptions::tensor_size)
-      .def_readwrite("stages", &RankOptions::stages)
-      .def_readwrite("expert_parallel", &RankOptions::expert_parallel)
-      .def_readwrite("backend", &RankOptions::backend)
-      .def_readwrite("device", &RankOptions::device)
-      .def_readwrite("timeout", &RankOptions::timeout)
-      .def_readwrite("command", &RankOptions::command);
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
                   py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("progress"),

@@ -39,9 +39,9 @@ def create_app(
         served = app.state.served
         served.bridge = bridge(model, settings.queue, served.metrics)
         served.bridge.recorder = recorder
-        watch = (
-            asyncio.create_task(lifecycle.watch(served.bridge.progress, served.bridge.failure)) if lifecycle else None
-        )
+        watch = None
+        if lifecycle:
+            watch = asyncio.create_task(lifecycle.watch(served.bridge.progress, served.bridge.failure))
         try:
             yield
         finally:
