@@ -1,8 +1,7 @@
-"""A model cut over processes of this host against one process: tokens a second, bytes between ranks, the pipeline's bubble.
+"""A model cut over processes of this host, against one process: tokens a second, bytes sent, the pipeline's bubble.
 
-The model has Mixtral's form and 0.7 G weights, so that decoding one token reads 0.4 GB. What is compared takes turns, and
-medians count. With two cores, two ranks of one thread each compare with one process of two threads, or of one, as the
-rows say.
+The model has Mixtral's form and 0.7 G weights, so that decoding one token reads 0.4 GB. What is compared takes turns,
+and medians count. Ranks have one thread each; the rows say how many one process has.
 """
 
 import json

@@ -52,14 +52,30 @@ void choose_threads(const ModelFlags& flags, int local_ranks) {
   }
 }
 
+bool is_split(const ModelFlags& flags) { return flags.parallel.tensor_size * flags.parallel.stages > 1; }
+
+Placement placement_of(const ParallelFlags& flags, int rank) {
+  return Placement::of_rank(rank, flags.tensor_size, flags.stages, flags.expert_parallel);
+}
+
 // Whether the model can be cut as the flags say; before any process is started for that.
 void check_layout(const ModelFlags& flags) {
   try {
-    Placement::of_rank(0, flags.ranks.tensor_size, flags.ranks.stages, flags.ranks.expert_parallel)
-        .check(read_config(model_path(flags)));
+    placement_of(flags.parallel, 0).check(read_config(model_path(flags)));
   } catch (const std::invalid_argument& error) {
     throw LoadError(model_path(flags).string(), "", error.what());
   }
+}
+
+RankOptions rank_options(const ModelFlags& flags) {
+  RankOptions options;
+  options.tensor_size = flags.parallel.tensor_size;
+  options.stages = flags.parallel.stages;
+  options.expert_parallel = flags.parallel.expert_parallel;
+  options.backend = flags.parallel_backend;
+  options.device = flags.device;
+  options.timeout = flags.rank_timeout;
+  return options;
 }
 
 // Starts or joins the ranks of the flags; without several of them this process is alone.
@@ -72,11 +88,8 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.experts_per_token = flags.experts_per_token;
   if (is_split(flags)) {
     check_layout(flags);
-    RankOptions ranks = flags.ranks;
-    ranks.device = flags.device;
-    options.world = join_ranks(ranks);
-    options.placement =
-        Placement::of_rank(options.world->rank(), ranks.tensor_size, ranks.stages, ranks.expert_parallel);
+    options.world = join_ranks(rank_options(flags));
+    options.placement = placement_of(flags.parallel, options.world->rank());
   }
   choose_threads(flags, options.world ? local_ranks(*options.world) : 1);
   return options;

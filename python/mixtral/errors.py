@@ -1,5 +1,4 @@
-"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), of a full engine (csrc/engine/request.h), of a
-model in several processes (csrc/distributed/communicator.h)."""
+"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), and of a full engine (csrc/engine/request.h)."""
 
 
 class LoadError(Exception):
@@ -23,18 +22,3 @@ class LoadError(Exception):
 
 class QueueFull(RuntimeError):
     """The engine has as many requests as its option max_queue allows."""
-
-
-class RankError(RuntimeError):
-    """One of the processes that hold a model ended, failed, or was silent for too long. The model is of no more use.
-
-    Attributes:
-        rank: of that process.
-    """
-
-    def __init__(self, message: str, rank: int) -> None:
-        super().__init__(message)
-        self.rank = rank
-
-    def __reduce__(self) -> tuple:
-        return type(self), (str(self), self.rank)

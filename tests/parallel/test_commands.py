@@ -108,7 +108,6 @@ def test_passkey():
 @pytest.mark.parametrize(
     "command",
     [
-        ["info"],
         ["tokenize", "-p", "a"],
         ["quantize", DEMO, "/nonexistent/out", "--dtype", "int8"],
         ["convert", DEMO, "/nonexistent/out"],

@@ -39,9 +39,7 @@ def create_app(
         served = app.state.served
         served.bridge = bridge(model, settings.queue, served.metrics)
         served.bridge.recorder = recorder
-        watch = None
-        if lifecycle:
-            watch = asyncio.create_task(lifecycle.watch(served.bridge.progress, served.bridge.failure))
+        watch = asyncio.create_task(lifecycle.watch(served.bridge.progress)) if lifecycle else None
         try:
             yield
         finally:

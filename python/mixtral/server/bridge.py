@@ -240,10 +240,6 @@ class Bridge:
         """Whether the engine has work, and how many tokens it has computed."""
         return bool(self._observed), self._engine.stats().computed_tokens
 
-    def failure(self) -> str | None:
-        """Why the engine takes no more requests; None while it does."""
-        return self._engine.failure()
-
     def close(self) -> None:
         self._loop.remove_reader(self._box.fileno())
         self._masks.close()

@@ -65,10 +65,8 @@ class Lifecycle:
             await asyncio.sleep(0.02)
         return not self.requests
 
-    async def watch(
-        self, progress: Callable[[], tuple[bool, int]], failure: Callable[[], str | None] = lambda: None
-    ) -> None:
-        """The watchdog: an engine that says why it cannot go on, or that has work and computes nothing, is dead.
+    async def watch(self, progress: Callable[[], tuple[bool, int]]) -> None:
+        """The watchdog: an engine that has work and computes nothing is dead.
 
         ``progress`` says whether it has work, and how many tokens it has computed.
         """
@@ -76,13 +74,11 @@ class Lifecycle:
         last, since = None, loop.time()
         while self.phase is not Phase.DEAD:
             busy, computed = progress()
-            if reason := failure():
-                self.die(reason)
-            elif not busy or computed != last:
+            if not busy or computed != last:
                 last, since = computed, loop.time()
             elif loop.time() - since > self.limits.watchdog:
                 self.die(f"a forward pass took longer than {self.limits.watchdog:g} s")
-            await asyncio.sleep(min(0.25, self.limits.watchdog / 4))
+            await asyncio.sleep(min(1.0, self.limits.watchdog / 4))
 
 
 class OpenRequest:
