@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <random>
 
@@ -28,9 +29,13 @@ struct Result {
   double load_seconds = 0, prefill_rate = 0, decode_rate = 0;  // tokens/s
   double weight_bytes = 0;                                     // read per decoded token
   double bandwidth = 0;                                        // measured, bytes/s
-  int64_t peak_memory = 0;                                     // bytes, of the host
+  int64_t peak_memory = 0;                                     // bytes, of the host and this process
+  nlohmann::json parallel;                                     // of the ranks; null for one
 
-  double percent_of_roofline() const { return 100 * decode_rate * weight_bytes / bandwidth; }
+  // The bandwidth is that of one process: not a number for several ranks.
+  double percent_of_roofline() const {
+    return parallel.is_null() ? 100 * decode_rate * weight_bytes / bandwidth : std::numeric_limits<double>::quiet_NaN();
+  }
 };
 
 double median(std::vector<double> values) {
@@ -83,6 +88,7 @@ Result measure(const BenchFlags& flags) {
     decode.push_back(per_second(decoded_tokens(timings, prompts.size()), timings.decode_seconds));
   }
   Result result;
+  result.parallel = loaded.parallel();
   result.load_seconds = loaded.seconds;
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);
@@ -94,21 +100,23 @@ Result measure(const BenchFlags& flags) {
 }
 
 nlohmann::json to_json(const BenchFlags& flags, const Result& result, const Config& config) {
-  return {{"model", model_path(flags.model).string()},
-          {"device", flags.model.device},
-          {"dtype", weight_type_of(flags.model, config).name()},
-          {"threads", num_threads()},
-          {"prompt_tokens", flags.prompt_tokens},
-          {"new_tokens", flags.new_tokens},
-          {"batch", flags.batch},
-          {"repeat", flags.repeat},
-          {"load_seconds", result.load_seconds},
-          {"prefill_tokens_per_second", result.prefill_rate},
-          {"decode_tokens_per_second", result.decode_rate},
-          {"weight_bytes_per_token", result.weight_bytes},
-          {"read_bandwidth_bytes_per_second", result.bandwidth},
-          {"percent_of_roofline", result.percent_of_roofline()},
-          {"peak_memory_bytes", result.peak_memory}};
+  nlohmann::json json = {{"model", model_path(flags.model).string()},
+                         {"device", flags.model.device},
+                         {"dtype", weight_type_of(flags.model, config).name()},
+                         {"threads", num_threads()},
+                         {"prompt_tokens", flags.prompt_tokens},
+                         {"new_tokens", flags.new_tokens},
+                         {"batch", flags.batch},
+                         {"repeat", flags.repeat},
+                         {"load_seconds", result.load_seconds},
+                         {"prefill_tokens_per_second", result.prefill_rate},
+                         {"decode_tokens_per_second", result.decode_rate},
+                         {"weight_bytes_per_token", result.weight_bytes},
+                         {"read_bandwidth_bytes_per_second", result.bandwidth},
+                         {"percent_of_roofline", result.percent_of_roofline()},
+                         {"peak_memory_bytes", result.peak_memory}};
+  if (!result.parallel.is_null()) json["parallel"] = result.parallel;
+  return json;
 }
 
 std::string to_text(const BenchFlags& flags, const Result& result) {
@@ -153,6 +161,7 @@ void add_bench(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

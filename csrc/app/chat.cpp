@@ -238,6 +238,7 @@ void add_chat(CLI::App& app) {
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"

@@ -74,12 +74,13 @@ nlohmann::json timings_json(const Timings& timings, int64_t samples, double load
 }
 
 void print_json(const Generation& generation, const GenerateFlags& flags, const Tokenizer& tokenizer,
-                const Timings& timings, double load_seconds) {
+                const Timings& timings, const LoadedEngine& loaded) {
   nlohmann::json result = {{"text", generation.text},
                            {"prompt_token_ids", generation.prompt_token_ids},
                            {"token_ids", generation.token_ids},
                            {"finish_reason", generation.finish_reason},
-                           {"timings", timings_json(timings, flags.samples, load_seconds)}};
+                           {"timings", timings_json(timings, flags.samples, loaded.seconds)}};
+  if (const nlohmann::json parallel = loaded.parallel(); !parallel.is_null()) result["parallel"] = parallel;
   if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
   if (flags.sampling.prompt_logprobs > 0)
     result["prompt_logprobs"] = logprobs_json(generation.prompt_logprobs, tokenizer);
@@ -125,7 +126,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
   for (const Generation& generation : generations) {
     if (flags.json) {
-      print_json(generation, flags, tokenizer, timings, loaded.seconds);
+      print_json(generation, flags, tokenizer, timings, loaded);
     } else {
       write_out((streams ? "" : generation.text) + "\n");
     }
@@ -164,6 +165,7 @@ void add_generate(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);

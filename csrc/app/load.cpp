@@ -52,8 +52,6 @@ void choose_threads(const ModelFlags& flags, int local_ranks) {
   }
 }
 
-bool is_split(const ModelFlags& flags) { return flags.parallel.tensor_size * flags.parallel.stages > 1; }
-
 Placement placement_of(const ParallelFlags& flags, int rank) {
   return Placement::of_rank(rank, flags.tensor_size, flags.stages, flags.expert_parallel);
 }
@@ -97,6 +95,8 @@ LoadOptions load_options(const ModelFlags& flags) {
 
 }  // namespace
 
+bool is_split(const ModelFlags& flags) { return flags.parallel.tensor_size * flags.parallel.stages > 1; }
+
 void follow_as_rank(const ModelFlags& flags) {
   const char* const rank = std::getenv("RANK");
   if (!is_split(flags) || rank == nullptr || std::string(rank) == "0") return;
@@ -130,6 +130,15 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
   return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
 }
 
+nlohmann::json LoadedEngine::parallel() const {
+  const Placement& placement = engine.model().placement();
+  if (placement.is_whole()) return nullptr;
+  return {{"tensor_parallel_size", placement.tensor_size},
+          {"pipeline_parallel_size", placement.stages},
+          {"expert_parallel", placement.expert_parallel},
+          {"backend", engine.model().world()->backend()}};
+}
+
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   const double start = seconds_now();
   LoadOptions load = load_options(flags);
@@ -143,8 +152,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
   options.speculate = flags.speculate;
-  return {Engine::from_pretrained(model_path(flags), load, options, std::move(tokenizer)),
-          seconds_now() - start};
+  return {Engine::from_pretrained(model_path(flags), load, options, std::move(tokenizer)), seconds_now() - start};
 }
 
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 
 #include "../engine/engine.h"
@@ -24,6 +25,7 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
+bool is_split(const ModelFlags& flags);  // over several processes
 // What each command that loads a model calls first. A process that is one of several ranks (distributed/ranks.h), but
 // not the first, loads its part here, does what the first one wants of it, and ends with it: it does not return.
 void follow_as_rank(const ModelFlags& flags);
@@ -31,6 +33,9 @@ void follow_as_rank(const ModelFlags& flags);
 struct LoadedEngine {
   Engine engine;
   double seconds;  // it took to load
+
+  // How the model is split over ranks, for a JSON object; null where it is not.
+  nlohmann::json parallel() const;
 };
 // Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`,
 // and how many ranks hold the model: this process is the first of them.

@@ -100,6 +100,7 @@ void add_passkey(CLI::App& app) {
   add_result_flags(command, flags->result);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.footer(
       "A key counts as found when the model's greedy answer has it, digit by digit: docs/long_context.md.\n\n"
       "Examples:\n"

@@ -88,6 +88,8 @@ void run(PerplexityFlags& flags) {
   if (flags.paths.size() > 2) throw std::invalid_argument("unexpected argument " + flags.paths[2]);
   const std::string file = flags.paths.back();
   if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
+  if (!flags.compare_dtype.empty() && is_split(flags.model))
+    throw std::invalid_argument("--compare-dtype loads two models, which is for one process");
   follow_as_rank(flags.model);
   if (!flags.contexts.contexts.empty()) {
     if (!flags.compare_dtype.empty()) throw std::invalid_argument("--compare-dtype goes without --contexts");
@@ -139,6 +141,7 @@ void add_perplexity(CLI::App& app) {
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
       "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n"

@@ -44,8 +44,11 @@ std::string fingerprint(const std::vector<TensorFile>& files) {
 // Products whose bits depend on the order in which the kernels of this processor add.
 std::string arithmetic() {
   const auto numbers = [](int64_t rows, int64_t cols, int64_t step) {
-    return (torch::arange(rows * cols, torch::kInt64) * step % 1021).to(torch::kFloat32).sub(510).div(511).view(
-        {rows, cols});
+    return (torch::arange(rows * cols, torch::kInt64) * step % 1021)
+        .to(torch::kFloat32)
+        .sub(510)
+        .div(511)
+        .view({rows, cols});
   };
   const auto offs = torch::full({1}, 3, torch::kInt32);
   Hash64 hash;

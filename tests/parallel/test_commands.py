@@ -64,8 +64,7 @@ def test_json_says_the_layout(splittable):
     assert layout == {**sizes, "backend": "shm"}
     bench = ok_json("bench", "--pp", "2", "--prompt-tokens", "8", "--new-tokens", "2", "--repeat", "1", "-t", "1")
     assert bench["parallel"]["pipeline_parallel_size"] == 2 and bench["decode_tokens_per_second"] > 0
-    alone = ok_json("generate", *PROMPT)["parallel"]
-    assert alone == {**dict.fromkeys(sizes, 1), "expert_parallel": True, "backend": None}
+    assert "parallel" not in ok_json("generate", *PROMPT)
 
 
 def test_the_prompt_is_read_once(splittable, alone):
