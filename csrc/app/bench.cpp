@@ -120,18 +120,18 @@ nlohmann::json to_json(const BenchFlags& flags, const Result& result, const Conf
 }
 
 std::string to_text(const BenchFlags& flags, const Result& result) {
-  char text[600];
+  char text[600], percent[16] = "-  ";
+  if (result.parallel.is_null()) std::snprintf(percent, sizeof percent, "%.1f %%", result.percent_of_roofline());
   std::snprintf(text, sizeof text,
                 "load      %10.2f s\n"
                 "prefill   %10.1f tokens/s  (%lld x %lld tokens)\n"
                 "decode    %10.1f tokens/s  (%lld x %lld tokens)\n"
-                "roofline  %10.1f %%         (%s of weights read per token, memory reads %s/s)\n"
+                "roofline  %12s         (%s of weights read per token, memory reads %s/s)\n"
                 "peak      %10s          (host memory)\n",
                 result.load_seconds, result.prefill_rate, static_cast<long long>(flags.batch),
                 static_cast<long long>(flags.prompt_tokens), result.decode_rate, static_cast<long long>(flags.batch),
-                static_cast<long long>(flags.new_tokens), result.percent_of_roofline(),
-                bytes_text(result.weight_bytes).c_str(), bytes_text(result.bandwidth).c_str(),
-                bytes_text(static_cast<double>(result.peak_memory)).c_str());
+                static_cast<long long>(flags.new_tokens), percent, bytes_text(result.weight_bytes).c_str(),
+                bytes_text(result.bandwidth).c_str(), bytes_text(static_cast<double>(result.peak_memory)).c_str());
   return text;
 }
 
