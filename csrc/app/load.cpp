@@ -1,8 +1,5 @@
 #include "load.h"
 
-#include <unistd.h>
-
-#include <algorithm>
 #include <cstdlib>
 #include <set>
 #include <stdexcept>
@@ -42,16 +39,6 @@ std::filesystem::path demo_model() {
   throw std::invalid_argument("no MODEL given, and the demo model is not installed: name a model folder");
 }
 
-// Of this process: ranks of one host share its cores.
-void choose_threads(const ModelFlags& flags, int local_ranks) {
-  if (flags.threads > 0) {
-    try_threads(flags.threads);
-    use_threads(static_cast<int>(flags.threads));
-  } else if (std::getenv("OMP_NUM_THREADS") == nullptr) {
-    use_threads(std::max(1, num_threads() / local_ranks));
-  }
-}
-
 Placement placement_of(const ParallelFlags& flags, int rank) {
   return Placement::of_rank(rank, flags.tensor_size, flags.stages, flags.expert_parallel);
 }
@@ -89,7 +76,10 @@ LoadOptions load_options(const ModelFlags& flags) {
     options.world = join_ranks(rank_options(flags));
     options.placement = placement_of(flags.parallel, options.world->rank());
   }
-  choose_threads(flags, options.world ? local_ranks(*options.world) : 1);
+  if (flags.threads > 0) {
+    try_threads(flags.threads);
+    use_threads(static_cast<int>(flags.threads));
+  }
   return options;
 }
 
@@ -99,12 +89,16 @@ bool is_split(const ModelFlags& flags) { return flags.parallel.tensor_size * fla
 
 void follow_as_rank(const ModelFlags& flags) {
   const char* const rank = std::getenv("RANK");
+  const bool is_child_of_rank_0 = std::getenv("MIXTRAL_LEADER") != nullptr;
   if (!is_split(flags) || rank == nullptr || std::string(rank) == "0") return;
   ignore_sigint();
-  const LoadOptions options = load_options(flags);
-  const Mixtral model = from_pretrained(model_path(flags), options);
-  follow(*model);
-  _exit(kOk);
+  {
+    const LoadOptions options = load_options(flags);
+    if (is_child_of_rank_0) write_no_errors();
+    Mixtral model = from_pretrained(model_path(flags), options);
+    follow(*model);
+  }
+  std::exit(kOk);
 }
 
 std::filesystem::path model_path(const ModelFlags& flags) {

@@ -48,4 +48,4 @@ def main(arguments: dict[str, object]) -> None:
         status = NO_MEMORY
     except Exception:
         status = RUN_TIME
-    os._exit(status)
+    sys.exit(status)

@@ -169,6 +169,7 @@ class Mixtral(Tracing):
             "check_weights": check_weights,
             "experts_per_token": experts_per_token,
         }
+        threads = _threads_of_rank(layout)
         model = _C.Mixtral.from_pretrained(
             folder,
             device,
@@ -180,6 +181,7 @@ class Mixtral(Tracing):
             progress,
             _rank_options(os.fspath(folder), what, layout),
         )
+        torch.set_num_threads(threads)
         result = cls(model, _tokenizer_in(folder), **options)
         result.sampling_defaults = _C.sampling_defaults(folder)
         return result
@@ -478,11 +480,7 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def _rank_options(path: str, what: dict[str, object], layout: dict[str, object]) -> _C.RankOptions:
-    """The ranks of a ``layout``, each of which loads ``what``. Ranks of one host share its cores, unless the number of
-    threads was chosen."""
-    ranks = layout["tensor_parallel_size"] * layout["pipeline_parallel_size"]
-    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() == _DEFAULT_THREADS:
-        torch.set_num_threads(max(1, _DEFAULT_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
+    """The ranks of a ``layout``, each of which loads ``what``."""
     return _C.RankOptions(
         tensor_size=layout["tensor_parallel_size"],
         stages=layout["pipeline_parallel_size"],
@@ -490,8 +488,16 @@ def _rank_options(path: str, what: dict[str, object], layout: dict[str, object])
         backend=layout["parallel_backend"],
         timeout=layout["rank_timeout"],
         device=what["device"],
-        command=follower.command(torch.get_num_threads(), path=path, **what, **layout),
+        command=follower.command(_threads_of_rank(layout), path=path, **what, **layout),
     )
+
+
+def _threads_of_rank(layout: dict[str, object]) -> int:
+    """Ranks of one host share its cores, unless the number of threads was chosen."""
+    ranks = layout["tensor_parallel_size"] * layout["pipeline_parallel_size"]
+    if ranks == 1 or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != _DEFAULT_THREADS:
+        return torch.get_num_threads()
+    return max(1, _DEFAULT_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

@@ -140,10 +140,13 @@ def _serve(argv: Sequence[str]) -> int:
     from .run import Server, listen
 
     logs.configure(flags.log_level)
+    ranks = flags.tensor_parallel_size * flags.pipeline_parallel_size
+    if ranks > 1 and not flags.threads and "OMP_NUM_THREADS" not in os.environ:
+        flags.threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     if flags.threads:
         torch.set_num_threads(flags.threads)  # on the thread that submits requests: the engine does as it does
         os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # of the other ranks
-    if int(os.environ.get("RANK", "0")) > 0 and flags.tensor_parallel_size * flags.pipeline_parallel_size > 1:
+    if int(os.environ.get("RANK", "0")) > 0 and ranks > 1:
         _load(flags)[0].follow()  # under torchrun rank 0 serves
         return 0
     lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))

@@ -1,13 +1,11 @@
-#include "rank_agreement.h"
+#include "rank_description.h"
 
 #include <torch/version.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
-#include <exception>
 
-#include "../distributed/ranks.h"
 #include "../io/hash64.h"
 #include "../io/load_error.h"
 #include "../model/libtorch.h"
@@ -69,26 +67,6 @@ std::string rank_description(const Config& config, const Checkpoint& checkpoint,
          std::to_string(placement.stages) + (placement.expert_parallel ? "" : " --no-expert-parallel") + "\n" +
          "weights in memory: " + type.name() + "\nweights in the files: " + fingerprint(checkpoint.files()) +
          "\nhow the processor adds (MIXTRAL_CPU_ISA): " + arithmetic() + "\n" + config_json(config);
-}
-
-void agree(Communicator& world, const std::function<std::string()>& step) {
-  std::exception_ptr error;
-  std::string said;
-  try {
-    said = "the model can be loaded\n" + step();
-  } catch (const LoadError& e) {
-    error = std::current_exception();
-    said = e.what();
-  } catch (const std::exception& e) {
-    world.fail(e.what());
-    throw;
-  }
-  try {
-    check_same(world, said);
-  } catch (const LoadError&) {
-    if (!error) throw;
-  }
-  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace mixtral
