@@ -4,7 +4,9 @@ The model has Mixtral's form and 0.7 G weights, so that decoding one token reads
 and medians count. Ranks have one thread each; the rows say how many one process has.
 """
 
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -119,7 +121,7 @@ def rank(text: str) -> None:
         return
     model = _load(_C.RankOptions(**options))
     model.follow()
-    Path(out).write_text(json.dumps({"bytes": model.bytes_sent, "seconds": model.stage_seconds}))
+    Path(out).write_text(str(model.bytes_sent))
 
 
 def random_prompts(count: int, tokens: int) -> list[list[int]]:
@@ -136,15 +138,15 @@ def bytes_sent(ranks: dict[str, object], tokens: int = 64) -> list[int]:
             model.generate(random_prompts(1, 16), max_tokens=count, ignore_eos=True)
             own = model._model.bytes_sent
             del model
-            totals.append([own, _other(out.name)["bytes"]])
+            totals.append([own, _other(out.name)])
     return [after - before for before, after in zip(*totals, strict=True)]
 
 
-def _other(out: str) -> dict[str, float]:
+def _other(out: str) -> int:
     """What the other rank wrote when it ended."""
     while not (text := Path(out).read_text()):
         time.sleep(0.01)
-    return json.loads(text)
+    return int(text)
 
 
 def wire(bench: Bench) -> None:
@@ -167,22 +169,36 @@ def wire(bench: Bench) -> None:
 # ---- the bubble ----
 
 
-def busy_share(passes: int) -> float:
+def ranks() -> list[int]:
+    """The processes of this one and of the ranks that it has started."""
+    found = [os.getpid()]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
+
+
+def busy_seconds(process: int) -> float:
+    """That its threads have run on a processor."""
+    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{process}/task").glob("*/schedstat")) / 1e9
+
+
+def busy_share(model: mixtral.Mixtral, passes: int) -> float:
     """Of the time from the first of ``passes`` prompts to the last, that in which a stage computes; both together."""
-    with tempfile.NamedTemporaryFile() as out:
-        ranks = _rank_options("model", out.name, stages=STAGES)
-        model = mixtral.Mixtral(_load(ranks), kv_memory=1 << 26, chunk_size=PROMPT, token_budget=PROMPT)
-        own, begin = model._model.stage_seconds, time.perf_counter()
-        model.generate(random_prompts(passes, PROMPT), max_tokens=1, ignore_eos=True)
-        span = time.perf_counter() - begin
-        own = model._model.stage_seconds - own
-        del model
-        return (own + _other(out.name)["seconds"]) / (STAGES * span)
+    stages = ranks()
+    before, begin = sum(map(busy_seconds, stages)), time.perf_counter()
+    model.generate(random_prompts(passes, PROMPT), max_tokens=1, ignore_eos=True)
+    span = time.perf_counter() - begin
+    return (sum(map(busy_seconds, stages)) - before) / (STAGES * span)
 
 
 def bubble(bench: Bench) -> None:
+    options = {"kv_memory": 1 << 26, "chunk_size": PROMPT, "token_budget": PROMPT, "prefix_cache": False}
+    model = mixtral.Mixtral.from_pretrained(FOLDER, pipeline_parallel_size=STAGES, **options)
+    busy_share(model, 1)
     for passes in PASSES:
-        share = statistics.median(busy_share(passes) for _ in range(TURNS))
+        share = statistics.median(busy_share(model, passes) for _ in range(TURNS))
         bound = passes / (passes + STAGES - 1)
         case = f"pp2, {passes} passes" if passes > 1 else "pp2, 1 pass"
         bench.rows.append(Row(case, "busy share of the stages", share, "of 1", bound, 100 * share / bound))

@@ -15,6 +15,7 @@
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
 #include "../io/printable.h"
+#include "../model/follower.h"
 #include "../model/transformer.h"
 #include "errors.h"
 #include "report.h"

@@ -4,6 +4,7 @@
 #include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
 #include "../distributed/ranks.h"
+#include "../model/follower.h"
 #include "../model/transformer.h"
 #include "bindings.h"
 
@@ -72,6 +73,8 @@ void bind_model(py::module_& m) {
       .def("follow", &follow, ReleaseGil())
       .def("named_parameters", &named_parameters)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
+      .def_property_readonly("bytes_sent",
+                             [](const MixtralImpl& self) { return self.world() ? self.world()->bytes_sent() : 0; })
       .def_property_readonly("rank", [](const MixtralImpl& self) { return self.placement().rank(); })
       .def_property_readonly("device", &MixtralImpl::device)
       .def_property_readonly("dtype", &MixtralImpl::dtype)

@@ -181,7 +181,8 @@ class Mixtral(Tracing):
             progress,
             _rank_options(os.fspath(folder), what, layout),
         )
-        torch.set_num_threads(threads)
+        if threads != torch.get_num_threads():  # join_ranks has divided them once more
+            torch.set_num_threads(threads)
         result = cls(model, _tokenizer_in(folder), **options)
         result.sampling_defaults = _C.sampling_defaults(folder)
         return result
