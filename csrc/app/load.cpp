@@ -60,7 +60,7 @@ RankOptions rank_options(const ModelFlags& flags) {
   options.expert_parallel = flags.parallel.expert_parallel;
   options.backend = flags.parallel_backend;
   options.device = flags.device;
-  options.timeout = flags.rank_timeout;
+  options.timeout = static_cast<double>(flags.rank_timeout);
   return options;
 }
 
