@@ -12,6 +12,7 @@
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -88,7 +89,7 @@ Result measure(const BenchFlags& flags) {
     decode.push_back(per_second(decoded_tokens(timings, prompts.size()), timings.decode_seconds));
   }
   Result result;
-  result.parallel = loaded.parallel();
+  result.parallel = parallel_json(loaded.engine);
   result.load_seconds = loaded.seconds;
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);

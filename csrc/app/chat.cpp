@@ -15,6 +15,7 @@
 #include "conversation_file.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"

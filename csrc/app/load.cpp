@@ -6,18 +6,13 @@
 #include <system_error>
 #include <utility>
 
-#include "../checkpoint/config_reader.h"
 #include "../checkpoint/folder.h"
-#include "../checkpoint/from_pretrained.h"
 #include "../checkpoint/load_options.h"
-#include "../distributed/ranks.h"
 #include "../engine/threads.h"
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
 #include "../io/printable.h"
-#include "../model/follower.h"
-#include "../model/transformer.h"
-#include "errors.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -40,31 +35,8 @@ std::filesystem::path demo_model() {
   throw std::invalid_argument("no MODEL given, and the demo model is not installed: name a model folder");
 }
 
-Placement placement_of(const ParallelFlags& flags, int rank) {
-  return Placement::of_rank(rank, flags.tensor_size, flags.stages, flags.expert_parallel);
-}
+}  // namespace
 
-// Whether the model can be cut as the flags say; before any process is started for that.
-void check_layout(const ModelFlags& flags) {
-  try {
-    placement_of(flags.parallel, 0).check(read_config(model_path(flags)));
-  } catch (const std::invalid_argument& error) {
-    throw LoadError(model_path(flags).string(), "", error.what());
-  }
-}
-
-RankOptions rank_options(const ModelFlags& flags) {
-  RankOptions options;
-  options.tensor_size = flags.parallel.tensor_size;
-  options.stages = flags.parallel.stages;
-  options.expert_parallel = flags.parallel.expert_parallel;
-  options.backend = flags.parallel_backend;
-  options.device = flags.device;
-  options.timeout = static_cast<double>(flags.rank_timeout);
-  return options;
-}
-
-// Starts or joins the ranks of the flags; without several of them this process is alone.
 LoadOptions load_options(const ModelFlags& flags) {
   LoadOptions options;
   options.device = flags.device;
@@ -72,34 +44,12 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.lora = flags.lora;
   options.check_weights = flags.check_weights;
   options.experts_per_token = flags.experts_per_token;
-  if (is_split(flags)) {
-    check_layout(flags);
-    options.world = join_ranks(rank_options(flags));
-    options.placement = placement_of(flags.parallel, options.world->rank());
-  }
+  join_ranks(flags, options);
   if (flags.threads > 0) {
     try_threads(flags.threads);
     use_threads(static_cast<int>(flags.threads));
   }
   return options;
-}
-
-}  // namespace
-
-bool is_split(const ModelFlags& flags) { return flags.parallel.tensor_size * flags.parallel.stages > 1; }
-
-void follow_as_rank(const ModelFlags& flags) {
-  const char* const rank = std::getenv("RANK");
-  const bool is_child_of_rank_0 = std::getenv("MIXTRAL_LEADER") != nullptr;
-  if (!is_split(flags) || rank == nullptr || std::string(rank) == "0") return;
-  ignore_sigint();
-  {
-    const LoadOptions options = load_options(flags);
-    if (is_child_of_rank_0) write_no_errors();
-    Mixtral model = from_pretrained(model_path(flags), options);
-    follow(*model);
-  }
-  std::exit(kOk);
 }
 
 std::filesystem::path model_path(const ModelFlags& flags) {
@@ -123,15 +73,6 @@ WeightType weight_type_of(const ModelFlags& flags, const Config& config) {
 
 int64_t context_of(const ModelFlags& flags, const Config& config) {
   return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
-}
-
-nlohmann::json LoadedEngine::parallel() const {
-  const Placement& placement = engine.model().placement();
-  if (placement.is_whole()) return nullptr;
-  return {{"tensor_parallel_size", placement.tensor_size},
-          {"pipeline_parallel_size", placement.stages},
-          {"expert_parallel", placement.expert_parallel},
-          {"backend", engine.model().world()->backend()}};
 }
 
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 
+#include "../checkpoint/load_options.h"
 #include "../engine/engine.h"
 #include "../engine/trace.h"
 #include "../model/config.h"
@@ -25,20 +25,15 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
-bool is_split(const ModelFlags& flags);  // over several processes
-// What each command that loads a model calls first. A process that is one of several ranks (distributed/ranks.h), but
-// not the first, loads its part here, does what the first one wants of it, and ends with it: it does not return.
-void follow_as_rank(const ModelFlags& flags);
+// What the flags say of reading the weights; of several ranks, this process has joined the others then.
+LoadOptions load_options(const ModelFlags& flags);
 
 struct LoadedEngine {
   Engine engine;
   double seconds;  // it took to load
-
-  // How the model is split over ranks, for a JSON object; null where it is not.
-  nlohmann::json parallel() const;
 };
-// Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`,
-// and how many ranks hold the model: this process is the first of them.
+// Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
+// Of several ranks this process is the first one (follow_as_rank).
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
 
 // The trace of --replay; null without one. Throws LoadError.

@@ -10,6 +10,7 @@
 #include "figure.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "terminal.h"
 

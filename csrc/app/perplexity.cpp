@@ -10,6 +10,7 @@
 #include "flags.h"
 #include "load.h"
 #include "perplexity_contexts.h"
+#include "ranks.h"
 #include "report.h"
 #include "terminal.h"
 
