@@ -33,6 +33,12 @@ struct DecoderLayerImpl : torch::nn::Module {
 };
 TORCH_MODULE(DecoderLayer);
 
+// A forward pass that was started.
+struct Pass {
+  Batch batch;
+  RollingKVCache* cache = nullptr;
+};
+
 class MixtralImpl : public torch::nn::Module {
  public:
   // Parameters are allocated and not initialised. Throws LoadError when `config` is not valid.
@@ -44,6 +50,10 @@ class MixtralImpl : public torch::nn::Module {
   // The packed form. With a cache: write, then attend; without: block-diagonal over the batch itself. -> [T,H], normed.
   // It is embed, all layers and final_norm.
   torch::Tensor hidden_states(const Batch& batch, RollingKVCache* cache = nullptr);
+  // The same in two steps, for several passes on their way. They are finished in the order in which they were started;
+  // a sequence is in one at a time.
+  Pass start(const Batch& batch, RollingKVCache* cache = nullptr) { return {batch, cache}; }
+  torch::Tensor finish(const Pass& pass) { return hidden_states(pass.batch, pass.cache); }
   // hidden [T,H] -> f32 [T,vocab]
   torch::Tensor logits(const torch::Tensor& hidden);
 
