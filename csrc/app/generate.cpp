@@ -23,7 +23,8 @@ struct GenerateFlags {
   SamplingParams sampling;
   CLI::Option* max_tokens = nullptr;
   int64_t samples = 1;
-  std::string prompt_cache;  // a file
+  std::string prompt_cache;             // a file
+  std::string plan_trace, plan_replay;  // files
   bool json = false, parse_special = false, generation_config = false;
 };
 
@@ -109,7 +110,10 @@ void run(const CLI::App& command, GenerateFlags flags) {
   flags.sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
 
   const std::shared_ptr<const Trace> replay = read_replay(flags.routing);
-  LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  Engine::Options options;
+  options.plan_trace = flags.plan_trace;
+  options.plan_replay = flags.plan_replay;
+  LoadedEngine loaded = load_engine(flags.model, tokenizer, options);
   check_replay(flags.routing, replay, loaded.engine);
   const bool streams = !flags.json && flags.samples == 1;
   if (streams && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
@@ -123,6 +127,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const Request request = {ids, flags.sampling, flags.model.experts_per_token, trace, replay};
   const auto generations = loaded.engine.generate(requests_of(request, flags.samples), on_text, &timings);
   for (const Generation& generation : generations) check_finished(generation);
+  loaded.engine.finish_plan_trace();
   if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, tokenizer);
   save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
   for (const Generation& generation : generations) {
@@ -163,6 +168,13 @@ void add_generate(CLI::App& app) {
   add_routing_flags(command, flags->routing);
   for (const char* flag : {"--trace", "--replay"}) command.get_option(flag)->excludes(cache)->excludes(samples);
   for (CLI::Option* flag : {samples, prompt_logprobs}) cache->excludes(flag);
+  CLI::Option* const plan_trace = add_option(command, "--plan-trace", flags->plan_trace,
+                                             "Write what every forward pass computes and picks, for --plan-replay")
+                                      ->type_name("FILE");
+  add_option(command, "--plan-replay", flags->plan_replay,
+             "The same command again: fail at the first pass that is not as in this file")
+      ->type_name("FILE")
+      ->excludes(plan_trace);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);

@@ -279,6 +279,10 @@ void bind_engine(py::module_& m) {
       .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())
       .def("reserve_seat", [](Engine& engine) { return HeldSeat{engine.reserve_seat()}; })
       .def("stats", &Engine::stats)
+      .def("failure", &Engine::failure,
+           "Why the engine takes no more requests: a process that holds a part of the model has ended or is silent. "
+           "None "
+           "while all is well.")
       .def("check_integrity", &Engine::check_integrity, ReleaseGil())
       .def("routing_counts", &routing_counts,
            "-> (tokens, first [L][E], chosen [L][E]) of all requests so far; None where nothing is counted.")

@@ -14,6 +14,7 @@
 #include "../model/transformer.h"
 #include "engine_thread.h"
 #include "model_runner.h"
+#include "plan_trace.h"
 #include "prompt_cache_file.h"
 #include "request_check.h"
 #include "require.h"
@@ -37,6 +38,7 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   require(options.speculate >= 0, "Engine: speculate must be >= 0, got " + std::to_string(options.speculate));
   options.chunk_size = std::min(options.chunk_size, options.token_budget);
   require(options.kv_memory >= 0, "Engine: kv_memory must be >= 0, got " + std::to_string(options.kv_memory));
+  require(options.plan_trace.empty() || options.plan_replay.empty(), "Engine: plan_trace excludes plan_replay");
   require(options.max_queue >= 0, "Engine: max_queue must be >= 0, got " + std::to_string(options.max_queue));
   return options;
 }
@@ -67,6 +69,12 @@ std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engin
   return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
 }
 
+std::unique_ptr<PlanTrace> make_plan_trace(const Engine::Options& options) {
+  if (!options.plan_trace.empty()) return std::make_unique<PlanTrace>(options.plan_trace, PlanTrace::Mode::kWrite);
+  if (!options.plan_replay.empty()) return std::make_unique<PlanTrace>(options.plan_replay, PlanTrace::Mode::kReplay);
+  return nullptr;
+}
+
 std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options, int64_t num_pages,
                                       std::shared_ptr<RoutingCounts> counts) {
   auto runner = std::make_unique<ModelRunner>(
@@ -75,7 +83,7 @@ std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Option
   return std::make_unique<EngineCore>(
       std::move(runner),
       Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache},
-      options.speculate);
+      options.speculate, make_plan_trace(options));
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
@@ -275,6 +283,22 @@ void Engine::load_prompt_cache(const std::filesystem::path& file) {
   impl_->model->require_whole("prompt cache");
   const PromptCache saved = read_prompt_cache(*impl_->model, impl_->options.page_size, file);
   impl_->thread.run([&](EngineCore& core) { core.load_prompt_cache(saved, config().top_k); });
+}
+
+void Engine::finish_plan_trace() {
+  impl_->thread.run([](EngineCore& core) {
+    if (core.plan_trace()) core.plan_trace()->finish();
+  });
+}
+
+std::optional<std::string> Engine::failure() const {
+  const std::exception_ptr error = impl_->thread.failure();
+  if (!error) return std::nullopt;
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::exception& exception) {
+    return exception.what();
+  }
 }
 
 Seat Engine::reserve_seat() { return impl_->reserve_seat(); }

@@ -43,6 +43,9 @@ class Engine {
     bool prefix_cache = true;  // keep keys and values of full pages for requests that begin with the same tokens
     bool cuda_graph = true;    // on CUDA, decode in graphs (decode_graphs.h)
     int64_t speculate = 0;     // most tokens to guess from earlier text (speculation.h); 0: none. Changes no bit
+    // Files, at most one of them: every pass goes into the first; every pass has to be that of the second, or it fails
+    // (plan_trace.h).
+    std::string plan_trace, plan_replay;
   };
   // The text of Callbacks::on_progress with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;
@@ -69,7 +72,8 @@ class Engine {
   // Queues a request and returns its id. Results come through the callbacks, on the engine's thread. Throws
   // std::invalid_argument for an empty prompt, an id outside the vocabulary, a prompt that does not fit ctx_size with
   // max_tokens, a parameter out of range, or stop strings without a tokenizer; OutOfMemory when the pool could not hold
-  // prompt and max_tokens even for this request alone; QueueFull. The forward passes use as many CPU threads as torch
+  // prompt and max_tokens even for this request alone; QueueFull; the RankError after which there is a failure(). The
+  // forward passes use as many CPU threads as torch
   // does on the thread of the last submit().
   int64_t submit(Request request, Callbacks callbacks);
   // From now on `call` runs on the engine's thread after each forward pass, once the callbacks of its requests have
@@ -101,6 +105,13 @@ class Engine {
   // OutOfMemory.
   void load_prompt_cache(const std::filesystem::path& file);
 
+  // After the last request: throws std::runtime_error when plan_trace could not be written, or plan_replay has more
+  // passes.
+  void finish_plan_trace();
+
+  // Why the engine takes no more requests: a process that holds a part of the model has ended or is silent. From any
+  // thread.
+  std::optional<std::string> failure() const;
   EngineStats stats() const;  // as of the last forward pass, or the last end of a request; from any thread
   // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
   void check_integrity();

@@ -25,8 +25,8 @@ def create_app(
 ) -> FastAPI:
     """An ASGI app that serves ``model``. One process, one worker: the engine is in it.
 
-    ``lifecycle``: of the server around it (``run.Server``), which is told when the engine hangs. ``bridge``: makes the
-    way to the engine, of the model, the number of seats and the metrics; tests have others.
+    ``lifecycle``: of the server around it (``run.Server``), which is told when the engine hangs or fails. ``bridge``:
+    makes the way to the engine, of the model, the number of seats and the metrics; tests have others.
 
     Raises:
         ValueError: a trace that cannot be written.
@@ -39,7 +39,10 @@ def create_app(
         served = app.state.served
         served.bridge = bridge(model, settings.queue, served.metrics)
         served.bridge.recorder = recorder
-        watch = asyncio.create_task(lifecycle.watch(served.bridge.progress)) if lifecycle else None
+        watch = None
+        if lifecycle:
+            served.bridge.on_failure = lifecycle.die
+            watch = asyncio.create_task(lifecycle.watch(served.bridge.progress, served.bridge.failure))
         try:
             yield
         finally:

@@ -5,12 +5,13 @@ to the calls that they belong to. What a slow client leaves is merged, in the bo
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from .. import _C
+from ..errors import RankError
 from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
@@ -160,6 +161,8 @@ def result_of(outcome: _C.Outcome) -> Generation:
         generation = outcome.result()
     except MemoryError as error:
         raise ApiError(500, str(error), code="out_of_memory") from None
+    except RankError as error:
+        raise ApiError(500, f"the engine stopped: {error}", code="engine_dead") from None
     if generation.finish_reason == "error":
         raise ApiError(500, f"the model failed at this request: {generation.error}", code="numerical_error")
     if generation.finish_reason == "cancelled":
@@ -173,12 +176,14 @@ class Bridge:
     Attributes:
         seats_taken: sequences that wait or run, or are about to.
         recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
+        on_failure: called with the reason when the engine takes no more requests, before they end.
     """
 
     def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
         self.seats_taken = 0
         self._seats = seats
         self.recorder: Recorder | None = None
+        self.on_failure: Callable[[str], None] = lambda reason: None
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
@@ -240,11 +245,17 @@ class Bridge:
         """Whether the engine has work, and how many tokens it has computed."""
         return bool(self._observed), self._engine.stats().computed_tokens
 
+    def failure(self) -> str | None:
+        """Why the engine takes no more requests."""
+        return self._engine.failure()
+
     def close(self) -> None:
         self._loop.remove_reader(self._box.fileno())
         self._masks.close()
 
     def _drain(self) -> None:
+        if (reason := self.failure()) is not None:
+            self.on_failure(reason)
         for event in self._box.take():
             self._observe(event)
             refused = self._constrain(event)
