@@ -71,6 +71,7 @@ void bind_model(py::module_& m) {
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
       .def("follow", &follow, ReleaseGil())
+      .def("stop", &MixtralImpl::stop, ReleaseGil())
       .def("named_parameters", &named_parameters)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("bytes_sent",

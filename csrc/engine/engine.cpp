@@ -82,7 +82,8 @@ std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Option
                                   options.cuda_graph, std::move(counts)});
   return std::make_unique<EngineCore>(
       std::move(runner),
-      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache},
+      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache,
+                         model->placement().stages},
       options.speculate, make_plan_trace(options));
 }
 

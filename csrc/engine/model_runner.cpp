@@ -74,6 +74,9 @@ struct ModelRunner::Pass {
 
 ModelRunner::~ModelRunner() = default;
 
+// Often enough for any timeout, and for a rank that ends to be missed soon.
+double ModelRunner::ping_seconds() const { return model_->placement().is_whole() ? 0 : 0.25; }
+
 void ModelRunner::launch(const std::vector<Scheduler::Chunk>& plan) { passes_.push_back(start(plan)); }
 
 std::vector<Step> ModelRunner::collect() {

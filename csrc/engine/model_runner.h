@@ -41,6 +41,8 @@ class ModelRunner : public Runner {
   Sample sample_held(Sequence& sequence) const override;
   RollingKVCache& cache() override { return cache_; }
   double pass_seconds() const override { return pass_seconds_; }
+  void ping() override { model_->ping(); }
+  double ping_seconds() const override;
 
  private:
   using Clock = std::chrono::steady_clock;

@@ -39,14 +39,18 @@ TokenLogprob = _C.TokenLogprob
 
 _DEFAULT_THREADS = torch.get_num_threads()
 
-# The thread of an engine may call back into Python, so it must end before the interpreter does.
+# The thread of an engine may call back into Python, so it must end before the interpreter does. The other ranks of a
+# model are told that it ends, rather than that its process is gone.
 _engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
+_models: weakref.WeakSet[_C.Mixtral] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_engines() -> None:
     for engine in list(_engines):
         engine.stop()
+    for model in list(_models):
+        model.stop()
 
 
 class Mixtral(Tracing):
@@ -89,6 +93,7 @@ class Mixtral(Tracing):
         if self.rank == 0:
             self._engine = _C.Engine(model, tokenizer, _C.EngineOptions(**options))
             _engines.add(self._engine)
+            _models.add(model)
         self.config: Config = model.config
         self.tokenizer = tokenizer
         self.context: int = options.get("ctx_size") or self.config.max_position
