@@ -80,11 +80,9 @@ std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Option
   auto runner = std::make_unique<ModelRunner>(
       model, ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages,
                                   options.cuda_graph, std::move(counts)});
-  return std::make_unique<EngineCore>(
-      std::move(runner),
-      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache,
-                         model->placement().stages},
-      options.speculate, make_plan_trace(options));
+  Scheduler::Options scheduler{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache};
+  scheduler.depth = model->placement().stages;
+  return std::make_unique<EngineCore>(std::move(runner), scheduler, options.speculate, make_plan_trace(options));
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
