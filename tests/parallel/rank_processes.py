@@ -97,8 +97,9 @@ class Ranks:
     It waits for a message, reads a long one token by token, or writes an answer without an end.
     """
 
-    def __init__(self, model: Path, flags: list[str], max_tokens: int = 2) -> None:
-        command = [BINARY, "chat", model, *flags, "-n", str(max_tokens), "--ignore-eos", "--chunk-size", "1"]
+    def __init__(self, model: Path, flags: list[str], max_tokens: int = 2, chunk_size: int = 1) -> None:
+        command = [BINARY, "chat", model, *flags, "-n", str(max_tokens), "--ignore-eos"]
+        command += ["--chunk-size", str(chunk_size)]
         self.process = subprocess.Popen(
             [*command, "--temp", "0", "-t", "1"],
             env=environment(),

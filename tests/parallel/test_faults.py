@@ -127,7 +127,7 @@ def test_idle_ranks_stay_longer_than_the_timeout(splittable):
 @pytest.mark.parametrize(("layout", "rank"), [("tp2", 1), ("pp2", 1), ("tp2pp2", 3)])
 def test_a_rank_without_memory_says_so(layout, rank, splittable):
     """The message is that of the rank that fails, and not that its connection broke."""
-    with Ranks(splittable, LAYOUTS[layout], max_tokens=2) as ranks:
+    with Ranks(splittable, LAYOUTS[layout], chunk_size=2048) as ranks:
         pids = ranks.until_idle(0)
         used = int(Path(f"/proc/{pids[rank]}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(pids[rank], resource.RLIMIT_AS, (used, used))
@@ -259,6 +259,7 @@ def limited(limit: int) -> Callable[[], None]:
 def test_a_model_twice_as_large_as_what_a_rank_may_have(tmp_path):
     shape = Shape(hidden=1024, layers=4, heads=8, kv_heads=4, head_dim=128, intermediate=3584, vocab=4096)
     folder = write_checkpoint(shape, tmp_path / "large")
+    shutil.copy(DEMO / "tokenizer.model", folder)
     arguments = ["generate", folder, "-p", "In the beginning", "-n", "8", "--ignore-eos", "--json", "-t", "1"]
     expected = json.loads(mixtral(*arguments).stdout)["token_ids"]
     limit = int(shape.weight_bytes("bfloat16") / 2)
