@@ -189,6 +189,7 @@ torch::Tensor pack_rows_calibrated(const torch::Tensor& rows, const torch::Tenso
 
 void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
                const Progress& progress, const std::filesystem::path& lora) {
+  model.require_whole("calibrate");
   const Config& config = model.config();
   if (model.weight_type().packing != Packing::kInt4 || !config.quantization.empty()) {
     throw std::invalid_argument("calibrate: model must be int4 and its checkpoint not quantised");

@@ -9,7 +9,7 @@ namespace {
 RollingKVCache cache_for(MixtralImpl& model, int64_t longest, int64_t chunk_size, int64_t page_size) {
   const int64_t chunk = std::min(chunk_size, longest);
   const int64_t pages = RollingKVCache::pages_needed(model.config(), page_size, chunk, longest);
-  return {model.config(), {page_size, pages, chunk, model.device(), model.dtype()}};
+  return {model.cache_config(), {page_size, pages, chunk, model.device(), model.dtype()}};
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ int64_t pages_needed(const Config& config, const Engine::Options& options, int64
 }
 
 int64_t pages_of_pool(const MixtralImpl& model, const Engine::Options& options) {
-  const int64_t page_bytes = RollingKVCache::page_bytes(model.config(), options.page_size, model.dtype());
+  const int64_t page_bytes = RollingKVCache::page_bytes(model.cache_config(), options.page_size, model.dtype());
   if (options.kv_memory > 0) {
     require(options.kv_memory >= page_bytes, "Engine: kv_memory must hold a page of " + std::to_string(page_bytes) +
                                                  " bytes, got " + std::to_string(options.kv_memory));
@@ -62,6 +62,7 @@ int64_t pages_of_pool(const MixtralImpl& model, const Engine::Options& options) 
 
 std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engine::Options& options) {
   const Config& config = model.config();
+  if (model.placement().stages > 1) return nullptr;  // rank 0 sees the routing of its own layers alone
   if (config.num_experts == 0 || (options.cuda_graph && model.device().is_cuda())) return nullptr;
   return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
 }
@@ -133,7 +134,7 @@ struct Engine::Impl {
 void Engine::Impl::check_fits(int64_t length) const {
   const int64_t needed = pages_needed(model->config(), options, length);
   if (needed <= num_pages) return;
-  const int64_t page_bytes = RollingKVCache::page_bytes(model->config(), options.page_size, model->dtype());
+  const int64_t page_bytes = RollingKVCache::page_bytes(model->cache_config(), options.page_size, model->dtype());
   throw OutOfMemory("the key/value cache: prompt and max_tokens of " + std::to_string(length) + " tokens need " +
                     std::to_string(needed) + " pages, and the pool has " + std::to_string(num_pages) + " (" +
                     gib_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
@@ -264,12 +265,14 @@ std::vector<Generation> Engine::generate(const std::vector<std::vector<int64_t>>
 }
 
 void Engine::save_prompt_cache(const std::vector<int64_t>& ids, const std::filesystem::path& file) {
+  impl_->model->require_whole("prompt cache");
   PromptCache saved;
   impl_->thread.run([&](EngineCore& core) { saved = core.save_prompt_cache(ids, config().top_k); });
   write_prompt_cache(saved, *impl_->model, file);
 }
 
 void Engine::load_prompt_cache(const std::filesystem::path& file) {
+  impl_->model->require_whole("prompt cache");
   const PromptCache saved = read_prompt_cache(*impl_->model, impl_->options.page_size, file);
   impl_->thread.run([&](EngineCore& core) { core.load_prompt_cache(saved, config().top_k); });
 }

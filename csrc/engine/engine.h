@@ -94,7 +94,8 @@ class Engine {
                                    Timings* timings = nullptr, const WhileWaiting& while_waiting = nullptr);
 
   // Writes what the prefix cache has of the tokens `ids` into a file (prompt_cache_file.h), with which another process
-  // goes on to the same bits. Throws std::runtime_error when the file cannot be written; it is then as it was.
+  // goes on to the same bits. Throws std::runtime_error when the file cannot be written; it is then as it was. Both
+  // throw std::invalid_argument for a model that is split over ranks.
   void save_prompt_cache(const std::vector<int64_t>& ids, const std::filesystem::path& file);
   // Puts the tokens of a file into the prefix cache. Throws LoadError, also for a file of another model, and
   // OutOfMemory.
@@ -104,8 +105,8 @@ class Engine {
   // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
   void check_integrity();
 
-  // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, and on
-  // CUDA while cuda_graph is on: a graph runs unwatched.
+  // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, for
+  // one of several pipeline stages, and on CUDA while cuda_graph is on: a graph runs unwatched.
   std::optional<RoutingCounts::Totals> routing_counts() const;
 
   // Cancels all requests, and ends the thread. The engine takes no more requests.

@@ -28,7 +28,7 @@ void for_each_pass(const MixtralImpl& model, const std::vector<std::vector<int64
   const Config& config = model.config();
   const int64_t pages = RollingKVCache::pages_needed(config, kPageSize, chunk_size, static_cast<int64_t>(longest)) +
                         (chunk_size + kPageSize - 1) / kPageSize + kMaxBatch;
-  RollingKVCache cache(config, {kPageSize, pages, chunk_size, model.device(), model.dtype()});
+  RollingKVCache cache(model.cache_config(), {kPageSize, pages, chunk_size, model.device(), model.dtype()});
   std::vector<int64_t> open;  // cache ids of the sequences in the pass
   std::vector<RollingKVCache::Chunk> chunks;
   int64_t room = chunk_size;

@@ -30,6 +30,7 @@ class RoutingObserver : public ForwardObserver {
   // The same for a pass over the tokens [begin, begin + count) of `routing`.
   void force(const Routing& routing, int64_t begin, int64_t count);
 
+  bool changes_routing() const override { return !forced_.empty(); }
   void after_route(const torch::Tensor& x, const torch::Tensor& router, const std::optional<torch::Tensor>& select_bias,
                    torch::Tensor& topk_weights, torch::Tensor& topk_ids) override;
 

@@ -52,7 +52,7 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
   const int64_t segment = std::min(total, options.ctx_size > 0 ? options.ctx_size : config.max_position);
   const int64_t chunk = std::min(options.chunk_size, segment);
   const int64_t pages = RollingKVCache::pages_needed(config, kPageSize, chunk, segment);
-  RollingKVCache cache(config, {kPageSize, pages, chunk, model.device(), model.dtype()});
+  RollingKVCache cache(model.cache_config(), {kPageSize, pages, chunk, model.device(), model.dtype()});
 
   std::vector<double> logprobs(ids.size());
   int64_t sequence = -1;

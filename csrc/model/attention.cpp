@@ -5,18 +5,19 @@
 namespace mixtral {
 
 AttentionImpl::AttentionImpl(const Config& config, int64_t layer, const std::string& path,
-                             const ParameterAllocator& allocator)
+                             const ParameterAllocator& allocator, const Placement& placement, const TensorGroup& group)
     : layer_(layer),
-      num_heads_(config.num_heads),
-      num_kv_heads_(config.num_kv_heads),
+      num_heads_(placement.num_heads(config)),
+      num_kv_heads_(placement.num_kv_heads(config)),
       head_dim_(config.head_dim),
       window_(config.window),
-      rope_theta_(config.rope_theta) {
+      rope_theta_(config.rope_theta),
+      group_(group) {
   qkv_proj_ = allocator.add(*this, path + "attention.", "qkv_proj");
   o_proj_ = allocator.add(*this, path + "attention.", "o_proj");
 }
 
-torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
+torch::Tensor AttentionImpl::attend(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
   const auto qkv = ops::linear(x, qkv_proj_, batch).view({x.size(0), num_heads_ + 2 * num_kv_heads_, head_dim_});
   const auto q = qkv.narrow(1, 0, num_heads_);                              // [T,Nq,D]
   const auto k = qkv.narrow(1, num_heads_, num_kv_heads_);                  // [T,Nkv,D]
@@ -33,7 +34,12 @@ torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch,
     const auto [rotated_q, rotated_k] = ops::rope(q, k, batch.positions, rope_theta_);
     out = ops::sliding_window_attention(rotated_q, rotated_k, v, batch.cu_seqlens, window_);
   }
-  return ops::linear(out.flatten(1), o_proj_, batch);
+  return out.flatten(1);
+}
+
+torch::Tensor AttentionImpl::forward(const torch::Tensor& x, const Batch& batch, RollingKVCache* cache) {
+  const auto heads = group_.gather_columns(attend(x, batch, cache));
+  return group_.gather_columns(ops::linear(heads, o_proj_, batch));
 }
 
 }  // namespace mixtral

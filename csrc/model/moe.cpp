@@ -5,8 +5,14 @@
 
 namespace mixtral {
 
-SparseMoeImpl::SparseMoeImpl(const Config& config, const std::string& path, const ParameterAllocator& allocator)
-    : top_k_(config.top_k), renormalize_(config.renormalize) {
+SparseMoeImpl::SparseMoeImpl(const Config& config, const std::string& path, const ParameterAllocator& allocator,
+                             const Placement& placement, const TensorGroup& group)
+    : top_k_(config.top_k), num_experts_(config.num_experts), renormalize_(config.renormalize), group_(group) {
+  if (placement.tensor_size > 1 && placement.expert_parallel) {
+    Placement of = placement;
+    for (of.tensor_rank = 0; of.tensor_rank < of.tensor_size; ++of.tensor_rank)
+      expert_ends_.push_back(of.first_expert(config) + of.num_experts(config));
+  }
   router_ = allocator.add(*this, path + "moe.", "router");
   if (config.select_bias) select_bias_ = allocator.add(*this, path + "moe.", "select_bias");
   gate_up_proj_ = allocator.add(*this, path + "moe.", "gate_up_proj");
@@ -34,20 +40,51 @@ std::tuple<torch::Tensor, torch::Tensor> SparseMoeImpl::route(const torch::Tenso
 
 torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch) {
   auto [topk_weights, topk_ids] = route(x, batch);
-  if (batch.observer) {
-    batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
-    batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
+  if (batch.observer) batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
+  if (batch.routing_of_first_rank) {
+    group_.broadcast(topk_weights);
+    group_.broadcast(topk_ids);
   }
-  return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
+  if (batch.observer) batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
+  if (!expert_ends_.empty()) return expert_parallel(x, topk_weights, topk_ids);
+  return group_.sum(ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_));
 }
 
-DenseMlpImpl::DenseMlpImpl(const std::string& path, const ParameterAllocator& allocator) {
+// The steps of ops::moe_mlp, in which each rank computes the rows of its own experts. They lie side by side, and tokens
+// combine the rows of all ranks in the same order as there: the result has the same bits.
+torch::Tensor SparseMoeImpl::expert_parallel(const torch::Tensor& x, const torch::Tensor& topk_weights,
+                                             const torch::Tensor& topk_ids) {
+  const auto [rows, offs, row_map] = ops::moe_permute(x, topk_ids, num_experts_);
+  const auto ends = offs.cpu();  // [E]: every rank must know how many rows each of them computes
+  std::vector<int64_t> counts;   // rows of each rank
+  int64_t all = 0, begin = 0;
+  for (const int64_t end : expert_ends_) {
+    const int64_t row = ends.data_ptr<int32_t>()[end - 1];
+    if (static_cast<int>(counts.size()) == group_.rank()) begin = all;
+    counts.push_back(row - all);
+    all = row;
+  }
+  const auto rank = static_cast<size_t>(group_.rank());
+  const int64_t experts = gate_up_proj_.size(0), first = expert_ends_[rank] - experts;
+  const auto own = rows.narrow(0, begin, counts[rank]);
+  const auto own_offs = offs.narrow(0, first, experts) - begin;
+  const auto activated = ops::swiglu(ops::grouped_gemm(own, gate_up_proj_, own_offs));
+  own.copy_(ops::grouped_gemm(activated, down_proj_, own_offs));
+  group_.gather_rows(rows.narrow(0, 0, all), counts);
+  return ops::moe_unpermute(rows, topk_weights, row_map);
+}
+
+DenseMlpImpl::DenseMlpImpl(const std::string& path, const ParameterAllocator& allocator, const Placement& placement,
+                           const TensorGroup& group)
+    : sums_(!placement.expert_parallel), group_(group) {
   gate_up_proj_ = allocator.add(*this, path + "mlp.", "gate_up_proj");
   down_proj_ = allocator.add(*this, path + "mlp.", "down_proj");
 }
 
 torch::Tensor DenseMlpImpl::forward(const torch::Tensor& x, const Batch& batch) {
-  return ops::linear(ops::swiglu(ops::linear(x, gate_up_proj_, batch)), down_proj_, batch);
+  const auto activated = ops::swiglu(ops::linear(x, gate_up_proj_, batch));
+  if (sums_) return group_.sum(ops::linear(activated, down_proj_, batch));
+  return group_.gather_columns(ops::linear(group_.gather_columns(activated), down_proj_, batch));
 }
 
 }  // namespace mixtral

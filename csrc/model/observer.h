@@ -12,6 +12,8 @@ namespace mixtral {
 class ForwardObserver {
  public:
   virtual ~ForwardObserver() = default;
+  // Whether after_route() changes anything, in a pass that begins now. A model that is split over ranks must know.
+  virtual bool changes_routing() const { return false; }
   // x [T,Kdim] will be multiplied by weight [N,Kdim], [1,N,Kdim] or packed.
   virtual void before_linear(const torch::Tensor& /*x*/, const torch::Tensor& /*weight*/) {}
   // x [T,H] was routed by router [E,H] and select_bias f32 [E], which most models do not have: topk_weights f32 [T,K],

@@ -4,6 +4,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../ops/host_device.h"
 #include "memory.h"
@@ -109,11 +110,22 @@ void RollingKVCache::discard_sequence(int64_t sequence) {
     if (prefix->page >= 0) pages.insert(prefix->page);  // behind the window
   for (const int32_t page : pages) pool_.forget_name(page);
   remove_sequence(sequence);
-  for (const int32_t page : pages) {
-    if (pool_.users(page) > 0) continue;
+  std::vector<int64_t> unused;
+  for (const int32_t page : pages)
+    if (pool_.users(page) == 0) unused.push_back(page);
+  zero(unused);
+  zeroed_.insert(unused.begin(), unused.end());
+}
+
+std::vector<int64_t> RollingKVCache::take_zeroed() {
+  const std::set<int64_t> pages = std::exchange(zeroed_, {});
+  return {pages.begin(), pages.end()};
+}
+
+void RollingKVCache::zero(const std::vector<int64_t>& pages) {
+  for (const int64_t page : pages)
     for (const auto* layers : {&keys_, &values_})
       for (const torch::Tensor& layer : *layers) layer.select(0, page).zero_();
-  }
 }
 
 void RollingKVCache::commit(int64_t sequence, const std::vector<int64_t>& ids) {

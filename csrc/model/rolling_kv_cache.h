@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
+#include <set>
 #include <vector>
 
 #include "batch.h"
@@ -38,7 +40,8 @@ class RollingKVCache {
     std::vector<int64_t> input_ids;
   };
 
-  // Throws OutOfMemory when the pages do not fit the device, std::runtime_error when an option is out of range.
+  // config: of the layers and heads that it holds, MixtralImpl::cache_config(). Throws OutOfMemory when the pages do
+  // not fit the device, std::runtime_error when an option is out of range.
   RollingKVCache(const Config& config, Options options);
 
   // Pages one sequence of `length` tokens holds at most.
@@ -46,6 +49,7 @@ class RollingKVCache {
   // Bytes of one page, keys and values of all layers.
   static int64_t page_bytes(const Config& config, int64_t page_size, torch::ScalarType dtype);
 
+  const Options& options() const { return options_; }
   int64_t num_pages() const { return options_.num_pages; }
   int64_t page_size() const { return options_.page_size; }
   int64_t pages_needed(int64_t length) const;
@@ -67,6 +71,12 @@ class RollingKVCache {
   // Forgets the tokens of a sequence from `length` on. Returns false and changes nothing when keys that the next query
   // would see are no longer held: they were behind the window. Committed tokens that fill a page cannot be forgotten.
   bool truncate(int64_t sequence, int64_t length);
+
+  // The same cache on the other ranks of a model is storage alone. It lives as long as this object does, and the pages
+  // that became zero here since the last call of take_zeroed() become zero there.
+  std::shared_ptr<const void> lifetime() const { return lifetime_; }
+  std::vector<int64_t> take_zeroed();
+  void zero(const std::vector<int64_t>& pages);
 
   // Keys and values outside the cache, on the CPU.
   struct Contents {
@@ -123,6 +133,8 @@ class RollingKVCache {
   PagePool pool_;
   std::map<int64_t, Sequence> sequences_;
   int64_t next_sequence_ = 0;
+  std::set<int64_t> zeroed_;
+  std::shared_ptr<const char> lifetime_ = std::make_shared<char>();
 };
 
 }  // namespace mixtral

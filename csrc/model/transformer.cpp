@@ -1,12 +1,12 @@
 #include "transformer.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/nn/modules/container/modulelist.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "observer.h"
 #include "ops.h"
 
 namespace mixtral {
@@ -14,6 +14,17 @@ namespace {
 
 // Below autograd nothing is recorded, and the gradient formulas that Python registers for the ops do not run.
 using NoAutograd = at::AutoDispatchBelowAutograd;
+
+// The configuration of a model of the layers and key/value heads of one rank. Throws as the constructor of the model.
+Config part_of(const Config& config, const Placement& placement) {
+  config.validate("config");
+  placement.check(config);
+  Config part = config;
+  part.num_layers = placement.end_layer(config) - placement.first_layer(config);
+  part.num_kv_heads = placement.num_kv_heads(config);
+  part.num_heads = placement.num_heads(config);
+  return part;
+}
 
 constexpr int64_t kDrawnAtOnce = 1 << 22;  // random values, in f32
 
@@ -30,16 +41,18 @@ void init_random_packed(const torch::Tensor& parameter, Packing packing, const N
 
 }  // namespace
 
-DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator)
+DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator,
+                                   const Placement& placement, const TensorGroup& group)
     : eps_(config.rms_norm_eps) {
   const std::string path = "layers." + std::to_string(layer) + ".";
   input_layernorm_ = allocator.add(*this, path, "input_layernorm");
   post_attention_layernorm_ = allocator.add(*this, path, "post_attention_layernorm");
-  attention_ = register_module("attention", Attention(config, layer, path, allocator));
+  attention_ = register_module(
+      "attention", Attention(config, layer - placement.first_layer(config), path, allocator, placement, group));
   if (config.is_moe()) {
-    moe_ = register_module("moe", SparseMoe(config, path, allocator));
+    moe_ = register_module("moe", SparseMoe(config, path, allocator, placement, group));
   } else {
-    mlp_ = register_module("mlp", DenseMlp(path, allocator));
+    mlp_ = register_module("mlp", DenseMlp(path, allocator, placement, group));
   }
 }
 
@@ -55,19 +68,35 @@ HiddenState DecoderLayerImpl::forward(const HiddenState& state, const Batch& bat
   return {moe_ ? moe_->forward(normed, batch) : mlp_->forward(normed, batch), sum};
 }
 
-MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing)
-    : config_(config), packing_(packing) {
-  config.validate("config");
-  const ParameterAllocator allocator(config, dtype, device, packing);
-  embed_tokens_ = allocator.add(*this, "", "embed_tokens");
-  torch::nn::ModuleList list;
-  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    layers_.emplace_back(config, layer, allocator);
-    list->push_back(layers_.back());
+MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing,
+                         const Placement& placement, std::shared_ptr<Communicator> world)
+    : config_(config),
+      cache_config_(part_of(config, placement)),
+      dtype_(dtype),
+      device_(device),
+      packing_(packing),
+      placement_(placement),
+      world_(std::move(world)),
+      group_(placement, world_) {
+  if (world_ && world_->size() > 1 && world_->device().type() != device.type()) {
+    throw std::invalid_argument("a model on " + device.str() + " needs ranks that exchange tensors there, got a " +
+                                world_->device().str() + " backend");
   }
-  register_module("layers", list);
-  norm_ = allocator.add(*this, "", "norm");
-  lm_head_ = config.tie_word_embeddings ? embed_tokens_ : allocator.add(*this, "", "lm_head");
+  const ParameterAllocator allocator(config, dtype, device, packing, placement);
+  const bool first = placement.is_first_stage(), last = placement.is_last_stage(), tied = config.tie_word_embeddings;
+  if (first || (last && tied)) embed_tokens_ = allocator.add(*this, "", "embed_tokens");
+  const auto layers = register_module("layers", std::make_shared<torch::nn::Module>("layers"));
+  for (int64_t layer = placement.first_layer(config); layer < placement.end_layer(config); ++layer) {
+    layers_.emplace_back(config, layer, allocator, placement, group_);
+    layers->register_module(std::to_string(layer), layers_.back());
+  }
+  if (last) {
+    norm_ = allocator.add(*this, "", "norm");
+    lm_head_ = tied ? embed_tokens_ : allocator.add(*this, "", "lm_head");
+  }
+  for (const Parameter& parameter : placed_parameters(config, placement))
+    if (parameter.name == "lm_head") cuts_lm_head_ = shard_of(parameter, config, placement).shape != parameter.shape;
+  if (world_ && world_->rank() == 0 && world_->size() > 1) leader_ = std::make_unique<Leader>(world_, placement);
 }
 
 torch::Tensor MixtralImpl::forward(const torch::Tensor& input_ids) {
@@ -86,34 +115,89 @@ torch::Tensor MixtralImpl::forward(const torch::Tensor& input_ids) {
 }
 
 torch::Tensor MixtralImpl::hidden_states(const Batch& batch, RollingKVCache* cache) {
-  return final_norm(run_layers(0, config_.num_layers, embed(batch), batch, cache));
+  return finish(start(batch, cache));
 }
 
-HiddenState MixtralImpl::embed(const Batch& batch) {
-  const NoAutograd guard;
-  return {torch::embedding(embed_tokens_, batch.input_ids), {}};
+Pass MixtralImpl::start(const Batch& batch, RollingKVCache* cache) {
+  if (placement_.is_whole()) return {batch, cache, 0, {}};
+  if (!leader_) throw std::logic_error("Mixtral: rank 0 is the one to be called, with all ranks of the model");
+  if (batch.observer) require_one_stage("routing");
+  const auto ids = batch.input_ids.cpu();
+  check_ids(ids.data_ptr<int64_t>(), ids.numel());  // as long as this rank alone knows of them
+  Batch told = batch;
+  told.routing_of_first_rank = batch.observer && batch.observer->changes_routing();
+  return leader_->start(told, cache);
 }
 
-HiddenState MixtralImpl::run_layers(int64_t begin, int64_t end, HiddenState state, const Batch& batch,
-                                    RollingKVCache* cache) {
-  const NoAutograd guard;
-  for (int64_t n = begin; n < end; ++n) state = layers_.at(static_cast<size_t>(n))->forward(state, batch, cache);
-  return state;
-}
-
-torch::Tensor MixtralImpl::final_norm(const HiddenState& state) {
-  const NoAutograd guard;
-  return std::get<0>(ops::add_rms_norm(state.x, state.residual, norm_, config_.rms_norm_eps));
+torch::Tensor MixtralImpl::finish(const Pass& pass) {
+  const auto compute = [&] { return compute_stage(pass.batch, pass.cache); };
+  return leader_ ? leader_->finish(pass, compute) : compute();
 }
 
 torch::Tensor MixtralImpl::logits(const torch::Tensor& hidden) {
+  if (!leader_ || !cuts_lm_head_ || hidden.size(0) == 0) return compute_logits(hidden);
+  return leader_->logits(hidden.contiguous(), [&] { return compute_logits(hidden); });
+}
+
+torch::Tensor MixtralImpl::compute_stage(const Batch& batch, RollingKVCache* cache) {
+  const NoAutograd guard;
+  HiddenState state = first_state(batch);
+  for (auto& layer : layers_) {
+    if (world_) world_->keep_alive();
+    state = layer->forward(state, batch, cache);
+  }
+  if (placement_.is_last_stage())
+    return std::get<0>(ops::add_rms_norm(state.x, state.residual, norm_, config_.rms_norm_eps));
+  send_to_next_stage(state);
+  return {};
+}
+
+HiddenState MixtralImpl::first_state(const Batch& batch) {
+  if (placement_.is_first_stage()) return {torch::embedding(embed_tokens_, batch.input_ids), {}};
+  const auto sum = torch::empty({batch.input_ids.size(0), config_.hidden_size}, torch::dtype(dtype_).device(device_));
+  if (sum.numel() > 0)
+    world_->receive(sum, placement_.stage_ranks(placement_.stage - 1)[static_cast<size_t>(placement_.tensor_rank)]);
+  return {sum, {}};
+}
+
+// As one tensor. The next norm would begin with the same sum, rounded the same way.
+void MixtralImpl::send_to_next_stage(const HiddenState& state) {
+  if (state.x.numel() == 0) return;
+  world_->send(state.x + state.residual,
+               placement_.stage_ranks(placement_.stage + 1)[static_cast<size_t>(placement_.tensor_rank)]);
+}
+
+torch::Tensor MixtralImpl::compute_logits(const torch::Tensor& hidden) {
   const NoAutograd guard;
   Batch rows;
   rows.offs = torch::full({1}, hidden.size(0), torch::dtype(torch::kInt32).device(hidden.device()));
-  return ops::linear(hidden, lm_head_, rows).to(torch::kFloat32);
+  torch::Tensor logits = ops::linear(hidden, lm_head_, rows);
+  if (cuts_lm_head_) logits = group_.gather_columns_to_first(logits);
+  return logits.defined() ? logits.to(torch::kFloat32) : logits;
+}
+
+void MixtralImpl::ping() {
+  if (leader_) leader_->ping();
+}
+
+void MixtralImpl::stop() {
+  if (leader_) leader_->stop();
+}
+
+void MixtralImpl::require_whole(const std::string& what) const {
+  if (placement_.is_whole()) return;
+  throw std::invalid_argument(what + ": needs the whole model in one process, this one is split over " +
+                              std::to_string(placement_.world_size()) + " ranks");
+}
+
+void MixtralImpl::require_one_stage(const std::string& what) const {
+  if (placement_.stages == 1) return;
+  throw std::invalid_argument(what + ": is seen on one pipeline stage only, this model is split into " +
+                              std::to_string(placement_.stages) + "; use tensor parallelism");
 }
 
 void MixtralImpl::init_random(uint64_t seed) {
+  require_whole("init_random");
   const torch::NoGradGuard no_grad;
   auto generator = at::globalContext().defaultGenerator(device()).clone();
   generator.set_current_seed(seed);

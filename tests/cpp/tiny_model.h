@@ -97,7 +97,7 @@ inline torch::Tensor whole(Mixtral& model, const std::vector<int64_t>& ids) {
 inline torch::Tensor chunked(Mixtral& model, const std::vector<int64_t>& ids, int64_t chunk, int64_t page_size = 4) {
   const int64_t length = static_cast<int64_t>(ids.size());
   const int64_t pages = RollingKVCache::pages_needed(model->config(), page_size, chunk, length);
-  RollingKVCache cache(model->config(), {page_size, pages, chunk, torch::kCPU, model->dtype()});
+  RollingKVCache cache(model->cache_config(), {page_size, pages, chunk, torch::kCPU, model->dtype()});
   const int64_t sequence = cache.add_sequence();
   std::vector<torch::Tensor> parts;
   for (int64_t begin = 0; begin < length; begin += chunk) {
