@@ -22,6 +22,7 @@ struct Placement {
   bool expert_parallel = true;
 
   // The ranks of a stage are neighbours, and the last stage comes first: rank 0 has the logits, and so the engine.
+  // Throws std::invalid_argument for a size that is not in [1, 4096] and for a rank that there is not.
   static Placement of_rank(int rank, int tensor_size, int stages, bool expert_parallel);
   int world_size() const { return tensor_size * stages; }
   int rank() const { return (stages - 1 - stage) * tensor_size + tensor_rank; }
@@ -31,16 +32,19 @@ struct Placement {
   std::vector<int> stage_ranks(int of_stage) const;  // in the order of their tensor_rank
 
   // Throws std::invalid_argument unless heads, experts and layers can be cut this way; the message has both numbers.
+  // Whether the parts can still be packed or quantised is told by unfit_size (weight_type.h).
   void check(const Config& config) const;
 
-  int64_t first_layer(const Config& config) const;  // of this stage
+  int64_t first_layer(const Config& config) const;  // of this stage; stages differ by at most one layer
   int64_t end_layer(const Config& config) const;
   int64_t num_heads(const Config& config) const;  // of this rank
   // Of this rank. Where there are fewer than ranks, several ranks hold the same one.
   int64_t num_kv_heads(const Config& config) const;
   int64_t first_expert(const Config& config) const;
-  int64_t num_experts(const Config& config) const;  // that this rank holds whole or in part
-  std::string name() const;                         // "tensor 1 of 2, stage 0 of 2"
+  int64_t num_experts(const Config& config) const;        // that this rank holds whole or in part
+  int64_t intermediate_size(const Config& config) const;  // of what this rank holds of an expert or a dense block
+  int64_t kv_bytes_per_token(const Config& config, int64_t element_size) const;  // of this rank's layers and heads
+  std::string name() const;                                                      // "tensor 1 of 2, stage 0 of 2"
 };
 
 // Rows [begin, end) of a parameter seen as [rows, cols], cols its last dimension.

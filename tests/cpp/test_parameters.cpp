@@ -39,17 +39,6 @@ TEST(Parameters, HaveTheShapesOfMixtral8x7B) {
   EXPECT_EQ(config.total_parameters(), 46702792704 - 32000 * 4096);
 }
 
-TEST(Parameters, ShardsAreEvenForAsManyRanksAsKeyValueHeads) {
-  const Config config = packable_config();  // 2 key/value heads
-  for (const Parameter& parameter : model_parameters(config)) {
-    const bool is_vector = parameter.shape.size() == 1;
-    EXPECT_EQ(parameter.shard_dim == -1, is_vector || parameter.name.find("router") != std::string::npos);
-    if (parameter.shard_dim >= 0) {
-      EXPECT_EQ(parameter.shape.at(static_cast<size_t>(parameter.shard_dim)) % 2, 0) << parameter.name;
-    }
-  }
-}
-
 TEST(Parameters, OnlyMatricesOfWholeBlocksArePacked) {
   Config config = packable_config();
   config.vocab_size = 129;
