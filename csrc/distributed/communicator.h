@@ -24,8 +24,9 @@ struct RankError : std::runtime_error {
 };
 
 // Messages between two ranks arrive in the order in which they were sent; both sides know their sizes. Tensors are
-// contiguous, and lie on the CPU, or with NCCL on the device of the rank. Used by one thread at a time. Throws
-// RankError, after which the communicator is of no more use.
+// contiguous, and lie on device(). Used by one thread at a time. Throws RankError, after which the communicator is of
+// no more use. Destroying it says to the others that this rank ends as it should: a rank that still waits for it fails,
+// but the others do not.
 class Communicator {
  public:
   struct Send {
@@ -40,14 +41,18 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  virtual torch::Device device() const { return torch::kCPU; }
 
   // Does all of them at once, in any order between different ranks, so that ranks that send to each other do not wait
   // for each other. Returns when everything is received, and every sent tensor may be changed; it may not have arrived.
   virtual void exchange(const std::vector<Send>& sends, const std::vector<Receive>& receives) = 0;
 
-  // The text of each rank, in their order. Before anything else is exchanged, and with any sizes.
-  virtual std::vector<std::string> exchange_texts(const std::string& own) = 0;
-  // Why this rank ends, for the RankError that the others get.
+  // The text of each rank, in their order. Texts may have any sizes. Waits for ranks that call keep_alive().
+  virtual std::vector<std::string> exchange_texts(const std::string& own);
+  // Says that this rank is busy, such as with reading weights, and not silent. Cheap; ranks that exchange_texts() may
+  // then wait for this one for longer than the timeout.
+  virtual void keep_alive() noexcept = 0;
+  // Why this rank ends, for the RankError that the others get: "rank 1 failed: <reason>".
   virtual void fail(const std::string& reason) noexcept = 0;
 
   virtual uint64_t bytes_sent() const = 0;  // of tensors
@@ -66,8 +71,8 @@ class Communicator {
   void barrier();
 };
 
-// The ranks `members` of another communicator, numbered in this order; this rank is one of them. exchange_texts() is
-// the whole communicator's.
+// The ranks `members` of another communicator, numbered in this order; this rank is one of them. exchange_texts() and
+// bytes_sent() are the whole communicator's, and so are the numbers of a RankError.
 std::shared_ptr<Communicator> subgroup(std::shared_ptr<Communicator> whole, std::vector<int> members);
 
 }  // namespace mixtral

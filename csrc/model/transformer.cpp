@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "observer.h"
 #include "ops.h"
 
 namespace mixtral {
@@ -118,7 +119,7 @@ torch::Tensor MixtralImpl::hidden_states(const Batch& batch, RollingKVCache* cac
 }
 
 Pass MixtralImpl::start(const Batch& batch, RollingKVCache* cache) {
-  if (placement_.is_whole()) return {batch, cache};
+  if (placement_.is_whole()) return {batch, cache, 0, {}};
   if (!leader_) throw std::logic_error("Mixtral: rank 0 is the one to be called, with all ranks of the model");
   if (batch.observer) require_one_stage("routing");
   const auto ids = batch.input_ids.cpu();
