@@ -56,9 +56,16 @@ torch::Tensor int4_scales(const torch::Tensor& rows) {
 bool is_packed(const torch::Tensor& parameter) { return parameter.dim() == 4 || parameter.element_size() == 1; }
 
 ParameterAllocator::ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device,
-                                       Packing packing)
+                                       Packing packing, const Placement& placement)
     : dtype_(dtype), device_(device), packing_(packing) {
-  for (Parameter& parameter : model_parameters(config)) parameters_.emplace(parameter.name, std::move(parameter));
+  placement.check(config);
+  const std::string unfit = unfit_size(config, placement);
+  if (packing != Packing::kNone && !placement.is_whole() && !unfit.empty())
+    throw std::invalid_argument("packed weights need sizes that are multiples of 32 on every rank, got " + unfit);
+  for (Parameter& parameter : placed_parameters(config, placement)) {
+    parameter.shape = shard_of(parameter, config, placement).shape;
+    parameters_.emplace(parameter.name, std::move(parameter));
+  }
 }
 
 torch::Tensor ParameterAllocator::add(torch::nn::Module& module, const std::string& path,

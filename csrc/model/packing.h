@@ -15,7 +15,7 @@ namespace mixtral {
 torch::ScalarType scalar_type(const std::string& dtype);
 std::string dtype_name(torch::ScalarType type);
 
-// A parameter of a model of type `dtype` and `packing`, not initialised. options: device of the result.
+// A parameter of a model of type `dtype` and `packing`, or a rank's part of one, not initialised.
 torch::Tensor empty_parameter(const Parameter& parameter, torch::ScalarType dtype, torch::Device device,
                               Packing packing);
 // rows [n, cols], n a multiple of 32 -> [n/32, ...]: the blocks of a packed parameter that they become.
@@ -26,15 +26,18 @@ torch::Tensor int4_scales(const torch::Tensor& rows);
 // Whether a parameter is a packed matrix.
 bool is_packed(const torch::Tensor& parameter);
 
-// Allocates the parameters of one model and registers them in its modules.
+// Allocates what one rank holds of the parameters of a model, and registers it in the model's modules.
 class ParameterAllocator {
  public:
-  ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing);
-  // The parameter `path` + `name` of model/parameters.h, registered in `module` as `name`.
+  // Throws std::invalid_argument when the model cannot be cut as `placement` says, or its parts cannot be packed.
+  ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing,
+                     const Placement& placement = {});
+  // The parameter `path` + `name` of model/parameters.h, registered in `module` as `name`. Throws std::out_of_range for
+  // one of which the rank holds no part.
   torch::Tensor add(torch::nn::Module& module, const std::string& path, const std::string& name) const;
 
  private:
-  std::map<std::string, Parameter> parameters_;
+  std::map<std::string, Parameter> parameters_;  // with the shapes of the rank
   torch::ScalarType dtype_;
   torch::Device device_;
   Packing packing_;

@@ -1,6 +1,7 @@
 #include "weight_type.h"
 
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "parameters.h"
@@ -25,24 +26,30 @@ std::string WeightType::name() const {
 
 int64_t WeightType::element_size() const { return dtype == "float32" ? 4 : 2; }
 
-std::string unfit_size(const Config& config) {
-  const std::pair<const char*, int64_t> sizes[] = {{"hidden_size", config.hidden_size},
-                                                   {"intermediate_size", config.intermediate_size},
-                                                   {"num_heads * head_dim", config.num_heads * config.head_dim},
-                                                   {"num_kv_heads * head_dim", config.num_kv_heads * config.head_dim}};
-  for (const auto& [name, size] : sizes)
-    if (size % kPackedRows != 0) return std::string(name) + " " + std::to_string(size);
+std::string unfit_size(const Config& config, const Placement& placement) {
+  const int64_t D = config.head_dim;
+  const std::tuple<const char*, int64_t, int64_t> sizes[] = {
+      {"hidden_size", config.hidden_size, config.hidden_size / placement.tensor_size},  // rows of o_proj
+      {"intermediate_size", config.intermediate_size, placement.intermediate_size(config)},
+      {"num_heads * head_dim", config.num_heads * D, placement.num_heads(config) * D},
+      {"num_kv_heads * head_dim", config.num_kv_heads * D, placement.num_kv_heads(config) * D}};
+  for (const auto& [name, whole, own] : sizes) {
+    if (own % kPackedRows == 0) continue;
+    const std::string over = own == whole ? "" : " over " + std::to_string(placement.tensor_size) + " ranks";
+    return std::string(name) + " " + std::to_string(whole) + over;
+  }
   return "";
 }
 
-WeightType parse_weight_type(const std::string& name, const Config& config, const std::string& device, bool pack) {
+WeightType parse_weight_type(const std::string& name, const Config& config, const std::string& device, bool pack,
+                             const Placement& placement) {
   const std::string stored = config.quantization.empty() ? config.dtype : config.quantization;
   const std::string chosen = name == "auto" ? stored : name;
   if (!config.quantization.empty() && chosen != stored) {
     throw std::invalid_argument("dtype must be auto or " + stored + " for a checkpoint quantised to " + stored +
                                 ", got " + name);
   }
-  const std::string unfit = unfit_size(config);
+  const std::string unfit = unfit_size(config, placement);
   for (const auto& [quantized, packing] : kQuantized) {
     if (chosen != quantized) continue;
     if (!unfit.empty())
@@ -66,12 +73,17 @@ double bytes_per_weight(const WeightType& type) {
   }
 }
 
-double weight_bytes(const Config& config, const WeightType& type) {
+double parameter_bytes(const Parameter& parameter, const WeightType& type) {
+  const bool packed = parameter.packing(type.packing) != Packing::kNone;
+  const auto plain = static_cast<double>(parameter.is_f32 ? 4 : type.element_size());
+  return static_cast<double>(parameter.size()) * (packed ? bytes_per_weight(type) : plain);
+}
+
+double weight_bytes(const Config& config, const WeightType& type, const Placement& placement) {
   double bytes = 0;
-  for (const Parameter& parameter : model_parameters(config)) {
-    const bool packed = parameter.packing(type.packing) != Packing::kNone;
-    const auto plain = static_cast<double>(parameter.is_f32 ? 4 : type.element_size());
-    bytes += static_cast<double>(parameter.size()) * (packed ? bytes_per_weight(type) : plain);
+  for (Parameter& parameter : placed_parameters(config, placement)) {
+    parameter.shape = shard_of(parameter, config, placement).shape;
+    bytes += parameter_bytes(parameter, type);
   }
   return bytes;
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "config.h"
+#include "placement.h"
 
 namespace mixtral {
 
@@ -23,18 +24,21 @@ struct WeightType {
   int64_t element_size() const;  // bytes of an activation
 };
 
-// From a name as above, or "auto": the checkpoint's. Float weights are packed on the CPU if `pack` is true and their
-// sizes allow it. Throws std::invalid_argument for another name; for a quantised type with sizes that are no
-// multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
+// From a name as above, or "auto": the checkpoint's. Float weights are packed on the CPU if `pack` is true and the
+// sizes of every rank allow it. Throws std::invalid_argument for another name; for a quantised type with sizes that are
+// no multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
 WeightType parse_weight_type(const std::string& name, const Config& config, const std::string& device = "cpu",
-                             bool pack = true);
+                             bool pack = true, const Placement& placement = {});
 
-// The first size that keeps the matrices from being packed, in words; empty when there is none.
-std::string unfit_size(const Config& config);
+// The first size that keeps the matrices of a rank from being packed, in words; empty when there is none: "hidden_size
+// 96 over 2 ranks".
+std::string unfit_size(const Config& config, const Placement& placement = {});
 
 // Bytes of one value of a packed matrix, scales included where there are many.
 double bytes_per_weight(const WeightType& type);
-// Bytes of all weights, to within 1 %.
-double weight_bytes(const Config& config, const WeightType& type);
+// Bytes of a parameter, or of a rank's part of one, to within 1 %.
+double parameter_bytes(const Parameter& parameter, const WeightType& type);
+// Bytes of the weights of one rank, to within 1 %.
+double weight_bytes(const Config& config, const WeightType& type, const Placement& placement = {});
 
 }  // namespace mixtral
