@@ -121,6 +121,17 @@ void add_experts_flag(CLI::App& app, ModelFlags& flags) {
       ->check(at_least(1));
 }
 
+void add_parallel_flags(CLI::App& app, ParallelFlags& flags) {
+  add_option(app, "--tensor-parallel-size,--tp", flags.tensor_size, "Processes that share the matrices of each layer")
+      ->check(in_range(1, 4096))
+      ->capture_default_str();
+  add_option(app, "--pipeline-parallel-size,--pp", flags.stages, "Runs of layers, each in processes of its own")
+      ->check(in_range(1, 4096))
+      ->capture_default_str();
+  add_switch(app, "--expert-parallel,!--no-expert-parallel", flags.expert_parallel,
+             "Each process holds whole experts, for the bits of one process; else a part of each, for even work");
+}
+
 void add_routing_flags(CLI::App& app, RoutingFlags& flags) {
   add_option(app, "--trace", flags.trace, "Write which experts each token went to, for --replay and for analyses")
       ->type_name("FILE");

@@ -26,6 +26,12 @@ struct ModelFlags {
   int64_t speculate = 0;
 };
 
+// How the model is split over processes (model/placement.h).
+struct ParallelFlags {
+  int tensor_size = 1, stages = 1;
+  bool expert_parallel = true;
+};
+
 struct RoutingFlags {
   std::string trace, replay;  // files; empty: none
 };
@@ -43,6 +49,8 @@ void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_n
 void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
 void add_speculate_flag(CLI::App& app, ModelFlags& flags);
 void add_experts_flag(CLI::App& app, ModelFlags& flags);
+// --tensor-parallel-size, --pipeline-parallel-size and --expert-parallel.
+void add_parallel_flags(CLI::App& app, ParallelFlags& flags);
 // --trace and --replay.
 void add_routing_flags(CLI::App& app, RoutingFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);

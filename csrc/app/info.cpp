@@ -12,6 +12,7 @@
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "rank_plan.h"
 #include "report.h"
 #include "terminal.h"
 
@@ -20,7 +21,12 @@ namespace {
 
 struct InfoFlags {
   ModelFlags model;
+  ParallelFlags parallel;
+  bool plan = false;
   bool json = false;
+
+  // Several ranks are of interest for their plan alone.
+  bool wants_plan() const { return plan || parallel.tensor_size * parallel.stages > 1; }
 };
 
 int64_t bytes(double count) { return static_cast<int64_t>(count); }
@@ -204,8 +210,14 @@ void run(const InfoFlags& flags) {
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
   const Text text = text_of(model_path(flags.model));
-  write_out(flags.json ? json_line(to_json(config, memory, type, text))
-                       : to_text(config, memory, type, flags.model.chunk_size, text));
+  nlohmann::json plan;
+  if (flags.wants_plan()) plan = rank_plan(flags.model, flags.parallel, config);
+  if (flags.json) {
+    nlohmann::json result = to_json(config, memory, type, text);
+    if (flags.wants_plan()) result["plan"] = plan;
+    return write_out(json_line(result));
+  }
+  write_out(to_text(config, memory, type, flags.model.chunk_size, text) + (plan.is_null() ? "" : plan_text(plan)));
 }
 
 }  // namespace
@@ -215,10 +227,13 @@ void add_info(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("info", "Show architecture, parameters and memory need; needs no weights");
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model);
+  add_switch(command, "--plan", flags->plan, "What each process would hold");
+  add_parallel_flags(command, flags->parallel);
   command.footer(
       "Examples:\n"
       "  mixtral info\n"
-      "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json");
+      "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json\n"
+      "  mixtral info ./Mixtral-8x7B-v0.1 --plan --tensor-parallel-size 2");
   command.callback([flags] { run(*flags); });
 }
 

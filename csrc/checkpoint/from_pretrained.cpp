@@ -24,6 +24,10 @@ torch::Device find_device(const std::string& name) {
   return device;
 }
 
+std::string of_rank(const Placement& placement) {
+  return placement.is_whole() ? "" : " for rank " + std::to_string(placement.rank()) + " (" + placement.name() + ")";
+}
+
 }  // namespace
 
 Mixtral from_pretrained(const std::filesystem::path& model_folder, const LoadOptions& options) {
@@ -34,15 +38,17 @@ Mixtral from_pretrained(const std::filesystem::path& model_folder, const LoadOpt
     config.check_experts_per_token(options.experts_per_token);
     config.top_k = options.experts_per_token;
   }
+  options.placement.check(config);
+  const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack, options.placement);
   const Checkpoint checkpoint(folder, config, options);
-  const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack);
   // Torch ends the process when memory runs out inside an op, so the check counts the temporary memory of packing too.
-  check_fits("the weights of " + folder.string(), config, type, options.device);
+  const std::string what = "the weights of " + folder.string() + of_rank(options.placement);
+  check_fits(what, config, type, options.device, available_memory, options.placement);
   const auto allocate = [&] {
     try {
       return Mixtral(config, scalar_type(type.dtype), device, type.packing);
     } catch (const c10::Error& error) {  // allocating is all that torch does here
-      throw OutOfMemory("the weights of " + folder.string() + ": " + error.what_without_backtrace());
+      throw OutOfMemory(what + ": " + error.what_without_backtrace());
     }
   };
   Mixtral model = allocate();

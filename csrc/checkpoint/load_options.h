@@ -4,9 +4,14 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <string>
 
+#include "../model/placement.h"
+
 namespace mixtral {
+
+class Communicator;
 
 // Called during long work: units done, units in all. It may throw to end the work.
 using Progress = std::function<void(uint64_t done, uint64_t total)>;
@@ -22,7 +27,9 @@ struct LoadOptions {
   std::filesystem::path lora;   // an adapter to merge (lora.h): a folder, or a name as of find_model; empty: none
   bool check_weights = false;   // true: a value that is not finite is a LoadError
   Warn warn = nullptr;
-  int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
+  int64_t experts_per_token = 0;        // 0: as many as the checkpoint says
+  Placement placement;                  // what this process holds: the whole model, unless it is one of several ranks
+  std::shared_ptr<Communicator> world;  // all ranks; null for a single one
 };
 
 }  // namespace mixtral

@@ -7,6 +7,7 @@
 #include "../io/load_error.h"
 #include "../io/nearest.h"
 #include "../io/safetensors.h"
+#include "../model/ops.h"
 #include "weights.h"
 
 namespace mixtral {
@@ -119,8 +120,8 @@ class AdapterReader {
 
   void push(const WeightSlice& slice, int64_t first_row, const torch::Tensor& left, const torch::Tensor& right,
             double scale) {
-    adapter_.changes_[slice.parameter].push_back(
-        {slice.first_row + first_row, left.contiguous(), right.contiguous(), scale, {}});
+    const auto f32 = [](const torch::Tensor& t) { return t.to(torch::kFloat32).contiguous(); };
+    adapter_.changes_[slice.parameter].push_back({slice.first_row + first_row, f32(left), f32(right.t()), scale, {}});
   }
 
   void replace(const std::string& tensor, std::string name) {
@@ -203,7 +204,8 @@ Adapter::Adapter(const fs::path& folder, const Config& config) {
   AdapterReader(folder, config, *this).read();
 }
 
-void Adapter::merge_into(const torch::Tensor& rows, const std::string& parameter, int64_t first_row) const {
+void Adapter::merge_into(const torch::Tensor& rows, const std::string& parameter, int64_t first_row,
+                         int64_t first_column) const {
   const auto found = changes_.find(parameter);
   if (found == changes_.end()) return;
   for (const Change& change : found->second) {
@@ -214,9 +216,13 @@ void Adapter::merge_into(const torch::Tensor& rows, const std::string& parameter
     const auto part = rows.narrow(0, begin - first_row, end - begin);
     const auto own = [&](const torch::Tensor& t) { return t.narrow(0, begin - change.first_row, end - begin); };
     if (change.whole.defined()) {
-      part.copy_(own(change.whole));
+      part.copy_(own(change.whole).narrow(1, first_column, rows.size(1)));
     } else {
-      part.addmm_(own(change.left).to(torch::kFloat32), change.right.to(torch::kFloat32), 1, change.scale);
+      // The order of the sums in grouped_gemm is that of the depths alone; in a product of torch it depends on the
+      // sizes.
+      const auto right = change.right.narrow(0, first_column, rows.size(1)).unsqueeze(0);
+      const auto offs = torch::full({1}, end - begin, torch::kInt32);
+      part.add_(ops::grouped_gemm(own(change.left), right, offs), change.scale);
     }
   }
 }

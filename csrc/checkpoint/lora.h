@@ -26,16 +26,18 @@ class Adapter {
   Adapter(const std::filesystem::path& folder, const Config& config);
 
   bool changes(const std::string& parameter) const { return changes_.count(parameter) > 0; }
-  // rows f32 [n,cols]: rows from `first_row` on of a parameter seen as [rows,cols], changed in place.
-  void merge_into(const torch::Tensor& rows, const std::string& parameter, int64_t first_row) const;
+  // rows f32 [n,columns]: rows from `first_row` on, and of each the columns from `first_column` on, of a parameter seen
+  // as [rows,cols]; changed in place. Every element gets the same bits, whichever others come with it.
+  void merge_into(const torch::Tensor& rows, const std::string& parameter, int64_t first_row,
+                  int64_t first_column = 0) const;
 
  private:
-  // Rows from `first_row` on of one parameter. Tensors have the types of the file.
+  // Rows from `first_row` on of one parameter.
   struct Change {
     int64_t first_row;
-    torch::Tensor left, right;  // [n,r] and [r,cols], whose product, times the scale, is added
+    torch::Tensor left, right;  // f32 [n,r] and [cols,r]; left right^T, times the scale, is added
     double scale;
-    torch::Tensor whole;  // or [n,cols], which takes the rows' place
+    torch::Tensor whole;  // or [n,cols], in the type of the file, which takes the rows' place
   };
   std::map<std::string, std::vector<Change>> changes_;  // by parameter
 

@@ -1,4 +1,5 @@
-// The memory that a model needs, from its configuration alone: known before anything is allocated.
+// The memory that a model, or one of its ranks, needs, from its configuration alone: known before anything is
+// allocated.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include "../model/config.h"
 #include "../model/defaults.h"
 #include "../model/memory.h"
+#include "../model/placement.h"
 #include "../model/weight_type.h"
 
 namespace mixtral {
@@ -24,14 +26,15 @@ struct MemoryPlan {
   double to_load() const { return weights + loading + unpacking + activations; }
 };
 
-// device: "cpu" or "cuda"; ctx_size 0: the model's; chunk_size: tokens of one forward pass.
+// Of one rank. device: "cpu" or "cuda"; ctx_size 0: the model's; chunk_size: tokens of one forward pass.
 MemoryPlan plan_memory(const Config& config, const WeightType& type, const std::string& device, int64_t ctx_size = 0,
-                       int64_t chunk_size = kChunkSize);
+                       int64_t chunk_size = kChunkSize, const Placement& placement = {});
 
 using FreeMemory = std::function<int64_t(const std::string& device)>;  // bytes
 
-// Throws OutOfMemory, with the plan and with the types that would fit, unless `what` fits on `device`.
+// Throws OutOfMemory, with the plan and with the types that would fit, unless `what` fits on `device`: the model, or
+// what one rank holds of it.
 void check_fits(const std::string& what, const Config& config, const WeightType& type, const std::string& device,
-                const FreeMemory& free = available_memory);
+                const FreeMemory& free = available_memory, const Placement& placement = {});
 
 }  // namespace mixtral

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <numeric>
 
@@ -17,8 +18,8 @@
 namespace mixtral {
 namespace {
 
-constexpr int64_t kPartBytes = 256 << 10;    // with what it becomes, these fit the cache of a core
-constexpr int64_t kCudaPartBytes = 4 << 20;  // copies to a GPU are slow when they are short
+constexpr int64_t kPieceBytes = 256 << 10;    // with what it becomes, these fit the cache of a core
+constexpr int64_t kCudaPieceBytes = 4 << 20;  // copies to a GPU are slow when they are short
 constexpr int64_t kProgressBytes = 64 << 20;
 
 // f32 [count,cols] of `count` rows of quantised blocks
@@ -32,15 +33,16 @@ torch::Tensor dequantized(const std::string& dtype, const void* blocks, int64_t 
   return rows;
 }
 
-// rows [n,cols], the first of which is `first_row` of the tensor
-void check_finite(const StoredRows& stored, const torch::Tensor& rows, int64_t first_row) {
+// rows [n,cols], the first of which is row `row` of the part
+void check_finite(const StoredRows& stored, const torch::Tensor& rows, int64_t row) {
   const torch::Tensor wrong = torch::isfinite(rows).logical_not_();
   if (!wrong.any().item<bool>()) return;
   const torch::Tensor place = wrong.nonzero()[0];  // [2]
-  const auto row = place[0].item<int64_t>(), col = place[1].item<int64_t>();
+  const auto r = place[0].item<int64_t>(), c = place[1].item<int64_t>();
   throw LoadError(stored.file.path(), stored.slice.tensor,
-                  std::string("holds ") + (rows[row][col].isnan().item<bool>() ? "NaN" : "inf") + " in row " +
-                      std::to_string(first_row + row) + ", column " + std::to_string(col));
+                  std::string("holds ") + (rows[r][c].isnan().item<bool>() ? "NaN" : "inf") + " in row " +
+                      std::to_string(stored.part.first_row + row + r) + ", column " +
+                      std::to_string(stored.part.first_column + c));
 }
 
 torch::Tensor pack(const StoredRows& stored, const torch::Tensor& rows, Packing packing, torch::ScalarType type) {
@@ -53,11 +55,11 @@ torch::Tensor pack(const StoredRows& stored, const torch::Tensor& rows, Packing 
   }
 }
 
-// Calls run(part) for the parts [begin, end), which the threads of the calling one take in their order, many at first
-// and then few: neighbouring parts lie in one large page, which two threads should not both bring into being. Rethrows
-// what the first part threw that failed.
+// Calls run(piece) for the pieces [begin, end), which the threads of the calling one take in their order, many at first
+// and then few: neighbouring pieces lie in one large page, which two threads should not both bring into being. Rethrows
+// what the first piece threw that failed.
 template <typename F>
-void for_parts(int64_t begin, int64_t end, const F& run) {
+void for_pieces(int64_t begin, int64_t end, const F& run) {
   const int64_t threads = at::get_num_threads();
   cpu::SharedWork work(end - begin, threads, 1);
   std::mutex mutex;
@@ -66,14 +68,14 @@ void for_parts(int64_t begin, int64_t end, const F& run) {
   parallel_for(threads, 1, [&](int64_t, int64_t) {
     const torch::NoGradGuard no_grad;  // a setting of each thread
     for (auto share = work.take(); share.begin < share.end; share = work.take()) {
-      for (int64_t part = begin + share.begin; part < begin + share.end; ++part) {
+      for (int64_t piece = begin + share.begin; piece < begin + share.end; ++piece) {
         try {
-          run(part);
+          run(piece);
         } catch (...) {
           const std::lock_guard<std::mutex> lock(mutex);
-          if (part < failed) error = std::current_exception();
-          failed = std::min(failed, part);
-          return;  // the parts before this one are with some thread already
+          if (piece < failed) error = std::current_exception();
+          failed = std::min(failed, piece);
+          return;  // the pieces before this one are with some thread already
         }
       }
     }
@@ -83,67 +85,84 @@ void for_parts(int64_t begin, int64_t end, const F& run) {
 
 }  // namespace
 
-// What the parts of one slice have in common.
+uint64_t StoredRows::bytes_of(int64_t elements) const {
+  const auto all_rows =
+      std::accumulate(entry.shape.begin(), entry.shape.end(), int64_t{1}, std::multiplies<>()) / part.row_size;
+  const uint64_t row = (entry.end - entry.begin) / static_cast<uint64_t>(all_rows);
+  return row * static_cast<uint64_t>(elements) / static_cast<uint64_t>(part.row_size);
+}
+
+uint64_t StoredRows::row_bytes() const { return bytes_of(part.columns); }
+
+void StoredRows::read(int64_t row, int64_t count, void* to) const {
+  const uint64_t stride = bytes_of(part.row_size), bytes = row_bytes();
+  const uint64_t begin =
+      entry.begin + static_cast<uint64_t>(part.first_row + row) * stride + bytes_of(part.first_column);
+  if (bytes == stride) return file.read(begin, to, static_cast<uint64_t>(count) * bytes);
+  for (uint64_t r = 0; r < static_cast<uint64_t>(count); ++r)
+    file.read(begin + r * stride, static_cast<char*>(to) + r * bytes, bytes);
+}
+
+// What the pieces of one part have in common.
 struct RowReader::Job {
   const StoredRows& stored;
   const Packing packing;
   const torch::Tensor& out;
   const int64_t block;      // rows of a packed block; 1: not packed
   const int64_t row_bytes;  // in the file
-  int64_t step = 0;         // rows of a part
+  int64_t step = 0;         // rows of a piece
   bool direct = false;      // the bytes of the file are those of the parameter
 };
 
 void RowReader::read(const StoredRows& stored, Packing packing, const torch::Tensor& out) {
   const WeightSlice& slice = stored.slice;
-  const int64_t rows = slice.rows(), out_rows = slice.transposed ? slice.cols() : rows;
-  const auto bytes = static_cast<int64_t>(stored.entry.end - stored.entry.begin);
-  Job job{stored, packing, out, packing == Packing::kNone ? 1 : out_rows / out.size(0), bytes / rows};
+  const int64_t rows = stored.part.rows, out_rows = slice.transposed ? stored.part.columns : rows;
+  Job job{stored, packing, out, packing == Packing::kNone ? 1 : out_rows / out.size(0),
+          static_cast<int64_t>(stored.row_bytes())};
   const int64_t group = slice.transposed ? rows : std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), job.block);
-  const int64_t part_bytes = out.is_cpu() ? kPartBytes : kCudaPartBytes;
-  job.step = std::max<int64_t>(part_bytes / (job.row_bytes * group), 1) * group;
+  const int64_t piece_bytes = out.is_cpu() ? kPieceBytes : kCudaPieceBytes;
+  job.step = std::max<int64_t>(piece_bytes / (job.row_bytes * group), 1) * group;
   job.direct = out.is_cpu() && out.scalar_type() == stored.type && slice.interleaved_head_dim == 0 && job.block == 1 &&
                !(adapter_ && adapter_->changes(slice.parameter)) && !is_ggml_quantized(stored.entry.dtype) &&
                !slice.transposed;
   staging_.resize(static_cast<size_t>(at::get_num_threads()));
-  const int64_t parts = ceil_div(rows, job.step),
+  const int64_t pieces = ceil_div(rows, job.step),
                 turn = std::max<int64_t>(kProgressBytes / (job.step * job.row_bytes), 1);
-  for (int64_t begin = 0; begin < parts; begin += turn) {
-    const int64_t end = std::min(begin + turn, parts);
-    const auto run = [&](int64_t part) { read_part(job, part * job.step); };
-    if (out.is_cpu() && parts > 1) {
-      for_parts(begin, end, run);
+  for (int64_t begin = 0; begin < pieces; begin += turn) {
+    const int64_t end = std::min(begin + turn, pieces);
+    const auto run = [&](int64_t piece) { read_piece(job, piece * job.step); };
+    if (out.is_cpu() && pieces > 1) {
+      for_pieces(begin, end, run);
     } else {
-      for (int64_t part = begin; part < end; ++part) run(part);
+      for (int64_t piece = begin; piece < end; ++piece) run(piece);
     }
     report(static_cast<uint64_t>((std::min(end * job.step, rows) - begin * job.step) * job.row_bytes));
   }
 }
 
-void RowReader::read_part(const Job& job, int64_t row) {
-  const auto& [file, entry, slice, type] = job.stored;
-  const int64_t count = std::min(job.step, slice.rows() - row);
-  const auto bytes = static_cast<uint64_t>(count * job.row_bytes);
-  const torch::Tensor part = slice.transposed ? job.out : job.out.narrow(0, row / job.block, count / job.block);
-  void* to = job.direct ? part.data_ptr() : staging(bytes);
-  file.read(entry.begin + static_cast<uint64_t>(row * job.row_bytes), to, bytes);
-  const torch::Tensor rows = rows_of_part(job, to, row, count);
+void RowReader::read_piece(const Job& job, int64_t row) {
+  const int64_t count = std::min(job.step, job.stored.part.rows - row);
+  const bool transposed = job.stored.slice.transposed;
+  const torch::Tensor piece = transposed ? job.out : job.out.narrow(0, row / job.block, count / job.block);
+  void* to = job.direct ? piece.data_ptr() : staging(static_cast<uint64_t>(count * job.row_bytes));
+  job.stored.read(row, count, to);
+  const torch::Tensor rows = rows_of_piece(job, to, row, count);
   if (job.direct) return;
-  part.copy_(job.packing == Packing::kNone ? rows : pack(job.stored, rows, job.packing, job.out.scalar_type()));
+  piece.copy_(job.packing == Packing::kNone ? rows : pack(job.stored, rows, job.packing, job.out.scalar_type()));
 }
 
-// bytes: `count` rows of the file from `row` on
-torch::Tensor RowReader::rows_of_part(const Job& job, void* bytes, int64_t row, int64_t count) const {
-  const auto& [file, entry, slice, type] = job.stored;
+// bytes: `count` rows of the part from `row` on
+torch::Tensor RowReader::rows_of_piece(const Job& job, void* bytes, int64_t row, int64_t count) const {
+  const auto& [file, entry, slice, part, type] = job.stored;
   torch::Tensor rows = is_ggml_quantized(entry.dtype)
-                           ? dequantized(entry.dtype, bytes, count, slice.cols(), job.row_bytes)
-                           : torch::from_blob(bytes, {count, slice.cols()}, type);
-  if (check_finite_ && !slice.packed) check_finite(job.stored, rows, slice.first_tensor_row + row);
+                           ? dequantized(entry.dtype, bytes, count, part.columns, job.row_bytes)
+                           : torch::from_blob(bytes, {count, part.columns}, type);
+  if (check_finite_ && !slice.packed) check_finite(job.stored, rows, row);
   if (job.direct) return rows;
   rows = slice.transposed ? rows.t().contiguous() : half_split(rows, slice.interleaved_head_dim);
   if (adapter_ && adapter_->changes(slice.parameter)) {
     rows = rows.to(torch::kFloat32);
-    adapter_->merge_into(rows, slice.parameter, slice.first_row + row);
+    adapter_->merge_into(rows, slice.parameter, part.parameter_row + row, part.parameter_column);
   }
   return rows;
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <set>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 
 #include "../io/ggml_type.h"
 #include "../io/json.h"
@@ -10,7 +12,6 @@
 #include "../io/nearest.h"
 #include "files.h"
 #include "folder.h"
-#include "row_reader.h"
 
 namespace mixtral {
 namespace {
@@ -30,15 +31,38 @@ torch::ScalarType scalar_type(const TensorFile& file, const WeightSlice& slice, 
   throw LoadError(file.path(), slice.tensor, "dtype must be F32, BF16 or F16, got " + entry.dtype);
 }
 
-// The bytes of the slice's rows alone.
-TensorEntry rows_of(TensorEntry entry, const WeightSlice& slice) {
-  if (slice.tensor_rows == 0) return entry;
-  int64_t rows = 1;
-  for (size_t d = 0; d + 1 < entry.shape.size(); ++d) rows *= entry.shape[d];
-  const uint64_t row_bytes = (entry.end - entry.begin) / static_cast<uint64_t>(rows);
-  entry.begin += static_cast<uint64_t>(slice.first_tensor_row) * row_bytes;
-  entry.end = entry.begin + static_cast<uint64_t>(slice.tensor_rows) * row_bytes;
-  return entry;
+// What a rank holds of each parameter, by name.
+class Shards {
+ public:
+  Shards(const Config& config, const Placement& placement) {
+    for (Parameter& parameter : placed_parameters(config, placement)) {
+      const std::string name = parameter.name;
+      ParameterShard shard = shard_of(parameter, config, placement);
+      shards_.emplace(name, std::pair(std::move(parameter), std::move(shard)));
+    }
+  }
+
+  // None: the rank holds nothing of it.
+  std::vector<WeightPart> parts(const WeightSlice& slice) const {
+    const auto found = shards_.find(slice.parameter);
+    if (found == shards_.end()) return {};
+    return parts_of(slice, found->second.first, found->second.second);
+  }
+
+ private:
+  std::map<std::string, std::pair<Parameter, ParameterShard>> shards_;
+};
+
+// Blocks of a GGUF file are a run of columns.
+void check_whole_blocks(const TensorFile& file, const std::string& tensor, const TensorEntry& entry,
+                        const std::vector<WeightPart>& parts) {
+  const int64_t block = ggml_block_size(entry.dtype);
+  for (const WeightPart& part : parts) {
+    if (part.first_column % block == 0 && part.columns % block == 0) continue;
+    throw LoadError(file.path(), tensor,
+                    std::to_string(part.columns) + " of its columns are for one rank, but " + entry.dtype +
+                        " has blocks of " + std::to_string(block) + ": use expert parallelism or fewer ranks");
+  }
 }
 
 bool ends_in(const std::string& name, const std::string& end) {
@@ -122,6 +146,8 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
     throw std::invalid_argument("lora needs a checkpoint that is not quantised, got " + config.quantization +
                                 ": quantise the original with `mixtral quantize MODEL OUT --lora FOLDER`");
   }
+  options.placement.check(config);
+  const Shards shards(config, options.placement);
   std::map<std::string, size_t> where;  // tensor -> index of its file
   std::map<std::string, size_t> twice;  // the same of a second one
   for (size_t f = 0; f < files_.size(); ++f) {
@@ -148,7 +174,7 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
     if (where.count(slice.tensor + ".absmax"))
       throw LoadError(file.path(), slice.tensor,
                       "is quantised by bitsandbytes, which is not supported" + kTakeOriginal);
-    scalar_type(file, slice, entry);
+    const torch::ScalarType type = scalar_type(file, slice, entry);
     if (entry.shape != slice.shape) {
       const std::string empty =
           entry.begin == entry.end ? ": DeepSpeed ZeRO-3 saved it without gathering it first" : "";
@@ -156,18 +182,28 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
                       "shape must be " + shape_string(slice.shape) + ", got " + shape_string(entry.shape) + empty);
     }
     expected.insert(slice.tensor);
-    sources_.push_back({found->second, rows_of(entry, slice), std::move(slice)});
+    std::vector<WeightPart> parts = shards.parts(slice);
+    if (parts.empty()) return;  // another rank's
+    check_whole_blocks(file, slice.tensor, entry, parts);
+    sources_.push_back({found->second, entry, std::move(slice), std::move(parts), type});
   });
   for (const TensorFile& file : files_) check_unexpected(file, expected);
   std::sort(sources_.begin(), sources_.end(), [](const Source& a, const Source& b) {
-    return std::pair(a.file, a.entry.begin) < std::pair(b.file, b.entry.begin);
+    return std::tuple(a.file, a.entry.begin, a.parts[0].first_row) <
+           std::tuple(b.file, b.entry.begin, b.parts[0].first_row);
   });
   if (!options.lora.empty()) adapter_.emplace(find_model(options.lora), config);
 }
 
+StoredRows Checkpoint::stored(const Source& source, const WeightPart& part) const {
+  return {files_[source.file], source.entry, source.slice, part, source.type};
+}
+
 uint64_t Checkpoint::bytes() const {
   uint64_t bytes = 0;
-  for (const Source& source : sources_) bytes += source.entry.end - source.entry.begin;
+  for (const Source& source : sources_)
+    for (const WeightPart& part : source.parts)
+      bytes += static_cast<uint64_t>(part.rows) * stored(source, part).row_bytes();
   return bytes;
 }
 
@@ -175,18 +211,18 @@ void Checkpoint::read_into(const torch::OrderedDict<std::string, torch::Tensor>&
                            const Progress& progress) const {
   const torch::NoGradGuard no_grad;
   RowReader reader(progress, bytes(), adapter_ ? &*adapter_ : nullptr, check_finite_);
-  for (const auto& [file, entry, slice] : sources_) {
-    const torch::Tensor* const wanted = parameters.find(slice.parameter);
-    if (!wanted) continue;
-    const torch::Tensor& parameter = *wanted;
-    const int64_t rows = slice.transposed ? slice.cols() : slice.rows();
-    const StoredRows stored{files_[file], entry, slice, scalar_type(files_[file], slice, entry)};
-    if (is_packed(parameter) && !slice.packed) {
-      const auto blocks = parameter.flatten(0, 1);
-      reader.read(stored, packing, blocks.narrow(0, slice.first_row / kPackedRows, rows / kPackedRows));
-    } else {
-      const auto matrix = parameter.view({-1, slice.transposed ? slice.rows() : slice.cols()});
-      reader.read(stored, Packing::kNone, matrix.narrow(0, slice.first_row, rows));
+  for (const Source& source : sources_) {
+    const torch::Tensor* const parameter = parameters.find(source.slice.parameter);
+    if (!parameter) continue;
+    const bool transposed = source.slice.transposed;
+    for (const WeightPart& part : source.parts) {
+      const int64_t rows = transposed ? part.columns : part.rows, cols = transposed ? part.rows : part.columns;
+      if (is_packed(*parameter) && !source.slice.packed) {
+        const auto blocks = parameter->flatten(0, 1);
+        reader.read(stored(source, part), packing, blocks.narrow(0, part.own_row / kPackedRows, rows / kPackedRows));
+      } else {
+        reader.read(stored(source, part), Packing::kNone, parameter->view({-1, cols}).narrow(0, part.own_row, rows));
+      }
     }
   }
 }

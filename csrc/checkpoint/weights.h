@@ -14,7 +14,9 @@
 #include "../model/packing.h"
 #include "load_options.h"
 #include "lora.h"
+#include "row_reader.h"
 #include "weight_names.h"
+#include "weight_parts.h"
 
 namespace mixtral {
 
@@ -35,24 +37,30 @@ torch::Tensor half_split(const torch::Tensor& rows, int64_t interleaved_head_dim
 class Checkpoint {
  public:
   // Hugging Face (v4 or v5 names, one file or shards) or consolidated, with the adapter, if there is one, merged into
-  // what is read. Throws LoadError; std::invalid_argument for an adapter over quantised weights.
+  // what is read, which is what the rank of options.placement holds. Throws LoadError; std::invalid_argument for an
+  // adapter over quantised weights and for a model that cannot be cut that way.
   Checkpoint(const std::filesystem::path& folder, const Config& config, const LoadOptions& options = {});
 
   uint64_t bytes() const;  // to be read
 
   // Fills the given parameters, all or some, in place, converting dtype and layout, packing and quantising through a
-  // small staging buffer. Progress is in bytes of the whole checkpoint. Throws LoadError for a value that is not
+  // small staging buffer. They have the shapes of the rank, and the names of the whole model. Progress is in bytes of
+  // all that the rank reads. Throws LoadError for a value that is not
   // finite, if the options ask for that or it is to be quantised.
   void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                  const Progress& progress) const;
 
  private:
-  // One tensor of the checkpoint, and the rows of the parameter it becomes.
+  // One tensor of the checkpoint, and what of it the rank reads.
   struct Source {
     size_t file;  // index into files_
     TensorEntry entry;
     WeightSlice slice;
+    std::vector<WeightPart> parts;
+    torch::ScalarType type;
   };
+  StoredRows stored(const Source& source, const WeightPart& part) const;
+
   std::vector<TensorFile> files_;
   std::vector<Source> sources_;  // in file order
   std::optional<Adapter> adapter_;

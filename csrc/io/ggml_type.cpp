@@ -110,6 +110,11 @@ const GgmlType* find_ggml_type(uint32_t id) {
 
 bool is_ggml_quantized(const std::string& name) { return find_quantized(name) != nullptr; }
 
+int64_t ggml_block_size(const std::string& name) {
+  const GgmlType* type = find_quantized(name);
+  return type ? type->elements : 1;
+}
+
 void dequantize_ggml(const std::string& name, const uint8_t* blocks, int64_t count, float* out) {
   const GgmlType& type = *find_quantized(name);
   for (int64_t i = 0; i < count; i += type.elements, blocks += type.bytes, out += type.elements) {

@@ -18,6 +18,8 @@ const GgmlType* find_ggml_type(uint32_t id);
 
 // Whether `name` is one of the quantised types that dequantize() reads: Q4_0, Q8_0, Q4_K, Q5_K and Q6_K.
 bool is_ggml_quantized(const std::string& name);
+// Elements of a block of the type `name`; 1 when it is none of those.
+int64_t ggml_block_size(const std::string& name);
 
 // `count` elements in whole blocks of the type `name`, to the floats that llama.cpp computes from them, bit by bit.
 void dequantize_ggml(const std::string& name, const uint8_t* blocks, int64_t count, float* out);

@@ -4,6 +4,7 @@
 
 #include "checkpoint/weights.h"
 #include "checkpoint_files.h"
+#include "checkpoint_tensors.h"
 #include "model/parameters.h"
 #include "model/transformer.h"
 
@@ -11,12 +12,14 @@ namespace mixtral {
 namespace {
 
 using testing::expect_load_error;
+using testing::file_bytes;
 using testing::peak_memory;
+using testing::random_tensors;
 using testing::safetensors;
 using testing::TempFolder;
+using testing::Tensors;
 using testing::write_file;
 
-using Tensors = std::map<std::string, torch::Tensor>;
 using Parameters = torch::OrderedDict<std::string, torch::Tensor>;
 
 Config small_config(int64_t num_experts) {
@@ -45,31 +48,6 @@ Parameters empty_parameters(const Config& config, torch::ScalarType type) {
                                                   parameter.is_f32 ? torch::kFloat32 : type));
   }
   return parameters;
-}
-
-// Random tensors of the given spelling; equal names always hold equal values.
-Tensors random_tensors(const Config& config, WeightNames names, torch::ScalarType type) {
-  Tensors tensors;
-  for (const WeightSlice& slice : weight_slices(config, names)) {
-    torch::manual_seed(std::hash<std::string>()(slice.tensor) & 0xffff);
-    tensors[slice.tensor] = torch::randn(slice.shape).to(type);
-  }
-  return tensors;
-}
-
-std::string file_bytes(const Tensors& tensors) {
-  const std::map<torch::ScalarType, std::string> names = {
-      {torch::kFloat32, "F32"}, {torch::kBFloat16, "BF16"}, {torch::kHalf, "F16"}, {torch::kInt64, "I64"}};
-  std::string header, data;
-  for (const auto& [name, tensor] : tensors) {
-    std::string shape;
-    for (const int64_t size : tensor.sizes()) shape += (shape.empty() ? "" : ",") + std::to_string(size);
-    const std::string begin = std::to_string(data.size());
-    data.append(static_cast<const char*>(tensor.data_ptr()), tensor.nbytes());
-    header += (header.empty() ? "{\"" : ",\"") + name + R"(":{"dtype":")" + names.at(tensor.scalar_type()) +
-              R"(","shape":[)" + shape + R"(],"data_offsets":[)" + begin + "," + std::to_string(data.size()) + "]}";
-  }
-  return safetensors(header + "}", data);
 }
 
 Parameters load(const std::filesystem::path& folder, const Config& config, torch::ScalarType type) {

@@ -1,5 +1,6 @@
 #include "checkpoint/lora.h"
 #include "checkpoint_files.h"
+#include "checkpoint_tensors.h"
 #include "tiny_model.h"
 
 namespace mixtral {
@@ -45,6 +46,30 @@ TEST(Adapter, AddsItsProductToTheRowsAsked) {
   adapter.merge_into(rows, "layers.0.attention.qkv_proj", q - 2);  // the last two rows of q, the first two of k
   EXPECT_TRUE(torch::equal(rows.narrow(0, 0, 2), torch::full({2, config.hidden_size}, 3.0)));  // rank 2 times 3/2
   EXPECT_TRUE(torch::equal(rows.narrow(0, 2, 2), torch::zeros({2, config.hidden_size})));
+}
+
+TEST(Adapter, GivesAnElementTheSameBitsWhateverComesWithIt) {
+  const TempFolder folder;
+  const Config config = mixtral_8x7b();
+  const int64_t H = config.hidden_size, rank = 5;
+  torch::manual_seed(3);
+  const auto a = torch::randn({rank, H}), b = torch::randn({H, rank});
+  const std::string name = "model.layers.0.self_attn.q_proj.lora_";
+  write_file(folder / "adapter_config.json", R"({"peft_type":"LORA","r":5,"lora_alpha":3})");
+  write_file(folder / "adapter_model.safetensors",
+             testing::file_bytes({{name + "A.weight", a}, {name + "B.weight", b}}));
+  const Adapter adapter(folder.path(), config);
+  const std::string parameter = "layers.0.attention.qkv_proj";
+  const auto start = torch::randn({300, 500}), all = start.clone();
+  adapter.merge_into(all, parameter, 1000, 40);
+  const auto expected = start + 0.6 * b.narrow(0, 1000, 300).matmul(a.narrow(1, 40, 500));
+  EXPECT_TRUE(torch::allclose(all, expected, 1e-5, 1e-5));
+  for (const auto& [row, rows, column, columns] : {std::tuple(0, 1, 0, 500), std::tuple(7, 33, 1, 31),
+                                                   std::tuple(299, 1, 499, 1), std::tuple(100, 128, 32, 256)}) {
+    const auto part = start.narrow(0, row, rows).narrow(1, column, columns).clone();
+    adapter.merge_into(part, parameter, 1000 + row, 40 + column);
+    EXPECT_TRUE(same_bits(part, all.narrow(0, row, rows).narrow(1, column, columns)));
+  }
 }
 
 // Accepted or LoadError: any other exception fails the test, and a signal ends it.

@@ -51,6 +51,45 @@ TEST(MemoryPlan, QuantisedWeightsOnCudaNeedRoomToBeUnpacked) {
   EXPECT_EQ(cuda.to_load(), cpu.to_load() + cuda.unpacking);
 }
 
+TEST(MemoryPlan, RanksShareWeightsAndCache) {
+  const Config config = mixtral_8x7b();
+  const WeightType type = parse_weight_type("bfloat16", config, "cuda");
+  const MemoryPlan whole = plan_memory(config, type, "cuda");
+  for (const bool expert_parallel : {true, false}) {
+    for (const auto& [tensor_size, stages] : {std::pair(2, 1), std::pair(1, 2), std::pair(2, 2), std::pair(8, 4)}) {
+      double weights = 0, cache = 0;
+      for (int rank = 0; rank < tensor_size * stages; ++rank) {
+        const Placement placement = Placement::of_rank(rank, tensor_size, stages, expert_parallel);
+        const MemoryPlan plan = plan_memory(config, type, "cuda", 0, kChunkSize, placement);
+        weights += plan.weights;
+        cache += plan.cache;
+        EXPECT_LE(plan.activations, whole.activations);
+      }
+      const double embeddings = 2.0 * 32000 * 4096;
+      EXPECT_EQ(cache, whole.cache);
+      // Every rank of a stage has the embeddings, the norms and the routers whole.
+      EXPECT_GE(weights, whole.weights + (tensor_size - 1) * embeddings);
+      EXPECT_LE(weights, whole.weights + (tensor_size - 1) * 1.2 * embeddings);
+    }
+  }
+  // Each expert cut in two: half of gate, up and product.
+  const MemoryPlan cut = plan_memory(config, type, "cuda", 0, kChunkSize, Placement::of_rank(0, 2, 1, false));
+  EXPECT_EQ(cut.activations, 512.0 * 2 * (2 * 4096 + 2 * (2 * 4096 + 3 * 7168)));
+}
+
+TEST(MemoryPlan, ARankFitsWhereTheModelDoesNot) {
+  const Config config = mixtral_8x7b();
+  const auto check = [&](const std::string& dtype, const Placement& placement) {
+    const WeightType type = parse_weight_type(dtype, config, "cuda", true, placement);
+    check_fits("the weights", config, type, "cuda", machine(0, 79), placement);
+  };
+  EXPECT_THROW(check("bfloat16", {}), OutOfMemory);
+  EXPECT_NO_THROW(check("bfloat16", Placement::of_rank(1, 2, 1, true)));
+  EXPECT_NO_THROW(check("bfloat16", Placement::of_rank(1, 1, 2, true)));
+  EXPECT_THROW(check("float32", Placement::of_rank(1, 2, 1, true)), OutOfMemory);
+  EXPECT_NO_THROW(check("float32", Placement::of_rank(1, 2, 2, true)));
+}
+
 TEST(MemoryPlan, WhatFitsIsNoError) {
   const Config config = mixtral_8x7b();
   EXPECT_EQ(error_of(config, "bfloat16", "cuda", machine(0, 139)), "");

@@ -54,6 +54,47 @@ TEST(Packing, ErrorsSayWhatDoesNotFit) {
             "dtype must be auto or int8 for a checkpoint quantised to int8, got int4");
 }
 
+TEST(Packing, EveryRankNeedsWholeBlocks) {
+  const Config config = packable_config();  // 2 key/value heads of 16
+  const Placement first = Placement::of_rank(0, 2, 1, true);
+  EXPECT_EQ(unfit_size(config), "");
+  EXPECT_EQ(unfit_size(config, first), "num_kv_heads * head_dim 32 over 2 ranks");
+  EXPECT_EQ(parse_weight_type("float32", config, "cpu", true, first).packing, Packing::kNone);
+  try {
+    parse_weight_type("int4", config, "cpu", true, first);
+    ADD_FAILURE();
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(),
+                 "dtype int4 needs sizes that are multiples of 32, got num_kv_heads * head_dim 32 over 2 ranks");
+  }
+  EXPECT_THROW(ParameterAllocator(config, torch::kFloat32, torch::kMeta, Packing::kFloat, first),
+               std::invalid_argument);
+  Config wider = config;
+  wider.head_dim = 32;
+  EXPECT_EQ(unfit_size(wider, first), "");  // experts are whole
+  const Placement cut = Placement::of_rank(0, 2, 1, false);
+  EXPECT_EQ(unfit_size(wider, cut), "intermediate_size 96 over 2 ranks");
+  EXPECT_EQ(unfit_size(wider, Placement::of_rank(0, 4, 1, true)), "hidden_size 64 over 4 ranks");
+}
+
+TEST(Packing, AllocatesWhatTheRankHolds) {
+  Config config = packable_config();
+  config.head_dim = 32;
+  const Placement last = Placement::of_rank(1, 2, 2, true);  // the second rank of the last stage
+  const ParameterAllocator allocator(config, torch::kBFloat16, torch::kCPU, Packing::kInt8, last);
+  torch::nn::Module module;
+  const auto shape = [&](const std::string& path, const std::string& name) {
+    return allocator.add(module, path, name).sizes().vec();
+  };
+  EXPECT_EQ(shape("layers.1.attention.", "qkv_proj"), (std::vector<int64_t>{1, 4, 32 * 64 + 128}));  // 2 + 1 + 1 heads
+  EXPECT_EQ(shape("layers.1.attention.", "o_proj"), (std::vector<int64_t>{1, 1, 32 * 128 + 128}));
+  EXPECT_EQ(shape("layers.1.moe.", "down_proj"), (std::vector<int64_t>{2, 2, 32 * 96 + 128}));  // 2 of 4 experts
+  EXPECT_EQ(shape("layers.1.moe.", "router"), (std::vector<int64_t>{4, 64}));
+  EXPECT_EQ(shape("", "lm_head"), (std::vector<int64_t>{1, 2, 32 * 64 + 128}));
+  EXPECT_THROW(shape("layers.0.attention.", "qkv_proj"), std::out_of_range);
+  EXPECT_THROW(shape("", "embed_tokens"), std::out_of_range);
+}
+
 TEST(Packing, PlannedBytesAreThoseOfTheParameters) {
   Config config = packable_config(8);
   config.hidden_size = 512;
