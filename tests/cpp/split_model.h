@@ -80,7 +80,7 @@ class SplitModel {
                                     ranks_[static_cast<size_t>(rank)]));
     leader_ = parts[0];
     for (size_t rank = 1; rank < parts.size(); ++rank) {
-      threads_.emplace_back([this, rank, part = parts[rank], threads = num_threads()] {
+      threads_.emplace_back([this, rank, part = parts[rank], threads = num_threads()]() mutable {
         use_threads(threads);
         try {
           follow(*part);
