@@ -27,7 +27,6 @@ class PlanTraceTest : public ::testing::Test {
     Engine::Options options;
     options.page_size = 4;
     options.chunk_size = 8;
-    options.kv_memory = 16 * RollingKVCache::page_bytes(model->config(), 4, model->dtype());  // two of them
     options.speculate = 4;
     options.plan_trace = trace;
     options.plan_replay = replay;
@@ -38,7 +37,6 @@ class PlanTraceTest : public ::testing::Test {
     engine.generate(requests);
     engine.generate({requests[0]});
     engine.finish_plan_trace();
-    EXPECT_GT(engine.stats().preemptions, 0);
   }
   // The message of what went wrong; empty: nothing.
   std::string replay() {
@@ -128,16 +126,18 @@ TEST_F(PlanTraceTest, BadFilesAreErrors) {
   }
 }
 
-// Guesses depend on how long passes take. A replay that is faster or slower makes those of the file.
+// Guesses depend on how long passes take. A replay that is faster or slower makes those of the file, and preempts as it
+// does.
 TEST_F(PlanTraceTest, AReplayMakesTheGuessesOfTheFile) {
   const auto run = [this](double seconds_of_a_token, std::unique_ptr<PlanTrace> trace) {
-    auto runner = std::make_unique<FakeRunner>(/*window=*/0, 4, /*num_pages=*/60, /*chunk=*/8);
+    auto runner = std::make_unique<FakeRunner>(/*window=*/0, 4, /*num_pages=*/40, /*chunk=*/8);
     runner->seconds_of_a_token = seconds_of_a_token;
     PlanTrace* const kept = trace.get();
-    EngineCore core(std::move(runner), {8, 32, 8, true, 256, /*depth=*/2}, /*speculate=*/4, std::move(trace));
+    EngineCore core(std::move(runner), {8, 32, 8, true, /*headroom=*/0, /*depth=*/2}, /*speculate=*/4,
+                    std::move(trace));
     int64_t drafted = 0;
-    for (int64_t id = 0; id < 6; ++id) {
-      Request request{{id % 3, 1, 2, 1, 2, 1}, params(30)};
+    for (int64_t id = 0; id < 12; ++id) {
+      Request request{{id % 3, id / 3 % 3, id / 9, 2, 1, 2, 1}, params(60)};
       request.experts_per_token = 2;
       Callbacks callbacks;
       callbacks.on_end = [&drafted](Outcome outcome) {
@@ -148,6 +148,7 @@ TEST_F(PlanTraceTest, AReplayMakesTheGuessesOfTheFile) {
     }
     while (!core.idle()) core.step();
     if (kept) kept->finish();
+    EXPECT_GT(core.stats().preemptions, 0);
     return drafted;
   };
   const int64_t drafted = run(0.01, std::make_unique<PlanTrace>(file, PlanTrace::Mode::kWrite));
