@@ -89,7 +89,7 @@ Result measure(const BenchFlags& flags) {
     decode.push_back(per_second(decoded_tokens(timings, prompts.size()), timings.decode_seconds));
   }
   Result result;
-  result.parallel = parallel_json(loaded.engine);
+  result.parallel = parallel_json(flags.model, loaded.engine);
   result.load_seconds = loaded.seconds;
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);

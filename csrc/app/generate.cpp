@@ -82,7 +82,8 @@ void print_json(const Generation& generation, const GenerateFlags& flags, const 
                            {"token_ids", generation.token_ids},
                            {"finish_reason", generation.finish_reason},
                            {"timings", timings_json(timings, flags.samples, loaded.seconds)}};
-  if (const nlohmann::json parallel = parallel_json(loaded.engine); !parallel.is_null()) result["parallel"] = parallel;
+  if (const nlohmann::json parallel = parallel_json(flags.model, loaded.engine); !parallel.is_null())
+    result["parallel"] = parallel;
   if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
   if (flags.sampling.prompt_logprobs > 0)
     result["prompt_logprobs"] = logprobs_json(generation.prompt_logprobs, tokenizer);

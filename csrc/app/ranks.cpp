@@ -55,25 +55,25 @@ void join_ranks(const ModelFlags& flags, LoadOptions& options) {
 
 void follow_as_rank(const ModelFlags& flags) {
   const char* const rank = std::getenv("RANK");
-  const bool is_child_of_rank_0 = std::getenv("MIXTRAL_LEADER") != nullptr;
   if (!is_split(flags) || rank == nullptr || std::string(rank) == "0") return;
   ignore_sigint();
   {
+    const bool rank_0_tells = is_child_rank();
     const LoadOptions options = load_options(flags);
-    if (is_child_of_rank_0) write_no_errors();
+    if (rank_0_tells) write_no_errors();
     Mixtral model = from_pretrained(model_path(flags), options);
     follow(*model);
   }
   std::exit(kOk);
 }
 
-nlohmann::json parallel_json(const Engine& engine) {
+nlohmann::json parallel_json(const ModelFlags& flags, const Engine& engine) {
   const Placement& placement = engine.model().placement();
   if (placement.is_whole()) return nullptr;
   return {{"tensor_parallel_size", placement.tensor_size},
           {"pipeline_parallel_size", placement.stages},
           {"expert_parallel", placement.expert_parallel},
-          {"backend", engine.model().world()->backend()}};
+          {"backend", backend_of(rank_options(flags))}};
 }
 
 }  // namespace mixtral::app

@@ -19,6 +19,6 @@ void join_ranks(const ModelFlags& flags, LoadOptions& options);
 void follow_as_rank(const ModelFlags& flags);
 
 // How the model is split; null where it is not.
-nlohmann::json parallel_json(const Engine& engine);
+nlohmann::json parallel_json(const ModelFlags& flags, const Engine& engine);
 
 }  // namespace mixtral::app

@@ -228,6 +228,10 @@ std::shared_ptr<Communicator> join_ranks(const RankOptions& options) {
   return follow_leader(options, world, backend);
 }
 
+std::string backend_of(const RankOptions& options) { return backend_of(options, world_of(options)); }
+
+bool is_child_rank() { return std::getenv(kLeader) != nullptr; }
+
 void check_same(Communicator& world, const std::string& description) {
   const std::vector<std::string> texts = world.exchange_texts(description);
   for (size_t rank = 1; rank < texts.size(); ++rank) {
