@@ -27,7 +27,8 @@ void translate_exception(std::exception_ptr pointer) {
   } catch (const QueueFull& e) {
     PyErr_SetString(py::module_::import("mixtral.errors").attr("QueueFull").ptr(), e.what());
   } catch (const RankError& e) {
-    PyErr_SetString(py::module_::import("mixtral.errors").attr("RankError").ptr(), e.what());
+    const py::object type = py::module_::import("mixtral.errors").attr("RankError");
+    PyErr_SetObject(type.ptr(), type(to_str(e.what()), e.rank).ptr());
   } catch (const c10::IndexError& e) {
     set_error(PyExc_IndexError, e);
   } catch (const c10::ValueError& e) {

@@ -26,4 +26,16 @@ class QueueFull(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """Another process that holds a part of the model ended, failed or was silent for too long; the message names it."""
+    """A process that holds a part of the model ended, failed or was silent for too long; the message names it. The
+    model is of no more use.
+
+    Attributes:
+        rank: of that process.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.rank)

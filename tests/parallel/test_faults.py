@@ -205,7 +205,7 @@ def test_other_flags_on_one_rank(ours, theirs, word, splittable):
 
 def test_other_sizes_than_torchrun_has(splittable):
     for run in run_ranks(*(["generate", splittable, "--tp", "4", *GENERATE] for _ in range(2))):
-        assert run.returncode == 2 and b"4" in run.stderr and b"2" in run.stderr, run.stderr
+        assert run.returncode == 3 and b"4" in run.stderr and b"2" in run.stderr, run.stderr
 
 
 @pytest.mark.parametrize(
