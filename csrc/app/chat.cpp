@@ -39,6 +39,8 @@ struct ChatFlags {
 // Reads lines of stdin. std::getline would not return when a signal comes.
 class LineReader {
  public:
+  explicit LineReader(const Engine& engine) : engine_(engine) {}
+
   // None at the end of the input.
   std::optional<std::string> next(bool interactive) {
     for (;;) {
@@ -66,8 +68,9 @@ class LineReader {
   }
 
  private:
-  // Checks for signals ten times a second: one that comes just before a blocking read would not interrupt it.
-  static void wait_for_input(bool interactive) {
+  // Checks for signals ten times a second: one that comes just before a blocking read would not interrupt it. Another
+  // rank may be lost meanwhile.
+  void wait_for_input(bool interactive) const {
     pollfd input = {STDIN_FILENO, POLLIN, 0};
     bool hinted = false;
     do {
@@ -75,6 +78,7 @@ class LineReader {
       if (interactive && pending_signal() != 0 && !std::exchange(hinted, true)) {
         write_err("\n(Ctrl-C again, Ctrl-D or /bye to leave)\n> ");
       }
+      if (const auto failure = engine_.failure()) throw std::runtime_error(*failure);
     } while (::poll(&input, 1, 100) <= 0);
     throw_if_terminated();
   }
@@ -85,6 +89,7 @@ class LineReader {
     return text;
   }
 
+  const Engine& engine_;
   std::string held_;
 };
 
@@ -162,8 +167,8 @@ class Conversation {
   std::vector<ChatMessage> messages_;
 };
 
-void converse(Conversation& conversation, bool interactive) {
-  LineReader reader;
+void converse(Conversation& conversation, const Engine& engine, bool interactive) {
+  LineReader reader(engine);
   for (;;) {
     if (interactive) write_err("> ");
     const std::optional<std::string> line = reader.next(interactive);
@@ -214,7 +219,7 @@ void run(const CLI::App& command, ChatFlags flags) {
   }
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Conversation conversation(flags, format, loaded, std::move(messages));
-  converse(conversation, interactive);
+  converse(conversation, loaded.engine, interactive);
 }
 
 }  // namespace
