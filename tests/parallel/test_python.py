@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -71,9 +72,15 @@ def test_a_sampled_answer_is_the_same():
     assert sampled(**SIZES["pp2"]) == sampled(**SIZES["tp2"]) == sampled()
 
 
+def loaded(layout: str) -> tuple[mixtral.Mixtral, list[int]]:
+    """The model, and the processes of its other ranks."""
+    before = children_of(os.getpid())
+    model = mixtral.Mixtral.from_pretrained(DEMO, **SIZES[layout])
+    return model, [child for child in children_of(os.getpid()) if child not in before]
+
+
 def test_the_ranks_end_with_the_model():
-    model = mixtral.Mixtral.from_pretrained(DEMO, **SIZES["tp2"])
-    (child,) = children_of(os.getpid())
+    model, (child,) = loaded("tp2")
     assert model.rank == 0
     with pytest.raises(RuntimeError, match="rank 0 leads"):
         model.follow()
@@ -83,16 +90,16 @@ def test_the_ranks_end_with_the_model():
 
 def test_a_model_that_a_thread_loaded_lives_on():
     """The thread that started the ranks may end."""
-    loaded = []
-    thread = threading.Thread(target=lambda: loaded.append(mixtral.Mixtral.from_pretrained(DEMO, **SIZES["tp2"])))
+    models = []
+    thread = threading.Thread(target=lambda: models.append(mixtral.Mixtral.from_pretrained(DEMO, **SIZES["tp2"])))
     thread.start()
     thread.join()
-    assert loaded[0].generate("Once", max_tokens=4, ignore_eos=True)[0].token_ids
+    assert models[0].generate("Once", max_tokens=4, ignore_eos=True)[0].token_ids
 
 
 def test_a_killed_rank_is_a_rank_error():
-    model = mixtral.Mixtral.from_pretrained(DEMO, **SIZES["tp2pp2"])
-    os.kill(children_of(os.getpid())[2], 9)
+    model, children = loaded("tp2pp2")
+    os.kill(children[2], signal.SIGKILL)
     with pytest.raises(mixtral.RankError, match="rank 3") as raised:
         while True:
             model.generate("Once", max_tokens=50, ignore_eos=True)
