@@ -2,26 +2,20 @@
 //
 //   communicator.h   sends, receives, and the collectives made of them
 //   shm              ranks of one host, on the CPU: a ring of bytes in shared memory for each pair
-//   c10d             torch's process groups: Gloo over TCP, NCCL; the one file that includes c10d
+//   c10d             torch's process groups: Gloo over TCP, NCCL
+//   store            where those find each other, and leave the reason of a failure
 //   ranks            how a process becomes one of the ranks: as a local child, or of torchrun
 #pragma once
 
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../model/libtorch.h"
+#include "rank_error.h"
 
 namespace mixtral {
-
-// A rank ended, failed, or was silent for too long. what() names it and says why, where it could still say so itself.
-struct RankError : std::runtime_error {
-  RankError(int rank, const std::string& reason)
-      : std::runtime_error("rank " + std::to_string(rank) + " " + reason), rank(rank) {}
-  int rank;
-};
 
 // Messages between two ranks arrive in the order in which they were sent; both sides know their sizes. Tensors are
 // contiguous, and lie on device(). Used by one thread at a time. Throws RankError, after which the communicator is of

@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstdio>
 #include <utility>
 
 #include "shm_lane.h"
 #include "shm_layout.h"
+#include "waiting.h"
 
 namespace mixtral {
 namespace {
@@ -24,20 +24,14 @@ static_assert(std::atomic<int64_t>::is_always_lock_free, "processes share these"
 constexpr int kSpins = 2000;
 constexpr double kSecondsOfYields = 0.002;
 constexpr double kSecondsOfSleep = 0.02;
-constexpr double kSecondsToStart = 60;
 // Between two looks at the clock; more passes only when this process itself was stopped, which is nobody's silence.
 constexpr double kMostSecondsBetween = 0.1;
+constexpr int64_t kNanosecondsBetweenLooks = 100'000'000;
 constexpr int64_t kAliveNanoseconds = 500'000'000;  // a rank that waits shows itself more often than this
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-std::string seconds_text(double seconds) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%g s", seconds);
-  return text;
 }
 
 void spin() {
@@ -101,6 +95,10 @@ class ShmCommunicator final : public Communicator {
     }
     own().waits_for = 0;
     keep_alive();
+    // A rank that only sends does not wait for anybody, and must notice too.
+    if (own().seen_ns - looked_ns_ < kNanosecondsBetweenLooks) return;
+    looked_ns_ = own().seen_ns;
+    check_ended();
   }
 
  private:
@@ -254,6 +252,7 @@ class ShmCommunicator final : public Communicator {
   const int rank_;
   const double timeout_;
   uint64_t bytes_sent_ = 0;
+  int64_t looked_ns_ = 0;  // for ranks that ended
   std::vector<Lane> out_, in_;
   std::vector<Inbox> inbox_;
   std::vector<int> processes_;  // descriptors

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <functional>
@@ -12,17 +13,19 @@
 #include <thread>
 #include <vector>
 
+#include "distributed/c10d.h"
 #include "distributed/shm.h"
+#include "distributed/sockets.h"
 #include "engine/threads.h"
 
 namespace mixtral {
 
 using RankBody = std::function<void(Communicator&)>;
 
-inline void run_as_threads(const std::vector<std::shared_ptr<Communicator>>& ranks, const RankBody& body) {
+inline void run_as_threads(std::vector<std::shared_ptr<Communicator>> ranks, const RankBody& body) {
   std::vector<std::thread> threads;
-  for (const auto& rank : ranks) {
-    threads.emplace_back([&body, rank]() mutable {
+  for (auto& moved : ranks) {
+    threads.emplace_back([&body, rank = std::move(moved)] {
       try {
         body(*rank);
       } catch (const std::exception& error) {
@@ -62,6 +65,61 @@ inline void run_as_processes(int size, const std::function<std::shared_ptr<Commu
     else
       EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "rank " << rank << ", status " << status;
   }
+}
+
+struct RankCase {
+  std::string backend;  // "threads" and "shm": through shared memory
+  int size;
+};
+
+inline void PrintTo(const RankCase& value, std::ostream* out) { *out << value.backend << " of " << value.size; }
+
+class Ranks : public testing::TestWithParam<RankCase> {
+ protected:
+  static int size() { return GetParam().size; }
+  static void run(const RankBody& body, double timeout = 20, int killed = -1) {
+    if (GetParam().backend == "threads") return run_as_threads(shm_group(size(), timeout), body);
+    if (GetParam().backend == "gloo") return run_over_gloo(body, timeout, killed);
+    const auto segment = ShmSegment::create(size());
+    run_as_processes(
+        size(), [&](int rank) { return join_shm(segment, rank, timeout); }, body, killed);
+  }
+
+ private:
+  static void run_over_gloo(const RankBody& body, double timeout, int killed) {
+    const Listener listener = listen_at("127.0.0.1", 0);
+    const auto join = [&](int rank) {
+      Rendezvous rendezvous{rank, size(), "127.0.0.1", listener.port, {}, timeout};
+      if (rank == 0)
+        rendezvous.listener = listener.descriptor;
+      else
+        ::close(listener.descriptor);
+      return join_c10d(std::make_shared<RankStore>(rendezvous), "gloo", "127.0.0.1", torch::kCPU);
+    };
+    run_as_processes(size(), join, body, killed);
+    ::close(listener.descriptor);
+  }
+};
+
+inline const auto kRankCases = testing::Values(RankCase{"threads", 2}, RankCase{"threads", 3}, RankCase{"shm", 2},
+                                               RankCase{"shm", 4}, RankCase{"gloo", 2}, RankCase{"gloo", 4});
+inline std::string name_of(const testing::TestParamInfo<RankCase>& info) {
+  return info.param.backend + std::to_string(info.param.size);
+}
+
+inline double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// The error with which `body` must end.
+inline RankError rank_error_of(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const RankError& error) {
+    return error;
+  }
+  ADD_FAILURE() << "no RankError";
+  return RankError(-1, "");
 }
 
 }  // namespace mixtral

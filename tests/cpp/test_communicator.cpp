@@ -1,50 +1,20 @@
-// The same exchanges between threads, and between processes.
+// The same exchanges between threads and between processes, through shared memory and over Gloo.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <numeric>
 #include <random>
 #include <set>
 
-#include "distributed/communicator.h"
 #include "rank_group.h"
 
 namespace mixtral {
 namespace {
 
-struct Case {
-  std::string backend;  // threads, or processes: shm
-  int size;
-};
-
-void PrintTo(const Case& value, std::ostream* out) { *out << value.backend << " of " << value.size; }
-
-class Ranks : public testing::TestWithParam<Case> {
- protected:
-  static int size() { return GetParam().size; }
-  static void run(const RankBody& body, double timeout = 20, int killed = -1) {
-    if (GetParam().backend == "threads") return run_as_threads(shm_group(size(), timeout), body);
-    const auto segment = ShmSegment::create(size());
-    run_as_processes(
-        size(), [&](int rank) { return join_shm(segment, rank, timeout); }, body, killed);
-  }
-};
-
-const auto name_of = [](const testing::TestParamInfo<Case>& info) {
-  return info.param.backend + std::to_string(info.param.size);
-};
-INSTANTIATE_TEST_SUITE_P(All, Ranks,
-                         testing::Values(Case{"threads", 2}, Case{"threads", 3}, Case{"shm", 2}, Case{"shm", 4}),
-                         name_of);
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
+INSTANTIATE_TEST_SUITE_P(All, Ranks, kRankCases, name_of);
 
 torch::Tensor pattern(int64_t bytes, int seed) {
   torch::Tensor tensor = torch::empty({bytes}, torch::kByte);
@@ -53,20 +23,9 @@ torch::Tensor pattern(int64_t bytes, int seed) {
   return tensor;
 }
 
-bool same_bits(const torch::Tensor& left, const torch::Tensor& right) {
+bool equal_bits(const torch::Tensor& left, const torch::Tensor& right) {
   return left.nbytes() == right.nbytes() && left.scalar_type() == right.scalar_type() &&
          std::memcmp(left.const_data_ptr(), right.const_data_ptr(), left.nbytes()) == 0;
-}
-
-// The error with which `body` must end.
-RankError error_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const RankError& error) {
-    return error;
-  }
-  ADD_FAILURE() << "no RankError";
-  return RankError(-1, "");
 }
 
 TEST_P(Ranks, RandomMessagesArriveInOrderAndAreCounted) {
@@ -94,7 +53,7 @@ TEST_P(Ranks, RandomMessagesArriveInOrderAndAreCounted) {
       }
       ranks.exchange(sends, receives);
       for (size_t i = 0; i < receives.size(); ++i)
-        EXPECT_TRUE(same_bits(receives[i].tensor, expected[i])) << "round " << round << ", message " << i;
+        EXPECT_TRUE(equal_bits(receives[i].tensor, expected[i])) << "round " << round << ", message " << i;
     }
     EXPECT_EQ(ranks.bytes_sent(), bytes);
   });
@@ -109,8 +68,8 @@ TEST_P(Ranks, LongMessagesMayCross) {
     const torch::Tensor large = torch::zeros({2'000'000}, torch::kByte), small = torch::zeros({5}, torch::kByte);
     ranks.receive(large, other);
     ranks.receive(small, other);
-    EXPECT_TRUE(same_bits(large, pattern(2'000'000, other)));
-    EXPECT_TRUE(same_bits(small, pattern(5, 10 + other)));
+    EXPECT_TRUE(equal_bits(large, pattern(2'000'000, other)));
+    EXPECT_TRUE(equal_bits(small, pattern(5, 10 + other)));
     ranks.exchange({{small, other}}, {{small.clone(), other}});  // neither ends before the other has all
   });
 }
@@ -147,14 +106,14 @@ TEST_P(Ranks, GathersOfUnevenRowsAndBroadcasts) {
       };
       torch::Tensor all = own_rows();
       ranks.all_gather(all, rows);
-      EXPECT_TRUE(same_bits(all, expected));
+      EXPECT_TRUE(equal_bits(all, expected));
       const int root = ranks.size() - 1;
       all = own_rows();
       ranks.gather(all, rows, root);
-      EXPECT_TRUE(same_bits(all, ranks.rank() == root ? expected : own_rows()));
+      EXPECT_TRUE(equal_bits(all, ranks.rank() == root ? expected : own_rows()));
       all = ranks.rank() == root ? expected.clone() : torch::zeros_like(expected);
       ranks.broadcast(all, root);
-      EXPECT_TRUE(same_bits(all, expected));
+      EXPECT_TRUE(equal_bits(all, expected));
     }
     EXPECT_THROW(ranks.all_gather(torch::zeros({3}), std::vector<int64_t>(ranks.size(), 7)), std::invalid_argument);
     ranks.barrier();
@@ -182,8 +141,8 @@ TEST_P(Ranks, SumsAreTakenInTheOrderOfTheRanksAndRoundedOnce) {
         expected.mutable_data_ptr<float>()[i] = sum;
       }
       const torch::Tensor own = parts[ranks.rank()].clone();
-      EXPECT_TRUE(same_bits(ranks.all_reduce_ordered(own), expected.to(type)));
-      EXPECT_TRUE(same_bits(own, parts[ranks.rank()]));
+      EXPECT_TRUE(equal_bits(ranks.all_reduce_ordered(own), expected.to(type)));
+      EXPECT_TRUE(equal_bits(own, parts[ranks.rank()]));
     }
   });
 }
@@ -213,89 +172,6 @@ TEST_P(Ranks, TextsOfAnyLengthAreExchangedAgainAndAgain) {
       for (int rank = 0; rank < ranks.size(); ++rank) EXPECT_EQ(texts[rank], text_of(rank));
     }
   });
-}
-
-TEST_P(Ranks, ASilentRankIsNamedAfterTheTimeout) {
-  const auto start = std::chrono::steady_clock::now();
-  run(
-      [](Communicator& ranks) {
-        ranks.barrier();
-        const torch::Tensor tensor = torch::zeros({4});
-        if (ranks.rank() == 1) {
-          std::this_thread::sleep_for(std::chrono::milliseconds(2300));
-          return;
-        }
-        // Rank 0 waits for the last one, which waits for the silent one.
-        const int from = ranks.rank() == 0 && ranks.size() > 2 ? ranks.size() - 1 : 1;
-        const RankError error = error_of([&] { ranks.receive(tensor, from); });
-        EXPECT_EQ(error.rank, 1);
-        EXPECT_STREQ(error.what(), "rank 1 was silent for 1 s");
-        EXPECT_EQ(error_of([&] { ranks.barrier(); }).rank, 1);  // of no more use
-      },
-      /*timeout=*/1);
-  EXPECT_LT(seconds_since(start), 30);
-}
-
-TEST_P(Ranks, ARankThatIsAliveMayKeepTheOthersWaiting) {
-  run(
-      [](Communicator& ranks) {
-        if (ranks.rank() == 1) {
-          for (int i = 0; i < 20; ++i) {
-            std::this_thread::sleep_for(std::chrono::milliseconds(100));
-            ranks.keep_alive();
-          }
-        }
-        EXPECT_EQ(ranks.exchange_texts("x").back(), "x");
-      },
-      /*timeout=*/0.7);
-}
-
-TEST_P(Ranks, TheReasonOfAFailureReachesTheOthers) {
-  run([](Communicator& ranks) {
-    const torch::Tensor tensor = torch::zeros({4});
-    ranks.barrier();
-    if (ranks.rank() == 1) return ranks.fail("no memory for layer 3");
-    const int from = ranks.rank() == 0 && ranks.size() > 2 ? ranks.size() - 1 : 1;
-    const RankError error = error_of([&] { ranks.receive(tensor, from); });
-    EXPECT_STREQ(error.what(), "rank 1 failed: no memory for layer 3");
-    ranks.fail("something that follows from it");
-    EXPECT_EQ(error.rank, 1);
-  });
-}
-
-TEST_P(Ranks, WhatARankSentBeforeItsEndArrives) {
-  run([](Communicator& ranks) {
-    const torch::Tensor tensor = torch::zeros({70'000});
-    if (ranks.rank() == 1) {
-      ranks.send(torch::ones({1000}), 0);
-      ranks.send(torch::ones({50'000}), 0);
-      return;
-    }
-    if (ranks.rank() != 0) return;
-    std::this_thread::sleep_for(std::chrono::milliseconds(300));
-    ranks.receive(tensor.narrow(0, 0, 1000), 1);
-    ranks.receive(tensor.narrow(0, 1000, 50'000), 1);
-    EXPECT_EQ(tensor.sum().item<float>(), 51'000);
-  });
-}
-
-TEST_P(Ranks, AKilledRankIsNoticedAtOnce) {
-  if (GetParam().backend == "threads") GTEST_SKIP() << "a thread cannot be killed alone";
-  for (const int killed : {0, size() - 1}) {
-    run(
-        [&](Communicator& ranks) {
-          ranks.barrier();
-          if (ranks.rank() == killed) {
-            std::this_thread::sleep_for(std::chrono::milliseconds(100));
-            std::raise(SIGKILL);
-          }
-          const auto start = std::chrono::steady_clock::now();
-          const RankError error = error_of([&] { ranks.barrier(); });
-          EXPECT_EQ(error.rank, killed) << error.what();
-          EXPECT_LT(seconds_since(start), 10);
-        },
-        /*timeout=*/60, killed);
-  }
 }
 
 TEST(RankSegments, NothingIsLeftBehind) {

@@ -1,0 +1,2 @@
+// A stand-in: see README.md of gloo_stubs.
+#pragma once

@@ -1,0 +1,11 @@
+// A stand-in: see README.md of gloo_stubs.
+#pragma once
+
+#include <chrono>
+
+namespace gloo {
+class Context {
+ public:
+  void setTimeout(std::chrono::milliseconds timeout);
+};
+}  // namespace gloo
