@@ -1,12 +1,17 @@
 #include "leader.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <utility>
 
 namespace mixtral {
 
 Leader::Leader(std::shared_ptr<Communicator> world, const Placement& placement)
-    : world_(std::move(world)), stage_size_(placement.tensor_size), messages_(static_cast<size_t>(world_->size())) {}
+    : world_(std::move(world)),
+      process_(::getpid()),
+      stage_size_(placement.tensor_size),
+      messages_(static_cast<size_t>(world_->size())) {}
 
 Leader::~Leader() { stop(); }
 
@@ -105,6 +110,7 @@ void Leader::ping() {
 }
 
 void Leader::stop() noexcept {
+  if (process_ != ::getpid()) return;
   const std::lock_guard lock(mutex_);
   if (failure_) return;
   try {

@@ -59,6 +59,7 @@ class Leader {
   int64_t number_of(const RollingKVCache& cache);
 
   std::shared_ptr<Communicator> world_;
+  const int process_;     // a fork of it has no followers
   const int stage_size_;  // ranks of the last stage, of which this is the first
   std::mutex mutex_;      // of everything below, and of world_
   std::condition_variable finished_one_;

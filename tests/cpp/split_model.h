@@ -94,9 +94,9 @@ class SplitModel {
 
   Mixtral& leader() { return leader_; }
   Communicator& rank(size_t rank) { return *ranks_[rank]; }
-  // Ends the followers -> what each rank failed with; empty: nothing.
+  // Ends the model, and so the followers -> what each rank failed with; empty: nothing.
   std::vector<std::string> stop() {
-    leader_->stop();
+    leader_ = Mixtral(nullptr);
     for (auto& thread : threads_) thread.join();
     threads_.clear();
     std::vector<std::string> texts;
