@@ -244,6 +244,7 @@ void bind_engine(py::module_& m) {
       .def(py::init(&from_kwargs<Engine::Options>))
       .def_readwrite("chunk_size", &Engine::Options::chunk_size)
       .def_readwrite("token_budget", &Engine::Options::token_budget)
+      .def_readwrite("mixed_chunk_size", &Engine::Options::mixed_chunk_size)
       .def_readwrite("max_batch", &Engine::Options::max_batch)
       .def_readwrite("page_size", &Engine::Options::page_size)
       .def_readwrite("ctx_size", &Engine::Options::ctx_size)

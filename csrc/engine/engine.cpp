@@ -32,6 +32,8 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   positive("token_budget", options.token_budget);
   positive("max_batch", options.max_batch);
   positive("page_size", options.page_size);
+  require(options.mixed_chunk_size >= 0,
+          "Engine: mixed_chunk_size must be >= 0, got " + std::to_string(options.mixed_chunk_size));
   if (options.ctx_size == 0) options.ctx_size = config.max_position;
   positive("ctx_size", options.ctx_size);
   require(options.speculate >= 0, "Engine: speculate must be >= 0, got " + std::to_string(options.speculate));
@@ -68,13 +70,16 @@ std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engin
 
 std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options, int64_t num_pages,
                                       std::shared_ptr<RoutingCounts> counts) {
+Scheduler::Options options_of_scheduler(const Engine::Options& options) {
+  Scheduler::Options result{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache};
+  result.mixed_chunk_size = options.mixed_chunk_size;
+  return result;
+}
+
   auto runner = std::make_unique<ModelRunner>(
       model, ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages,
                                   options.cuda_graph, std::move(counts)});
-  return std::make_unique<EngineCore>(
-      std::move(runner),
-      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache},
-      options.speculate);
+  return std::make_unique<EngineCore>(std::move(runner), options_of_scheduler(options), options.speculate);
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {

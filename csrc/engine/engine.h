@@ -31,7 +31,10 @@ class MixtralImpl;
 class Engine {
  public:
   struct Options {
-    int64_t chunk_size = kChunkSize;      // prefill tokens of one sequence per forward pass
+    int64_t chunk_size = kChunkSize;  // prefill tokens of one sequence per forward pass
+    // The same of a pass in which others decode, and of all sequences twice as many; 0: chunk_size and token_budget.
+    // Less keeps the tokens of those even, more reads prompts faster.
+    int64_t mixed_chunk_size = 0;
     int64_t token_budget = kTokenBudget;  // tokens of all sequences per forward pass
     int64_t max_batch = kMaxBatch;        // sequences at a time; further requests wait for one to finish
     int64_t page_size = kPageSize;

@@ -16,25 +16,37 @@ void Scheduler::remove(Sequence& sequence) {
 
 std::vector<Scheduler::Chunk> Scheduler::plan() {
   std::vector<Chunk> chunks;
-  int64_t budget = options_.token_budget;
+  Budget left = budget();
   const int64_t before = totals_.preemptions;
-  for (size_t i = 0; i < running_.size(); ++i) add_chunk(*running_[i], budget, chunks);  // running_ may get shorter
+  for (size_t i = 0; i < running_.size(); ++i) add_chunk(*running_[i], left, chunks);  // running_ may get shorter
   if (totals_.preemptions > before) return chunks;
-  while (budget > 0 && admit()) add_chunk(*running_.back(), budget, chunks);
+  while (std::min(left.tokens, left.prefill_tokens) > 0 && admit()) add_chunk(*running_.back(), left, chunks);
   return chunks;
+}
+
+Scheduler::Budget Scheduler::budget() const {
+  const auto decodes = [](const Sequence* sequence) { return sequence->length() - sequence->computed <= 1; };
+  const int64_t mixed = options_.mixed_chunk_size;
+  if (mixed == 0 || std::none_of(running_.begin(), running_.end(), decodes))
+    return {options_.token_budget, options_.token_budget, options_.chunk_size};
+  return {options_.token_budget, 2 * mixed, std::min(mixed, options_.chunk_size)};
 }
 
 // As many tokens of the sequence as chunk and budget allow, if there are pages for them once newer sequences have given
 // theirs back.
-void Scheduler::add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks) {
-  const int64_t tokens = std::min({sequence.length() - sequence.computed, options_.chunk_size, budget});
+void Scheduler::add_chunk(Sequence& sequence, Budget& budget, std::vector<Chunk>& chunks) {
+  const int64_t left = sequence.length() - sequence.computed;
+  const bool decodes = left <= 1;
+  const int64_t tokens =
+      std::min({left, budget.chunk_size, budget.tokens, decodes ? budget.tokens : budget.prefill_tokens});
   if (tokens == 0) return;  // nothing is left of the budget, or it waits for the mask of its next token
   while (!cache_.reserve(sequence.cache_id, tokens)) {
     if (running_.back() == &sequence) return;  // waits for pages with those it has
     preempt(*running_.back());
   }
   chunks.push_back({&sequence, tokens});
-  budget -= tokens;
+  budget.tokens -= tokens;
+  if (!decodes) budget.prefill_tokens -= tokens;
 }
 
 void Scheduler::preempt(Sequence& sequence) {

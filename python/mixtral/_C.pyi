@@ -202,6 +202,7 @@ class Mixtral:
 
 class EngineOptions:
     chunk_size: int
+    mixed_chunk_size: int
     token_budget: int
     max_batch: int
     page_size: int

@@ -63,6 +63,8 @@ class Mixtral(Tracing):
         Args:
             model, tokenizer: from the C++ library.
             chunk_size: prompt tokens of one sequence in one forward pass (default 512).
+            mixed_chunk_size: the same of a pass in which others decode, and of all sequences twice as many; less keeps
+                the tokens of those even, more reads prompts faster (default 0: as in other passes).
             token_budget: tokens of all sequences in one forward pass (default 2048).
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).

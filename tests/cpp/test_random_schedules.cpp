@@ -65,7 +65,8 @@ void run_schedule(unsigned seed, EngineStats& total, int64_t& accepted) {
   const int64_t window = pick(0, 2) == 0 ? 0 : pick(1, 14), page_size = pick(1, 5);
   const int64_t token_budget = pick(1, 20);
   const Scheduler::Options options{std::min(pick(1, 9), token_budget), token_budget, pick(1, 5),
-                                   /*prefix_cache=*/pick(0, 7) > 0, /*headroom=*/pick(0, 8)};
+                                   /*prefix_cache=*/pick(0, 7) > 0, /*headroom=*/pick(0, 8),
+                                   /*mixed_chunk_size=*/pick(0, 1) * pick(1, 6)};
   const int64_t chunk = options.chunk_size, longest = pick(5, 30);
   const int64_t least = RollingKVCache::pages_needed(FakeRunner::config(window), page_size, chunk, longest);
   auto owned = std::make_unique<FakeRunner>(window, page_size, least + pick(0, least), chunk);

@@ -101,6 +101,8 @@ def _add_engine_flags(add: Callable) -> None:
     add("--chunk-size", metavar="N", type=_at_least(1), default=512, help="prompt tokens of a sequence in a pass")
     add("-c", "--ctx-size", metavar="N", type=_at_least(0), default=0, help="longest prompt plus answer (default: all)")
     add("--speculate", metavar="N", type=_at_least(0), default=0, help="guess up to N tokens a step from earlier text")
+    mixed = "the same of a pass in which others decode (default: 256)"
+    add("--mixed-chunk-size", metavar="N", type=_at_least(1), default=256, help=mixed)
 
 
 def _add_model_flags(add: Callable) -> None:
@@ -177,6 +179,7 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         chunk_size=flags.chunk_size,
         ctx_size=flags.ctx_size,
         kv_memory=flags.kv_memory,
+        mixed_chunk_size=flags.mixed_chunk_size,
         cuda_graph=not flags.no_cuda_graph,
     )
     return model, folder.stem if folder.suffix == ".gguf" else folder.resolve().name
