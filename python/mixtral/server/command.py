@@ -103,6 +103,9 @@ def _add_engine_flags(add: Callable) -> None:
     add("--speculate", metavar="N", type=_at_least(0), default=0, help="guess up to N tokens a step from earlier text")
     mixed = "the same of a pass in which others decode (default: 256)"
     add("--mixed-chunk-size", metavar="N", type=_at_least(1), default=256, help=mixed)
+    add("-c", "--ctx-size", metavar="N", type=_at_least(0), default=0, help="longest prompt plus answer (default: all)")
+    add("--no-prefix-cache", action="store_true", help="compute every prompt whole, whoever sent its beginning before")
+    add("--speculate", metavar="N", type=_at_least(0), default=0, help="guess up to N tokens a step from earlier text")
 
 
 def _add_model_flags(add: Callable) -> None:
@@ -179,7 +182,9 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         chunk_size=flags.chunk_size,
         ctx_size=flags.ctx_size,
         kv_memory=flags.kv_memory,
-        mixed_chunk_size=flags.mixed_chunk_size,
+        max_queue=flags.queue,
+        max_queue_tokens=flags.queue_tokens,
+        prefix_cache=not flags.no_prefix_cache,
         cuda_graph=not flags.no_cuda_graph,
     )
     return model, folder.stem if folder.suffix == ".gguf" else folder.resolve().name
