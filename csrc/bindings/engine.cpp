@@ -174,12 +174,18 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
   return engine.submit(std::move(request), std::move(callbacks));
 }
 
-// mask: int32 [ceil(vocab / 32)].
-void allow(Engine& engine, int64_t id, const torch::Tensor& mask) {
-  const torch::Tensor words = mask.to(torch::kCPU).contiguous();
-  if (words.dim() != 1 || words.scalar_type() != torch::kInt32)
-    throw std::invalid_argument("allow: mask must be int32 [words of 32 tokens]");
-  engine.allow(id, {words.data_ptr<int32_t>(), words.data_ptr<int32_t>() + words.numel()});
+// masks: int32 [ids, ceil(vocab / 32)].
+void allow(Engine& engine, const std::vector<int64_t>& ids, const torch::Tensor& masks) {
+  const torch::Tensor words = masks.to(torch::kCPU).contiguous();
+  if (words.dim() != 2 || words.size(0) != static_cast<int64_t>(ids.size()) || words.scalar_type() != torch::kInt32)
+    throw std::invalid_argument("allow: masks must be int32 [ids, words of 32 tokens]");
+  std::vector<std::pair<int64_t, std::vector<int32_t>>> by_id;
+  const int32_t* row = words.data_ptr<int32_t>();
+  for (const int64_t id : ids) {
+    by_id.emplace_back(id, std::vector<int32_t>(row, row + words.size(1)));
+    row += words.size(1);
+  }
+  engine.allow(std::move(by_id));
 }
 
 // (tokens, first, chosen): the last two [L][E]. None where nothing is counted.
@@ -272,9 +278,9 @@ void bind_engine(py::module_& m) {
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("experts_per_token"), py::arg("on_text"),
            py::arg("on_end"), py::arg("constrained") = false, py::arg("seat") = py::none(),
            "-> the request's id. The callbacks run on the engine's thread.")
-      .def("allow", &allow, py::arg("id"), py::arg("mask"), ReleaseGil(),
-           "Says which tokens the next one of a constrained request may be: int32 [ceil(vocab / 32)], bit i % 32 of "
-           "word i / 32 allows token i.")
+      .def("allow", &allow, py::arg("ids"), py::arg("masks"), ReleaseGil(),
+           "Says which tokens the next ones of constrained requests may be: int32 [ids, ceil(vocab / 32)], bit i % 32 "
+           "of word i / 32 allows token i.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_prompt_cache", &Engine::save_prompt_cache, py::arg("ids"), py::arg("file"), ReleaseGil())
       .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())

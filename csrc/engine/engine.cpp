@@ -226,11 +226,13 @@ void Engine::after_passes(std::function<void()> call) {
 
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
 
-void Engine::allow(int64_t id, std::vector<int32_t> mask) {
-  const int64_t words = (config().vocab_size + 31) / 32;
-  require(static_cast<int64_t>(mask.size()) == words,
-          "allow: mask must have " + std::to_string(words) + " words of 32 tokens, got " + std::to_string(mask.size()));
-  impl_->thread.allow(id, std::move(mask));
+void Engine::allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks) {
+  const auto words = static_cast<size_t>((config().vocab_size + 31) / 32);
+  for (const auto& id_and_mask : masks)
+    require(id_and_mask.second.size() == words, "allow: mask must have " + std::to_string(words) +
+                                                    " words of 32 tokens, got " +
+                                                    std::to_string(id_and_mask.second.size()));
+  impl_->thread.allow(std::move(masks));
 }
 
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../checkpoint/load_options.h"
@@ -75,17 +76,20 @@ class Engine {
   // prompt and max_tokens even for this request alone; QueueFull. The forward passes use as many CPU threads as torch
   // does on the thread of the last submit().
   int64_t submit(Request request, Callbacks callbacks);
-  // From now on `call` runs on the engine's thread after each forward pass, once the callbacks of its requests have
-  // returned, and after those of a cancellation. It must not throw.
-  void after_passes(std::function<void()> call);
+  // From now on `call` runs on the engine's thread between forward passes, once the callbacks of some requests have
+  // returned, until it returns false. It must not throw. There may be several.
+  void after_passes(std::function<bool()> call);
   // Ends a request with "cancelled" before the next forward pass. An id that has ended is ignored.
   void cancel(int64_t id);
   // Says which tokens the next one of a constrained request may be; a later call replaces an earlier one until the
   // token is picked, and the token after it needs a call of its own. `mask` has ceil(vocab / 32) words: bit i % 32 of
   // word i / 32 allows token i, an end-of-sequence token too. The request waits without holding up others; calls may
-  // come from any thread, before the logits do. No allowed token ends the request with "error". An id that has ended,
-  // or of a request that is not constrained, is ignored. Throws std::invalid_argument for another number of words.
-  void allow(int64_t id, std::vector<int32_t> mask);
+  // come from any thread, before the logits do: a mask that comes during the pass of the token before costs no pass.
+  // No allowed token ends the request with "error". An id that has ended, or of a request that is not constrained, is
+  // ignored. Throws std::invalid_argument for another number of words.
+  void allow(int64_t id, std::vector<int32_t> mask) { allow({{id, std::move(mask)}}); }
+  // The same for several requests, which then share their next pass.
+  void allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks);
 
   // Submits all requests and waits for them. Throws what submit() does, before any of them runs, also for a constrained
   // request, and what a callback throws: the requests that are left are cancelled then.

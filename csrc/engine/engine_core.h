@@ -43,7 +43,7 @@ class EngineCore {
   // Throws std::logic_error when pages, sequences and the prefix cache contradict each other.
   void check_integrity() const;
 
-  // Called by the thread after each pass and the callbacks that came of it: one wake-up for all of them.
+  // Called after the callbacks of each pass, and after those of tokens picked with masks: one wake-up for all of them.
   std::function<void()> after_pass;
 
  private:
