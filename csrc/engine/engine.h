@@ -43,7 +43,8 @@ class Engine {
     // Bytes of the pool of keys and values. 0: room for max_batch sequences of ctx_size tokens, in at most half of the
     // memory that the device has left.
     int64_t kv_memory = 0;
-    int64_t max_queue = 0;     // requests at a time, those that run included; 0: any number
+    // Requests at a time, and tokens of their prompts, those that run included; 0: any number.
+    int64_t max_queue = 0, max_queue_tokens = 0;
     bool prefix_cache = true;  // keep keys and values of full pages for requests that begin with the same tokens
     bool cuda_graph = true;    // on CUDA, decode in graphs (decode_graphs.h)
     int64_t speculate = 0;     // most tokens to guess from earlier text (speculation.h); 0: none. Changes no bit
@@ -67,9 +68,9 @@ class Engine {
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) = delete;
 
-  // A place among max_queue requests, before the work of making one (Request::seat). Throws QueueFull when there is
-  // none.
-  Seat reserve_seat();
+  // Places among max_queue requests, before the work of making some (Request::seat): all or none. Throws QueueFull when
+  // there are not as many now, std::invalid_argument when there never are.
+  std::vector<Seat> reserve_seats(int64_t count);
   // Queues a request and returns its id. Results come through the callbacks, on the engine's thread. Throws
   // std::invalid_argument for an empty prompt, an id outside the vocabulary, a prompt that does not fit ctx_size with
   // max_tokens, a parameter out of range, or stop strings without a tokenizer; OutOfMemory when the pool could not hold

@@ -209,6 +209,7 @@ class EngineOptions:
     ctx_size: int
     kv_memory: int
     max_queue: int
+    max_queue_tokens: int
     prefix_cache: bool
     cuda_graph: bool
     speculate: int
@@ -239,6 +240,8 @@ class EngineStats:
     def preemptions(self) -> int: ...
     @property
     def computed_tokens(self) -> int: ...
+    @property
+    def seats_taken(self) -> int: ...
 
 class Outcome:
     @property
@@ -266,11 +269,10 @@ class Engine:
         on_text: Callable[[str], bool | None],
         on_end: Callable[[Outcome], None],
         constrained: bool = False,
-        seat: Seat | None = None,
     ) -> int: ...
     def allow(self, ids: Sequence[int], masks: torch.Tensor) -> None: ...
     def cancel(self, id: int) -> None: ...
-    def reserve_seat(self) -> Seat: ...
+    def reserve_seats(self, count: int) -> list[Seat]: ...
     def stats(self) -> EngineStats: ...
     def check_integrity(self) -> None: ...
     def save_prompt_cache(self, ids: Sequence[int], file: str | PathLike[str]) -> None: ...
@@ -304,6 +306,7 @@ class EventBox:
     def submit(
         self,
         engine: Engine,
+        seat: Seat,
         key: int,
         prompt: Sequence[int],
         params: SamplingParams,

@@ -72,6 +72,7 @@ class Mixtral(Tracing):
             kv_memory: bytes of the key/value cache (default: room for ``max_batch`` sequences of ``ctx_size`` tokens,
                 in at most half of the memory that the device has left).
             max_queue: requests at a time, those that run included; one more raises ``QueueFull`` (default: any number).
+            max_queue_tokens: tokens of their prompts together, as max_queue (default: any number).
             prefix_cache: keep keys and values for prompts that begin with the same tokens (default true).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
             speculate: most tokens to guess, in each step, from earlier text that ends alike (prompt lookup); the
