@@ -65,7 +65,7 @@ def test_requests_beyond_the_queue_are_refused_at_once(server, client):
 
 def test_two_servers_of_one_model_share_its_places():
     model = small_model(max_queue=1)
-    body = {"prompt": [5, 6], "max_tokens": 6}
+    body = {"prompt": [5, 6], "max_tokens": 6, "temperature": 0}
     with served(model) as one, served(model) as other:
         seat = model.engine.reserve_seats(1)
         statuses = [httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code for url in (one, other)]
