@@ -21,12 +21,13 @@ def create_app(
     model: Mixtral,
     settings: Settings | None = None,
     lifecycle: Lifecycle | None = None,
-    bridge: Callable[[Mixtral, int, Metrics], Bridge] = Bridge,
+    bridge: Callable[[Mixtral, Metrics], Bridge] = Bridge,
 ) -> FastAPI:
-    """An ASGI app that serves ``model``. One process, one worker: the engine is in it.
+    """An ASGI app that serves ``model``. One process, one worker: the engine is in it. Requests beyond the model's
+    ``max_queue`` get 429; several apps of one model share its places.
 
     ``lifecycle``: of the server around it (``run.Server``), which is told when the engine hangs or fails. ``bridge``:
-    makes the way to the engine, of the model, the number of seats and the metrics; tests have others.
+    makes the way to the engine, of the model and the metrics; tests have others.
 
     Raises:
         ValueError: a trace that cannot be written.
@@ -37,7 +38,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         served = app.state.served
-        served.bridge = bridge(model, settings.queue, served.metrics)
+        served.bridge = bridge(model, served.metrics)
         served.bridge.recorder = recorder
         watch = None
         if lifecycle:
