@@ -108,6 +108,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const std::shared_ptr<const Trace> replay = read_replay(flags.routing);
   LoadedEngine loaded = load_engine(flags.model, tokenizer);
   check_replay(flags.routing, replay, loaded.engine);
+  if (replay) check_same_tokens(*replay, 0, ids);
   const bool streams = !flags.json && flags.samples == 1;
   if (streams && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
   const auto on_text = [streams](size_t, const std::string& piece) {
@@ -120,7 +121,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const Request request = {ids, flags.sampling, flags.model.experts_per_token, trace, replay};
   const auto generations = loaded.engine.generate(requests_of(request, flags.samples), on_text, &timings);
   for (const Generation& generation : generations) check_finished(generation);
-  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, tokenizer);
+  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, &tokenizer);
   save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
   for (const Generation& generation : generations) {
     if (flags.json) {

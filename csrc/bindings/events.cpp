@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../engine/engine.h"
+#include "../engine/replays.h"
 #include "bindings.h"
 #include "event_box.h"
 
@@ -18,8 +19,9 @@ std::optional<torch::Tensor> rows(const Event& event, const std::vector<T>& valu
 }
 
 int64_t submit(Engine& engine, const std::shared_ptr<EventBox>& box, int64_t key, std::vector<int64_t> prompt,
-               SamplingParams params, int64_t experts_per_token, bool trace, bool constrained) {
+               SamplingParams params, int64_t experts_per_token, bool trace, bool constrained, const Replays* replays) {
   Request request;
+  if (replays) request.replay = replays->find(prompt, experts_per_token);
   request.prompt_token_ids = std::move(prompt);
   request.params = std::move(params);
   request.experts_per_token = experts_per_token;
@@ -57,11 +59,12 @@ void bind_events(py::module_& m) {
       .def(
           "submit",
           [](const std::shared_ptr<EventBox>& box, Engine& engine, int64_t key, std::vector<int64_t> prompt,
-             const SamplingParams& params, int64_t experts_per_token, bool trace, bool constrained) {
-            return submit(engine, box, key, std::move(prompt), params, experts_per_token, trace, constrained);
+             const SamplingParams& params, int64_t experts_per_token, bool trace, bool constrained,
+             const Replays* replays) {
+            return submit(engine, box, key, std::move(prompt), params, experts_per_token, trace, constrained, replays);
           },
           py::arg("engine"), py::arg("key"), py::arg("prompt"), py::arg("params"), py::arg("experts_per_token") = 0,
-          py::arg("trace") = false, py::arg("constrained") = false, ReleaseGil(),
+          py::arg("trace") = false, py::arg("constrained") = false, py::arg("replays") = nullptr, ReleaseGil(),
           "-> the request's id, for Engine.cancel and Engine.allow. Raises ValueError.");
 }
 

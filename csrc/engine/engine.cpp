@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../checkpoint/folder.h"
@@ -115,6 +116,7 @@ struct Engine::Impl {
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check_fits(int64_t length) const;
+  void check_replay(const Trace& replay);
   Seat reserve_seat();
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
@@ -123,6 +125,8 @@ struct Engine::Impl {
   const Options options;
   const int64_t num_pages;
   const std::shared_ptr<RoutingCounts> routing_counts;  // or none
+  std::once_flag fingerprinted;
+  std::string fingerprint;  // of the model, for replays; computed once, since it reads every parameter
   std::atomic<int64_t> next_id{0};
   // Shared with the seats, which may outlive the engine.
   const std::shared_ptr<std::atomic<int64_t>> seats_taken = std::make_shared<std::atomic<int64_t>>(0);
@@ -148,11 +152,19 @@ Seat Engine::Impl::reserve_seat() {
   return Seat(seats_taken.get(), [taken = seats_taken](void*) { taken->fetch_sub(1); });
 }
 
+void Engine::Impl::check_replay(const Trace& replay) {
+  std::call_once(fingerprinted, [this] { fingerprint = trace_fingerprint(*model); });
+  check_same_model(replay, model->config(), fingerprint);
+}
+
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
   if (!request.seat) request.seat = reserve_seat();
   check_request(request, *model, options.ctx_size, tokenizer.has_value());
   check_fits(static_cast<int64_t>(request.prompt_token_ids.size()) + request.params.max_tokens);
-  if (request.replay) request.experts_per_token = request.replay->routing.top_k;
+  if (request.replay) {
+    check_replay(*request.replay);
+    request.experts_per_token = request.replay->routing.top_k;
+  }
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
   if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));

@@ -173,12 +173,14 @@ class Bridge:
     Attributes:
         seats_taken: sequences that wait or run, or are about to.
         recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
+        replays: force their experts on the sequences that begin as they do; None: every sequence runs free.
     """
 
     def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
         self.seats_taken = 0
         self._seats = seats
         self.recorder: Recorder | None = None
+        self.replays: _C.Replays | None = None
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
@@ -221,7 +223,9 @@ class Bridge:
     ) -> int:
         traced = routed or self.recorder is not None
         constrained = matcher is not None
-        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced, constrained)
+        request = self._box.submit(
+            self._engine, key, prompt, params, experts_per_token, traced, constrained, self.replays
+        )
         if constrained:
             self._constrained[key] = request, matcher
             self._masks.push([Due(request, matcher)])

@@ -14,6 +14,7 @@ class Settings:
         chat_template: as of ``Tokenizer.apply_chat``; None: the model's own.
         queue: requests that may wait or run at a time, beyond which clients get 429.
         trace: a file that gets the routing of all requests when the server ends; None: nothing is kept.
+        replay: a trace whose experts are forced on the requests that begin as one of its sequences does; None: none.
         max_prompts: most prompts of one request.
     """
 
@@ -24,4 +25,5 @@ class Settings:
     chat_template: str | None = None
     queue: int = 256
     trace: str | None = None
+    replay: str | None = None
     max_prompts: int = 256
