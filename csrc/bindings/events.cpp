@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../engine/engine.h"
+#include "../engine/replays.h"
 #include "bindings.h"
 #include "event_box.h"
 
@@ -19,9 +20,10 @@ std::optional<torch::Tensor> rows(const Event& event, const std::vector<T>& valu
 
 int64_t submit(const std::shared_ptr<EventBox>& box, Engine& engine, Seat seat, int64_t key,
                std::vector<int64_t> prompt, SamplingParams params, int64_t experts_per_token, bool trace,
-               bool constrained) {
+               bool constrained, const Replays* replays) {
   Request request;
   request.seat = std::move(seat);
+  if (replays) request.replay = replays->find(prompt, experts_per_token);
   request.prompt_token_ids = std::move(prompt);
   request.params = std::move(params);
   request.experts_per_token = experts_per_token;
@@ -64,7 +66,8 @@ void bind_events(py::module_& m) {
           py::arg("engine"), ReleaseGil(),
           "The engine wakes the box's reader after each pass, as long as there is the box.")
       .def("submit", &submit, py::arg("engine"), py::arg("seat"), py::arg("key"), py::arg("prompt"), py::arg("params"),
-           py::arg("experts_per_token") = 0, py::arg("trace") = false, py::arg("constrained") = false, ReleaseGil(),
+           py::arg("experts_per_token") = 0, py::arg("trace") = false, py::arg("constrained") = false,
+           py::arg("replays") = nullptr, ReleaseGil(),
            "-> the request's id, for Engine.cancel and Engine.allow. Raises ValueError, QueueFull.");
 }
 

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../checkpoint/folder.h"
@@ -133,6 +134,7 @@ struct Engine::Impl {
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check_fits(int64_t length) const;
+  void check_replay(const Trace& replay);
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
   Mixtral model;
@@ -140,6 +142,8 @@ struct Engine::Impl {
   const Options options;
   const int64_t num_pages;
   const std::shared_ptr<RoutingCounts> routing_counts;  // or none
+  std::once_flag fingerprinted;
+  std::string fingerprint;  // of the model, for replays; computed once, since it reads every parameter
   std::atomic<int64_t> next_id{0};
   const std::shared_ptr<Seats> seats = std::make_shared<Seats>(options.max_queue, options.max_queue_tokens);
   // The calls of after_passes(), for the thread alone.
@@ -158,13 +162,21 @@ void Engine::Impl::check_fits(int64_t length) const {
                     gib_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
 }
 
+void Engine::Impl::check_replay(const Trace& replay) {
+  std::call_once(fingerprinted, [this] { fingerprint = trace_fingerprint(*model); });
+  check_same_model(replay, model->config(), fingerprint);
+}
+
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
   if (!request.seat) request.seat = seats->reserve(1)[0];
   check_request(request, *model, options.ctx_size, tokenizer.has_value());
   const auto prompt_length = static_cast<int64_t>(request.prompt_token_ids.size());
   check_fits(prompt_length + request.params.max_tokens);
   request.seat->add_prompt(prompt_length);
-  if (request.replay) request.experts_per_token = request.replay->routing.top_k;
+  if (request.replay) {
+    check_replay(*request.replay);
+    request.experts_per_token = request.replay->routing.top_k;
+  }
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
   if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));

@@ -20,8 +20,8 @@ struct Request {
   SamplingParams params;
   int64_t experts_per_token = 0;  // 0: as many as the model's config says
   bool trace = false;             // keep what the routers decide, in Generation::trace
-  // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
-  // trace. It gives experts_per_token.
+  // Forces the experts of this trace of one sequence, on new tokens too, until it ends or one is another than in the
+  // trace. It has the tokens of the prompt as far as both go, and gives experts_per_token.
   std::shared_ptr<const Trace> replay = nullptr;
   // Each new token, the first one too, waits until Engine::allow() has said which tokens it may be.
   bool constrained = false;

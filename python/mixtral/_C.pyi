@@ -344,6 +344,7 @@ class EventBox:
         experts_per_token: int = 0,
         trace: bool = False,
         constrained: bool = False,
+        replays: Replays | None = None,
     ) -> int: ...
 
 CHUNK_SIZE: int
@@ -406,6 +407,9 @@ class RequestTrace:
     def __len__(self) -> int: ...
     @property
     def experts_per_token(self) -> int: ...
+
+class Replays:
+    def __init__(self, path: str | PathLike[str], model: Mixtral) -> None: ...
 
 def write_request_traces(
     requests: Sequence[RequestTrace],

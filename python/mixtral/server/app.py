@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from .. import __version__
+from .. import _C, __version__
 from ..model import Mixtral
 from . import chat, completions, errors, metrics, models, routing, tokens
 from .bridge import Bridge
@@ -31,15 +31,17 @@ def create_app(
 
     Raises:
         ValueError: a trace that cannot be written.
+        LoadError: a trace to replay that cannot be read, or that is of another model.
     """
     settings = settings or Settings()
     recorder = Recorder(model, settings.trace) if settings.trace else None
+    replays = _C.Replays(settings.replay, model._model) if settings.replay else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         served = app.state.served
         served.bridge = bridge(model, served.metrics)
-        served.bridge.recorder = recorder
+        served.bridge.recorder, served.bridge.replays = recorder, replays
         watch = None
         if lifecycle:
             served.bridge.on_failure = lifecycle.die

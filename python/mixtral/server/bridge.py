@@ -176,11 +176,13 @@ class Bridge:
 
     Attributes:
         recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
+        replays: force their experts on the sequences that begin as they do; None: every sequence runs free.
         on_failure: called with the reason when the engine takes no more requests, before they end.
     """
 
     def __init__(self, model: Mixtral, metrics: Metrics) -> None:
         self.recorder: Recorder | None = None
+        self.replays: _C.Replays | None = None
         self.on_failure: Callable[[str], None] = lambda reason: None
         self._engine = model.engine
         self._box = _C.EventBox()
@@ -226,7 +228,9 @@ class Bridge:
         traced = routed or self.recorder is not None
         constrained = matcher is not None
         try:
-            request = self._box.submit(self._engine, seat, key, prompt, params, experts_per_token, traced, constrained)
+            request = self._box.submit(
+                self._engine, seat, key, prompt, params, experts_per_token, traced, constrained, self.replays
+            )
         except QueueFull:
             raise _queue_full() from None
         if constrained:

@@ -93,6 +93,7 @@ def _add_server_flags(add: Callable) -> None:
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
     add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
     add("--trace", metavar="FILE", help="write which experts every token of all requests went to, when the server ends")
+    add("--replay", metavar="FILE", help="send requests that begin as this trace does to the experts that it names")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
     tokens = "tokens of their prompts together; more get 429 (default: 1000000)"
     add("--queue-tokens", metavar="N", type=_at_least(1), default=1_000_000, help=tokens)
@@ -177,6 +178,7 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
         served_model_name=flags.served_model_name or name,
         chat_template=flags.chat_template,
         trace=flags.trace,
+        replay=flags.replay,
     )
 
 

@@ -13,6 +13,7 @@ class Settings:
         served_model_name: the model's name in requests and answers.
         chat_template: as of ``Tokenizer.apply_chat``; None: the model's own.
         trace: a file that gets the routing of all requests when the server ends; None: nothing is kept.
+        replay: a trace whose experts are forced on the requests that begin as one of its sequences does; None: none.
         max_prompts: most prompts of one request.
     """
 
@@ -22,4 +23,5 @@ class Settings:
     served_model_name: str = "mixtral"
     chat_template: str | None = None
     trace: str | None = None
+    replay: str | None = None
     max_prompts: int = 256
