@@ -116,6 +116,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   options.plan_replay = flags.plan_replay;
   LoadedEngine loaded = load_engine(flags.model, tokenizer, options);
   check_replay(flags.routing, replay, loaded.engine);
+  if (replay) check_same_tokens(*replay, 0, ids);
   const bool streams = !flags.json && flags.samples == 1;
   if (streams && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
   const auto on_text = [streams](size_t, const std::string& piece) {
@@ -129,7 +130,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const auto generations = loaded.engine.generate(requests_of(request, flags.samples), on_text, &timings);
   for (const Generation& generation : generations) check_finished(generation);
   loaded.engine.finish_plan_trace();
-  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, tokenizer);
+  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, &tokenizer);
   save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
   for (const Generation& generation : generations) {
     if (flags.json) {

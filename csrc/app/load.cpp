@@ -103,9 +103,9 @@ void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>&
   }
 }
 
-void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer) {
+void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer* tokenizer) {
   trace.model = trace_fingerprint(engine.model());
-  describe_tokens(trace, &tokenizer, engine.config());
+  describe_tokens(trace, tokenizer, engine.config());
   write_trace(trace, flags.trace);
 }
 

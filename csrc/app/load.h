@@ -40,8 +40,8 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags);
 // Throws LoadError when the trace of --replay is of another model.
 void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>& replay, const Engine& engine);
-// Writes the file of --trace.
-void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer);
+// Writes the file of --trace. `tokenizer` may be null.
+void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer* tokenizer);
 
 // Of a --prompt-cache. Nothing happens without a name, or where no file is yet.
 void load_prompt_cache(Engine& engine, const std::string& file);

@@ -51,7 +51,7 @@ Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Confi
   const double start = seconds_now();
   const Score score = mixtral::score(loaded.engine.model(), tokenizer, text, options);
   const double seconds = seconds_now() - start;
-  if (trace) save_trace(routing, *trace, loaded.engine, tokenizer);
+  if (trace) save_trace(routing, *trace, loaded.engine, &tokenizer);
   return {weight_type_of(flags, config).name(), score, seconds};
 }
 

@@ -58,6 +58,7 @@ void EngineCore::fail_all(const std::exception_ptr& error) {
 
 void EngineCore::step() {
   sample_held();
+  if (after_pass) after_pass();  // the next masks of what was picked can be made while the pass runs
   while (passes_.size() < depth_ && launch()) {
   }
   if (!passes_.empty()) collect();

@@ -55,7 +55,7 @@ class EngineCore {
   void check_integrity() const;
   PlanTrace* plan_trace() const { return plan_trace_.get(); }
 
-  // Called by the thread after each pass and the callbacks that came of it: one wake-up for all of them.
+  // Called after the callbacks of each pass, and after those of tokens picked with masks: one wake-up for all of them.
   std::function<void()> after_pass;
 
  private:

@@ -88,10 +88,10 @@ EngineStats EngineThread::stats() const {
   return stats;
 }
 
-void EngineThread::allow(int64_t id, std::vector<int32_t> mask) {
+void EngineThread::allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks) {
   if (was_forked()) return;
   const std::lock_guard lock(state_->mutex);
-  state_->allowed.emplace_back(id, std::move(mask));
+  for (auto& mask : masks) state_->allowed.push_back(std::move(mask));
   state_->changed.notify_one();
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "engine_core.h"
@@ -25,7 +26,7 @@ class EngineThread {
   // in a process that was forked after the thread had started: threads do not live on there.
   void submit(std::vector<std::unique_ptr<Sequence>> sequences);
   void cancel(const std::vector<int64_t>& ids);
-  void allow(int64_t id, std::vector<int32_t> mask);
+  void allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks);  // by id
   // Runs `task` on the thread, between two passes, and waits for it. Throws what it throws.
   void run(const std::function<void(EngineCore&)>& task);
   std::exception_ptr failure() const;  // the RankError that ended the engine, or null

@@ -29,6 +29,9 @@ class Scheduler {
     // Without a limit, requests with a large max_tokens that they hardly ever need would keep others waiting; with
     // less, more requests would be preempted, and computed again.
     int64_t headroom = 256;
+    // Tokens of one sequence in a pass in which others decode, and of all that do not decode twice as many: the longer
+    // such a pass takes, the longer those wait. 0: as in other passes.
+    int64_t mixed_chunk_size = 0;
     int64_t depth = 1;  // passes in flight
   };
   // The next `tokens` tokens of `sequence`.
@@ -54,9 +57,14 @@ class Scheduler {
   void check_integrity() const;
 
  private:
+  // What is left of a pass.
+  struct Budget {
+    int64_t tokens, prefill_tokens, chunk_size;
+  };
+  Budget budget() const;
   int64_t runnable() const;
   size_t share_of_pass(int64_t sequences) const;
-  bool add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks);
+  bool add_chunk(Sequence& sequence, Budget& budget, std::vector<Chunk>& chunks);
   void preempt(Sequence& sequence);
   bool admit();
   bool others_compute_its_prefix(const Sequence& next) const;

@@ -232,12 +232,14 @@ class Mixtral:
 
 class EngineOptions:
     chunk_size: int
+    mixed_chunk_size: int
     token_budget: int
     max_batch: int
     page_size: int
     ctx_size: int
     kv_memory: int
     max_queue: int
+    max_queue_tokens: int
     prefix_cache: bool
     cuda_graph: bool
     speculate: int
@@ -268,6 +270,8 @@ class EngineStats:
     def preemptions(self) -> int: ...
     @property
     def computed_tokens(self) -> int: ...
+    @property
+    def seats_taken(self) -> int: ...
 
 class Outcome:
     @property
@@ -295,11 +299,10 @@ class Engine:
         on_text: Callable[[str], bool | None],
         on_end: Callable[[Outcome], None],
         constrained: bool = False,
-        seat: Seat | None = None,
     ) -> int: ...
-    def allow(self, id: int, mask: torch.Tensor) -> None: ...
+    def allow(self, ids: Sequence[int], masks: torch.Tensor) -> None: ...
     def cancel(self, id: int) -> None: ...
-    def reserve_seat(self) -> Seat: ...
+    def reserve_seats(self, count: int) -> list[Seat]: ...
     def stats(self) -> EngineStats: ...
     def failure(self) -> str | None: ...
     def check_integrity(self) -> None: ...
@@ -334,12 +337,14 @@ class EventBox:
     def submit(
         self,
         engine: Engine,
+        seat: Seat,
         key: int,
         prompt: Sequence[int],
         params: SamplingParams,
         experts_per_token: int = 0,
         trace: bool = False,
         constrained: bool = False,
+        replays: Replays | None = None,
     ) -> int: ...
 
 CHUNK_SIZE: int
@@ -402,6 +407,9 @@ class RequestTrace:
     def __len__(self) -> int: ...
     @property
     def experts_per_token(self) -> int: ...
+
+class Replays:
+    def __init__(self, path: str | PathLike[str], model: Mixtral) -> None: ...
 
 def write_request_traces(
     requests: Sequence[RequestTrace],

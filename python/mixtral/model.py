@@ -71,6 +71,8 @@ class Mixtral(Tracing):
         Args:
             model, tokenizer: from the C++ library.
             chunk_size: prompt tokens of one sequence in one forward pass (default 512).
+            mixed_chunk_size: the same of a pass in which others decode, and of all sequences twice as many; less keeps
+                the tokens of those even, more reads prompts faster (default 0: as in other passes).
             token_budget: tokens of all sequences in one forward pass (default 2048).
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).
@@ -78,6 +80,7 @@ class Mixtral(Tracing):
             kv_memory: bytes of the key/value cache (default: room for ``max_batch`` sequences of ``ctx_size`` tokens,
                 in at most half of the memory that the device has left).
             max_queue: requests at a time, those that run included; one more raises ``QueueFull`` (default: any number).
+            max_queue_tokens: tokens of their prompts together, as max_queue (default: any number).
             prefix_cache: keep keys and values for prompts that begin with the same tokens (default true).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
             speculate: most tokens to guess, in each step, from earlier text that ends alike (prompt lookup); the

@@ -74,6 +74,7 @@ void run_schedule(unsigned seed, int64_t depth, Totals& total) {
                                    pick(1, 5),
                                    /*prefix_cache=*/pick(0, 7) > 0,
                                    /*headroom=*/pick(0, 8),
+                                   /*mixed_chunk_size=*/pick(0, 1) * pick(1, 6),
                                    depth};
   const int64_t chunk = options.chunk_size, longest = pick(5, 30);
   const int64_t least = RollingKVCache::pages_needed(FakeRunner::config(window), page_size, chunk, longest);

@@ -70,6 +70,20 @@ TEST_F(SchedulerTest, ComputesChunksOfPromptsAndNewestTokensWithinTheBudget) {
   EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 1}}));
 }
 
+TEST_F(SchedulerTest, ReadsLessOfPromptsInAPassInWhichOthersDecode) {
+  Scheduler::Options options{/*chunk_size=*/16, /*token_budget=*/64, /*max_batch=*/8, /*prefix_cache=*/false};
+  options.mixed_chunk_size = 4;
+  make(options, 100);
+  add(20, /*max_tokens=*/9);
+  EXPECT_EQ(pass(), (Plan{{0, 16}}));  // alone
+  EXPECT_EQ(pass(), (Plan{{0, 4}}));
+  for (const int64_t length : {11, 3, 9}) add(length, /*max_tokens=*/9);
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 4}, {2, 3}, {3, 1}}));  // 4 of each, 8 of all
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 4}, {2, 1}, {3, 4}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 3}, {2, 1}, {3, 4}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 1}, {3, 1}}));
+}
+
 TEST_F(SchedulerTest, AdmitsInOrderWhileSeatsAndPagesLast) {
   make({16, 64, /*max_batch=*/3, false}, 8);
   add(8);   // two pages, soon three

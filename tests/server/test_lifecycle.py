@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from processes import Connection, ServerProcess, stand_in
+from processes import Connection, ServerProcess, small_server, stand_in
 
 LONG = {"tokens": 10**6, "interval": 0.01, "stream": True}
 

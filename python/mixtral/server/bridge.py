@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from .. import _C
-from ..errors import RankError
+from ..errors import QueueFull, RankError
 from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
@@ -57,9 +57,9 @@ class Progress:
 class Call:
     """The sequences of one HTTP request. Iterating gives (index of the sequence, Progress) until all have ended."""
 
-    def __init__(self, bridge: "Bridge", seats: int) -> None:
+    def __init__(self, bridge: "Bridge", seats: list[_C.Seat]) -> None:
         self._bridge = bridge
-        self._seats = seats
+        self._seats = seats  # of the sequences that are still to come
         self._ids: list[int] = []  # of the engine
         self._keys: list[int] = []
         self._pending: dict[int, Progress] = {}
@@ -81,10 +81,12 @@ class Call:
 
         Raises:
             ValueError: what the engine refuses.
+            ApiError: 429 when it has too many tokens of prompts.
         """
         key = self._bridge.register(self, len(self._keys))
+        seat = self._seats.pop()
         try:
-            self._ids.append(self._bridge.submit(key, prompt, params, experts_per_token, routed, matcher))
+            self._ids.append(self._bridge.submit(seat, key, prompt, params, experts_per_token, routed, matcher))
             self._prompt_tokens += len(prompt)
         except BaseException:
             self._bridge.forget([key])
@@ -139,9 +141,8 @@ class Call:
         return sum(cached for index, cached in self._cached.items() if index % n == 0)
 
     def close(self) -> None:
-        """Cancels what still runs, and gives the seats back. Nothing comes any more."""
-        self._bridge.seats_taken -= self._seats
-        self._seats = 0
+        """Cancels what still runs. Nothing comes any more."""
+        self._seats.clear()
         if (fields := logs.request_fields.get()) is not None:
             fields |= {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._new_tokens}
             fields["finish_reasons"] = self._finish_reasons
@@ -174,15 +175,14 @@ class Bridge:
     """One per server; its methods are called on the event loop's thread.
 
     Attributes:
-        seats_taken: sequences that wait or run, or are about to.
         recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
+        replays: force their experts on the sequences that begin as they do; None: every sequence runs free.
         on_failure: called with the reason when the engine takes no more requests, before they end.
     """
 
-    def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
-        self.seats_taken = 0
-        self._seats = seats
+    def __init__(self, model: Mixtral, metrics: Metrics) -> None:
         self.recorder: Recorder | None = None
+        self.replays: _C.Replays | None = None
         self.on_failure: Callable[[str], None] = lambda reason: None
         self._engine = model.engine
         self._box = _C.EventBox()
@@ -203,12 +203,12 @@ class Bridge:
         Raises:
             ApiError: 429 when there are not as many seats now; 400 when there never are.
         """
-        if sequences > self._seats:
-            raise ApiError(400, f"n times the prompts must be at most {self._seats}, got {sequences}", "n")
-        if self.seats_taken + sequences > self._seats:
-            raise ApiError(429, "too many requests wait; try again", code="queue_full", headers={"Retry-After": "1"})
-        self.seats_taken += sequences
-        return Call(self, sequences)
+        try:
+            return Call(self, self._engine.reserve_seats(sequences))
+        except QueueFull:
+            raise _queue_full() from None
+        except ValueError as error:
+            raise ApiError(400, f"n times the prompts: {error}", "n") from None
 
     def register(self, call: Call, index: int) -> int:
         self._next_key += 1
@@ -217,6 +217,7 @@ class Bridge:
 
     def submit(
         self,
+        seat: _C.Seat,
         key: int,
         prompt: Sequence[int],
         params: _C.SamplingParams,
@@ -226,7 +227,12 @@ class Bridge:
     ) -> int:
         traced = routed or self.recorder is not None
         constrained = matcher is not None
-        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced, constrained)
+        try:
+            request = self._box.submit(
+                self._engine, seat, key, prompt, params, experts_per_token, traced, constrained, self.replays
+            )
+        except QueueFull:
+            raise _queue_full() from None
         if constrained:
             self._constrained[key] = request, matcher
             self._masks.push([Due(request, matcher)])
@@ -291,6 +297,10 @@ class Bridge:
             if event.outcome is not None:
                 sequence.end(_reason(event.outcome))
                 del self._observed[event.key]
+
+
+def _queue_full() -> ApiError:
+    return ApiError(429, "too many requests wait; try again", code="queue_full", headers={"Retry-After": "1"})
 
 
 class _Refused:

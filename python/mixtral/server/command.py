@@ -93,14 +93,20 @@ def _add_server_flags(add: Callable) -> None:
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
     add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
     add("--trace", metavar="FILE", help="write which experts every token of all requests went to, when the server ends")
+    add("--replay", metavar="FILE", help="send requests that begin as this trace does to the experts that it names")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
+    tokens = "tokens of their prompts together; more get 429 (default: 1000000)"
+    add("--queue-tokens", metavar="N", type=_at_least(1), default=1_000_000, help=tokens)
 
 
 def _add_engine_flags(add: Callable) -> None:
     add("--max-batch", metavar="N", type=_at_least(1), default=64, help="sequences at a time (default: 64)")
     add("--kv-memory", metavar="SIZE", type=_size, default=0, help="of the key/value cache, such as 4GiB")
     add("--chunk-size", metavar="N", type=_at_least(1), default=512, help="prompt tokens of a sequence in a pass")
+    mixed = "the same of a pass in which others decode (default: 256)"
+    add("--mixed-chunk-size", metavar="N", type=_at_least(1), default=256, help=mixed)
     add("-c", "--ctx-size", metavar="N", type=_at_least(0), default=0, help="longest prompt plus answer (default: all)")
+    add("--no-prefix-cache", action="store_true", help="compute every prompt whole, whoever sent its beginning before")
     add("--speculate", metavar="N", type=_at_least(0), default=0, help="guess up to N tokens a step from earlier text")
 
 
@@ -171,8 +177,8 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
         api_key=flags.api_key,
         served_model_name=flags.served_model_name or name,
         chat_template=flags.chat_template,
-        queue=flags.queue,
         trace=flags.trace,
+        replay=flags.replay,
     )
 
 
@@ -197,8 +203,12 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         max_batch=flags.max_batch,
         speculate=flags.speculate,
         chunk_size=flags.chunk_size,
+        mixed_chunk_size=flags.mixed_chunk_size,
         ctx_size=flags.ctx_size,
         kv_memory=flags.kv_memory,
+        max_queue=flags.queue,
+        max_queue_tokens=flags.queue_tokens,
+        prefix_cache=not flags.no_prefix_cache,
         cuda_graph=not flags.no_cuda_graph,
     )
     return model, folder.stem if folder.suffix == ".gguf" else folder.resolve().name
