@@ -26,6 +26,7 @@ class Follower {
         caches_.erase(message.words.at(0));
         return;
       case Command::kPing:
+        return model_.world()->send(torch::ones({1}, torch::dtype(torch::kInt64).device(model_.device())), /*to=*/0);
       case Command::kStop:
         return;
     }

@@ -102,10 +102,14 @@ torch::Tensor Leader::logits(const torch::Tensor& hidden, const std::function<to
 
 void Leader::ping() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock) return;  // somebody tells the followers more than this
+  if (!lock || started_ != finished_) return;  // somebody tells the followers more than this
   guarded([&] {
     drop_caches();
     tell(1, world_->size(), {Command::kPing, {}});
+    std::vector<Communicator::Receive> answers;  // else nobody would miss one that is stopped
+    for (int rank = 1; rank < world_->size(); ++rank)
+      answers.push_back({torch::empty({1}, torch::dtype(torch::kInt64).device(world_->device())), rank});
+    world_->exchange({}, answers);
   });
 }
 
