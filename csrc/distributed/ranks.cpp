@@ -173,9 +173,8 @@ std::shared_ptr<Communicator> join_shm_of_rank_0(RankStore& store, const World& 
                                "): use the parallel backend gloo");
     segment = ShmSegment::open(descriptor);
   }
-  auto ranks = join_shm(segment, world.rank, timeout);
-  store.exchange_texts("");  // it serves the store until all are here
-  return ranks;
+  store.exchange_texts("");  // rank 0 stays until all have it
+  return join_shm(segment, world.rank, timeout);
 }
 
 // One of torchrun's.
