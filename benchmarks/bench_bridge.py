@@ -5,6 +5,7 @@
 2. How many server-sent events a second one process sends over 32 streams, with an engine that always has a token.
 3. New tokens a second of 8 clients of a server, beside those of one ``generate()`` of the same prompts in process. The
    clients run in a process of their own on the same processors.
+4. The same of 8 clients whose answers must fit a JSON schema, beside the same without.
 """
 
 import asyncio
@@ -13,8 +14,10 @@ import multiprocessing
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import uvicorn
@@ -31,6 +34,15 @@ from random_models import SHAPES, model_config
 
 SEQUENCES, STEPS, STREAMS, SECONDS = 128, 600, 32, 8.0
 CLIENTS, NEW_TOKENS, TURNS = 8, 64, 9
+
+# Of an answer that does not end within NEW_TOKENS.
+PLACE = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "size": {"type": "integer"}, "coast": {"type": "boolean"}},
+    "required": ["name", "size", "coast"],
+    "additionalProperties": False,
+}
+ENDLESS = {"type": "array", "items": PLACE, "minItems": 100}
 
 # A thread that does what the engine's does with the callbacks of its requests, and times it.
 ENGINE = r"""
@@ -113,11 +125,11 @@ TOKEN = SimpleNamespace(text=" word", token_ids=[7], logprobs=[], prompt_logprob
 class Endless(Bridge):
     """An engine that has a token for every open call in every turn of the event loop."""
 
-    def __init__(self, _: mixtral.Mixtral, seats: int, metrics: object) -> None:
-        self._open, self._next_key, self._seats, self.seats_taken = {}, 0, seats, 0
+    def __init__(self, model: mixtral.Mixtral, _: object) -> None:
+        self._engine, self._open, self._next_key = model.engine, {}, 0
         self._feeder = asyncio.ensure_future(self._feed())
 
-    def submit(self, key: int, *_: object) -> int:
+    def submit(self, _seat: object, key: int, *_: object) -> int:
         return key
 
     def cancel(self, ids: list[int]) -> None:
@@ -143,10 +155,12 @@ def serve(port: multiprocessing.Queue) -> None:
 
 
 async def ask(port: int, body: dict[str, object]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """The answer to a completion; a client that does as little as it can, as it runs on the server's processors."""
+    """The answer to a completion or a chat; a client that does as little as it can, as it runs on the server's
+    processors."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     writer.write(head.encode() + b"\r\n\r\n" + data)
     return reader, writer
 
@@ -181,45 +195,78 @@ def server_process() -> Iterator[int]:
         process.kill()
 
 
-def stream_all(port: int, prompts: list[list[int]]) -> float:
-    """Seconds until all prompts have streamed their answers."""
+def stream_all(port: int, bodies: list[dict[str, object]]) -> float:
+    """Seconds until all have streamed their answers."""
 
-    async def one(prompt: list[int]) -> None:
-        body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
-        reader, _writer = await ask(port, body)
+    async def one(body: dict[str, object]) -> None:
+        reader, _writer = await ask(port, {**body, "max_tokens": NEW_TOKENS, "stream": True})
         await reader.readuntil(b"[DONE]")
 
     async def together() -> float:
         start = time.perf_counter()
-        await asyncio.gather(*map(one, prompts))
+        await asyncio.gather(*map(one, bodies))
         return time.perf_counter() - start
 
     return asyncio.run(together())
 
 
-def against_in_process(bench: Bench) -> None:
-    model = mixtral.Mixtral.from_config(model_config(SHAPES["mini"]), dtype="bfloat16")
-    prompts = [[1, *range(10 + i, 42 + i)] for i in range(CLIENTS)]
+@contextmanager
+def clients_of(model: mixtral.Mixtral) -> Iterator[Callable[[list[dict[str, object]]], float]]:
+    """``stream_all``, from another process to a server of ``model`` in this one."""
     server = uvicorn.Server(uvicorn.Config(create_app(model), port=0, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    rates: dict[str, list[float]] = {"in process": [], "server": []}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
-        for turn in range(1 + TURNS):
-            start = time.perf_counter()
-            model.generate(prompts, NEW_TOKENS, ignore_eos=True)
-            seconds = {"in process": time.perf_counter() - start}
-            seconds["server"] = clients.submit(stream_all, port, prompts).result(timeout=120)
-            for who in rates if turn else ():  # the first turn warms up
-                rates[who].append(CLIENTS * NEW_TOKENS / seconds[who])
+        yield lambda bodies: clients.submit(stream_all, port, bodies).result(timeout=300)
     server.should_exit = True
-    alone, served = (statistics.median(rates[who]) for who in ("in process", "server"))
+
+
+def compare(bench: Bench, metric: str, peer: str, ours: Callable[[], float], theirs: Callable[[], float]) -> None:
+    """Of functions that take turns and return seconds for the same number of tokens."""
+    rates: dict[Callable, list[float]] = {theirs: [], ours: []}
+    for turn in range(1 + TURNS):
+        for work, of_work in rates.items():
+            seconds = work()
+            if turn:  # the first one warms up
+                of_work.append(CLIENTS * NEW_TOKENS / seconds)
+    value, peer_value = (statistics.median(rates[work]) for work in (ours, theirs))
+    ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))  # of each turn
     case = f"mini bfloat16, {CLIENTS} clients, {NEW_TOKENS} new tokens each"
-    ratio = statistics.median(b / a for a, b in zip(rates["in process"], rates["server"], strict=True))  # of each turn
-    bench.rows.append(Row(case, "served", served, "tokens/s", peer="in process", peer_value=alone, ratio=ratio))
-    print(f"{case}: {served:.1f} tokens/s x {ratio:.3f} of in process {alone:.1f}", flush=True)
+    bench.rows.append(Row(case, metric, value, "tokens/s", peer=peer, peer_value=peer_value, ratio=ratio))
+    print(f"{case}: {metric} {value:.1f} tokens/s x {ratio:.3f} of {peer} {peer_value:.1f}", flush=True)
+
+
+def against_in_process(bench: Bench) -> None:
+    model = mixtral.Mixtral.from_config(model_config(SHAPES["mini"]), dtype="bfloat16")
+    prompts = [[1, *range(10 + i, 42 + i)] for i in range(CLIENTS)]
+    bodies = [{"prompt": prompt, "temperature": 0, "ignore_eos": True} for prompt in prompts]
+
+    def in_process() -> float:
+        start = time.perf_counter()
+        model.generate(prompts, NEW_TOKENS, ignore_eos=True)
+        return time.perf_counter() - start
+
+    with clients_of(model) as stream:
+        compare(bench, "served", "in process", lambda: stream(bodies), in_process)
+
+
+def against_no_grammar(bench: Bench) -> None:
+    tokenizer = mixtral.Tokenizer(REPOSITORY / "models" / "demo")
+    shape = replace(SHAPES["mini"], vocab=tokenizer.vocab_size)
+    bare = mixtral.Mixtral.from_config(model_config(shape), dtype="bfloat16")
+    model = mixtral.Mixtral(bare._model, tokenizer)
+    chats = [{"messages": [{"role": "user", "content": f"Hi {i}"}], "seed": i} for i in range(CLIENTS)]
+    form = {"type": "json_schema", "json_schema": {"name": "endless", "schema": ENDLESS}}
+    with clients_of(model) as stream:
+        compare(
+            bench,
+            "served with a JSON schema",
+            "without",
+            lambda: stream([{**chat, "response_format": form} for chat in chats]),
+            lambda: stream([{**chat, "ignore_eos": True} for chat in chats]),
+        )
 
 
 def run(bench: Bench) -> None:
@@ -234,6 +281,7 @@ def run(bench: Bench) -> None:
     bench.rows.append(Row(f"{STREAMS} streams", "server-sent events", rate, "1/s"))
     print(f"{STREAMS} streams: {rate:.0f} events/s", flush=True)
     against_in_process(bench)
+    against_no_grammar(bench)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from random_models import Shape, model_config
 
 SHAPE = Shape(hidden=1024, layers=8, heads=16, kv_heads=4, head_dim=64, intermediate=3584, vocab=4096)
 TURNS = 5
-LONG_PROMPT, BUDGET = 4096, 128
+LONG_PROMPT, CHUNKS = 4096, (128, 256, 512)  # 256 is what `mixtral serve` reads beside others
 KV_MEMORY = 1 << 28
 
 
@@ -100,29 +100,16 @@ def beside_decodes(engine: mixtral.Mixtral, prompt: list[int]) -> tuple[list[flo
 def long_prompt(bench: Bench, model: mixtral.Mixtral) -> None:
     prompt = random_ids(LONG_PROMPT, 5)
     whole = passes_of(engine_on(model, chunk_size=LONG_PROMPT, token_budget=LONG_PROMPT), prompt)
-    alone = passes_of(engine_on(model, token_budget=BUDGET), prompt)
-    beside, waits = beside_decodes(engine_on(model, token_budget=BUDGET), prompt)
-    step = statistics.quantiles(gaps(alone), n=100)[98]
-    wait = statistics.quantiles(waits, n=100)[98]
-    case = f"{LONG_PROMPT} prompt tokens, {BUDGET} a pass"
-    bench.rows.append(
-        Row(f"{case}, beside 4 requests", "99 % of their tokens wait at most, 1/s", 1 / wait, "1/s", None, None,
-            f"passes of {BUDGET} tokens alone", 1 / step, step / wait)
-    )  # fmt: skip
-    rate, peer = (LONG_PROMPT / (times[-1] - times[0]) for times in (beside, whole))
-    bench.rows.append(
-        Row(
-            f"{case}, beside 4 requests",
-            "prefill",
-            rate,
-            "tokens/s",
-            None,
-            None,
-            "in one pass, alone",
-            peer,
-            rate / peer,
-        )
-    )
+    for chunk in CHUNKS:
+        alone = passes_of(engine_on(model, chunk_size=chunk), prompt)
+        beside, waits = beside_decodes(engine_on(model, mixed_chunk_size=chunk), prompt)
+        step, wait = (statistics.quantiles(seconds, n=100)[98] for seconds in (gaps(alone), waits))
+        case = f"{LONG_PROMPT} prompt tokens, {chunk} a pass, beside 4 requests"
+        metric, peer = "99 % of their tokens wait at most, 1/s", f"passes of {chunk} tokens alone"
+        bench.rows.append(Row(case, metric, 1 / wait, "1/s", peer=peer, peer_value=1 / step, ratio=step / wait))
+        rate, of_whole = (LONG_PROMPT / (times[-1] - times[0]) for times in (beside, whole))
+        peer = "in one pass, alone"
+        bench.rows.append(Row(case, "prefill", rate, "tokens/s", peer=peer, peer_value=of_whole, ratio=rate / of_whole))
 
 
 # ---- guessed tokens ----

@@ -19,6 +19,7 @@ CPU_ONLY = {
     "bench_long_context.py",
     "bench_moe_mlp_training.py",
     "bench_pack_weight.py",
+    "bench_parallel.py",
     "bench_passkey.py",
     "bench_routing.py",
     "bench_system.py",

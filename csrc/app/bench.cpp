@@ -2,15 +2,21 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <random>
+#include <stdexcept>
 
 #include "../checkpoint/config_reader.h"
+#include "../engine/append_document.h"
+#include "../engine/replay.h"
 #include "../engine/roofline.h"
 #include "../engine/threads.h"
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -20,6 +26,7 @@ namespace {
 
 struct BenchFlags {
   ModelFlags model;
+  RoutingFlags routing;
   int64_t prompt_tokens = 256, new_tokens = 64, batch = 1, repeat = 3;
   bool json = false;
 };
@@ -28,9 +35,14 @@ struct Result {
   double load_seconds = 0, prefill_rate = 0, decode_rate = 0;  // tokens/s
   double weight_bytes = 0;                                     // read per decoded token
   double bandwidth = 0;                                        // measured, bytes/s
-  int64_t peak_memory = 0;                                     // bytes, of the host
+  int64_t peak_memory = 0;                                     // bytes, of the host and this process
+  nlohmann::json parallel;                                     // of the ranks; null for one
+  std::optional<int64_t> replayed_tokens;                      // of a round; with --replay
 
-  double percent_of_roofline() const { return 100 * decode_rate * weight_bytes / bandwidth; }
+  // The bandwidth is that of one process: not a number for several ranks.
+  double percent_of_roofline() const {
+    return parallel.is_null() ? 100 * decode_rate * weight_bytes / bandwidth : std::numeric_limits<double>::quiet_NaN();
+  }
 };
 
 double median(std::vector<double> values) {
@@ -59,6 +71,41 @@ int64_t peak_memory_bytes() {
   return 0;
 }
 
+std::vector<Request> make_requests(const BenchFlags& flags, const Engine& engine) {
+  SamplingParams params;
+  params.max_tokens = flags.new_tokens;
+  params.ignore_eos = true;
+  std::vector<Request> requests;
+  for (auto& prompt : random_prompts(flags.batch, flags.prompt_tokens, engine.config().vocab_size))
+    requests.push_back({std::move(prompt), params, flags.model.experts_per_token, !flags.routing.trace.empty()});
+  if (flags.routing.replay.empty()) return requests;
+  const Replays replays = read_replays(flags.routing.replay, engine.model());
+  for (Request& request : requests) {
+    request.replay = replays.find(request.prompt_token_ids);
+    if (!request.replay || request.replay->tokens() < flags.prompt_tokens)
+      throw std::invalid_argument("--replay " + flags.routing.replay +
+                                  ": is not of these prompts: trace a bench of the same --prompt-tokens, with as many "
+                                  "prompts as --batch or more");
+  }
+  return requests;
+}
+
+int64_t replayed_tokens_of(const std::vector<Request>& requests, const std::vector<Generation>& generations) {
+  int64_t tokens = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    std::vector<int64_t> read = generations[i].prompt_token_ids;
+    read.insert(read.end(), generations[i].token_ids.begin(), generations[i].token_ids.end() - 1);
+    tokens += replayed_tokens(*requests[i].replay, read);
+  }
+  return tokens;
+}
+
+void save_traces(const RoutingFlags& flags, const std::vector<Generation>& generations, const Engine& engine) {
+  Trace all = empty_trace(engine.config(), generations.front().trace->routing.top_k);
+  for (const Generation& generation : generations) append_document(all, *generation.trace);
+  save_trace(flags, all, engine, /*tokenizer=*/nullptr);
+}
+
 Result measure(const BenchFlags& flags) {
   // All prompts advance together: no pass mixes prefill and decode.
   Engine::Options options;
@@ -67,22 +114,25 @@ Result measure(const BenchFlags& flags) {
   options.prefix_cache = false;                                           // every round reads the same prompts
   LoadedEngine loaded = load_engine(flags.model, std::nullopt, options);  // random ids: no text
   Engine& engine = loaded.engine;
-  const Config& config = engine.config();
-  SamplingParams params;
-  params.max_tokens = flags.new_tokens;
-  params.ignore_eos = true;
-  const auto prompts = random_prompts(flags.batch, flags.prompt_tokens, config.vocab_size);
+  const std::vector<Request> requests = make_requests(flags, engine);
+  Config config = engine.config();
+  if (requests.front().replay) config.top_k = requests.front().replay->routing.top_k;
   const auto go_on = [](size_t, const std::string&) { return pending_signal() == 0; };
 
-  engine.generate({prompts.front()}, {params}, go_on);  // warms up
+  engine.generate({requests.front()}, go_on);  // warms up
   std::vector<double> prefill, decode;
+  std::vector<Generation> generations;  // of a round: all have the same
   for (int64_t i = 0; i < flags.repeat; ++i) {
     Timings timings;
-    for (const Generation& generation : engine.generate(prompts, {params}, go_on, &timings)) check_finished(generation);
+    generations = engine.generate(requests, go_on, &timings);
+    for (const Generation& generation : generations) check_finished(generation);
     prefill.push_back(per_second(timings.prompt_tokens, timings.prefill_seconds));
-    decode.push_back(per_second(decoded_tokens(timings, prompts.size()), timings.decode_seconds));
+    decode.push_back(per_second(decoded_tokens(timings, requests.size()), timings.decode_seconds));
   }
+  if (!flags.routing.trace.empty()) save_traces(flags.routing, generations, engine);
   Result result;
+  result.parallel = parallel_json(flags.model, loaded.engine);
+  if (requests.front().replay) result.replayed_tokens = replayed_tokens_of(requests, generations);
   result.load_seconds = loaded.seconds;
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);
@@ -94,40 +144,49 @@ Result measure(const BenchFlags& flags) {
 }
 
 nlohmann::json to_json(const BenchFlags& flags, const Result& result, const Config& config) {
-  return {{"model", model_path(flags.model).string()},
-          {"device", flags.model.device},
-          {"dtype", weight_type_of(flags.model, config).name()},
-          {"threads", num_threads()},
-          {"prompt_tokens", flags.prompt_tokens},
-          {"new_tokens", flags.new_tokens},
-          {"batch", flags.batch},
-          {"repeat", flags.repeat},
-          {"load_seconds", result.load_seconds},
-          {"prefill_tokens_per_second", result.prefill_rate},
-          {"decode_tokens_per_second", result.decode_rate},
-          {"weight_bytes_per_token", result.weight_bytes},
-          {"read_bandwidth_bytes_per_second", result.bandwidth},
-          {"percent_of_roofline", result.percent_of_roofline()},
-          {"peak_memory_bytes", result.peak_memory}};
+  nlohmann::json json = {{"model", model_path(flags.model).string()},
+                         {"device", flags.model.device},
+                         {"dtype", weight_type_of(flags.model, config).name()},
+                         {"threads", num_threads()},
+                         {"prompt_tokens", flags.prompt_tokens},
+                         {"new_tokens", flags.new_tokens},
+                         {"batch", flags.batch},
+                         {"repeat", flags.repeat},
+                         {"load_seconds", result.load_seconds},
+                         {"prefill_tokens_per_second", result.prefill_rate},
+                         {"decode_tokens_per_second", result.decode_rate},
+                         {"weight_bytes_per_token", result.weight_bytes},
+                         {"read_bandwidth_bytes_per_second", result.bandwidth},
+                         {"percent_of_roofline", result.percent_of_roofline()},
+                         {"peak_memory_bytes", result.peak_memory}};
+  if (!result.parallel.is_null()) json["parallel"] = result.parallel;
+  if (result.replayed_tokens) json["replayed_tokens"] = *result.replayed_tokens;
+  return json;
 }
 
 std::string to_text(const BenchFlags& flags, const Result& result) {
-  char text[600];
+  char text[600], percent[16] = "-  ";
+  if (result.parallel.is_null()) std::snprintf(percent, sizeof percent, "%.1f %%", result.percent_of_roofline());
   std::snprintf(text, sizeof text,
                 "load      %10.2f s\n"
                 "prefill   %10.1f tokens/s  (%lld x %lld tokens)\n"
                 "decode    %10.1f tokens/s  (%lld x %lld tokens)\n"
-                "roofline  %10.1f %%         (%s of weights read per token, memory reads %s/s)\n"
+                "roofline  %12s         (%s of weights read per token, memory reads %s/s)\n"
                 "peak      %10s          (host memory)\n",
                 result.load_seconds, result.prefill_rate, static_cast<long long>(flags.batch),
                 static_cast<long long>(flags.prompt_tokens), result.decode_rate, static_cast<long long>(flags.batch),
-                static_cast<long long>(flags.new_tokens), result.percent_of_roofline(),
-                bytes_text(result.weight_bytes).c_str(), bytes_text(result.bandwidth).c_str(),
-                bytes_text(static_cast<double>(result.peak_memory)).c_str());
-  return text;
+                static_cast<long long>(flags.new_tokens), percent, bytes_text(result.weight_bytes).c_str(),
+                bytes_text(result.bandwidth).c_str(), bytes_text(static_cast<double>(result.peak_memory)).c_str());
+  if (!result.replayed_tokens) return text;
+  char replayed[120];
+  const int64_t read = flags.batch * (flags.prompt_tokens + flags.new_tokens - 1);
+  std::snprintf(replayed, sizeof replayed, "replayed  %10lld tokens    (of the %lld that the model read)\n",
+                static_cast<long long>(*result.replayed_tokens), static_cast<long long>(read));
+  return std::string(text) + replayed;
 }
 
 void run(const BenchFlags& flags) {
+  follow_as_rank(flags.model);
   const Config config = read_config(model_path(flags.model));
   const Result result = measure(flags);
   write_out(flags.json ? json_line(to_json(flags, result, config)) : to_text(flags, result));
@@ -149,9 +208,11 @@ void add_bench(CLI::App& app) {
       ->check(in_range(1, 10000))
       ->capture_default_str();
   add_switch(command, "--json", flags->json, "One JSON object");
+  add_routing_flags(command, flags->routing);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(
       "Examples:\n"

@@ -15,6 +15,7 @@
 #include "conversation_file.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -38,6 +39,8 @@ struct ChatFlags {
 // Reads lines of stdin. std::getline would not return when a signal comes.
 class LineReader {
  public:
+  explicit LineReader(const Engine& engine) : engine_(engine) {}
+
   // None at the end of the input.
   std::optional<std::string> next(bool interactive) {
     for (;;) {
@@ -65,8 +68,9 @@ class LineReader {
   }
 
  private:
-  // Checks for signals ten times a second: one that comes just before a blocking read would not interrupt it.
-  static void wait_for_input(bool interactive) {
+  // Checks for signals ten times a second: one that comes just before a blocking read would not interrupt it. Another
+  // rank may be lost meanwhile.
+  void wait_for_input(bool interactive) const {
     pollfd input = {STDIN_FILENO, POLLIN, 0};
     bool hinted = false;
     do {
@@ -74,6 +78,7 @@ class LineReader {
       if (interactive && pending_signal() != 0 && !std::exchange(hinted, true)) {
         write_err("\n(Ctrl-C again, Ctrl-D or /bye to leave)\n> ");
       }
+      if (const auto failure = engine_.failure()) throw std::runtime_error(*failure);
     } while (::poll(&input, 1, 100) <= 0);
     throw_if_terminated();
   }
@@ -84,6 +89,7 @@ class LineReader {
     return text;
   }
 
+  const Engine& engine_;
   std::string held_;
 };
 
@@ -161,8 +167,8 @@ class Conversation {
   std::vector<ChatMessage> messages_;
 };
 
-void converse(Conversation& conversation, bool interactive) {
-  LineReader reader;
+void converse(Conversation& conversation, const Engine& engine, bool interactive) {
+  LineReader reader(engine);
   for (;;) {
     if (interactive) write_err("> ");
     const std::optional<std::string> line = reader.next(interactive);
@@ -196,6 +202,7 @@ void stop_at_end_of_answer(const ChatFormat& format, const Engine& engine, Sampl
 }
 
 void run(const CLI::App& command, ChatFlags flags) {
+  follow_as_rank(flags.model);
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const Tokenizer tokenizer = load_tokenizer(flags.model);
@@ -212,7 +219,7 @@ void run(const CLI::App& command, ChatFlags flags) {
   }
   load_prompt_cache(loaded.engine, flags.prompt_cache);
   Conversation conversation(flags, format, loaded, std::move(messages));
-  converse(conversation, interactive);
+  converse(conversation, loaded.engine, interactive);
 }
 
 }  // namespace
@@ -237,6 +244,7 @@ void add_chat(CLI::App& app) {
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral chat ./Mixtral-8x7B-Instruct-v0.1 --system \"Answer in French.\"\n"

@@ -132,6 +132,17 @@ void add_parallel_flags(CLI::App& app, ParallelFlags& flags) {
              "Each process holds whole experts, for the bits of one process; else a part of each, for even work");
 }
 
+void add_rank_flags(CLI::App& app, ModelFlags& flags) {
+  add_parallel_flags(app, flags.parallel);
+  add_option(app, "--parallel-backend", flags.parallel_backend,
+             "How these processes speak: shm (one host), gloo (TCP), nccl (GPUs); auto: what fits")
+      ->check(CLI::IsMember({"auto", "shm", "gloo", "nccl"}))
+      ->capture_default_str();
+  add_option(app, "--rank-timeout", flags.rank_timeout, "Seconds that one may be silent while another waits for it")
+      ->check(in_range(1, 86400))
+      ->capture_default_str();
+}
+
 void add_routing_flags(CLI::App& app, RoutingFlags& flags) {
   add_option(app, "--trace", flags.trace, "Write which experts each token went to, for --replay and for analyses")
       ->type_name("FILE");

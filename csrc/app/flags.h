@@ -11,6 +11,12 @@
 
 namespace mixtral::app {
 
+// How the model is split over processes (model/placement.h).
+struct ParallelFlags {
+  int tensor_size = 1, stages = 1;
+  bool expert_parallel = true;
+};
+
 struct ModelFlags {
   std::string model;  // empty: the demo model
   std::string device = "cpu";
@@ -24,12 +30,9 @@ struct ModelFlags {
   bool verbose = false;
   bool no_cuda_graph = false;
   int64_t speculate = 0;
-};
-
-// How the model is split over processes (model/placement.h).
-struct ParallelFlags {
-  int tensor_size = 1, stages = 1;
-  bool expert_parallel = true;
+  ParallelFlags parallel;
+  std::string parallel_backend = "auto";
+  int64_t rank_timeout = 30;  // seconds
 };
 
 struct RoutingFlags {
@@ -51,6 +54,8 @@ void add_speculate_flag(CLI::App& app, ModelFlags& flags);
 void add_experts_flag(CLI::App& app, ModelFlags& flags);
 // --tensor-parallel-size, --pipeline-parallel-size and --expert-parallel.
 void add_parallel_flags(CLI::App& app, ParallelFlags& flags);
+// These, --parallel-backend and --rank-timeout.
+void add_rank_flags(CLI::App& app, ModelFlags& flags);
 // --trace and --replay.
 void add_routing_flags(CLI::App& app, RoutingFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);

@@ -8,6 +8,7 @@
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -22,7 +23,8 @@ struct GenerateFlags {
   SamplingParams sampling;
   CLI::Option* max_tokens = nullptr;
   int64_t samples = 1;
-  std::string prompt_cache;  // a file
+  std::string prompt_cache;             // a file
+  std::string plan_trace, plan_replay;  // files
   bool json = false, parse_special = false, generation_config = false;
 };
 
@@ -74,12 +76,14 @@ nlohmann::json timings_json(const Timings& timings, int64_t samples, double load
 }
 
 void print_json(const Generation& generation, const GenerateFlags& flags, const Tokenizer& tokenizer,
-                const Timings& timings, double load_seconds) {
+                const Timings& timings, const LoadedEngine& loaded) {
   nlohmann::json result = {{"text", generation.text},
                            {"prompt_token_ids", generation.prompt_token_ids},
                            {"token_ids", generation.token_ids},
                            {"finish_reason", generation.finish_reason},
-                           {"timings", timings_json(timings, flags.samples, load_seconds)}};
+                           {"timings", timings_json(timings, flags.samples, loaded.seconds)}};
+  if (const nlohmann::json parallel = parallel_json(flags.model, loaded.engine); !parallel.is_null())
+    result["parallel"] = parallel;
   if (flags.sampling.logprobs > 0) result["logprobs"] = logprobs_json(generation.logprobs, tokenizer);
   if (flags.sampling.prompt_logprobs > 0)
     result["prompt_logprobs"] = logprobs_json(generation.prompt_logprobs, tokenizer);
@@ -96,6 +100,7 @@ std::vector<Request> requests_of(const Request& first, int64_t samples) {
 }
 
 void run(const CLI::App& command, GenerateFlags flags) {
+  follow_as_rank(flags.model);
   if (flags.generation_config) use_generation_config(command, model_path(flags.model), flags.sampling);
   flags.sampling.validate();
   const std::string prompt = read_prompt(flags.prompt);
@@ -106,8 +111,12 @@ void run(const CLI::App& command, GenerateFlags flags) {
   flags.sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
 
   const std::shared_ptr<const Trace> replay = read_replay(flags.routing);
-  LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  Engine::Options options;
+  options.plan_trace = flags.plan_trace;
+  options.plan_replay = flags.plan_replay;
+  LoadedEngine loaded = load_engine(flags.model, tokenizer, options);
   check_replay(flags.routing, replay, loaded.engine);
+  if (replay) check_same_tokens(*replay, 0, ids);
   const bool streams = !flags.json && flags.samples == 1;
   if (streams && stdout_is_terminal()) write_out("\x1b[2m" + prompt + "\x1b[0m");
   const auto on_text = [streams](size_t, const std::string& piece) {
@@ -120,11 +129,12 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const Request request = {ids, flags.sampling, flags.model.experts_per_token, trace, replay};
   const auto generations = loaded.engine.generate(requests_of(request, flags.samples), on_text, &timings);
   for (const Generation& generation : generations) check_finished(generation);
-  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, tokenizer);
+  loaded.engine.finish_plan_trace();
+  if (trace) save_trace(flags.routing, *generations[0].trace, loaded.engine, &tokenizer);
   save_prompt_cache(loaded.engine, generations[0], flags.prompt_cache);
   for (const Generation& generation : generations) {
     if (flags.json) {
-      print_json(generation, flags, tokenizer, timings, loaded.seconds);
+      print_json(generation, flags, tokenizer, timings, loaded);
     } else {
       write_out((streams ? "" : generation.text) + "\n");
     }
@@ -160,9 +170,17 @@ void add_generate(CLI::App& app) {
   add_routing_flags(command, flags->routing);
   for (const char* flag : {"--trace", "--replay"}) command.get_option(flag)->excludes(cache)->excludes(samples);
   for (CLI::Option* flag : {samples, prompt_logprobs}) cache->excludes(flag);
+  CLI::Option* const plan_trace = add_option(command, "--plan-trace", flags->plan_trace,
+                                             "Write what every forward pass computes and picks, for --plan-replay")
+                                      ->type_name("FILE");
+  add_option(command, "--plan-replay", flags->plan_replay,
+             "The same command again: fail at the first pass that is not as in this file")
+      ->type_name("FILE")
+      ->excludes(plan_trace);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);

@@ -12,6 +12,7 @@
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
 #include "../io/printable.h"
+#include "ranks.h"
 #include "report.h"
 #include "signals.h"
 #include "terminal.h"
@@ -35,6 +36,21 @@ std::filesystem::path demo_model() {
 }
 
 }  // namespace
+
+LoadOptions load_options(const ModelFlags& flags) {
+  LoadOptions options;
+  options.device = flags.device;
+  options.dtype = flags.dtype;
+  options.lora = flags.lora;
+  options.check_weights = flags.check_weights;
+  options.experts_per_token = flags.experts_per_token;
+  join_ranks(flags, options);
+  if (flags.threads > 0) {
+    try_threads(flags.threads);
+    use_threads(static_cast<int>(flags.threads));
+  }
+  return options;
+}
 
 std::filesystem::path model_path(const ModelFlags& flags) {
   return flags.model.empty() ? demo_model() : find_model(flags.model);
@@ -61,19 +77,10 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
 
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   const double start = seconds_now();
-  if (flags.threads > 0) {
-    try_threads(flags.threads);
-    use_threads(static_cast<int>(flags.threads));
-  }
-  LoadOptions load_options;
-  load_options.device = flags.device;
-  load_options.dtype = flags.dtype;
-  load_options.lora = flags.lora;
-  load_options.check_weights = flags.check_weights;
-  load_options.experts_per_token = flags.experts_per_token;
-  load_options.warn = warn;
+  LoadOptions load = load_options(flags);
+  load.warn = warn;
   ProgressBar bar("loading", bytes_text);
-  load_options.progress = [&bar](uint64_t done, uint64_t total) {
+  load.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
   };
@@ -81,8 +88,7 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
   options.speculate = flags.speculate;
-  return {Engine::from_pretrained(model_path(flags), load_options, options, std::move(tokenizer)),
-          seconds_now() - start};
+  return {Engine::from_pretrained(model_path(flags), load, options, std::move(tokenizer)), seconds_now() - start};
 }
 
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags) {
@@ -97,9 +103,9 @@ void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>&
   }
 }
 
-void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer) {
+void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer* tokenizer) {
   trace.model = trace_fingerprint(engine.model());
-  describe_tokens(trace, &tokenizer, engine.config());
+  describe_tokens(trace, tokenizer, engine.config());
   write_trace(trace, flags.trace);
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "../checkpoint/load_options.h"
 #include "../engine/engine.h"
 #include "../engine/trace.h"
 #include "../model/config.h"
@@ -24,19 +25,23 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
+// What the flags say of reading the weights; of several ranks, this process has joined the others then.
+LoadOptions load_options(const ModelFlags& flags);
+
 struct LoadedEngine {
   Engine engine;
   double seconds;  // it took to load
 };
 // Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
+// Of several ranks this process is the first one (follow_as_rank).
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
 
 // The trace of --replay; null without one. Throws LoadError.
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags);
 // Throws LoadError when the trace of --replay is of another model.
 void check_replay(const RoutingFlags& flags, const std::shared_ptr<const Trace>& replay, const Engine& engine);
-// Writes the file of --trace.
-void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer& tokenizer);
+// Writes the file of --trace. `tokenizer` may be null.
+void save_trace(const RoutingFlags& flags, Trace& trace, const Engine& engine, const Tokenizer* tokenizer);
 
 // Of a --prompt-cache. Nothing happens without a name, or where no file is yet.
 void load_prompt_cache(Engine& engine, const std::string& file);

@@ -10,6 +10,7 @@
 #include "figure.h"
 #include "flags.h"
 #include "load.h"
+#include "ranks.h"
 #include "report.h"
 #include "terminal.h"
 
@@ -55,6 +56,7 @@ std::string passkey_text(const nlohmann::json& result) {
 }
 
 void run(PasskeyFlags& flags) {
+  follow_as_rank(flags.model);
   PasskeyOptions& options = flags.options;
   options.style = parse_passkey_style(flags.style);
   options.ctx_size = flags.model.ctx_size;
@@ -99,6 +101,7 @@ void add_passkey(CLI::App& app) {
   add_result_flags(command, flags->result);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.footer(
       "A key counts as found when the model's greedy answer has it, digit by digit: docs/long_context.md.\n\n"
       "Examples:\n"

@@ -10,6 +10,7 @@
 #include "flags.h"
 #include "load.h"
 #include "perplexity_contexts.h"
+#include "ranks.h"
 #include "report.h"
 #include "terminal.h"
 
@@ -50,7 +51,7 @@ Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Confi
   const double start = seconds_now();
   const Score score = mixtral::score(loaded.engine.model(), tokenizer, text, options);
   const double seconds = seconds_now() - start;
-  if (trace) save_trace(routing, *trace, loaded.engine, tokenizer);
+  if (trace) save_trace(routing, *trace, loaded.engine, &tokenizer);
   return {weight_type_of(flags, config).name(), score, seconds};
 }
 
@@ -88,6 +89,9 @@ void run(PerplexityFlags& flags) {
   if (flags.paths.size() > 2) throw std::invalid_argument("unexpected argument " + flags.paths[2]);
   const std::string file = flags.paths.back();
   if (flags.paths.size() == 2) flags.model.model = flags.paths.front();
+  if (!flags.compare_dtype.empty() && is_split(flags.model))
+    throw std::invalid_argument("--compare-dtype loads two models, which is for one process");
+  follow_as_rank(flags.model);
   if (!flags.contexts.contexts.empty()) {
     if (!flags.compare_dtype.empty()) throw std::invalid_argument("--compare-dtype goes without --contexts");
     if (!flags.routing.trace.empty()) throw std::invalid_argument("--trace goes without --contexts");
@@ -138,6 +142,7 @@ void add_perplexity(CLI::App& app) {
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);
   add_experts_flag(command, flags->model);
+  add_rank_flags(command, flags->model);
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
       "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n"

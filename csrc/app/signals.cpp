@@ -43,6 +43,8 @@ void install_signal_handlers() {
   sigaction(SIGALRM, &action, nullptr);
 }
 
+void ignore_sigint() { std::signal(SIGINT, SIG_IGN); }
+
 void make_sigint_stop_the_answer() { interactive = true; }
 
 int pending_signal() { return pending; }

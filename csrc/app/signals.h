@@ -12,6 +12,8 @@ struct Interrupted : std::runtime_error {
 
 // After SIGINT or SIGTERM the process ends with 128 + signal: by itself at the next look, else by force 0.8 s later.
 void install_signal_handlers();
+// Of a rank that follows another one: Ctrl-C on a terminal reaches all of them, and the first one ends the others.
+void ignore_sigint();
 // In an interactive chat SIGINT only stops the answer; a second one leaves with 0.
 void make_sigint_stop_the_answer();
 int pending_signal();        // 0: none

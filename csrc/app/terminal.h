@@ -21,6 +21,8 @@ struct OutputClosed : std::runtime_error {
 void write_out(std::string_view text);
 // Writes to stderr. Errors are ignored: there is nobody left to tell.
 void write_err(std::string_view text);
+// From now on nothing comes out on stderr: somebody else says what goes wrong here.
+void write_no_errors();
 bool stdout_is_terminal();
 bool stderr_is_terminal();
 bool stdin_is_terminal();

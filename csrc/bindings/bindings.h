@@ -20,6 +20,7 @@ namespace mixtral {
 
 void bind_config(py::module_& m);
 void bind_text(py::module_& m);
+void bind_ranks(py::module_& m);
 void bind_model(py::module_& m);
 void bind_long_context(py::module_& m);
 void bind_engine(py::module_& m);

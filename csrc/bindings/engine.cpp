@@ -91,7 +91,8 @@ void bind_results(py::module_& m) {
       .def_readonly("prefix_queries", &EngineStats::prefix_queries, "Prompt tokens looked for in the prefix cache.")
       .def_readonly("prefix_hits", &EngineStats::prefix_hits, "Of these, the tokens found.")
       .def_readonly("preemptions", &EngineStats::preemptions)
-      .def_readonly("computed_tokens", &EngineStats::computed_tokens, "By forward passes.");
+      .def_readonly("computed_tokens", &EngineStats::computed_tokens, "By forward passes.")
+      .def_readonly("seats_taken", &EngineStats::seats_taken, "By requests, and reserved for some that are to come.");
   py::class_<Score>(m, "Score", "How well a model predicted a text.")
       .def_readonly("tokens", &Score::tokens, "Of the text; all are predicted.")
       .def_readonly("bytes", &Score::bytes, "Of the text in UTF-8.")
@@ -147,13 +148,8 @@ std::pair<std::vector<Generation>, Timings> generate(Engine& engine, const std::
   return {std::move(generations), timings};
 }
 
-struct HeldSeat {
-  Seat seat;
-};
-
 int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const SamplingParams& params,
-               int64_t experts_per_token, const py::object& on_text, const py::object& on_end, bool constrained,
-               const std::optional<HeldSeat>& seat) {
+               int64_t experts_per_token, const py::object& on_text, const py::object& on_end, bool constrained) {
   Callbacks callbacks;
   callbacks.on_progress = [callback = share(on_text)](const GenerationProgress& progress) {
     const py::gil_scoped_acquire gil;
@@ -170,16 +166,21 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
   const py::gil_scoped_release no_gil;
   Request request = {prompt, params, experts_per_token};
   request.constrained = constrained;
-  if (seat) request.seat = seat->seat;
   return engine.submit(std::move(request), std::move(callbacks));
 }
 
-// mask: int32 [ceil(vocab / 32)].
-void allow(Engine& engine, int64_t id, const torch::Tensor& mask) {
-  const torch::Tensor words = mask.to(torch::kCPU).contiguous();
-  if (words.dim() != 1 || words.scalar_type() != torch::kInt32)
-    throw std::invalid_argument("allow: mask must be int32 [words of 32 tokens]");
-  engine.allow(id, {words.data_ptr<int32_t>(), words.data_ptr<int32_t>() + words.numel()});
+// masks: int32 [ids, ceil(vocab / 32)].
+void allow(Engine& engine, const std::vector<int64_t>& ids, const torch::Tensor& masks) {
+  const torch::Tensor words = masks.to(torch::kCPU).contiguous();
+  if (words.dim() != 2 || words.size(0) != static_cast<int64_t>(ids.size()) || words.scalar_type() != torch::kInt32)
+    throw std::invalid_argument("allow: masks must be int32 [ids, words of 32 tokens]");
+  std::vector<std::pair<int64_t, std::vector<int32_t>>> by_id;
+  const int32_t* row = words.data_ptr<int32_t>();
+  for (const int64_t id : ids) {
+    by_id.emplace_back(id, std::vector<int32_t>(row, row + words.size(1)));
+    row += words.size(1);
+  }
+  engine.allow(std::move(by_id));
 }
 
 // (tokens, first, chosen): the last two [L][E]. None where nothing is counted.
@@ -243,16 +244,19 @@ void bind_engine(py::module_& m) {
   py::class_<Engine::Options>(m, "EngineOptions")
       .def(py::init(&from_kwargs<Engine::Options>))
       .def_readwrite("chunk_size", &Engine::Options::chunk_size)
+      .def_readwrite("mixed_chunk_size", &Engine::Options::mixed_chunk_size)
       .def_readwrite("token_budget", &Engine::Options::token_budget)
       .def_readwrite("max_batch", &Engine::Options::max_batch)
       .def_readwrite("page_size", &Engine::Options::page_size)
       .def_readwrite("ctx_size", &Engine::Options::ctx_size)
       .def_readwrite("kv_memory", &Engine::Options::kv_memory)
       .def_readwrite("max_queue", &Engine::Options::max_queue)
+      .def_readwrite("max_queue_tokens", &Engine::Options::max_queue_tokens)
       .def_readwrite("prefix_cache", &Engine::Options::prefix_cache)
       .def_readwrite("cuda_graph", &Engine::Options::cuda_graph)
       .def_readwrite("speculate", &Engine::Options::speculate);
-  py::class_<HeldSeat>(m, "Seat", "A place among max_queue requests, until the request ends or the object is gone.");
+  py::class_<Seats::Taken, Seat>(
+      m, "Seat", "A place among max_queue requests, until the object is gone and its request has ended.");
   py::class_<Outcome>(m, "Outcome", "How a submitted request ended.")
       .def_readonly("timings", &Outcome::timings)
       .def_property_readonly(
@@ -269,16 +273,21 @@ void bind_engine(py::module_& m) {
       .def("generate", &generate, py::arg("prompts"), py::arg("params"), py::arg("experts_per_token"), py::arg("trace"),
            py::arg("on_text"), py::arg("n") = 1)
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("experts_per_token"), py::arg("on_text"),
-           py::arg("on_end"), py::arg("constrained") = false, py::arg("seat") = py::none(),
+           py::arg("on_end"), py::arg("constrained") = false,
            "-> the request's id. The callbacks run on the engine's thread.")
-      .def("allow", &allow, py::arg("id"), py::arg("mask"), ReleaseGil(),
-           "Says which tokens the next one of a constrained request may be: int32 [ceil(vocab / 32)], bit i % 32 of "
-           "word i / 32 allows token i.")
+      .def("allow", &allow, py::arg("ids"), py::arg("masks"), ReleaseGil(),
+           "Says which tokens the next ones of constrained requests may be: int32 [ids, ceil(vocab / 32)], bit i % 32 "
+           "of word i / 32 allows token i.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_prompt_cache", &Engine::save_prompt_cache, py::arg("ids"), py::arg("file"), ReleaseGil())
       .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())
-      .def("reserve_seat", [](Engine& engine) { return HeldSeat{engine.reserve_seat()}; })
+      .def("reserve_seats", &Engine::reserve_seats, py::arg("count"),
+           "-> [Seat]. Raises QueueFull when there are not as many now, ValueError when there never are.")
       .def("stats", &Engine::stats)
+      .def("failure", &Engine::failure,
+           "Why the engine takes no more requests: a process that holds a part of the model has ended or is silent. "
+           "None "
+           "while all is well.")
       .def("check_integrity", &Engine::check_integrity, ReleaseGil())
       .def("routing_counts", &routing_counts,
            "-> (tokens, first [L][E], chosen [L][E]) of all requests so far; None where nothing is counted.")

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include "../distributed/communicator.h"
 #include "../engine/request.h"
 #include "../io/load_error.h"
 #include "../model/memory.h"
@@ -25,6 +26,9 @@ void translate_exception(std::exception_ptr pointer) {
     PyErr_SetString(PyExc_MemoryError, e.what());
   } catch (const QueueFull& e) {
     PyErr_SetString(py::module_::import("mixtral.errors").attr("QueueFull").ptr(), e.what());
+  } catch (const RankError& e) {
+    const py::object type = py::module_::import("mixtral.errors").attr("RankError");
+    PyErr_SetObject(type.ptr(), type(to_str(e.what()), e.rank).ptr());
   } catch (const c10::IndexError& e) {
     set_error(PyExc_IndexError, e);
   } catch (const c10::ValueError& e) {

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../engine/engine.h"
+#include "../engine/replays.h"
 #include "bindings.h"
 #include "event_box.h"
 
@@ -17,9 +18,12 @@ std::optional<torch::Tensor> rows(const Event& event, const std::vector<T>& valu
   return torch::from_blob(const_cast<T*>(values.data()), {count, event.layers, event.top_k}, dtype).clone();
 }
 
-int64_t submit(Engine& engine, const std::shared_ptr<EventBox>& box, int64_t key, std::vector<int64_t> prompt,
-               SamplingParams params, int64_t experts_per_token, bool trace, bool constrained) {
+int64_t submit(const std::shared_ptr<EventBox>& box, Engine& engine, Seat seat, int64_t key,
+               std::vector<int64_t> prompt, SamplingParams params, int64_t experts_per_token, bool trace,
+               bool constrained, const Replays* replays) {
   Request request;
+  request.seat = std::move(seat);
+  if (replays) request.replay = replays->find(prompt, experts_per_token);
   request.prompt_token_ids = std::move(prompt);
   request.params = std::move(params);
   request.experts_per_token = experts_per_token;
@@ -52,17 +56,19 @@ void bind_events(py::module_& m) {
       .def("take", &EventBox::take, "-> [Event], at most one of a request. Empties the box.")
       .def(
           "attach",
-          [](const std::shared_ptr<EventBox>& box, Engine& engine) { engine.after_passes([box] { box->wake(); }); },
-          py::arg("engine"), ReleaseGil(), "The engine wakes the box's reader after each pass.")
-      .def(
-          "submit",
-          [](const std::shared_ptr<EventBox>& box, Engine& engine, int64_t key, std::vector<int64_t> prompt,
-             const SamplingParams& params, int64_t experts_per_token, bool trace, bool constrained) {
-            return submit(engine, box, key, std::move(prompt), params, experts_per_token, trace, constrained);
+          [](const std::shared_ptr<EventBox>& box, Engine& engine) {
+            engine.after_passes([weak = std::weak_ptr<EventBox>(box)] {
+              const auto attached = weak.lock();
+              if (attached) attached->wake();
+              return attached != nullptr;
+            });
           },
-          py::arg("engine"), py::arg("key"), py::arg("prompt"), py::arg("params"), py::arg("experts_per_token") = 0,
-          py::arg("trace") = false, py::arg("constrained") = false, ReleaseGil(),
-          "-> the request's id, for Engine.cancel and Engine.allow. Raises ValueError.");
+          py::arg("engine"), ReleaseGil(),
+          "The engine wakes the box's reader after each pass, as long as there is the box.")
+      .def("submit", &submit, py::arg("engine"), py::arg("seat"), py::arg("key"), py::arg("prompt"), py::arg("params"),
+           py::arg("experts_per_token") = 0, py::arg("trace") = false, py::arg("constrained") = false,
+           py::arg("replays") = nullptr, ReleaseGil(),
+           "-> the request's id, for Engine.cancel and Engine.allow. Raises ValueError, QueueFull.");
 }
 
 }  // namespace mixtral

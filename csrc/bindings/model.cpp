@@ -3,6 +3,8 @@
 
 #include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
+#include "../distributed/ranks.h"
+#include "../model/follower.h"
 #include "../model/transformer.h"
 #include "bindings.h"
 
@@ -11,7 +13,7 @@ namespace {
 
 std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
                                   bool pack, const std::filesystem::path& lora, bool check_weights,
-                                  int64_t experts_per_token, const py::object& progress) {
+                                  int64_t experts_per_token, const py::object& progress, const RankOptions& ranks) {
   LoadOptions options;
   options.device = device.str();
   options.dtype = dtype;
@@ -33,6 +35,10 @@ std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::De
     }
   };
   const py::gil_scoped_release no_gil;
+  options.world = join_ranks(ranks);
+  if (options.world)
+    options.placement =
+        Placement::of_rank(options.world->rank(), ranks.tensor_size, ranks.stages, ranks.expert_parallel);
   return mixtral::from_pretrained(folder, options).ptr();
 }
 
@@ -59,12 +65,18 @@ void bind_model(py::module_& m) {
         "The folder that a path or a name in the Hugging Face cache means.");
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
-                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("progress"))
+                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("progress"),
+                  py::arg("ranks"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
+      .def("follow", &follow, ReleaseGil())
+      .def("stop", &MixtralImpl::stop, ReleaseGil())
       .def("named_parameters", &named_parameters)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
+      .def_property_readonly("bytes_sent",
+                             [](const MixtralImpl& self) { return self.world() ? self.world()->bytes_sent() : 0; })
+      .def_property_readonly("rank", [](const MixtralImpl& self) { return self.placement().rank(); })
       .def_property_readonly("device", &MixtralImpl::device)
       .def_property_readonly("dtype", &MixtralImpl::dtype)
       .def_property_readonly("weight_type", [](const MixtralImpl& self) { return self.weight_type().name(); });

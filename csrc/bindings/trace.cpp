@@ -148,6 +148,8 @@ void bind_trace(py::module_& m) {
   py::class_<Trace, std::shared_ptr<Trace>>(m, "RequestTrace", "What the routers decided for one request.")
       .def("__len__", &Trace::tokens)
       .def_property_readonly("experts_per_token", [](const Trace& trace) { return trace.routing.top_k; });
+  py::class_<Replays>(m, "Replays", "The sequences of a trace, for the requests that begin as they do.")
+      .def(py::init(&read_replays), py::arg("path"), py::arg("model"), ReleaseGil(), "Raises LoadError.");
   m.def("write_request_traces", &write_request_traces, py::arg("requests"), py::arg("model"), py::arg("tokenizer"),
         py::arg("experts_per_token"), py::arg("path"), ReleaseGil(),
         "Each request a document of one trace file. Raises ValueError unless all have these experts per token.");

@@ -6,8 +6,8 @@
 namespace mixtral {
 namespace {
 
-// A tensor of packed blocks is a whole parameter. Blocks of int4 are steps of some columns, one after the other; those
-// of int8 and fp8 end with the scales of whole rows.
+// A tensor of packed blocks is a whole parameter. Blocks in four dimensions are steps of some columns, one after the
+// other; those of int8 and fp8, in three, end with the scales of whole rows.
 WeightPart blocks_of(const WeightSlice& slice, const Parameter& parameter, const ParameterShard& shard,
                      WeightPart part) {
   const int64_t cols = parameter.shape.back();
@@ -17,7 +17,7 @@ WeightPart blocks_of(const WeightSlice& slice, const Parameter& parameter, const
     part.columns = part.row_size;
     return part;
   }
-  if (*slice.packed != torch::kUInt8) {
+  if (slice.shape.size() != 4) {
     throw std::invalid_argument(
         "without expert parallelism columns of " + parameter.name +
         " are cut, which int8 and fp8 cannot be once they are quantised: use expert parallelism, int4, or the "

@@ -42,6 +42,7 @@ class Checkpoint {
   Checkpoint(const std::filesystem::path& folder, const Config& config, const LoadOptions& options = {});
 
   uint64_t bytes() const;  // to be read
+  const std::vector<TensorFile>& files() const { return files_; }
 
   // Fills the given parameters, all or some, in place, converting dtype and layout, packing and quantising through a
   // small staging buffer. They have the shapes of the rank, and the names of the whole model. Progress is in bytes of

@@ -173,9 +173,8 @@ std::shared_ptr<Communicator> join_shm_of_rank_0(RankStore& store, const World& 
                                "): use the parallel backend gloo");
     segment = ShmSegment::open(descriptor);
   }
-  auto ranks = join_shm(segment, world.rank, timeout);
-  store.exchange_texts("");  // it serves the store until all are here
-  return ranks;
+  store.exchange_texts("");  // rank 0 stays until all have it
+  return join_shm(segment, world.rank, timeout);
 }
 
 // One of torchrun's.
@@ -227,6 +226,10 @@ std::shared_ptr<Communicator> join_ranks(const RankOptions& options) {
   is_child = true;
   return follow_leader(options, world, backend);
 }
+
+std::string backend_of(const RankOptions& options) { return backend_of(options, world_of(options)); }
+
+bool is_child_rank() { return std::getenv(kLeader) != nullptr; }
 
 void check_same(Communicator& world, const std::string& description) {
   const std::vector<std::string> texts = world.exchange_texts(description);

@@ -34,6 +34,11 @@ struct RankOptions {
 // when another rank does not come.
 std::shared_ptr<Communicator> join_ranks(const RankOptions& options);
 
+// How they speak, of a process that has not started or joined them yet, or is rank 0: "shm", "gloo" or "nccl".
+std::string backend_of(const RankOptions& options);
+// Whether this process is a rank that another one has started; until it has joined.
+bool is_child_rank();
+
 // Every rank must have the same description of what it is about to do: build, configuration, weights, types, layout.
 // Throws LoadError with the first line that differs, and the two ranks that have it so.
 void check_same(Communicator& world, const std::string& description);

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../checkpoint/folder.h"
@@ -14,6 +15,7 @@
 #include "../model/transformer.h"
 #include "engine_thread.h"
 #include "model_runner.h"
+#include "plan_trace.h"
 #include "prompt_cache_file.h"
 #include "request_check.h"
 #include "require.h"
@@ -32,12 +34,17 @@ Engine::Options checked(Engine::Options options, const Config& config) {
   positive("token_budget", options.token_budget);
   positive("max_batch", options.max_batch);
   positive("page_size", options.page_size);
+  require(options.mixed_chunk_size >= 0,
+          "Engine: mixed_chunk_size must be >= 0, got " + std::to_string(options.mixed_chunk_size));
   if (options.ctx_size == 0) options.ctx_size = config.max_position;
   positive("ctx_size", options.ctx_size);
   require(options.speculate >= 0, "Engine: speculate must be >= 0, got " + std::to_string(options.speculate));
   options.chunk_size = std::min(options.chunk_size, options.token_budget);
   require(options.kv_memory >= 0, "Engine: kv_memory must be >= 0, got " + std::to_string(options.kv_memory));
+  require(options.plan_trace.empty() || options.plan_replay.empty(), "Engine: plan_trace excludes plan_replay");
   require(options.max_queue >= 0, "Engine: max_queue must be >= 0, got " + std::to_string(options.max_queue));
+  require(options.max_queue_tokens >= 0,
+          "Engine: max_queue_tokens must be >= 0, got " + std::to_string(options.max_queue_tokens));
   return options;
 }
 
@@ -67,15 +74,26 @@ std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engin
   return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
 }
 
+std::unique_ptr<PlanTrace> make_plan_trace(const Engine::Options& options) {
+  if (!options.plan_trace.empty()) return std::make_unique<PlanTrace>(options.plan_trace, PlanTrace::Mode::kWrite);
+  if (!options.plan_replay.empty()) return std::make_unique<PlanTrace>(options.plan_replay, PlanTrace::Mode::kReplay);
+  return nullptr;
+}
+
+Scheduler::Options options_of_scheduler(const Engine::Options& options, int64_t depth) {
+  Scheduler::Options result{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache};
+  result.mixed_chunk_size = options.mixed_chunk_size;
+  result.depth = depth;
+  return result;
+}
+
 std::unique_ptr<EngineCore> make_core(const Mixtral& model, const Engine::Options& options, int64_t num_pages,
                                       std::shared_ptr<RoutingCounts> counts) {
   auto runner = std::make_unique<ModelRunner>(
       model, ModelRunner::Options{options.page_size, options.chunk_size, options.max_batch, num_pages,
                                   options.cuda_graph, std::move(counts)});
-  return std::make_unique<EngineCore>(
-      std::move(runner),
-      Scheduler::Options{options.chunk_size, options.token_budget, options.max_batch, options.prefix_cache},
-      options.speculate);
+  return std::make_unique<EngineCore>(std::move(runner), options_of_scheduler(options, model->placement().stages),
+                                      options.speculate, make_plan_trace(options));
 }
 
 std::optional<Tokenizer> tokenizer_in(const std::filesystem::path& folder) {
@@ -116,7 +134,7 @@ struct Engine::Impl {
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check_fits(int64_t length) const;
-  Seat reserve_seat();
+  void check_replay(const Trace& replay);
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
   Mixtral model;
@@ -124,9 +142,13 @@ struct Engine::Impl {
   const Options options;
   const int64_t num_pages;
   const std::shared_ptr<RoutingCounts> routing_counts;  // or none
+  std::once_flag fingerprinted;
+  std::string fingerprint;  // of the model, for replays; computed once, since it reads every parameter
   std::atomic<int64_t> next_id{0};
-  // Shared with the seats, which may outlive the engine.
-  const std::shared_ptr<std::atomic<int64_t>> seats_taken = std::make_shared<std::atomic<int64_t>>(0);
+  const std::shared_ptr<Seats> seats = std::make_shared<Seats>(options.max_queue, options.max_queue_tokens);
+  // The calls of after_passes(), for the thread alone.
+  const std::shared_ptr<std::vector<std::function<bool()>>> after_passes =
+      std::make_shared<std::vector<std::function<bool()>>>();
   EngineThread thread;
 };
 
@@ -140,20 +162,21 @@ void Engine::Impl::check_fits(int64_t length) const {
                     gib_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
 }
 
-Seat Engine::Impl::reserve_seat() {
-  int64_t taken = *seats_taken;
-  do {
-    if (options.max_queue > 0 && taken >= options.max_queue)
-      throw QueueFull("Engine: all " + std::to_string(options.max_queue) + " places for requests are taken");
-  } while (!seats_taken->compare_exchange_weak(taken, taken + 1));
-  return Seat(seats_taken.get(), [taken = seats_taken](void*) { taken->fetch_sub(1); });
+void Engine::Impl::check_replay(const Trace& replay) {
+  std::call_once(fingerprinted, [this] { fingerprint = trace_fingerprint(*model); });
+  check_same_model(replay, model->config(), fingerprint);
 }
 
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
-  if (!request.seat) request.seat = reserve_seat();
+  if (!request.seat) request.seat = seats->reserve(1)[0];
   check_request(request, *model, options.ctx_size, tokenizer.has_value());
-  check_fits(static_cast<int64_t>(request.prompt_token_ids.size()) + request.params.max_tokens);
-  if (request.replay) request.experts_per_token = request.replay->routing.top_k;
+  const auto prompt_length = static_cast<int64_t>(request.prompt_token_ids.size());
+  check_fits(prompt_length + request.params.max_tokens);
+  request.seat->add_prompt(prompt_length);
+  if (request.replay) {
+    check_replay(*request.replay);
+    request.experts_per_token = request.replay->routing.top_k;
+  }
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;
   std::shared_ptr<Trace> trace;
   if (request.trace) trace = std::make_shared<Trace>(empty_trace(model->config(), request.experts_per_token));
@@ -216,17 +239,25 @@ int64_t Engine::submit(Request request, Callbacks callbacks) {
   return id;
 }
 
-void Engine::after_passes(std::function<void()> call) {
-  impl_->thread.run([&call](EngineCore& core) { core.after_pass = std::move(call); });
+void Engine::after_passes(std::function<bool()> call) {
+  impl_->thread.run([&call, calls = impl_->after_passes](EngineCore& core) {
+    calls->push_back(std::move(call));
+    core.after_pass = [calls] {
+      const auto ends = [](const auto& each) { return !each(); };
+      calls->erase(std::remove_if(calls->begin(), calls->end(), ends), calls->end());
+    };
+  });
 }
 
 void Engine::cancel(int64_t id) { impl_->thread.cancel({id}); }
 
-void Engine::allow(int64_t id, std::vector<int32_t> mask) {
-  const int64_t words = (config().vocab_size + 31) / 32;
-  require(static_cast<int64_t>(mask.size()) == words,
-          "allow: mask must have " + std::to_string(words) + " words of 32 tokens, got " + std::to_string(mask.size()));
-  impl_->thread.allow(id, std::move(mask));
+void Engine::allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks) {
+  const auto words = static_cast<size_t>((config().vocab_size + 31) / 32);
+  for (const auto& id_and_mask : masks)
+    require(id_and_mask.second.size() == words, "allow: mask must have " + std::to_string(words) +
+                                                    " words of 32 tokens, got " +
+                                                    std::to_string(id_and_mask.second.size()));
+  impl_->thread.allow(std::move(masks));
 }
 
 std::vector<Generation> Engine::generate(std::vector<Request> requests, const OnText& on_text, Timings* timings,
@@ -277,8 +308,28 @@ void Engine::load_prompt_cache(const std::filesystem::path& file) {
   impl_->thread.run([&](EngineCore& core) { core.load_prompt_cache(saved, config().top_k); });
 }
 
-Seat Engine::reserve_seat() { return impl_->reserve_seat(); }
-EngineStats Engine::stats() const { return impl_->thread.stats(); }
+void Engine::finish_plan_trace() {
+  impl_->thread.run([](EngineCore& core) {
+    if (core.plan_trace()) core.plan_trace()->finish();
+  });
+}
+
+std::optional<std::string> Engine::failure() const {
+  const std::exception_ptr error = impl_->thread.failure();
+  if (!error) return std::nullopt;
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::exception& exception) {
+    return exception.what();
+  }
+}
+
+std::vector<Seat> Engine::reserve_seats(int64_t count) { return impl_->seats->reserve(count); }
+EngineStats Engine::stats() const {
+  EngineStats stats = impl_->thread.stats();
+  stats.seats_taken = impl_->seats->taken();
+  return stats;
+}
 void Engine::check_integrity() {
   impl_->thread.run([](EngineCore& core) { core.check_integrity(); });
 }

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../checkpoint/load_options.h"
@@ -31,7 +32,10 @@ class MixtralImpl;
 class Engine {
  public:
   struct Options {
-    int64_t chunk_size = kChunkSize;      // prefill tokens of one sequence per forward pass
+    int64_t chunk_size = kChunkSize;  // prefill tokens of one sequence per forward pass
+    // The same of a pass in which others decode, and of all sequences twice as many; 0: chunk_size and token_budget.
+    // Less keeps the tokens of those even, more reads prompts faster.
+    int64_t mixed_chunk_size = 0;
     int64_t token_budget = kTokenBudget;  // tokens of all sequences per forward pass
     int64_t max_batch = kMaxBatch;        // sequences at a time; further requests wait for one to finish
     int64_t page_size = kPageSize;
@@ -39,10 +43,14 @@ class Engine {
     // Bytes of the pool of keys and values. 0: room for max_batch sequences of ctx_size tokens, in at most half of the
     // memory that the device has left.
     int64_t kv_memory = 0;
-    int64_t max_queue = 0;     // requests at a time, those that run included; 0: any number
+    // Requests at a time, and tokens of their prompts, those that run included; 0: any number.
+    int64_t max_queue = 0, max_queue_tokens = 0;
     bool prefix_cache = true;  // keep keys and values of full pages for requests that begin with the same tokens
     bool cuda_graph = true;    // on CUDA, decode in graphs (decode_graphs.h)
     int64_t speculate = 0;     // most tokens to guess from earlier text (speculation.h); 0: none. Changes no bit
+    // Files, at most one of them: every pass goes into the first; every pass has to be that of the second, or it fails
+    // (plan_trace.h).
+    std::string plan_trace, plan_replay;
   };
   // The text of Callbacks::on_progress with the index of the prompt. Returning false cancels that prompt alone.
   using OnText = std::function<bool(size_t index, const std::string& text)>;
@@ -63,26 +71,30 @@ class Engine {
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) = delete;
 
-  // A place among max_queue requests, before the work of making one (Request::seat). Throws QueueFull when there is
-  // none.
-  Seat reserve_seat();
+  // Places among max_queue requests, before the work of making some (Request::seat): all or none. Throws QueueFull when
+  // there are not as many now, std::invalid_argument when there never are.
+  std::vector<Seat> reserve_seats(int64_t count);
   // Queues a request and returns its id. Results come through the callbacks, on the engine's thread. Throws
   // std::invalid_argument for an empty prompt, an id outside the vocabulary, a prompt that does not fit ctx_size with
   // max_tokens, a parameter out of range, or stop strings without a tokenizer; OutOfMemory when the pool could not hold
-  // prompt and max_tokens even for this request alone; QueueFull. The forward passes use as many CPU threads as torch
+  // prompt and max_tokens even for this request alone; QueueFull; the RankError after which there is a failure(). The
+  // forward passes use as many CPU threads as torch
   // does on the thread of the last submit().
   int64_t submit(Request request, Callbacks callbacks);
-  // From now on `call` runs on the engine's thread after each forward pass, once the callbacks of its requests have
-  // returned, and after those of a cancellation. It must not throw.
-  void after_passes(std::function<void()> call);
+  // From now on `call` runs on the engine's thread between forward passes, once the callbacks of some requests have
+  // returned, until it returns false. It must not throw. There may be several.
+  void after_passes(std::function<bool()> call);
   // Ends a request with "cancelled" before the next forward pass. An id that has ended is ignored.
   void cancel(int64_t id);
   // Says which tokens the next one of a constrained request may be; a later call replaces an earlier one until the
   // token is picked, and the token after it needs a call of its own. `mask` has ceil(vocab / 32) words: bit i % 32 of
   // word i / 32 allows token i, an end-of-sequence token too. The request waits without holding up others; calls may
-  // come from any thread, before the logits do. No allowed token ends the request with "error". An id that has ended,
-  // or of a request that is not constrained, is ignored. Throws std::invalid_argument for another number of words.
-  void allow(int64_t id, std::vector<int32_t> mask);
+  // come from any thread, before the logits do: a mask that comes during the pass of the token before costs no pass.
+  // No allowed token ends the request with "error". An id that has ended, or of a request that is not constrained, is
+  // ignored. Throws std::invalid_argument for another number of words.
+  void allow(int64_t id, std::vector<int32_t> mask) { allow({{id, std::move(mask)}}); }
+  // The same for several requests, which then share their next pass.
+  void allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks);
 
   // Submits all requests and waits for them. Throws what submit() does, before any of them runs, also for a constrained
   // request, and what a callback throws: the requests that are left are cancelled then.
@@ -101,6 +113,13 @@ class Engine {
   // OutOfMemory.
   void load_prompt_cache(const std::filesystem::path& file);
 
+  // After the last request: throws std::runtime_error when plan_trace could not be written, or plan_replay has more
+  // passes.
+  void finish_plan_trace();
+
+  // Why the engine takes no more requests: a process that holds a part of the model has ended or is silent. From any
+  // thread.
+  std::optional<std::string> failure() const;
   EngineStats stats() const;  // as of the last forward pass, or the last end of a request; from any thread
   // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
   void check_integrity();

@@ -35,6 +35,8 @@ struct EngineThread::State {
 
 EngineThread::EngineThread(std::unique_ptr<EngineCore> core) : state_(std::make_shared<State>()) {
   state_->core = std::move(core);
+  const std::lock_guard lock(state_->mutex);
+  if (state_->core->ping_seconds() > 0) start();
 }
 
 // With the mutex held.
@@ -48,6 +50,7 @@ void EngineThread::start() {
 void EngineThread::submit(std::vector<std::unique_ptr<Sequence>> sequences) {
   check_process();
   if (!is_current()) release_idle_workers();  // the caller's
+  if (const auto error = failure()) std::rethrow_exception(error);
   const std::lock_guard lock(state_->mutex);
   start();
   auto& submitted = state_->submitted;
@@ -76,6 +79,8 @@ void EngineThread::cancel(const std::vector<int64_t>& ids) {
   state_->changed.notify_one();
 }
 
+std::exception_ptr EngineThread::failure() const { return state_->core->failure(); }
+
 EngineStats EngineThread::stats() const {
   EngineStats stats = state_->core->published_stats();
   const std::lock_guard lock(state_->mutex);
@@ -83,10 +88,10 @@ EngineStats EngineThread::stats() const {
   return stats;
 }
 
-void EngineThread::allow(int64_t id, std::vector<int32_t> mask) {
+void EngineThread::allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks) {
   if (was_forked()) return;
   const std::lock_guard lock(state_->mutex);
-  state_->allowed.emplace_back(id, std::move(mask));
+  for (auto& mask : masks) state_->allowed.push_back(std::move(mask));
   state_->changed.notify_one();
 }
 
@@ -136,7 +141,8 @@ void EngineThread::loop(State& state) noexcept {
   }
 }
 
-// Takes what is in the boxes and runs one forward pass. Returns false when the thread is to end.
+// Takes what is in the boxes and runs one step, or pings while there is nothing to do. Returns false when the thread is
+// to end.
 bool EngineThread::iterate(State& state) {
   std::vector<std::unique_ptr<Sequence>> submitted;
   std::vector<int64_t> cancelled;
@@ -151,7 +157,14 @@ bool EngineThread::iterate(State& state) {
     };
     if (!state.changed.wait_for(lock, kKeepsWorkers, has_work)) {
       release_idle_workers();
-      state.changed.wait(lock, has_work);
+      const std::chrono::duration<double> silence{state.core->ping_seconds()};
+      if (silence.count() == 0) {
+        state.changed.wait(lock, has_work);
+      } else if (!state.changed.wait_for(lock, silence, has_work)) {
+        lock.unlock();
+        state.core->ping();
+        return true;
+      }
     }
     submitted.swap(state.submitted);
     cancelled.swap(state.cancelled);

@@ -5,9 +5,11 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "engine_core.h"
@@ -16,17 +18,19 @@ namespace mixtral {
 
 class EngineThread {
  public:
+  // The thread starts with the first request, or now where other ranks want pings.
   explicit EngineThread(std::unique_ptr<EngineCore> core);
   ~EngineThread() { stop(); }
 
-  // Hands over requests, all at once; the first call starts the thread. Throws std::runtime_error after stop(), and in
-  // a process that was forked after the thread had started: threads do not live on there.
+  // Hands over requests, all at once. Throws the RankError that ended the engine; std::runtime_error after stop(), and
+  // in a process that was forked after the thread had started: threads do not live on there.
   void submit(std::vector<std::unique_ptr<Sequence>> sequences);
   void cancel(const std::vector<int64_t>& ids);
-  void allow(int64_t id, std::vector<int32_t> mask);
+  void allow(std::vector<std::pair<int64_t, std::vector<int32_t>>> masks);  // by id
   // Runs `task` on the thread, between two passes, and waits for it. Throws what it throws.
   void run(const std::function<void(EngineCore&)>& task);
-  EngineStats stats() const;  // as of the last pass, or the last end of a request; not in a forked process
+  std::exception_ptr failure() const;  // the RankError that ended the engine, or null
+  EngineStats stats() const;           // as of the last pass, or the last end of a request; not in a forked process
   // Cancels all requests and ends the thread.
   void stop();
   bool is_current() const;  // called on this thread, that is by a callback

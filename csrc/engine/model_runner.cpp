@@ -1,80 +1,31 @@
 #include "model_runner.h"
 
 #include <algorithm>
-#include <chrono>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "../distributed/communicator.h"
 #include "errors.h"
+#include "pass_routing.h"
 #include "prompt_logprobs.h"
-#include "routing_observer.h"
 #include "sample_batch.h"
 
 namespace mixtral {
 namespace {
 
-// The experts that the next `tokens` tokens of a sequence are forced to, if any.
-void add_forced_rows(Sequence& sequence, int64_t tokens, std::vector<RoutingObserver::ForcedRow>& rows) {
-  for (int64_t i = sequence.computed; i < sequence.computed + tokens; ++i) {
-    const Trace* const replay = sequence.replay.get();
-    if (replay && i == sequence.replayed && i < replay->tokens() &&
-        replay->token_id[static_cast<size_t>(i)] == sequence.ids[static_cast<size_t>(i)])
-      ++sequence.replayed;
-    rows.push_back({i < sequence.replayed ? replay->routing.experts_of(i) : nullptr, sequence.experts_per_token});
-  }
-}
-
-// None when nothing is counted, and no sequence of the plan is traced or replayed.
-std::unique_ptr<RoutingObserver> observer_of(const std::vector<Scheduler::Chunk>& plan, const Config& config,
-                                             bool counts) {
-  const auto replays = [](const auto& chunk) {
-    const Sequence& sequence = *chunk.sequence;
-    return sequence.replay && sequence.computed <= sequence.replayed && sequence.computed < sequence.replay->tokens();
-  };
-  const auto traces = [](const auto& chunk) { return chunk.sequence->generation.trace != nullptr; };
-  const bool forces = std::any_of(plan.begin(), plan.end(), replays);
-  if (!counts && !forces && !std::any_of(plan.begin(), plan.end(), traces)) return nullptr;
-  auto observer = std::make_unique<RoutingObserver>(config, /*keep_logits=*/false);
-  if (forces) {
-    std::vector<RoutingObserver::ForcedRow> rows;
-    for (const auto& [sequence, tokens] : plan) {
-      add_forced_rows(*sequence, tokens, rows);
-      rows.resize(rows.size() + sequence->draft.size());
-    }
-    observer->force(std::move(rows));
-  }
-  return observer;
-}
-
-void add_to_traces(RoutingObserver& observer, const std::vector<Scheduler::Chunk>& plan) {
-  int64_t row = 0;
-  for (const auto& [sequence, tokens] : plan) {
-    if (Trace* const trace = sequence->generation.trace.get()) {
-      const int64_t end = sequence->computed + tokens;
-      const int64_t begin = std::clamp(trace->tokens(), sequence->computed, end);  // it has those before a preemption
-      observer.append_to(trace->routing, row + begin - sequence->computed, end - begin);
-      for (int64_t i = begin; i < end; ++i) {
-        trace->token_id.push_back(static_cast<int32_t>(sequence->ids[static_cast<size_t>(i)]));
-        trace->position.push_back(static_cast<int32_t>(i));
-      }
-      const auto size = static_cast<size_t>(trace->tokens());
-      trace->predicted_id.resize(size, -1);
-      trace->doc.resize(size);
-      trace->domain.resize(size);
-    }
-    row += tokens + static_cast<int64_t>(sequence->draft.size());
-  }
-}
-
-RowsByExperts rows_by_experts(const std::vector<Scheduler::Chunk>& plan) {
-  RowsByExperts rows;
+// Where sequences differ in their numbers of experts, the rows with each.
+void set_experts(Batch& batch, const std::vector<Scheduler::Chunk>& plan, torch::Device device) {
+  std::map<int64_t, std::vector<int64_t>> rows;
   int64_t row = 0;
   for (const auto& [sequence, tokens] : plan)
     for (int64_t i = 0; i < tokens + static_cast<int64_t>(sequence->draft.size()); ++i)
       rows[sequence->experts_per_token].push_back(row++);
-  return rows;
+  batch.experts_per_token = rows.begin()->first;
+  if (rows.size() > 1)
+    for (const auto& [count, of] : rows) batch.rows_by_experts[count] = torch::tensor(of, torch::kInt64).to(device);
 }
 
 // x [T,n] -> [rows,n]
@@ -93,71 +44,137 @@ ModelRunner::ModelRunner(Mixtral model, Options options)
              {options.page_size, options.num_pages, options.max_chunk, model_->device(), model_->dtype(),
               uses_graphs_ ? DecodeGraphs::padding_tokens(options.max_batch) : 0}) {}
 
-// A pass that was computed.
 struct ModelRunner::Pass {
-  std::vector<Sequence*> sequences;  // all of whose tokens are computed now
+  std::vector<Scheduler::Chunk> plan;
+  Clock::time_point launched;
+  std::vector<int64_t> rows;         // that need logits
+  std::vector<Sequence*> sequences;  // all of whose tokens it computes
   std::vector<int64_t> first_rows;   // of the logits: that of a sequence's newest token; those of its draft follow
   std::vector<PromptToken> prompt_tokens;     // their rows of the logits are the last ones
-  torch::Tensor logits;                       // f32 [rows, vocab]; undefined: no row needs any
   std::unique_ptr<RoutingObserver> observer;  // or none
+  mixtral::Pass started;                      // of the model
+  bool computed = false;                      // or failed
+  torch::Tensor logits;                       // f32 [rows, vocab], once it is computed; undefined: no row needs any
+  std::exception_ptr error;
+  bool out_of_memory = false;
+
+  // In a catch block. An error of a rank is not the pass's own.
+  void fail() {
+    computed = true;
+    try {
+      throw;
+    } catch (const RankError&) {
+      throw;
+    } catch (const std::exception& exception) {
+      error = std::current_exception();
+      out_of_memory = is_out_of_memory(exception);
+      observer.reset();
+    }
+  }
 };
 
-std::vector<Step> ModelRunner::run(const std::vector<Scheduler::Chunk>& plan) {
-  const auto start = std::chrono::steady_clock::now();
-  std::vector<Step> steps = compute(plan);
-  pass_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+ModelRunner::~ModelRunner() = default;
+
+// Often enough for any timeout, and for a rank that ends to be missed soon.
+double ModelRunner::ping_seconds() const { return model_->placement().is_whole() ? 0 : 0.25; }
+
+void ModelRunner::launch(const std::vector<Scheduler::Chunk>& plan) { passes_.push_back(start(plan)); }
+
+std::vector<Step> ModelRunner::collect() {
+  Pass pass = std::move(passes_.front());
+  passes_.pop_front();
+  const Clock::time_point begin = std::max(pass.launched, collected_);
+  std::vector<Step> steps = finish(std::move(pass));
+  collected_ = Clock::now();
+  pass_seconds_ = std::chrono::duration<double>(collected_ - begin).count();
   return steps;
 }
 
-std::vector<Step> ModelRunner::compute(const std::vector<Scheduler::Chunk>& plan) {
+ModelRunner::Pass ModelRunner::start(const std::vector<Scheduler::Chunk>& plan) {
+  Pass pass;
+  pass.plan = plan;
+  pass.launched = Clock::now();
   try {
-    std::optional<Pass> pass;
-    try {
-      pass = forward(plan);
-    } catch (const std::exception& error) {
-      roll_back(plan);
-      if (!is_out_of_memory(error) || plan.size() == 1) throw;
+    std::vector<RollingKVCache::Chunk> chunks;
+    int64_t total = 0;
+    for (const auto& [sequence, tokens] : plan) {
+      const auto begin = sequence->ids.begin() + sequence->computed;
+      std::vector<int64_t> ids(begin, begin + tokens);
+      add_prompt_tokens(*sequence, tokens, total, pass.prompt_tokens);
+      ids.insert(ids.end(), sequence->draft.begin(), sequence->draft.end());
+      total += static_cast<int64_t>(ids.size());
+      chunks.push_back({sequence->cache_id, std::move(ids)});
+      if (sequence->computed + tokens < sequence->length()) continue;
+      pass.sequences.push_back(sequence);
+      pass.first_rows.push_back(static_cast<int64_t>(pass.rows.size()));
+      for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row)
+        pass.rows.push_back(row);
     }
-    if (!pass) return compute_halves(plan);
-    if (pass->observer) add_to_traces(*pass->observer, plan);
-    for (const auto& [sequence, tokens] : plan) sequence->computed += tokens;
-    std::vector<Step> steps = finish(*pass);
-    if (routing_counts_) count_routing(*pass, plan, steps);
-    return steps;
+    for (const PromptToken& token : pass.prompt_tokens) pass.rows.push_back(token.row);
+    pass.observer = make_observer(plan, model_->config(), routing_counts_ != nullptr);
+    start_model(pass, chunks);
   } catch (...) {
-    for (const auto& chunk : plan) chunk.sequence->error = std::current_exception();
+    pass.fail();
+  }
+  return pass;
+}
+
+void ModelRunner::start_model(Pass& pass, const std::vector<RollingKVCache::Chunk>& chunks) {
+  const auto as_captured = [&](const Scheduler::Chunk& chunk) {
+    return chunk.tokens == 1 && chunk.sequence->draft.empty() &&
+           chunk.sequence->experts_per_token == model_->config().top_k;
+  };
+  if (uses_graphs_ && !pass.observer && chunks.size() <= DecodeGraphs::kMaxSequences && pass.prompt_tokens.empty() &&
+      pass.rows.size() == chunks.size() && std::all_of(pass.plan.begin(), pass.plan.end(), as_captured)) {
+    if (!graphs_) graphs_.emplace(*model_, cache_);
+    pass.logits = graphs_->logits(chunks);
+    pass.computed = true;
+    return;
+  }
+  Batch batch = cache_.prepare(chunks);
+  batch.observer = pass.observer.get();
+  set_experts(batch, pass.plan, model_->device());
+  pass.started = model_->start(batch, &cache_);
+}
+
+// The model finishes passes in the order in which they were started, so all older ones must be computed.
+void ModelRunner::finish_model(Pass& pass) {
+  if (std::exchange(pass.computed, true)) return;
+  try {
+    const torch::Tensor hidden = model_->finish(pass.started);
+    if (!pass.rows.empty()) pass.logits = model_->logits(select_rows(hidden, pass.rows));
+  } catch (...) {
+    pass.fail();
+  }
+}
+
+std::vector<Step> ModelRunner::finish(Pass pass) {
+  finish_model(pass);
+  try {
+    if (pass.error) {
+      roll_back(pass.plan);
+      if (pass.out_of_memory && pass.plan.size() > 1) return compute_halves(pass.plan);
+      std::rethrow_exception(pass.error);
+    }
+    if (pass.observer) add_to_traces(*pass.observer, pass.plan);
+    for (const auto& [sequence, tokens] : pass.plan) sequence->computed += tokens;
+    std::vector<Step> steps = pick(pass);
+    if (routing_counts_) count_routing(*pass.observer, pass.plan, steps, *routing_counts_);
+    return steps;
+  } catch (const RankError&) {
+    throw;
+  } catch (...) {
+    for (const auto& chunk : pass.plan) chunk.sequence->error = std::current_exception();
     return {};
   }
 }
 
 std::vector<Step> ModelRunner::compute_halves(const std::vector<Scheduler::Chunk>& plan) {
+  for (Pass& behind : passes_) finish_model(behind);
   const auto middle = plan.begin() + static_cast<std::ptrdiff_t>(plan.size() / 2);
-  std::vector<Step> steps = compute({plan.begin(), middle});
-  for (Step& step : compute({middle, plan.end()})) steps.push_back(std::move(step));
+  std::vector<Step> steps = finish(start({plan.begin(), middle}));
+  for (Step& step : finish(start({middle, plan.end()}))) steps.push_back(std::move(step));
   return steps;
-}
-
-ModelRunner::Pass ModelRunner::forward(const std::vector<Scheduler::Chunk>& plan) {
-  Pass pass;
-  std::vector<RollingKVCache::Chunk> chunks;
-  std::vector<int64_t> rows;  // those that need logits: the newest token of a sequence and its draft
-  int64_t total = 0;
-  for (const auto& [sequence, tokens] : plan) {
-    const auto begin = sequence->ids.begin() + sequence->computed;
-    std::vector<int64_t> ids(begin, begin + tokens);
-    add_prompt_tokens(*sequence, tokens, total, pass.prompt_tokens);
-    ids.insert(ids.end(), sequence->draft.begin(), sequence->draft.end());
-    total += static_cast<int64_t>(ids.size());
-    chunks.push_back({sequence->cache_id, std::move(ids)});
-    if (sequence->computed + tokens < sequence->length()) continue;
-    pass.sequences.push_back(sequence);
-    pass.first_rows.push_back(static_cast<int64_t>(rows.size()));
-    for (auto row = total - 1 - static_cast<int64_t>(sequence->draft.size()); row < total; ++row) rows.push_back(row);
-  }
-  for (const PromptToken& token : pass.prompt_tokens) rows.push_back(token.row);
-  pass.observer = observer_of(plan, model_->config(), routing_counts_ != nullptr);
-  pass.logits = logits(chunks, rows, rows_by_experts(plan), pass.observer.get());
-  return pass;
 }
 
 // The cache forgets what a pass that failed was to write.
@@ -165,7 +182,7 @@ void ModelRunner::roll_back(const std::vector<Scheduler::Chunk>& plan) {
   for (const auto& chunk : plan) cache_.truncate(chunk.sequence->cache_id, chunk.sequence->computed);
 }
 
-std::vector<Step> ModelRunner::finish(Pass& pass) {
+std::vector<Step> ModelRunner::pick(Pass& pass) {
   if (!pass.logits.defined()) return {};
   const auto prompt_rows = static_cast<int64_t>(pass.prompt_tokens.size());
   std::vector<Step> steps;
@@ -180,17 +197,6 @@ std::vector<Step> ModelRunner::finish(Pass& pass) {
   hold_constrained(pass);
   for (Step& step : sample_and_compare(pass)) steps.push_back(std::move(step));
   return steps;
-}
-
-// Of the tokens of the plan and the guesses that held.
-void ModelRunner::count_routing(Pass& pass, const std::vector<Scheduler::Chunk>& plan, const std::vector<Step>& steps) {
-  std::map<const Sequence*, int64_t> held;
-  for (const Step& step : steps) held[step.sequence] = static_cast<int64_t>(step.samples.size()) - 1;
-  int64_t row = 0;
-  for (const auto& [sequence, tokens] : plan) {
-    pass.observer->count_in(*routing_counts_, row, tokens + held[sequence]);
-    row += tokens + static_cast<int64_t>(sequence->draft.size());
-  }
 }
 
 // Takes constrained sequences out of the pass; they keep their logits.
@@ -239,28 +245,6 @@ std::vector<Step> ModelRunner::sample_and_compare(const Pass& pass) {
     cache_.truncate(step.sequence->cache_id, step.sequence->computed);
   }
   return steps;
-}
-
-// The hidden rows `rows` of the batch become logits: f32 [rows, vocab].
-torch::Tensor ModelRunner::logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
-                                  const RowsByExperts& experts, ForwardObserver* observer) {
-  const auto one_token = [](const RollingKVCache::Chunk& chunk) { return chunk.input_ids.size() == 1; };
-  const bool as_captured = !observer && experts.size() == 1 && experts.begin()->first == model_->config().top_k;
-  const bool in_order = std::is_sorted(rows.begin(), rows.end());
-  if (uses_graphs_ && as_captured && chunks.size() <= DecodeGraphs::kMaxSequences && rows.size() == chunks.size() &&
-      in_order && std::all_of(chunks.begin(), chunks.end(), one_token)) {
-    if (!graphs_) graphs_.emplace(*model_, cache_);
-    return graphs_->logits(chunks);
-  }
-  Batch batch = cache_.prepare(chunks);
-  batch.observer = observer;
-  batch.experts_per_token = experts.begin()->first;
-  if (experts.size() > 1)
-    for (const auto& [count, of] : experts)
-      batch.rows_by_experts[count] = torch::tensor(of, torch::kInt64).to(model_->device());
-  const auto hidden = model_->hidden_states(batch, &cache_);
-  if (rows.empty()) return {};
-  return model_->logits(select_rows(hidden, rows));
 }
 
 Sample ModelRunner::sample_held(Sequence& sequence) const {

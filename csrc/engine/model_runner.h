@@ -1,8 +1,9 @@
 // Owns the model, its key/value cache and its CUDA graphs: runs the passes that the scheduler plans.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
-#include <map>
+#include <list>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -17,9 +18,6 @@
 
 namespace mixtral {
 
-// The rows of a pass with each number of experts per token.
-using RowsByExperts = std::map<int64_t, std::vector<int64_t>>;
-
 class ModelRunner : public Runner {
  public:
   struct Options {
@@ -33,24 +31,29 @@ class ModelRunner : public Runner {
 
   // Throws OutOfMemory when the page pool does not fit the device.
   ModelRunner(Mixtral model, Options options);
+  ~ModelRunner() override;
 
-  // In one forward pass, whatever the numbers of experts per token. Never throws: a pass that runs out of memory is
-  // computed in two halves, and these likewise; what goes wrong is the error of the sequences that it happened to.
-  std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan) override;
+  // One forward pass, whatever the numbers of experts per token. They throw nothing but RankError: a pass that runs out
+  // of memory is computed in two halves, and these likewise; what goes wrong is the error of the sequences that it
+  // happened to.
+  void launch(const std::vector<Scheduler::Chunk>& plan) override;
+  std::vector<Step> collect() override;
   Sample sample_held(Sequence& sequence) const override;
   RollingKVCache& cache() override { return cache_; }
   double pass_seconds() const override { return pass_seconds_; }
+  void ping() override { model_->ping(); }
+  double ping_seconds() const override;
 
  private:
+  using Clock = std::chrono::steady_clock;
   struct Pass;
-  std::vector<Step> compute(const std::vector<Scheduler::Chunk>& plan);
+  Pass start(const std::vector<Scheduler::Chunk>& plan);
+  void start_model(Pass& pass, const std::vector<RollingKVCache::Chunk>& chunks);
+  void finish_model(Pass& pass);
+  std::vector<Step> finish(Pass pass);
   std::vector<Step> compute_halves(const std::vector<Scheduler::Chunk>& plan);
-  Pass forward(const std::vector<Scheduler::Chunk>& plan);
-  torch::Tensor logits(const std::vector<RollingKVCache::Chunk>& chunks, const std::vector<int64_t>& rows,
-                       const RowsByExperts& experts, ForwardObserver* observer);
   void roll_back(const std::vector<Scheduler::Chunk>& plan);
-  std::vector<Step> finish(Pass& pass);
-  void count_routing(Pass& pass, const std::vector<Scheduler::Chunk>& plan, const std::vector<Step>& steps);
+  std::vector<Step> pick(Pass& pass);
   void hold_constrained(Pass& pass) const;
   std::vector<Step> sample_and_compare(const Pass& pass);
   std::vector<Sample> sample(const std::vector<Sequence*>& sequences, torch::Tensor logits);
@@ -61,6 +64,8 @@ class ModelRunner : public Runner {
   bool uses_graphs_;
   RollingKVCache cache_;
   std::optional<DecodeGraphs> graphs_;  // of the cache
+  std::list<Pass> passes_;              // in flight, the oldest first
+  Clock::time_point collected_;         // the last one
   double pass_seconds_ = 0;
 };
 

@@ -6,34 +6,26 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "sampling.h"
+#include "seats.h"
 #include "trace.h"
 
 namespace mixtral {
-
-// A place among the requests that an engine takes at a time. It is free again when the last copy is gone.
-using Seat = std::shared_ptr<void>;
-
-// The engine has as many requests as it may.
-struct QueueFull : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 struct Request {
   std::vector<int64_t> prompt_token_ids;
   SamplingParams params;
   int64_t experts_per_token = 0;  // 0: as many as the model's config says
   bool trace = false;             // keep what the routers decide, in Generation::trace
-  // Forces the experts of this trace, which begins with the prompt, on new tokens too, until one is another than in the
-  // trace. It gives experts_per_token.
+  // Forces the experts of this trace of one sequence, on new tokens too, until it ends or one is another than in the
+  // trace. It has the tokens of the prompt as far as both go, and gives experts_per_token.
   std::shared_ptr<const Trace> replay = nullptr;
   // Each new token, the first one too, waits until Engine::allow() has said which tokens it may be.
   bool constrained = false;
-  Seat seat = nullptr;  // of Engine::reserve_seat(); submit() reserves one where there is none
+  Seat seat = nullptr;  // of Engine::reserve_seats(); submit() reserves one where there is none
 };
 
 struct Timings {
@@ -63,6 +55,7 @@ struct EngineStats {
   int64_t prefix_queries = 0, prefix_hits = 0;            // prompt tokens looked for in the prefix cache, and found
   int64_t preemptions = 0;
   int64_t computed_tokens = 0;  // by forward passes, those computed again after a preemption included
+  int64_t seats_taken = 0;      // by requests, and reserved for some that are still to come
 };
 
 // How a request ended. `error` is an exception that ended it, of the forward pass or of a callback; then `generation`

@@ -49,9 +49,13 @@ std::vector<int64_t> top_ids(const float* scores, int64_t vocab, int64_t k) {
 
 // Makes tokens impossible whose bit in the mask is 0.
 void keep_allowed(std::vector<float>& scores, const std::vector<int32_t>& mask) {
-  for (size_t id = 0; id < scores.size(); ++id)
-    if ((static_cast<uint32_t>(mask.at(id / 32)) >> (id % 32) & 1) == 0)
-      scores[id] = -std::numeric_limits<float>::infinity();
+  for (size_t word = 0; 32 * word < scores.size(); ++word) {
+    const auto bits = static_cast<uint32_t>(mask.at(word));
+    if (bits == ~uint32_t{0}) continue;
+    const size_t count = std::min<size_t>(32, scores.size() - 32 * word);
+    for (size_t i = 0; i < count; ++i)
+      if ((bits >> i & 1) == 0) scores[32 * word + i] = -std::numeric_limits<float>::infinity();
+  }
 }
 
 // Keeps the most likely candidates that together hold `top_p` of the weight, and no more of them than needed. Sorts a
@@ -211,7 +215,8 @@ std::vector<Candidate> Sampler::candidates(const std::vector<float>& scores, flo
     for (const int64_t id : top_ids(scores.data(), vocab, params_.top_k)) add(id);
   } else {
     candidates.reserve(scores.size());
-    for (int64_t id = 0; id < vocab; ++id) add(id);
+    for (int64_t id = 0; id < vocab; ++id)
+      if (!std::isinf(scores[static_cast<size_t>(id)])) add(id);  // a mask leaves few
   }
   if (params_.top_p < 1) keep_top_p(candidates, params_.top_p);
   const auto unlikely = [&](const Candidate& candidate) { return candidate.weight < params_.min_p; };

@@ -8,6 +8,7 @@
 #include "../model/rolling_kv_cache.h"
 
 namespace mixtral {
+
 void Scheduler::remove(Sequence& sequence) {
   waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &sequence), waiting_.end());
   running_.erase(std::remove(running_.begin(), running_.end(), &sequence), running_.end());
@@ -16,25 +17,53 @@ void Scheduler::remove(Sequence& sequence) {
 
 std::vector<Scheduler::Chunk> Scheduler::plan() {
   std::vector<Chunk> chunks;
-  int64_t budget = options_.token_budget;
+  Budget left = budget();
   const int64_t before = totals_.preemptions;
-  for (size_t i = 0; i < running_.size(); ++i) add_chunk(*running_[i], budget, chunks);  // running_ may get shorter
+  size_t share = share_of_pass(runnable());
+  for (size_t i = 0; i < running_.size() && chunks.size() < share; ++i)  // running_ may get shorter
+    if (!add_chunk(*running_[i], left, chunks)) return chunks;
   if (totals_.preemptions > before) return chunks;
-  while (budget > 0 && admit()) add_chunk(*running_.back(), budget, chunks);
+  share = share_of_pass(std::min(runnable() + static_cast<int64_t>(waiting_.size()), options_.max_batch));
+  while (std::min(left.tokens, left.prefill_tokens) > 0 && chunks.size() < share && admit())
+    if (!add_chunk(*running_.back(), left, chunks)) break;
   return chunks;
 }
 
+// Of the requests that run, those that are in a pass or could be.
+int64_t Scheduler::runnable() const {
+  return std::count_if(running_.begin(), running_.end(),
+                       [](const Sequence* s) { return s->in_flight || s->computed < s->length(); });
+}
+
+size_t Scheduler::share_of_pass(int64_t sequences) const {
+  return static_cast<size_t>((sequences + options_.depth - 1) / options_.depth);
+}
+
+Scheduler::Budget Scheduler::budget() const {
+  const auto decodes = [](const Sequence* sequence) { return sequence->length() - sequence->computed <= 1; };
+  const int64_t mixed = options_.mixed_chunk_size;
+  if (mixed == 0 || std::none_of(running_.begin(), running_.end(), decodes))
+    return {options_.token_budget, options_.token_budget, options_.chunk_size};
+  return {options_.token_budget, 2 * mixed, std::min(mixed, options_.chunk_size)};
+}
+
 // As many tokens of the sequence as chunk and budget allow, if there are pages for them once newer sequences have given
-// theirs back.
-void Scheduler::add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks) {
-  const int64_t tokens = std::min({sequence.length() - sequence.computed, options_.chunk_size, budget});
-  if (tokens == 0) return;  // nothing is left of the budget, or it waits for the mask of its next token
+// theirs back. Returns false when it waits for pages, with those it has.
+bool Scheduler::add_chunk(Sequence& sequence, Budget& budget, std::vector<Chunk>& chunks) {
+  const int64_t left = sequence.length() - sequence.computed;
+  const bool decodes = left <= 1;
+  const int64_t tokens =
+      std::min({left, budget.chunk_size, budget.tokens, decodes ? budget.tokens : budget.prefill_tokens});
+  // In a pass already, or nothing is left of the budget, or it waits for the mask of its next token.
+  if (sequence.in_flight || tokens == 0) return true;
   while (!cache_.reserve(sequence.cache_id, tokens)) {
-    if (running_.back() == &sequence) return;  // waits for pages with those it has
+    if (running_.back() == &sequence || running_.back()->in_flight) return false;
     preempt(*running_.back());
   }
   chunks.push_back({&sequence, tokens});
-  budget -= tokens;
+  budget.tokens -= tokens;
+  if (!decodes) budget.prefill_tokens -= tokens;
+  return true;
 }
 
 void Scheduler::preempt(Sequence& sequence) {
@@ -117,12 +146,13 @@ void Scheduler::check_integrity() const {
   int64_t last = -1;
   for (const Sequence* sequence : running_) {
     check(sequence->id > last && sequence->cache_id >= 0, *sequence);
-    check(sequence->computed == cache_.length(sequence->cache_id), *sequence);
+    const int64_t held = cache_.length(sequence->cache_id);
+    check(sequence->in_flight ? sequence->computed < held : sequence->computed == held, *sequence);
     check(sequence->computed < sequence->length() || sequence->constrained, *sequence);
     last = sequence->id;
   }
   for (const Sequence* sequence : waiting_) {
-    check(sequence->id > last && sequence->cache_id < 0 && sequence->computed == 0, *sequence);
+    check(sequence->id > last && sequence->cache_id < 0 && sequence->computed == 0 && !sequence->in_flight, *sequence);
     last = sequence->id;
   }
 }

@@ -15,6 +15,9 @@ class RollingKVCache;
 // A request takes pages as it grows. When there are none left, the newest of the running requests gives all of its own
 // back and waits, first in line, to be computed again; full pages stay cached for that until they are taken. The oldest
 // request always gets its pages: each request fits the pool alone. So it ends, and no request waits for ever.
+//
+// Of several passes in flight each gets its share of the requests. A request in flight is not planned, and keeps its
+// pages: whoever needs those waits, and everybody newer with it, until the pass is collected.
 class Scheduler {
  public:
   struct Options {
@@ -26,6 +29,10 @@ class Scheduler {
     // Without a limit, requests with a large max_tokens that they hardly ever need would keep others waiting; with
     // less, more requests would be preempted, and computed again.
     int64_t headroom = 256;
+    // Tokens of one sequence in a pass in which others decode, and of all that do not decode twice as many: the longer
+    // such a pass takes, the longer those wait. 0: as in other passes.
+    int64_t mixed_chunk_size = 0;
+    int64_t depth = 1;  // passes in flight
   };
   // The next `tokens` tokens of `sequence`.
   struct Chunk {
@@ -39,8 +46,9 @@ class Scheduler {
   // Waiting or running; its pages go back to the pool.
   void remove(Sequence& sequence);
 
-  // The next forward pass: more of a prompt, or the newest token, of as many requests as the budget allows, with pages
-  // for these tokens. Those that run come first, the oldest of them at the head; then those that wait are admitted.
+  // The next forward pass: more of a prompt, or the newest token, of as many requests as the budget and the share of
+  // the pass allow, with pages for these tokens. Those that run come first, the oldest of them at the head; then those
+  // that wait are admitted.
   std::vector<Chunk> plan();
 
   EngineStats stats() const;  // but for the tokens generated and computed
@@ -49,7 +57,14 @@ class Scheduler {
   void check_integrity() const;
 
  private:
-  void add_chunk(Sequence& sequence, int64_t& budget, std::vector<Chunk>& chunks);
+  // What is left of a pass.
+  struct Budget {
+    int64_t tokens, prefill_tokens, chunk_size;
+  };
+  Budget budget() const;
+  int64_t runnable() const;
+  size_t share_of_pass(int64_t sequences) const;
+  bool add_chunk(Sequence& sequence, Budget& budget, std::vector<Chunk>& chunks);
   void preempt(Sequence& sequence);
   bool admit();
   bool others_compute_its_prefix(const Sequence& next) const;

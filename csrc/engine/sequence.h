@@ -65,6 +65,7 @@ class Sequence {
   std::vector<int32_t> allowed;    // the mask of that token; empty: it has not come
   int64_t replayed = 0;            // of the tokens computed so far, those that `replay` begins with
   int64_t cache_id = -1;           // of its keys and values; -1 while it waits
+  bool in_flight = false;          // in a pass that is not collected: it keeps its pages and does not end
   bool counted = false;            // in the totals of the scheduler
   size_t shown_tokens = 0;         // of generation.token_ids, those that on_progress had
   int64_t shown_rows = 0;          // the same of the rows of generation.trace

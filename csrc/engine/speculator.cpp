@@ -14,11 +14,11 @@ bool decodes(const Scheduler::Chunk& chunk) {
 
 }  // namespace
 
-void Speculator::propose(const std::vector<Scheduler::Chunk>& plan) {
+bool Speculator::propose(const std::vector<Scheduler::Chunk>& plan) {
   const auto sequences = static_cast<int64_t>(plan.size());
-  decoding_ = most_ > 0 && std::all_of(plan.begin(), plan.end(), decodes) ? plan.size() : 0;
+  if (most_ == 0 || !std::all_of(plan.begin(), plan.end(), decodes)) return false;
   // What a pass without drafts takes must be known: a gain is relative to it.
-  if (decoding_ == 0 || seconds_.count(sequences) == 0) return;
+  if (seconds_.count(sequences) == 0) return true;
   int64_t budget = limits_.token_budget - sequences;
   for (const auto& chunk : plan) {
     Sequence& sequence = *chunk.sequence;
@@ -31,10 +31,10 @@ void Speculator::propose(const std::vector<Scheduler::Chunk>& plan) {
     if (!cache_.reserve(sequence.cache_id, 1 + tokens)) sequence.draft.clear();
     budget -= tokens;
   }
+  return true;
 }
 
 void Speculator::learn(const std::vector<Step>& steps, double seconds) {
-  if (steps.empty() || steps.size() != decoding_) return;  // it read prompts, or failed
   const auto sequences = static_cast<int64_t>(steps.size());
   int64_t tokens = sequences;
   for (const Step& step : steps) tokens += static_cast<int64_t>(step.sequence->draft.size());

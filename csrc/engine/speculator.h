@@ -16,16 +16,16 @@ class Speculator {
       : most_(most), limits_(limits), cache_(cache) {}
 
   // Fills Sequence::draft, within the limits of a pass and with pages that nobody uses. A pass that reads prompts gets
-  // no drafts: its budget is for them. Nor does a sequence that is constrained, traced or replayed.
-  void propose(const std::vector<Scheduler::Chunk>& plan);
-  // After the pass, which took `seconds`.
+  // no drafts: its budget is for them. Nor does a sequence that is constrained, traced or replayed. Returns whether
+  // learn() wants to know what becomes of the pass.
+  bool propose(const std::vector<Scheduler::Chunk>& plan);
+  // After such a pass, which took `seconds` and picked tokens for all of its sequences.
   void learn(const std::vector<Step>& steps, double seconds);
 
  private:
   int64_t most_;
   Scheduler::Options limits_;
   RollingKVCache& cache_;
-  size_t decoding_ = 0;                // sequences of the pass, if it computes one token of each
   std::map<int64_t, double> seconds_;  // of a decoding pass, by its tokens: a moving average of what was measured
 };
 

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "../io/load_error.h"
 #include "../model/transformer.h"
 #include "fingerprint.h"
 #include "packed_passes.h"
 #include "replay.h"
 #include "require.h"
 #include "routing_observer.h"
+#include "trace_file.h"
 
 namespace mixtral {
 Trace trace_sequences(MixtralImpl& model, const std::vector<std::vector<int64_t>>& sequences,
@@ -83,6 +85,16 @@ torch::Tensor replay(MixtralImpl& model, const Trace& trace, const TraceOptions&
   return logits;
 }
 
+Replays read_replays(const std::filesystem::path& path, const MixtralImpl& model) {
+  const Trace trace = read_trace(path);
+  try {
+    check_same_model(trace, model);
+    return Replays(trace);
+  } catch (const std::invalid_argument& error) {
+    throw LoadError(path, "", error.what());
+  }
+}
+
 void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& config) {
   const auto is_special = [&](int64_t id) {
     if (tokenizer) return tokenizer->is_control(id);
@@ -117,10 +129,12 @@ Trace empty_trace(const Config& config, int64_t experts_per_token) {
 }
 
 void check_same_model(const Trace& trace, const MixtralImpl& model) {
-  const Config& config = model.config();
+  check_same_model(trace, model.config(), trace_fingerprint(model));
+}
+
+void check_same_model(const Trace& trace, const Config& config, const std::string& fingerprint) {
   const bool fits = trace.routing.layers == config.num_layers && trace.routing.experts == config.num_experts;
-  require(fits && trace.model == trace_fingerprint(model),
-          "is a trace of another model, type or device: trace this one again");
+  require(fits && trace.model == fingerprint, "is a trace of another model, type or device: trace this one again");
 }
 
 void check_same_tokens(const Trace& trace, size_t begin, const std::vector<int64_t>& ids) {

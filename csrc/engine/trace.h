@@ -67,8 +67,9 @@ Trace trace_sequences(MixtralImpl& model, const std::vector<std::vector<int64_t>
 // Names the tokenizer, and marks its control tokens; without one, BOS and the end-of-sequence tokens of the config.
 void describe_tokens(Trace& trace, const Tokenizer* tokenizer, const Config& config);
 
-// Throws std::invalid_argument unless the trace is of this model.
+// Throws std::invalid_argument unless the trace is of this model, or of the one with this fingerprint.
 void check_same_model(const Trace& trace, const MixtralImpl& model);
+void check_same_model(const Trace& trace, const Config& config, const std::string& fingerprint);
 // Throws std::invalid_argument unless the trace's tokens from `begin` on begin with `ids`.
 void check_same_tokens(const Trace& trace, size_t begin, const std::vector<int64_t>& ids);
 

@@ -176,6 +176,28 @@ class Score:
 
 def find_model(model: str | PathLike[str]) -> Path: ...
 
+class RankOptions:
+    tensor_size: int
+    stages: int
+    expert_parallel: bool
+    backend: str
+    device: str
+    timeout: float
+    command: list[str]
+    def __init__(self, **fields: object) -> None: ...
+
+class Communicator:
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    def all_reduce_ordered(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def barrier(self) -> None: ...
+
+def join_ranks(options: RankOptions) -> Communicator | None: ...
+
 class Mixtral:
     @staticmethod
     def from_pretrained(
@@ -185,12 +207,20 @@ class Mixtral:
         pack: bool,
         lora: str | PathLike[str],
         check_weights: bool,
+        experts_per_token: int,
         progress: Callable[[int, int], None] | None,
+        ranks: RankOptions,
     ) -> Mixtral: ...
     @staticmethod
     def from_config(config: Config, device: torch.device, dtype: str, seed: int) -> Mixtral: ...
     @property
     def config(self) -> Config: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    def follow(self) -> None: ...
+    def stop(self) -> None: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -202,12 +232,14 @@ class Mixtral:
 
 class EngineOptions:
     chunk_size: int
+    mixed_chunk_size: int
     token_budget: int
     max_batch: int
     page_size: int
     ctx_size: int
     kv_memory: int
     max_queue: int
+    max_queue_tokens: int
     prefix_cache: bool
     cuda_graph: bool
     speculate: int
@@ -238,6 +270,8 @@ class EngineStats:
     def preemptions(self) -> int: ...
     @property
     def computed_tokens(self) -> int: ...
+    @property
+    def seats_taken(self) -> int: ...
 
 class Outcome:
     @property
@@ -265,12 +299,12 @@ class Engine:
         on_text: Callable[[str], bool | None],
         on_end: Callable[[Outcome], None],
         constrained: bool = False,
-        seat: Seat | None = None,
     ) -> int: ...
-    def allow(self, id: int, mask: torch.Tensor) -> None: ...
+    def allow(self, ids: Sequence[int], masks: torch.Tensor) -> None: ...
     def cancel(self, id: int) -> None: ...
-    def reserve_seat(self) -> Seat: ...
+    def reserve_seats(self, count: int) -> list[Seat]: ...
     def stats(self) -> EngineStats: ...
+    def failure(self) -> str | None: ...
     def check_integrity(self) -> None: ...
     def save_prompt_cache(self, ids: Sequence[int], file: str | PathLike[str]) -> None: ...
     def load_prompt_cache(self, file: str | PathLike[str]) -> None: ...
@@ -303,12 +337,14 @@ class EventBox:
     def submit(
         self,
         engine: Engine,
+        seat: Seat,
         key: int,
         prompt: Sequence[int],
         params: SamplingParams,
         experts_per_token: int = 0,
         trace: bool = False,
         constrained: bool = False,
+        replays: Replays | None = None,
     ) -> int: ...
 
 CHUNK_SIZE: int
@@ -371,6 +407,9 @@ class RequestTrace:
     def __len__(self) -> int: ...
     @property
     def experts_per_token(self) -> int: ...
+
+class Replays:
+    def __init__(self, path: str | PathLike[str], model: Mixtral) -> None: ...
 
 def write_request_traces(
     requests: Sequence[RequestTrace],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from . import train as train
     from .errors import LoadError as LoadError
     from .errors import QueueFull as QueueFull
+    from .errors import RankError as RankError
     from .model import Config as Config
     from .model import Generation as Generation
     from .model import Mixtral as Mixtral
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "LoadError": "errors",
     "QueueFull": "errors",
+    "RankError": "errors",
     "Config": "model",
     "Generation": "model",
     "Mixtral": "model",

@@ -1,4 +1,5 @@
-"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), and of a full engine (csrc/engine/request.h)."""
+"""Exceptions that C++ raises: of every loader (csrc/io/load_error.h), of a full engine (csrc/engine/request.h), and of
+processes that hold a model together (csrc/distributed/communicator.h)."""
 
 
 class LoadError(Exception):
@@ -22,3 +23,19 @@ class LoadError(Exception):
 
 class QueueFull(RuntimeError):
     """The engine has as many requests as its option max_queue allows."""
+
+
+class RankError(RuntimeError):
+    """A process that holds a part of the model ended, failed or was silent for too long; the message names it. The
+    model is of no more use.
+
+    Attributes:
+        rank: of that process.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.rank)

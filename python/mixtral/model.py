@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import follower
 from ._torch_version import check_model
 from .errors import LoadError
 
@@ -36,14 +37,20 @@ Score = _C.Score
 Timings = _C.Timings
 TokenLogprob = _C.TokenLogprob
 
-# The thread of an engine may call back into Python, so it must end before the interpreter does.
+_DEFAULT_THREADS = torch.get_num_threads()
+
+# The thread of an engine may call back into Python, so it must end before the interpreter does. The other ranks of a
+# model are told that it ends, rather than that its process is gone.
 _engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
+_models: weakref.WeakSet[_C.Mixtral] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_engines() -> None:
     for engine in list(_engines):
         engine.stop()
+    for model in list(_models):
+        model.stop()
 
 
 class Mixtral(Tracing):
@@ -53,6 +60,7 @@ class Mixtral(Tracing):
         config: its architecture.
         tokenizer: None when the folder has none that can be read; the model then works on token ids.
         context: most tokens of a prompt and what follows it.
+        rank: of this process among those that hold the model; 0 where there are no others.
         timings: of the last finished ``generate``; None before.
         sampling_defaults: what generation_config.json says of sampling, as arguments of ``generate``.
     """
@@ -63,6 +71,8 @@ class Mixtral(Tracing):
         Args:
             model, tokenizer: from the C++ library.
             chunk_size: prompt tokens of one sequence in one forward pass (default 512).
+            mixed_chunk_size: the same of a pass in which others decode, and of all sequences twice as many; less keeps
+                the tokens of those even, more reads prompts faster (default 0: as in other passes).
             token_budget: tokens of all sequences in one forward pass (default 2048).
             max_batch: sequences at a time; further prompts wait (default 64).
             page_size: tokens in one page of the key/value cache (default 16).
@@ -70,6 +80,7 @@ class Mixtral(Tracing):
             kv_memory: bytes of the key/value cache (default: room for ``max_batch`` sequences of ``ctx_size`` tokens,
                 in at most half of the memory that the device has left).
             max_queue: requests at a time, those that run included; one more raises ``QueueFull`` (default: any number).
+            max_queue_tokens: tokens of their prompts together, as max_queue (default: any number).
             prefix_cache: keep keys and values for prompts that begin with the same tokens (default true).
             cuda_graph: on CUDA, decode in CUDA graphs (default True).
             speculate: most tokens to guess, in each step, from earlier text that ends alike (prompt lookup); the
@@ -80,8 +91,12 @@ class Mixtral(Tracing):
             ValueError: an option out of range.
         """
         self._model = model
-        self._engine = _C.Engine(model, tokenizer, _C.EngineOptions(**options))
-        _engines.add(self._engine)
+        self.rank: int = model.rank
+        self._engine: _C.Engine | None = None
+        if self.rank == 0:
+            self._engine = _C.Engine(model, tokenizer, _C.EngineOptions(**options))
+            _engines.add(self._engine)
+            _models.add(model)
         self.config: Config = model.config
         self.tokenizer = tokenizer
         self.context: int = options.get("ctx_size") or self.config.max_position
@@ -101,11 +116,20 @@ class Mixtral(Tracing):
         check_weights: bool = False,
         experts_per_token: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        expert_parallel: bool = True,
+        parallel_backend: str = "auto",
+        rank_timeout: float = 30.0,
         **options: int | bool,
     ) -> "Mixtral":
         """Load a Hugging Face folder, a Mistral one, one that ``mixtral quantize`` wrote, or a GGUF file.
 
         Warns where the files disagree in a way that does not keep them from being used.
+
+        With ``tensor_parallel_size`` times ``pipeline_parallel_size`` above 1, so many processes hold a part of the
+        model each (docs/parallel.md). This one starts the others, which end with it. Under ``torchrun`` they are there
+        already, each of them calls this, and all but rank 0 then call ``follow``.
 
         Args:
             path: the folder, a GGUF file, or the "org/name" of a folder in the local Hugging Face cache; nothing is
@@ -119,27 +143,54 @@ class Mixtral(Tracing):
             check_weights: raise LoadError for a weight that is NaN or infinite.
             experts_per_token: another number of experts than the checkpoint's (``config.top_k``).
             progress: called with (bytes read, bytes in all).
+            tensor_parallel_size: ranks that share each layer.
+            pipeline_parallel_size: runs of layers, each with ranks of its own.
+            expert_parallel: a rank has whole experts, and results the bits of one process. False: a part of each
+                expert, which is balanced, but rounds otherwise.
+            parallel_backend: "shm" (one host, CPU), "gloo" (TCP), "nccl" (GPUs), or "auto".
+            rank_timeout: seconds that a rank may be silent while another one waits for it.
             options: those of the constructor.
 
         Raises:
-            LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason.
+            LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason. Of several
+                ranks, on all of them; also when they load different things.
             MemoryError: the weights do not fit the device.
+            RankError: a rank does not come, or ended.
             RuntimeError: there is no such CUDA device.
             ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint;
                 ``lora`` with a quantised checkpoint; ``experts_per_token`` beyond the experts.
         """
         folder = _C.find_model(path)
         device = torch.device(device)
+        layout = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "expert_parallel": expert_parallel,
+            "parallel_backend": parallel_backend,
+            "rank_timeout": rank_timeout,
+        }
+        what = {
+            "device": str(device),
+            "dtype": _dtype_name(dtype),
+            "pack": pack,
+            "lora": os.fspath(lora or ""),
+            "check_weights": check_weights,
+            "experts_per_token": experts_per_token,
+        }
+        threads = _threads_of_rank(layout)
         model = _C.Mixtral.from_pretrained(
             folder,
             device,
-            _dtype_name(dtype),
+            what["dtype"],
             pack,
-            lora or "",
+            what["lora"],
             check_weights,
             experts_or_default(experts_per_token),
             progress,
+            _rank_options(os.fspath(folder), what, layout),
         )
+        if threads != torch.get_num_threads():  # join_ranks has divided them once more
+            torch.set_num_threads(threads)
         result = cls(model, _tokenizer_in(folder), **options)
         result.sampling_defaults = _C.sampling_defaults(folder)
         return result
@@ -180,6 +231,17 @@ class Mixtral(Tracing):
     def engine(self) -> _C.Engine:
         """The engine in C++, for servers (``mixtral.server``)."""
         return self._engine
+
+    def follow(self) -> None:
+        """On a rank other than 0: does what rank 0 wants of this one, and returns when rank 0 has ended the model.
+
+        Raises:
+            RuntimeError: this is rank 0.
+            RankError: a rank ended, failed, or was silent for too long.
+        """
+        if self.rank == 0:
+            raise RuntimeError("follow: rank 0 leads; the other ranks follow")
+        self._model.follow()
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The weights by name, not copies; csrc/model/parameters.h lists names and shapes."""
@@ -382,7 +444,10 @@ class Mixtral(Tracing):
         event.result()  # raises what ended the request
 
     def _check_process(self) -> None:
-        """The threads of the engine and of torch do not live on in a fork: it would wait for them for ever."""
+        """The threads of the engine and of torch do not live on in a fork: it would wait for them for ever. A rank that
+        follows has no engine."""
+        if self.rank > 0:
+            raise RuntimeError(f"mixtral: rank {self.rank} follows rank 0, which generates: call follow()")
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
                 "mixtral: this process was forked from one that had used the model; load the model here, or start "
@@ -421,6 +486,27 @@ class Mixtral(Tracing):
 
 def _dtype_name(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _rank_options(path: str, what: dict[str, object], layout: dict[str, object]) -> _C.RankOptions:
+    """The ranks of a ``layout``, each of which loads ``what``."""
+    return _C.RankOptions(
+        tensor_size=layout["tensor_parallel_size"],
+        stages=layout["pipeline_parallel_size"],
+        expert_parallel=layout["expert_parallel"],
+        backend=layout["parallel_backend"],
+        timeout=layout["rank_timeout"],
+        device=what["device"],
+        command=follower.command(_threads_of_rank(layout), path=path, **what, **layout),
+    )
+
+
+def _threads_of_rank(layout: dict[str, object]) -> int:
+    """Ranks of one host share its cores, unless the number of threads was chosen."""
+    ranks = layout["tensor_parallel_size"] * layout["pipeline_parallel_size"]
+    if ranks == 1 or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != _DEFAULT_THREADS:
+        return torch.get_num_threads()
+    return max(1, _DEFAULT_THREADS // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

@@ -104,6 +104,61 @@ def test_chat_and_bench_take_another_number_of_experts():
     assert one["weight_bytes_per_token"] < two["weight_bytes_per_token"]
 
 
+BENCH = ["bench", "--prompt-tokens", "5", "--new-tokens", "4", "--repeat", "2"]
+
+
+def test_a_trace_of_bench_has_a_document_for_each_prompt(tmp_path):
+    path = tmp_path / "t"
+    assert "replayed_tokens" not in ok_json(*BENCH, "--batch", "3", "--trace", path)
+    trace = package.Trace.load(path)
+    assert trace.positions.tolist() == [*range(8)] * 3 and trace.docs.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    model = package.Mixtral.from_pretrained(DEMO)
+    sequences = trace.token_ids.view(3, 8).tolist()
+    assert len({tuple(ids) for ids in sequences}) == 3
+    expected = model.trace(sequences)
+    assert torch.equal(trace.topk_ids, expected.topk_ids) and trace.model == expected.model
+    for ids in sequences:
+        assert model.generate([ids[:5]], max_tokens=4, ignore_eos=True)[0].token_ids[:3] == ids[5:]
+
+
+def test_bench_replays_its_prompts_and_says_how_many_tokens(tmp_path):
+    path, again = tmp_path / "t", tmp_path / "again"
+    ok(*BENCH, "--batch", "3", "--trace", path)
+    assert ok_json(*BENCH, "--batch", "2", "--replay", path)["replayed_tokens"] == 16
+    said = ok(*BENCH, "--batch", "3", "--replay", path)
+    assert b"replayed          24 tokens    (of the 24 that the model read)" in said
+    trace = package.Trace.load(path)
+    trace.topk_ids[0] = 7 - trace.topk_ids[0]  # of the first token of the first prompt, in every layer
+    trace.save(path)
+    forced = ok_json(*BENCH, "--batch", "3", "--replay", path, "--trace", again)["replayed_tokens"]
+    second = package.Trace.load(again)
+    assert 21 <= forced <= 24  # all prompts, and new tokens for as long as they are those of the trace
+    assert second.topk_ids[0].sort().values.equal(trace.topk_ids[0].sort().values)
+    same = (second.token_ids == trace.token_ids).view(3, 8).long().cumprod(1)
+    assert same.sum() == forced and same[1:].all()
+
+
+def test_bench_counts_the_experts_of_the_replay(tmp_path):
+    one = ok_json(*BENCH, "--experts-per-token", "1", "--trace", tmp_path / "t")
+    replayed = ok_json(*BENCH, "--replay", tmp_path / "t")
+    assert replayed["weight_bytes_per_token"] == one["weight_bytes_per_token"]
+    conflict = refused(2, *BENCH, "--replay", tmp_path / "t", "--experts-per-token", "2")
+    assert "experts_per_token must be that of the trace, 1, got 2" in conflict
+
+
+def test_traces_that_bench_cannot_replay_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "t"
+    ok(*BENCH, "--trace", path)
+    for other in (["--batch", "2"], ["--prompt-tokens", "9"]):
+        assert "is not of these prompts" in refused(2, *BENCH, *other, "--replay", path)
+    assert "is a trace of another model" in refused(3, *BENCH, "--dtype", "int8", "--replay", path)
+    assert "none" in refused(3, *BENCH, "--replay", tmp_path / "none")
+    trace = package.Trace.load(path)
+    trace.positions[3] = 5
+    trace.save(path)
+    assert "position must count from 0 in each sequence, got 5 at token 3" in refused(3, *BENCH, "--replay", path)
+
+
 def test_wrong_numbers_of_experts_are_usage_errors():
     assert "must be >= 1, got 0" in refused(2, "generate", "-p", "a", "--experts-per-token", "0")
     assert "experts_per_token must be in [1, 8], got 9" in refused(2, "generate", "-p", "a", "--experts-per-token", "9")

@@ -1,8 +1,12 @@
 // A model that is nothing but its key/value cache: for tests of the engine that need thousands of schedules.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
+#include <deque>
 #include <functional>
+#include <set>
 #include <stdexcept>
 
 #include "engine/engine_core.h"
@@ -64,14 +68,24 @@ class FakeRunner : public Runner {
     return config;
   }
 
-  std::vector<Step> run(const std::vector<Scheduler::Chunk>& plan) override {
+  void launch(const std::vector<Scheduler::Chunk>& plan) override {
+    if (before_launch) before_launch();  // may throw
     std::vector<RollingKVCache::Chunk> chunks;
     for (const auto& [sequence, tokens] : plan) {
       const auto begin = sequence->ids.begin() + sequence->computed;
       chunks.push_back({sequence->cache_id, {begin, begin + tokens}});
       chunks.back().input_ids.insert(chunks.back().input_ids.end(), sequence->draft.begin(), sequence->draft.end());
+      EXPECT_TRUE(in_flight_.insert(sequence).second) << "request " << sequence->id << " is in two passes";
     }
-    const HostBatch batch = cache_.lay_out(chunks);
+    passes_.push_back({plan, cache_.lay_out(chunks)});
+  }
+
+  // Computes as late as may be: what others do to the pages of a pass in flight changes its keys.
+  std::vector<Step> collect() override {
+    const Pass pass = std::move(passes_.front());
+    const auto& [plan, batch] = pass;
+    passes_.pop_front();
+    for (const auto& chunk : plan) in_flight_.erase(chunk.sequence);
     if (before_pass) before_pass();  // may throw
     std::vector<Step> steps;
     size_t token = 0, row = 0;
@@ -99,20 +113,30 @@ class FakeRunner : public Runner {
       if (is_nan && is_nan()) samples.back().error = "NaN";
       steps.push_back({sequence, std::move(samples)});
     }
-    seconds_ = 1 + 0.05 * static_cast<double>(token);  // in place of a clock
+    seconds_ = 1 + seconds_of_a_token * static_cast<double>(token);  // in place of a clock
     return steps;
   }
   RollingKVCache& cache() override { return cache_; }
   double pass_seconds() const override { return seconds_; }
   Sample sample_held(Sequence&) const override { throw std::logic_error("nothing is constrained"); }
+  void ping() override { on_ping(); }
+  double ping_seconds() const override { return on_ping ? 1e-3 : 0; }
 
-  std::function<void()> before_pass;
+  std::function<void()> before_launch, before_pass;  // before the pass is computed
   std::function<bool()> is_nan;
+  std::function<void()> on_ping;  // set: it has other ranks
+  double seconds_of_a_token = 0.05;
 
  private:
+  struct Pass {
+    std::vector<Scheduler::Chunk> plan;
+    HostBatch batch;
+  };
   int64_t window_, page_size_;
   RollingKVCache cache_;
   std::vector<uint64_t> keys_;  // of each slot
+  std::deque<Pass> passes_;
+  std::set<const Sequence*> in_flight_;
   double seconds_ = 0;
 };
 

@@ -177,6 +177,47 @@ TEST(Constrained, WrongCallsAreRefusedInTheCallersThread) {
   EXPECT_THROW(engine.generate({request}), std::invalid_argument);
 }
 
+// So the next mask can be made while the pass runs, and the request takes part in each pass.
+TEST(Constrained, ATokenIsToldOfBeforeThePassThatReadsIt) {
+  const ModelRunner::Options options = {/*page_size=*/4, /*max_chunk=*/16, /*max_batch=*/2, /*num_pages=*/20, false};
+  EngineCore core(std::make_unique<ModelRunner>(tiny_model(tiny_config()), options),
+                  {/*chunk_size=*/16, /*token_budget=*/32, /*max_batch=*/2});
+  Request request = {random_ids(9, kTinyVocab, 1), params(4)};
+  request.constrained = true;
+  int64_t picked = 0, told = 0;
+  const auto count = [&](const GenerationProgress& progress) {
+    picked = static_cast<int64_t>(progress.generation.token_ids.size());
+    return true;
+  };
+  core.add(std::make_unique<Sequence>(0, request, Callbacks{count, nullptr}, std::nullopt));
+  core.after_pass = [&] {
+    if (picked == told) return;
+    told = picked;
+    EXPECT_EQ(core.stats().computed_tokens, 9 + picked - 1);
+    core.allow(0, kEverything);
+  };
+  core.allow(0, kEverything);
+  int passes = 0;
+  for (; told < 3 && passes < 20; ++passes) core.step();
+  EXPECT_EQ(passes, 4);  // the prompt, and one for each token
+}
+
+TEST(Constrained, MasksThatComeTogetherAreTakenTogether) {
+  const auto model = tiny_model(tiny_config());
+  Engine engine(model, std::nullopt, {});
+  std::promise<Outcome> ended[2];
+  int64_t ids[2];
+  for (int i = 0; i < 2; ++i) {
+    Request waiting = {{1, 2, i}, params(1)};
+    waiting.constrained = true;
+    ids[i] = engine.submit(waiting, {nullptr, [&, i](Outcome outcome) { ended[i].set_value(std::move(outcome)); }});
+  }
+  engine.allow({{ids[0], mask_of({50})}, {ids[1], mask_of({51})}});
+  EXPECT_EQ(end_of(ended[0].get_future()).generation.token_ids, (std::vector<int64_t>{50}));
+  EXPECT_EQ(end_of(ended[1].get_future()).generation.token_ids, (std::vector<int64_t>{51}));
+  EXPECT_THROW(engine.allow({{ids[0], kEverything}, {ids[1], Mask(3)}}), std::invalid_argument);
+}
+
 // The engine's thread sleeps then, instead of running empty passes.
 TEST(Constrained, TheEngineIsIdleWhileAllThatRunsWaits) {
   const ModelRunner::Options options = {/*page_size=*/4, /*max_chunk=*/4, /*max_batch=*/1, /*num_pages=*/10, false};

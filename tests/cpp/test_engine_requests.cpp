@@ -345,12 +345,44 @@ TEST(EngineRequests, ABurstGetsExactlyTheSeatsThatThereAre) {
   go_on.set_value();
   for (int i = 0; i < 6000 && ended < 15; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
   ASSERT_EQ(ended, 15);
-  const Seat seat = engine.reserve_seat();  // ended requests hold none
+  const Seat seat = engine.reserve_seats(1)[0];  // ended requests hold none
   EXPECT_EQ(engine.generate(std::vector<std::vector<int64_t>>(15, {3, 4}), {params(3)}).size(), 15u);
   EXPECT_THROW(engine.generate(std::vector<std::vector<int64_t>>(16, {3, 4}), {params(3)}), QueueFull);
   Request reserved = request({3, 4}, params(3));
   reserved.seat = seat;
   EXPECT_EQ(engine.generate({reserved})[0].token_ids.size(), 3u);
+}
+
+TEST(EngineRequests, PromptsBeyondTheTokensOfTheQueueAreRefused) {
+  Engine::Options options;
+  options.max_queue_tokens = 10;
+  Engine engine(tiny_model(tiny_config()), std::nullopt, options);
+  Waiter running;
+  const int64_t id = engine.submit(request({1, 2, 3, 4, 5, 6}, kEndless), running.callbacks());
+  EXPECT_THROW(engine.submit(request({1, 2, 3, 4, 5}, params(1)), {}), QueueFull);
+  EXPECT_EQ(engine.stats().seats_taken, 1);
+  EXPECT_THROW(engine.submit(request(std::vector<int64_t>(11, 1), params(1)), {}), std::invalid_argument);
+  Waiter fits;
+  engine.submit(request({1, 2, 3, 4}, params(1)), fits.callbacks());
+  EXPECT_EQ(fits.wait().generation.finish_reason, "length");
+  engine.cancel(id);
+  running.wait();
+  EXPECT_EQ(engine.generate({std::vector<int64_t>(10, 1)}, {params(1)})[0].token_ids.size(), 1u);
+  EXPECT_EQ(engine.stats().seats_taken, 0);
+}
+
+TEST(EngineRequests, SeatsAreReservedTogetherOrNotAtAll) {
+  Engine::Options options;
+  options.max_queue = 3;
+  Engine engine(tiny_model(tiny_config()), std::nullopt, options);
+  auto seats = engine.reserve_seats(2);
+  EXPECT_THROW(engine.reserve_seats(2), QueueFull);
+  EXPECT_THROW(engine.reserve_seats(4), std::invalid_argument);
+  EXPECT_THROW(engine.reserve_seats(0), std::invalid_argument);
+  EXPECT_EQ(engine.stats().seats_taken, 2);
+  seats.pop_back();
+  EXPECT_EQ(engine.reserve_seats(2).size(), 2u);
+  EXPECT_EQ(engine.stats().seats_taken, 1);
 }
 
 // Requests of random sizes at random times: some wait, some are preempted, some are cancelled.

@@ -7,7 +7,9 @@
 #include <limits>
 #include <new>
 
+#include "engine/engine_core.h"
 #include "engine/errors.h"
+#include "engine/model_runner.h"
 #include "generations.h"
 
 namespace mixtral {
@@ -242,6 +244,29 @@ TEST_F(EngineFaults, APassThatRunsOutOfMemoryIsComputedInHalves) {
       EXPECT_FALSE(outcomes[i].error);
       expect_same(outcomes[i].generation, alone(model, {static_cast<int64_t>(i)}, params(10, 1.0)));
     }
+  }
+}
+
+// The model computes what was started first: the halves come behind the other passes in flight.
+TEST_F(EngineFaults, HalvesKeepTheBitsOfAllPassesInFlight) {
+  EngineCore core(std::make_unique<ModelRunner>(model, ModelRunner::Options{4, 8, 8, 100, false}),
+                  with_depth({/*chunk_size=*/8, /*token_budget=*/32, /*max_batch=*/8}, 2));
+  std::vector<Outcome> outcomes(8);
+  for (int64_t i = 0; i < 8; ++i) {
+    Request request{{i}, params(10, 1.0)};
+    request.experts_per_token = model->config().top_k;
+    Callbacks callbacks;
+    callbacks.on_end = [&outcome = outcomes[i]](Outcome ended) { outcome = std::move(ended); };
+    core.add(std::make_unique<Sequence>(i, std::move(request), std::move(callbacks), std::nullopt));
+  }
+  for (int64_t step = 0; !core.idle(); ++step) {
+    memory.limit = step % 3 ? logits_bytes(step % 3) + 100 : std::numeric_limits<size_t>::max();
+    core.step();
+  }
+  memory.limit = std::numeric_limits<size_t>::max();
+  for (int64_t i = 0; i < 8; ++i) {
+    EXPECT_FALSE(outcomes[i].error);
+    expect_same(outcomes[i].generation, alone(model, {i}, params(10, 1.0)));
   }
 }
 

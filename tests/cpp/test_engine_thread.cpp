@@ -35,7 +35,7 @@ TEST(EngineThread, ManyThreadsMayUseItAtOnceFromItsFirstRequestOn) {
       sequences.push_back(std::make_unique<Sequence>(id, std::move(request), std::move(callbacks), std::nullopt));
       engine.submit(std::move(sequences));
       if (i % 5 == 4) engine.cancel({id - 1});
-      if (i % 7 == 6) engine.allow(id, {});  // not constrained: ignored
+      if (i % 7 == 6) engine.allow({{id, {}}});  // not constrained: ignored
       if (i % 9 == 8) engine.run([](EngineCore& core) { EXPECT_LE(core.stats().running, 4); });
       EXPECT_LE(engine.stats().running, 4);
       EXPECT_FALSE(engine.is_current());
@@ -58,6 +58,41 @@ TEST(EngineThread, ManyThreadsMayUseItAtOnceFromItsFirstRequestOn) {
     core.check_integrity();
     EXPECT_EQ(core.stats().pages_in_use, 0);
   });
+}
+
+// Who watches the engine from outside must see that it hangs, and must not hang with it.
+TEST(EngineThread, NobodyWaitsForAPassThatHangs) {
+  auto runner = std::make_unique<FakeRunner>(/*window=*/0, /*page_size=*/4, /*num_pages=*/24, /*chunk=*/8);
+  std::promise<void> hangs, go_on;
+  runner->before_pass = [&, first = true]() mutable {
+    if (!std::exchange(first, false)) return;
+    hangs.set_value();
+    go_on.get_future().wait();
+  };
+  EngineThread engine(std::make_unique<EngineCore>(
+      std::move(runner), Scheduler::Options{/*chunk_size=*/8, /*token_budget=*/16, /*max_batch=*/4}));
+  std::promise<Outcome> ended[2];
+  const auto submit = [&](int64_t id) {
+    Request request = {{1, 2}, {}};
+    request.params.max_tokens = 3;
+    request.experts_per_token = 2;
+    Callbacks callbacks;
+    callbacks.on_end = [&, id](Outcome outcome) { ended[id].set_value(std::move(outcome)); };
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    sequences.push_back(std::make_unique<Sequence>(id, std::move(request), std::move(callbacks), std::nullopt));
+    engine.submit(std::move(sequences));
+  };
+  submit(0);
+  hangs.get_future().wait();
+  submit(1);
+  EXPECT_EQ(engine.stats().waiting, 1);
+  EXPECT_EQ(engine.stats().computed_tokens, 0);
+  engine.allow({{1, {}}});
+  engine.cancel({1});
+  EXPECT_EQ(engine.stats().waiting, 1);  // it ends with the pass
+  go_on.set_value();
+  EXPECT_EQ(ended[0].get_future().get().generation.finish_reason, "length");
+  EXPECT_EQ(ended[1].get_future().get().generation.finish_reason, "cancelled");
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include <map>
+#include <thread>
 
 #include "bindings/event_box.h"
 #include "generations.h"
@@ -75,7 +76,10 @@ TEST(EventBox, GivesAllThatTheEngineGenerates) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
   const auto box = std::make_shared<EventBox>();
-  engine.after_passes([box] { box->wake(); });
+  engine.after_passes([box] {
+    box->wake();
+    return true;
+  });
   const auto prompts = some_prompts();
   constexpr int64_t kRequests = 3;
   std::map<int64_t, Event> whole;
@@ -110,11 +114,88 @@ TEST(EventBox, GivesAllThatTheEngineGenerates) {
   }
 }
 
+TEST(EventBox, TwoReadersOfOneEngineAreBothWoken) {
+  Engine engine(tiny_model(tiny_config()), std::nullopt, {});
+  std::vector<std::shared_ptr<EventBox>> boxes = {std::make_shared<EventBox>(), std::make_shared<EventBox>()};
+  int calls_of_the_gone = 0;
+  engine.after_passes([&] {
+    ++calls_of_the_gone;
+    return false;
+  });
+  for (const auto& box : boxes)
+    engine.after_passes([box] {
+      box->wake();
+      return true;
+    });
+  for (int64_t key = 0; key < 2; ++key) engine.submit({{1, 2}, params(3)}, boxes[key]->callbacks(key));
+  for (int64_t key = 0; key < 2; ++key) {
+    for (bool ended = false; !ended;) {
+      ASSERT_TRUE(is_readable(*boxes[key], 60'000));
+      for (const Event& event : boxes[key]->take()) {
+        EXPECT_EQ(event.key, key);
+        ended = event.outcome != nullptr;
+      }
+    }
+  }
+  engine.stop();
+  EXPECT_EQ(calls_of_the_gone, 1);
+}
+
+// As a server under load: threads that submit and cancel beside the reader, and places that run out.
+TEST(EventBox, EveryRequestOfManyThreadsEndsOnce) {
+  constexpr int64_t kClients = 4, kRequests = 30;
+  Engine::Options options;
+  options.max_queue = 10;
+  Engine engine(tiny_model(tiny_config()), std::nullopt, options);
+  const auto box = std::make_shared<EventBox>();
+  engine.after_passes([box] {
+    box->wake();
+    return true;
+  });
+  const auto work = [&](int64_t client) {
+    for (int64_t key = client; key < kClients * kRequests;) {
+      Request request = {{1, 2, key % 101}, params(1 + key % 7)};
+      try {
+        request.seat = engine.reserve_seats(1)[0];
+      } catch (const QueueFull&) {
+        std::this_thread::yield();
+        continue;
+      }
+      const int64_t id = engine.submit(std::move(request), box->callbacks(key));
+      if (key % 3 == 0) engine.cancel(id);
+      key += kClients;
+    }
+  };
+  std::vector<std::thread> clients;
+  for (int64_t client = 0; client < kClients; ++client) clients.emplace_back(work, client);
+  std::map<int64_t, std::vector<int64_t>> tokens;
+  for (int64_t left = kClients * kRequests; left > 0;) {
+    ASSERT_TRUE(is_readable(*box, 60'000));
+    for (const Event& event : box->take()) {
+      auto& ids = tokens[event.key];
+      ids.insert(ids.end(), event.token_ids.begin(), event.token_ids.end());
+      if (!event.outcome) continue;
+      --left;
+      EXPECT_EQ(ids, event.outcome->generation.token_ids);
+      EXPECT_EQ(event.outcome->generation.finish_reason == "length",
+                ids.size() == static_cast<size_t>(1 + event.key % 7));
+      ids = {-1};  // a second end would not fit it
+    }
+  }
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(tokens.size(), static_cast<size_t>(kClients * kRequests));
+  EXPECT_EQ(engine.stats().seats_taken, 0);
+  engine.check_integrity();
+}
+
 TEST(EventBox, ACancelledRequestEndsInTheBox) {
   const auto model = tiny_model(tiny_config());
   Engine engine(model, std::nullopt, {});
   const auto box = std::make_shared<EventBox>();
-  engine.after_passes([box] { box->wake(); });
+  engine.after_passes([box] {
+    box->wake();
+    return true;
+  });
   Request request;
   request.prompt_token_ids = {1, 2};
   request.params = params(8000);

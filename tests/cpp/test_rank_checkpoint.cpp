@@ -151,6 +151,26 @@ TEST(RankCheckpoint, EverySafetensorsSpelling) {
   }
 }
 
+TEST(RankCheckpoint, MatricesOfOneTensorGoToTheRanksOfTheirExperts) {
+  Config config = splittable_config(4);
+  config.layout = CheckpointLayout::kConsolidated;
+  const Tensors tensors = random_tensors(config, WeightNames::kStacked, torch::kBFloat16);
+  const TempFolder folder;
+  write_file(folder / "consolidated.safetensors", file_bytes(tensors));
+  const auto matrix = [&](const char* name, int64_t expert) {
+    return tensors.at(std::string("layers.1.block_sparse_moe.") + name).view({4, 128, 128})[expert];
+  };
+  for (int rank = 0; rank < 2; ++rank) {
+    const Parameters part =
+        load_rank(folder.path(), config, {"bfloat16"}, options_of(Placement::of_rank(rank, 2, 1, true)));
+    for (int64_t e = 0; e < 2; ++e) {
+      const auto gate_up = torch::cat({matrix("w1", 2 * rank + e), matrix("w3", 2 * rank + e)});
+      EXPECT_TRUE(torch::equal(part["layers.1.moe.gate_up_proj"][e], gate_up));
+      EXPECT_TRUE(torch::equal(part["layers.1.moe.down_proj"][e], matrix("w2", 2 * rank + e).t()));
+    }
+  }
+}
+
 // A GGUF file whose matrices are Q8_0: blocks of 32 numbers, a scale (f16) and 32 i8.
 std::string gguf_bytes(const Config& config, WeightNames names) {
   const auto text = [](const std::string& value) { return bytes_of<uint64_t>(value.size()) + value; };

@@ -2,6 +2,7 @@
 
 #include "engine/scheduler.h"
 #include "fake_runner.h"
+#include "generations.h"
 
 namespace mixtral {
 namespace {
@@ -31,11 +32,28 @@ class SchedulerTest : public ::testing::Test {
     const auto chunks = scheduler->plan();
     if (chunks.empty()) return plan;
     for (const auto& [sequence, tokens] : chunks) plan.emplace_back(sequence->id, tokens);
-    for (const Step& step : runner->run(chunks)) step.sequence->append(step.samples.at(0));
+    runner->launch(chunks);
+    collect(chunks);
+    return plan;
+  }
+  void collect(const std::vector<Scheduler::Chunk>& chunks) {
+    for (const auto& chunk : chunks) chunk.sequence->in_flight = false;
+    for (const Step& step : runner->collect()) step.sequence->append(step.samples.at(0));
     for (const auto& chunk : chunks) runner->cache().commit(chunk.sequence->cache_id, chunk.sequence->ids);
     scheduler->check_integrity();
     runner->cache().check_integrity();
-    return plan;
+  }
+  // Leaves a pass in flight.
+  std::vector<Scheduler::Chunk> launch() {
+    const auto chunks = scheduler->plan();
+    if (!chunks.empty()) runner->launch(chunks);
+    for (const auto& chunk : chunks) chunk.sequence->in_flight = true;
+    return chunks;
+  }
+  static std::vector<int64_t> ids_of(const std::vector<Scheduler::Chunk>& chunks) {
+    std::vector<int64_t> ids;
+    for (const auto& chunk : chunks) ids.push_back(chunk.sequence->id);
+    return ids;
   }
 
   std::unique_ptr<FakeRunner> runner;
@@ -51,6 +69,20 @@ TEST_F(SchedulerTest, ComputesChunksOfPromptsAndNewestTokensWithinTheBudget) {
   EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 4}}));
   EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 2}}));
   EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 1}}));
+}
+
+TEST_F(SchedulerTest, ReadsLessOfPromptsInAPassInWhichOthersDecode) {
+  Scheduler::Options options{/*chunk_size=*/16, /*token_budget=*/64, /*max_batch=*/8, /*prefix_cache=*/false};
+  options.mixed_chunk_size = 4;
+  make(options, 100);
+  add(20, /*max_tokens=*/9);
+  EXPECT_EQ(pass(), (Plan{{0, 16}}));  // alone
+  EXPECT_EQ(pass(), (Plan{{0, 4}}));
+  for (const int64_t length : {11, 3, 9}) add(length, /*max_tokens=*/9);
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 4}, {2, 3}, {3, 1}}));  // 4 of each, 8 of all
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 4}, {2, 1}, {3, 4}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 3}, {2, 1}, {3, 4}}));
+  EXPECT_EQ(pass(), (Plan{{0, 1}, {1, 1}, {2, 1}, {3, 1}}));
 }
 
 TEST_F(SchedulerTest, AdmitsInOrderWhileSeatsAndPagesLast) {
@@ -138,6 +170,58 @@ TEST_F(SchedulerTest, APrefixThatIsBeingComputedIsWaitedFor) {
   EXPECT_EQ(pass(), (Plan{{0, 8}}));  // 12 of the second's 15 tokens are full pages that the first computes
   EXPECT_EQ(pass(), (Plan{{0, 6}, {1, 3}, {2, 8}}));
   EXPECT_EQ(scheduler->stats().prefix_hits, 12);
+}
+
+// ---- several passes in flight
+
+TEST_F(SchedulerTest, EveryPassInFlightGetsItsShare) {
+  make(with_depth({16, 64, /*max_batch=*/5, false}, 3), 100);
+  for (int i = 0; i < 7; ++i) add(3, /*max_tokens=*/20);
+  const auto first = launch(), second = launch(), third = launch();
+  EXPECT_EQ(ids_of(first), (std::vector<int64_t>{0, 1}));  // a third of the five that may run
+  EXPECT_EQ(ids_of(second), (std::vector<int64_t>{2, 3}));
+  EXPECT_EQ(ids_of(third), (std::vector<int64_t>{4}));
+  collect(first);
+  const auto fourth = launch();
+  EXPECT_EQ(ids_of(fourth), (std::vector<int64_t>{0, 1}));
+  collect(second);
+  scheduler->remove(*sequences[2]);
+  EXPECT_EQ(ids_of(launch()), (std::vector<int64_t>{3, 5}));
+}
+
+// Who waits for their masks takes no share from the others.
+TEST_F(SchedulerTest, SharesAreOfThoseThatCanGoOn) {
+  make(with_depth({16, 64, 8, false}, 2), 100);
+  for (int i = 0; i < 6; ++i) add(1);
+  const auto first = launch(), second = launch();
+  collect(first);
+  collect(second);
+  for (const size_t waits : {0, 1, 2, 3}) {
+    auto& sequence = *sequences[waits];
+    sequence.ids.resize(static_cast<size_t>(sequence.computed));
+  }
+  EXPECT_EQ(ids_of(launch()), (std::vector<int64_t>{4}));
+  EXPECT_EQ(ids_of(launch()), (std::vector<int64_t>{5}));
+  EXPECT_TRUE(launch().empty());
+}
+
+// The oldest needs a page, and the newest, whose pages it may take, is in flight: it waits until that is collected.
+TEST_F(SchedulerTest, NobodyInFlightGivesPagesBack) {
+  make(with_depth({16, 64, 8, false, /*headroom=*/0}, 2), 4);
+  add(8, 8);
+  add(7, 8, 2);
+  auto first = launch(), second = launch();
+  EXPECT_EQ(ids_of(first), (std::vector<int64_t>{0}));
+  EXPECT_EQ(ids_of(second), (std::vector<int64_t>{1}));
+  collect(first);
+  add(1);
+  EXPECT_TRUE(launch().empty());  // neither the oldest, nor who waits
+  EXPECT_EQ(scheduler->stats().preemptions, 0);
+  collect(second);
+  first = launch();
+  EXPECT_EQ(ids_of(first), (std::vector<int64_t>{0}));
+  EXPECT_EQ(scheduler->stats().preemptions, 1);
+  EXPECT_EQ(scheduler->stats().waiting, 2);
 }
 
 }  // namespace

@@ -177,14 +177,43 @@ def test_a_cache_beyond_its_limit_is_a_memory_error():
 
 def test_a_full_engine_takes_no_request_until_a_seat_is_free():
     model = mixtral.Mixtral.from_config(tiny_config(), max_queue=2)
-    seats = [model._engine.reserve_seat() for _ in range(2)]
-    with pytest.raises(mixtral.QueueFull, match="all 2 places"):
+    seats = model._engine.reserve_seats(2)
+    with pytest.raises(mixtral.QueueFull, match="2 of 2 places"):
         model.generate([3], max_tokens=2)
     del seats[0]
     assert len(model.generate([3], max_tokens=2, ignore_eos=True)[0].token_ids) == 2
-    with pytest.raises(mixtral.QueueFull):
-        model.generate([[3], [4]], max_tokens=2)
+    for call in (lambda: model.generate([[3], [4]], max_tokens=2), lambda: model._engine.reserve_seats(2)):
+        with pytest.raises(mixtral.QueueFull):
+            call()
+    with pytest.raises(ValueError, match="at most 2 at a time"):
+        model._engine.reserve_seats(3)
+    assert model._engine.stats().seats_taken == 1
     assert len(model.generate([3], max_tokens=2, ignore_eos=True)[0].token_ids) == 2  # what was refused holds no seat
+
+
+def test_prompts_beyond_the_tokens_of_the_queue_are_refused():
+    model = mixtral.Mixtral.from_config(tiny_config(), max_queue_tokens=10)
+    reads, go_on = threading.Event(), threading.Event()
+
+    def stop_in_its_pass(*_):
+        reads.set()
+        go_on.wait(60)
+
+    first = threading.Thread(
+        target=model.generate, args=([[3] * 6],), kwargs={"max_tokens": 1, "on_text": stop_in_its_pass}
+    )
+    first.start()
+    assert reads.wait(60)
+    try:
+        with pytest.raises(mixtral.QueueFull, match="6 of 10 tokens"):
+            model.generate([[3] * 5], max_tokens=1)
+        with pytest.raises(ValueError, match=r"at most 10 tokens \(max_queue_tokens\), got 11"):
+            model.generate([[3] * 11], max_tokens=1)
+    finally:
+        go_on.set()
+        first.join()
+    assert len(model.generate([[3] * 10], max_tokens=1, ignore_eos=True)[0].token_ids) == 1  # nothing is left of those
+    assert model._engine.stats().seats_taken == 0
 
 
 def test_an_error_in_on_text_reaches_the_caller_and_leaves_the_model_usable(demo):

@@ -64,7 +64,7 @@ async def campaign(url: str, count: int, seed: int) -> Counter:
 def main() -> int:
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
     begin = time.monotonic()
-    with served(small_model(), queue=CLIENTS) as url:
+    with served(small_model(max_queue=CLIENTS)) as url:
         ends = asyncio.run(campaign(url, count, seed))
     for end, number in ends.most_common():
         print(f"{number:6} {end}")

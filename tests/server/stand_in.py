@@ -1,7 +1,7 @@
 """The server around an application without a model: ``stand_in.py '{"limits": {...}, "api_key": ..., "load": 0.0}'``.
 
 ``POST /v1/completions {"tokens": N, "interval": S, "pad": BYTES, "stream": BOOL}`` sends N events, S seconds apart.
-``POST /stick`` makes the watchdog see an engine that hangs.
+``POST /stick`` makes the watchdog see an engine that hangs, ``POST /break`` one that has failed.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from mixtral.server.streaming import unless_gone
 
 running = 0  # generations that have begun and not ended
 stuck = False
+failure = None
 
 
 async def generate(tokens: int, interval: float, pad: int):
@@ -68,13 +69,19 @@ async def stick(request: Request) -> Response:
     return JSONResponse({})
 
 
+async def break_down(request: Request) -> Response:
+    global failure
+    failure = "rank 1 was killed"
+    return JSONResponse({})
+
+
 def main() -> int:
     options = json.loads(sys.argv[1])
     lifecycle = Lifecycle(Limits(**options.get("limits", {})))
 
     @asynccontextmanager
     async def lifespan(app: Starlette):
-        watch = asyncio.create_task(lifecycle.watch(lambda: (stuck, 0)))
+        watch = asyncio.create_task(lifecycle.watch(lambda: (stuck, 0), lambda: failure))
         yield
         watch.cancel()
 
@@ -86,6 +93,7 @@ def main() -> int:
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", state),
             Route("/stick", stick, methods=["POST"]),
+            Route("/break", break_down, methods=["POST"]),
         ]
         return Starlette(routes=routes, lifespan=lifespan)
 

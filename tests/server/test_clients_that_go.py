@@ -6,19 +6,17 @@ import httpx
 import openai
 import pytest
 
-from mixtral.server.app import create_app
-from mixtral.server.settings import Settings
-from running import running, small_model
+from running import served, small_model
 
 LONG = {"model": "mixtral", "prompt": "Once", "max_tokens": 16000, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
 def server():
-    """(URL, the bridge) of a server of its own: it counts what runs."""
-    app = create_app(small_model(max_position=16384, max_batch=2), Settings(queue=4))
-    with running(app) as url:
-        yield url, app.state.served.bridge
+    """(URL, the engine) of a server of its own: it counts what runs."""
+    model = small_model(max_position=16384, max_batch=2, max_queue=4)
+    with served(model) as url:
+        yield url, model.engine
 
 
 @pytest.fixture
@@ -35,23 +33,23 @@ def wait_until(condition, seconds: float = 20) -> None:
 
 
 def test_a_stream_that_is_closed_ends_its_request(server, client):
-    _, bridge = server
+    _, engine = server
     stream = client.completions.create(stream=True, **LONG)
     next(iter(stream))
-    assert bridge.seats_taken == 1
+    assert engine.stats().seats_taken == 1
     stream.close()
-    wait_until(lambda: bridge.seats_taken == 0)
+    wait_until(lambda: engine.stats().seats_taken == 0)
 
 
 def test_a_timeout_of_the_client_ends_its_request(server, client):
-    _, bridge = server
+    _, engine = server
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).completions.create(**LONG)
-    wait_until(lambda: bridge.seats_taken == 0)
+    wait_until(lambda: engine.stats().seats_taken == 0)
 
 
 def test_requests_beyond_the_queue_are_refused_at_once(server, client):
-    url, bridge = server
+    url, engine = server
     streams = [client.completions.create(stream=True, **LONG) for _ in range(4)]
     with pytest.raises(openai.RateLimitError) as error:
         client.completions.create(**LONG)
@@ -61,12 +59,26 @@ def test_requests_beyond_the_queue_are_refused_at_once(server, client):
     assert httpx.get(f"{url}/version").status_code == 200
     for stream in streams:
         stream.close()
-    wait_until(lambda: bridge.seats_taken == 0)
+    wait_until(lambda: engine.stats().seats_taken == 0)
     assert client.completions.create(model="mixtral", prompt="Once", max_tokens=2).choices[0].text
 
 
+def test_two_servers_of_one_model_share_its_places():
+    model = small_model(max_queue=1)
+    body = {"prompt": [5, 6], "max_tokens": 6, "temperature": 0}
+    with served(model) as one, served(model) as other:
+        seat = model.engine.reserve_seats(1)
+        statuses = [httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code for url in (one, other)]
+        assert statuses == [429, 429]
+        del seat
+        texts = [
+            httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"] for url in (one, other, one)
+        ]
+        assert texts[0] == texts[1] == texts[2]
+
+
 def test_the_neighbours_of_a_request_that_ends_go_on(server, client):
-    _, bridge = server
+    _, engine = server
     options = {"model": "mixtral", "prompt": "Twice", "max_tokens": 200, "seed": 1, "extra_body": {"ignore_eos": True}}
     alone = client.completions.create(**options).choices[0].text
     kept = client.completions.create(stream=True, **options)
@@ -77,4 +89,4 @@ def test_the_neighbours_of_a_request_that_ends_go_on(server, client):
         gone.close()
     text += "".join(chunk.choices[0].text for chunk in kept)
     assert text == alone
-    wait_until(lambda: bridge.seats_taken == 0)
+    wait_until(lambda: engine.stats().seats_taken == 0)

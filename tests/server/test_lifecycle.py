@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from processes import Connection, ServerProcess, stand_in
+from processes import Connection, ServerProcess, small_server, stand_in
 
 LONG = {"tokens": 10**6, "interval": 0.01, "stream": True}
 
@@ -126,18 +126,37 @@ def test_a_deadline(streamed: bool) -> None:
         assert server.post("/v1/completions", {"tokens": 1}).status == 200
 
 
-def test_the_watchdog() -> None:
-    """An engine that hangs: open requests get an error, the health routes say it, and the process ends with 5."""
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("/stick", "a forward pass took longer"), ("/break", "rank 1 was killed")]
+)
+def test_the_watchdog(fault: str, reason: str) -> None:
+    """An engine that hangs or has failed: open requests get an error, the health routes say it, and the process ends
+    with 5."""
     with stand_in(limits={"watchdog": 0.3}) as server:
         open_stream = stream(server)
         watching = server.connect()
-        server.post("/stick", {})
-        server.line("the engine is dead")
+        server.post(fault, {})
+        assert reason in server.line("the engine is dead")["reason"]
         watching.request("GET", "/health/live")
         assert watching.answer().status == 500
         watching.request("GET", "/health/ready")
         assert watching.answer().status == 503
-        assert json.loads(rest_of(open_stream)[-1])["error"]["code"] == "engine_dead"
+        error = json.loads(rest_of(open_stream)[-1])["error"]
+        assert error["code"] == "engine_dead"
+        assert reason in error["message"]
+        assert server.wait() == 5
+
+
+def test_an_engine_that_loses_a_rank() -> None:
+    """Every open request gets the reason, whatever the events of its end say, and the process ends with 5."""
+    with small_server(breaks_after=3) as server:
+        body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
+        whole = server.connect()
+        whole.request("POST", "/v1/completions", json.dumps(body).encode())
+        answer = server.post("/v1/completions", {**body, "stream": True})
+        errors = [whole.answer().error, json.loads(answer.events()[-1])["error"]]
+        assert [error["code"] for error in errors] == ["engine_dead", "engine_dead"]
+        assert all("rank 1 was killed" in error["message"] for error in errors)
         assert server.wait() == 5
 
 

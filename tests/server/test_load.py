@@ -34,7 +34,7 @@ def test_a_burst_beyond_the_queue() -> None:
             client.close()
         return [outcome.status for outcome in outcomes]
 
-    with small_server(queue=16) as server:
+    with small_server(model={"max_queue": 16}) as server:
         for _ in range(2):
             statuses = asyncio.run(burst(server, 200))
             assert set(statuses) == {200, 429}

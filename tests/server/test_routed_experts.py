@@ -180,3 +180,62 @@ def test_a_trace_holds_all_requests_when_the_server_has_ended(tmp_path):
 def test_a_trace_needs_a_folder(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"), served(small_model(), trace=str(tmp_path / "no" / "t")):
         pass
+
+
+def other_experts(path, tokens: slice) -> torch.Tensor:
+    """Changes the experts of these tokens of the trace, in every layer, and returns them."""
+    trace = mixtral.Trace.load(path)
+    trace.topk_ids[tokens] = 3 - trace.topk_ids[tokens]
+    trace.save(path)
+    return trace.topk_ids[tokens]
+
+
+def sets(experts: list | torch.Tensor) -> list:
+    return torch.as_tensor(experts).sort().values.tolist()
+
+
+def test_requests_of_the_trace_go_to_its_experts_and_others_run_free(tmp_path):
+    model, path = small_model(), tmp_path / "t.safetensors"
+    options = dict(return_routed_experts=True, logprobs=1)
+    with served(model, trace=str(path)) as url:
+        first, other = (ask(url, "/v1/completions", prompt=text, **options) for text in (PROMPT, "And"))
+        chat = ask(url, "/v1/chat/completions", messages=CHAT, return_routed_experts=True)
+        free = ask(url, "/v1/completions", prompt="So", **options)
+        ask(url, "/v1/completions", prompt="So", max_tokens=1, experts_per_token=3)
+    with served(model, replay=str(path)) as url:  # the traced run, bit for bit
+        assert ask(url, "/v1/completions", prompt=PROMPT, **options) == first
+    begin = len(first[0]["routed_tokens"])
+    changed = other_experts(path, slice(begin, begin + 2))  # BOS and "And"
+    with served(model, replay=str(path)) as url:
+        assert ask(url, "/v1/completions", prompt=PROMPT, **options) == first
+        assert ask(url, "/v1/chat/completions", messages=CHAT, return_routed_experts=True) == chat
+        for choice in ask(url, "/v1/completions", prompt=["And", "And"], n=2, **options):
+            assert sets(choice["routed_experts"][:2]) == sets(changed) != sets(other[0]["routed_experts"][:2])
+            assert choice["logprobs"] != other[0]["logprobs"]
+        assert ask(url, "/v1/completions", prompt="So", experts_per_token=2, **options) == free
+        [three] = ask(url, "/v1/completions", prompt="And", experts_per_token=3, **options)
+        assert sets(three["routed_experts"]) != sets(changed) and len(three["routed_experts"][0][0]) == 3
+
+
+def test_a_request_runs_free_from_where_it_leaves_the_trace(tmp_path):
+    model, path = small_model(), tmp_path / "t"
+    ids = model.tokenizer.encode(PROMPT, True)
+    model.trace(ids[:5]).save(path)
+    changed = other_experts(path, slice(0, 5))
+    with served(model, replay=str(path)) as url:
+        [longer] = ask(url, "/v1/completions", prompt=ids, return_routed_experts=True)
+        [another] = ask(url, "/v1/completions", prompt=[*ids[:4], ids[4] + 1], return_routed_experts=True)
+    assert sets(longer["routed_experts"][:5]) == sets(changed)
+    trace = model.trace([token["id"] for token in longer["routed_tokens"]])
+    trace.topk_ids = torch.tensor(longer["routed_experts"], dtype=torch.uint8)
+    answer = model.replay(trace)[len(ids) - 1 :].argmax(1).tolist()
+    assert longer["token_ids"] == answer
+    assert another["routed_experts"] == model.trace([t["id"] for t in another["routed_tokens"]]).topk_ids.tolist()
+
+
+def test_a_trace_that_cannot_be_replayed_is_refused(tmp_path):
+    model, path = small_model(), tmp_path / "t"
+    for file, reason in ((tmp_path / "none", "none"), (path, "is a trace of another model")):
+        small_model(max_position=64).trace([1, 2, 3]).save(path)
+        with pytest.raises(mixtral.LoadError, match=reason), served(model, replay=str(file)):
+            pass

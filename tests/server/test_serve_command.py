@@ -86,6 +86,21 @@ def test_says_that_a_port_is_taken(capsys):
     assert capsys.readouterr().err.startswith(message)
 
 
+def test_no_prefix_cache_computes_every_prompt_whole():
+    for arguments, cached in (([], 32), (["--no-prefix-cache"], 0)):
+        model, _ = command._load(command._parser().parse_args(arguments))
+        for _ in range(2):
+            model.generate([list(range(3, 40))], max_tokens=1)
+        assert model.timings.cached_tokens == cached
+
+
 def test_sizes_are_read_as_they_are_written():
     sizes = {"4GiB": 2**32, "1.5g": 3 * 2**29, "512MiB": 2**29, "512mb": 2**29, "64k": 2**16, "123": 123, "2T": 2**41}
     assert {text: command._size(text) for text in sizes} == sizes
+
+
+def test_a_trace_to_replay_is_read_before_the_server_is_ready(tmp_path, capfd):
+    (tmp_path / "t").write_bytes(b"\x7fELF" + bytes(64))
+    assert command.main(["--port", "0", "--threads", "1", "--replay", str(tmp_path / "t")]) == 3
+    out, err = capfd.readouterr()
+    assert out == "" and f"mixtral: {tmp_path / 't'}" in err.splitlines()[-1]

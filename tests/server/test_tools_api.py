@@ -73,12 +73,12 @@ class Scripted:
         scripted = self
 
         class ScriptedBridge(Bridge):
-            def submit(self, key, prompt, params, experts, routed, matcher=None):
+            def submit(self, seat, key, prompt, params, experts, routed, matcher=None):
                 scripted.prompts.append(list(prompt))
                 if scripted.says is not None and matcher is None:
                     ids = scripted.tokenizer.encode(scripted.says, parse_special=True)
                     matcher = Script(ids, scripted.tokenizer.eos_id, scripted.vocab_size)
-                return super().submit(key, prompt, params, experts, routed, matcher)
+                return super().submit(seat, key, prompt, params, experts, routed, matcher)
 
         return ScriptedBridge(*arguments)
 

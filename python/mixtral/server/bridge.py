@@ -5,12 +5,13 @@ to the calls that they belong to. What a slow client leaves is merged, in the bo
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from .. import _C
+from ..errors import QueueFull, RankError
 from ..model import Generation, Mixtral, TokenLogprob
 from . import logs
 from .errors import ApiError
@@ -56,9 +57,9 @@ class Progress:
 class Call:
     """The sequences of one HTTP request. Iterating gives (index of the sequence, Progress) until all have ended."""
 
-    def __init__(self, bridge: "Bridge", seats: int) -> None:
+    def __init__(self, bridge: "Bridge", seats: list[_C.Seat]) -> None:
         self._bridge = bridge
-        self._seats = seats
+        self._seats = seats  # of the sequences that are still to come
         self._ids: list[int] = []  # of the engine
         self._keys: list[int] = []
         self._pending: dict[int, Progress] = {}
@@ -80,10 +81,12 @@ class Call:
 
         Raises:
             ValueError: what the engine refuses.
+            ApiError: 429 when it has too many tokens of prompts.
         """
         key = self._bridge.register(self, len(self._keys))
+        seat = self._seats.pop()
         try:
-            self._ids.append(self._bridge.submit(key, prompt, params, experts_per_token, routed, matcher))
+            self._ids.append(self._bridge.submit(seat, key, prompt, params, experts_per_token, routed, matcher))
             self._prompt_tokens += len(prompt)
         except BaseException:
             self._bridge.forget([key])
@@ -138,9 +141,8 @@ class Call:
         return sum(cached for index, cached in self._cached.items() if index % n == 0)
 
     def close(self) -> None:
-        """Cancels what still runs, and gives the seats back. Nothing comes any more."""
-        self._bridge.seats_taken -= self._seats
-        self._seats = 0
+        """Cancels what still runs. Nothing comes any more."""
+        self._seats.clear()
         if (fields := logs.request_fields.get()) is not None:
             fields |= {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._new_tokens}
             fields["finish_reasons"] = self._finish_reasons
@@ -160,6 +162,8 @@ def result_of(outcome: _C.Outcome) -> Generation:
         generation = outcome.result()
     except MemoryError as error:
         raise ApiError(500, str(error), code="out_of_memory") from None
+    except RankError as error:
+        raise ApiError(500, f"the engine stopped: {error}", code="engine_dead") from None
     if generation.finish_reason == "error":
         raise ApiError(500, f"the model failed at this request: {generation.error}", code="numerical_error")
     if generation.finish_reason == "cancelled":
@@ -171,14 +175,15 @@ class Bridge:
     """One per server; its methods are called on the event loop's thread.
 
     Attributes:
-        seats_taken: sequences that wait or run, or are about to.
         recorder: gets the traces of all sequences; None: nothing is traced unless a request asks for it.
+        replays: force their experts on the sequences that begin as they do; None: every sequence runs free.
+        on_failure: called with the reason when the engine takes no more requests, before they end.
     """
 
-    def __init__(self, model: Mixtral, seats: int, metrics: Metrics) -> None:
-        self.seats_taken = 0
-        self._seats = seats
+    def __init__(self, model: Mixtral, metrics: Metrics) -> None:
         self.recorder: Recorder | None = None
+        self.replays: _C.Replays | None = None
+        self.on_failure: Callable[[str], None] = lambda reason: None
         self._engine = model.engine
         self._box = _C.EventBox()
         self._box.attach(self._engine)
@@ -198,12 +203,12 @@ class Bridge:
         Raises:
             ApiError: 429 when there are not as many seats now; 400 when there never are.
         """
-        if sequences > self._seats:
-            raise ApiError(400, f"n times the prompts must be at most {self._seats}, got {sequences}", "n")
-        if self.seats_taken + sequences > self._seats:
-            raise ApiError(429, "too many requests wait; try again", code="queue_full", headers={"Retry-After": "1"})
-        self.seats_taken += sequences
-        return Call(self, sequences)
+        try:
+            return Call(self, self._engine.reserve_seats(sequences))
+        except QueueFull:
+            raise _queue_full() from None
+        except ValueError as error:
+            raise ApiError(400, f"n times the prompts: {error}", "n") from None
 
     def register(self, call: Call, index: int) -> int:
         self._next_key += 1
@@ -212,6 +217,7 @@ class Bridge:
 
     def submit(
         self,
+        seat: _C.Seat,
         key: int,
         prompt: Sequence[int],
         params: _C.SamplingParams,
@@ -221,7 +227,12 @@ class Bridge:
     ) -> int:
         traced = routed or self.recorder is not None
         constrained = matcher is not None
-        request = self._box.submit(self._engine, key, prompt, params, experts_per_token, traced, constrained)
+        try:
+            request = self._box.submit(
+                self._engine, seat, key, prompt, params, experts_per_token, traced, constrained, self.replays
+            )
+        except QueueFull:
+            raise _queue_full() from None
         if constrained:
             self._constrained[key] = request, matcher
             self._masks.push([Due(request, matcher)])
@@ -240,11 +251,17 @@ class Bridge:
         """Whether the engine has work, and how many tokens it has computed."""
         return bool(self._observed), self._engine.stats().computed_tokens
 
+    def failure(self) -> str | None:
+        """Why the engine takes no more requests."""
+        return self._engine.failure()
+
     def close(self) -> None:
         self._loop.remove_reader(self._box.fileno())
         self._masks.close()
 
     def _drain(self) -> None:
+        if (reason := self.failure()) is not None:
+            self.on_failure(reason)
         for event in self._box.take():
             self._observe(event)
             refused = self._constrain(event)
@@ -280,6 +297,10 @@ class Bridge:
             if event.outcome is not None:
                 sequence.end(_reason(event.outcome))
                 del self._observed[event.key]
+
+
+def _queue_full() -> ApiError:
+    return ApiError(429, "too many requests wait; try again", code="queue_full", headers={"Retry-After": "1"})
 
 
 class _Refused:

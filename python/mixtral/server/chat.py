@@ -2,18 +2,18 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..model import Generation, TokenLogprob
-from .bridge import Call, Progress, result_of
+from .bridge import Progress
+from .choices import Choices
 from .errors import ApiError
 from .protocol import ChatRequest
-from .routing import routed_tokens
-from .served import Served, served, usage
-from .streaming import ONE_OR_STREAM, EventStream, answer, event, json_response
+from .served import Served, served
+from .streaming import ONE_OR_STREAM
 from .strict_json import StrictRoute
 from .tools import AnswerReader, Form, form_of, message_of
 
@@ -34,76 +34,44 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         chat = Chat(server, body, form, prompt)
         for choice, matcher in enumerate(matchers):
             server.submit(call, prompt, body, choice, matcher, max_tokens=chat.max_tokens, logprobs=chat.top)
-    if body.stream:
-        return EventStream(chat.stream(call), call.close)
-    return json_response(await answer(request, chat.whole(call), call.close))
+    return await chat.respond(request, call)
 
 
-class Chat:
-    """One answer: its id, and how what the engine says becomes JSON."""
+class Chat(Choices[ChatRequest]):
+    """The choices of a chat."""
 
     def __init__(self, server: Served, body: ChatRequest, form: Form, prompt: list[int]) -> None:
-        self.server, self.body, self.prompt = server, body, prompt
-        self.readers = [AnswerReader(server.model.tokenizer, bool(form.tools)) for _ in range(body.n)]
-        self.top = max(body.top_logprobs, 1) if body.logprobs else 0  # the engine's 0 is none at all
-        rest = max(server.context - len(prompt), 1)
-        self.max_tokens = body.max_completion_tokens or body.max_tokens or rest
-        self._routed = routed_tokens([prompt] * body.n, server.texts) if body.return_routed_experts else []  # by choice
-        self._head = {
+        head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": server.settings.served_model_name,
             "system_fingerprint": None,
         }
+        super().__init__(server, body, [prompt], head)
+        self.readers = [AnswerReader(server.model.tokenizer, bool(form.tools)) for _ in range(body.n)]
+        self.top = max(body.top_logprobs, 1) if body.logprobs else 0  # the engine's 0 is none at all
+        rest = max(server.context - len(prompt), 1)
+        self.max_tokens = body.max_completion_tokens or body.max_tokens or rest
 
-    async def whole(self, call: Call) -> dict[str, object]:
-        choices, completion_tokens = [], 0
-        for index, generation in enumerate(await call.generations()):
-            completion_tokens += len(generation.token_ids)
-            if self._routed:
-                self._routed[index].add(generation)
-            reader = self.readers[index]
-            message = message_of(reader.push(generation.text, generation.token_ids, ended=True))
-            reason = reader.finish_reason(generation.finish_reason)
-            choices.append(self._choice(index, {"message": message}, generation, reason))
-        tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
-        return {**self._head, "choices": choices, "usage": tokens}
-
-    async def stream(self, call: Call) -> AsyncIterator[bytes]:
-        completion_tokens = 0
-        head = {**self._head, "usage": None} if self.body.include_usage else self._head
+    def first(self) -> Iterator[dict[str, object]]:
         for index in range(self.body.n):
-            first = {"role": "assistant", "content": ""}
-            yield event(
-                {**head, "choices": [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]}
-            )
-        async for index, progress in call:
-            completion_tokens += len(progress.token_ids)
-            ended = result_of(progress.outcome) if progress.outcome is not None else None
-            if self._routed:
-                self._routed[index].add(progress)
-            delta = self.readers[index].push(progress.text, progress.token_ids, ended is not None).delta()
-            reason = self.readers[index].finish_reason(ended.finish_reason) if ended else None
-            if delta or reason or (progress.token_ids and self._tells_tokens):
-                yield event({**head, "choices": [self._choice(index, {"delta": delta}, progress, reason)]})
-        if self.body.include_usage:
-            tokens = usage(len(self.prompt), completion_tokens, call.cached_tokens(self.body.n))
-            yield event({**self._head, "choices": [], "usage": tokens})
+            delta = {"role": "assistant", "content": ""}
+            yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    @property
-    def _tells_tokens(self) -> bool:
-        return self.body.logprobs or self.body.return_token_ids or self.body.return_routed_experts
-
-    def _choice(
-        self, index: int, message: dict[str, object], new: Generation | Progress, finish_reason: str | None
-    ) -> dict[str, object]:
-        logprobs = self._logprobs(new.logprobs)
-        choice = {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
+    def choice(self, index: int, new: Generation | Progress, end: Generation | None) -> dict[str, object] | None:
+        reader = self.readers[index]
+        pieces = reader.push(new.text, new.token_ids, ended=end is not None)
+        reason = reader.finish_reason(end.finish_reason) if end else None
+        if self.body.stream:
+            said = {"delta": pieces.delta()}
+            if not said["delta"] and not reason and not self._tells_tokens(new):
+                return None
+        else:
+            said = {"message": message_of(pieces)}
+        choice = {"index": index, **said, "logprobs": self._logprobs(new.logprobs), "finish_reason": reason}
         if self.body.return_token_ids:
             choice["token_ids"] = new.token_ids
-        if self._routed:
-            choice |= self._routed[index].take()
         return choice
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, object] | None:

@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(*names: str, **options: object) -> None:
         """A flag whose default may come from the environment; argparse converts a default that is text."""
-        variable = "MIXTRAL_" + next(name for name in names if name.startswith("--"))[2:].replace("-", "_").upper()
+        variable = "MIXTRAL_" + names[-1].lstrip("-").replace("-", "_").upper()
         if (value := os.environ.get(variable)) is not None:
-            if options.get("action") == "store_true":
+            if options.get("action") in ("store_true", argparse.BooleanOptionalAction):
                 value = value.lower() not in ("", "0", "false")
             elif (choices := options.get("choices")) and value not in choices:
                 parser.error(f"{variable} expected one of {', '.join(choices)}, got {value}")
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_server_flags(add)
     _add_engine_flags(add)
     _add_model_flags(add)
+    _add_parallel_flags(add)
     return parser
 
 
@@ -92,14 +93,20 @@ def _add_server_flags(add: Callable) -> None:
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
     add("--log-prompts", action="store_true", help="log what clients send, which is never logged otherwise")
     add("--trace", metavar="FILE", help="write which experts every token of all requests went to, when the server ends")
+    add("--replay", metavar="FILE", help="send requests that begin as this trace does to the experts that it names")
     add("--queue", metavar="N", type=_at_least(1), default=256, help="requests at a time; more get 429 (default: 256)")
+    tokens = "tokens of their prompts together; more get 429 (default: 1000000)"
+    add("--queue-tokens", metavar="N", type=_at_least(1), default=1_000_000, help=tokens)
 
 
 def _add_engine_flags(add: Callable) -> None:
     add("--max-batch", metavar="N", type=_at_least(1), default=64, help="sequences at a time (default: 64)")
     add("--kv-memory", metavar="SIZE", type=_size, default=0, help="of the key/value cache, such as 4GiB")
     add("--chunk-size", metavar="N", type=_at_least(1), default=512, help="prompt tokens of a sequence in a pass")
+    mixed = "the same of a pass in which others decode (default: 256)"
+    add("--mixed-chunk-size", metavar="N", type=_at_least(1), default=256, help=mixed)
     add("-c", "--ctx-size", metavar="N", type=_at_least(0), default=0, help="longest prompt plus answer (default: all)")
+    add("--no-prefix-cache", action="store_true", help="compute every prompt whole, whoever sent its beginning before")
     add("--speculate", metavar="N", type=_at_least(0), default=0, help="guess up to N tokens a step from earlier text")
 
 
@@ -112,6 +119,15 @@ def _add_model_flags(add: Callable) -> None:
     add("--experts-per-token", metavar="K", type=_at_least(1), help="another number of experts than the checkpoint's")
     add("--check-weights", action="store_true", help="fail at a weight that is NaN or infinite")
     add("--no-cuda-graph", action="store_true", help="on CUDA, launch the kernels of a step one by one")
+
+
+def _add_parallel_flags(add: Callable) -> None:
+    backends, number = ("auto", "shm", "gloo", "nccl"), {"metavar": "N", "type": _at_least(1), "default": 1}
+    add("--tp", "--tensor-parallel-size", dest="tensor_parallel_size", **number, help="ranks that share each layer")
+    add("--pp", "--pipeline-parallel-size", dest="pipeline_parallel_size", **number, help="runs of layers")
+    add("--expert-parallel", action=argparse.BooleanOptionalAction, default=True, help="a rank has whole experts")
+    add("--parallel-backend", choices=backends, default="auto", help="between ranks (default: auto)")
+    add("--rank-timeout", metavar="S", type=_seconds, default=30.0, help="that a rank may be silent (default: 30)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,8 +146,15 @@ def _serve(argv: Sequence[str]) -> int:
     from .run import Server, listen
 
     logs.configure(flags.log_level)
+    ranks = flags.tensor_parallel_size * flags.pipeline_parallel_size
+    if ranks > 1 and not flags.threads and "OMP_NUM_THREADS" not in os.environ:
+        flags.threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     if flags.threads:
         torch.set_num_threads(flags.threads)  # on the thread that submits requests: the engine does as it does
+        os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # of the other ranks
+    if int(os.environ.get("RANK", "0")) > 0 and ranks > 1:
+        _load(flags)[0].follow()  # under torchrun rank 0 serves
+        return 0
     lifecycle = Lifecycle(Limits(request_deadline=flags.deadline, drain=flags.drain, watchdog=flags.watchdog))
 
     def load() -> object:
@@ -154,8 +177,8 @@ def _settings(flags: argparse.Namespace, name: str) -> object:
         api_key=flags.api_key,
         served_model_name=flags.served_model_name or name,
         chat_template=flags.chat_template,
-        queue=flags.queue,
         trace=flags.trace,
+        replay=flags.replay,
     )
 
 
@@ -172,11 +195,20 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         lora=flags.lora,
         check_weights=flags.check_weights,
         experts_per_token=flags.experts_per_token,
+        tensor_parallel_size=flags.tensor_parallel_size,
+        pipeline_parallel_size=flags.pipeline_parallel_size,
+        expert_parallel=flags.expert_parallel,
+        parallel_backend=flags.parallel_backend,
+        rank_timeout=flags.rank_timeout,
         max_batch=flags.max_batch,
         speculate=flags.speculate,
         chunk_size=flags.chunk_size,
+        mixed_chunk_size=flags.mixed_chunk_size,
         ctx_size=flags.ctx_size,
         kv_memory=flags.kv_memory,
+        max_queue=flags.queue,
+        max_queue_tokens=flags.queue_tokens,
+        prefix_cache=not flags.no_prefix_cache,
         cuda_graph=not flags.no_cuda_graph,
     )
     return model, folder.stem if folder.suffix == ".gguf" else folder.resolve().name

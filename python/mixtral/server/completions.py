@@ -2,18 +2,17 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..model import Generation, TokenLogprob
-from .bridge import Call, Progress, result_of
+from .bridge import Progress
+from .choices import Choices
 from .errors import ApiError
 from .protocol import CompletionRequest
-from .routing import routed_tokens
-from .served import Served, served, usage
-from .streaming import ONE_OR_STREAM, EventStream, answer, event, json_response
+from .served import Served, served
+from .streaming import ONE_OR_STREAM
 from .strict_json import StrictRoute
 from .token_texts import Offsets
 
@@ -32,9 +31,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         for prompt in completion.prompts:
             for choice in range(body.n):
                 server.submit(call, prompt, body, choice, **completion.params())
-    if body.stream:
-        return EventStream(completion.stream(call), call.close)
-    return json_response(await answer(request, completion.whole(call), call.close))
+    return await completion.respond(request, call)
 
 
 def _prompts(body: CompletionRequest, most: int) -> list[str] | list[list[int]]:
@@ -49,21 +46,19 @@ def _prompts(body: CompletionRequest, most: int) -> list[str] | list[list[int]]:
     return given
 
 
-class Completion:
-    """One answer: its id, and how what the engine says becomes JSON."""
+class Completion(Choices[CompletionRequest]):
+    """The choices of a completion."""
 
     def __init__(self, server: Served, body: CompletionRequest, prompts: list[list[int]]) -> None:
-        self.server, self.body, self.prompts = server, body, prompts
-        self._head = {
+        head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": server.settings.served_model_name,
         }
+        super().__init__(server, body, prompts, head)
         self._begun: set[int] = set()  # choices of which something was told
         self._offsets: dict[int, Offsets] = {}  # by choice
-        choices = [prompt for prompt in prompts for _ in range(body.n)]
-        self._routed = routed_tokens(choices, server.texts) if body.return_routed_experts else []  # by choice
         if body.logprobs is not None or body.echo:
             server.need_tokenizer("logprobs" if body.logprobs is not None else "echo")
 
@@ -78,61 +73,22 @@ class Completion:
             params["ignore_eos"] = self.body.ignore_eos or self.body.max_tokens == 1
         return params
 
-    async def whole(self, call: Call) -> dict[str, object]:
-        choices, completion_tokens = [], 0
-        for index, generation in enumerate(await call.generations()):
-            completion_tokens += len(generation.token_ids)
-            if self._routed:
-                self._routed[index].add(generation)
-            choices.append(self._choice(index, generation, generation.prompt_logprobs, generation.finish_reason))
-        tokens = usage(self._prompt_tokens(), completion_tokens, call.cached_tokens(self.body.n))
-        return {**self._head, "choices": choices, "usage": tokens}
-
-    async def stream(self, call: Call) -> AsyncIterator[bytes]:
-        completion_tokens = 0
-        head = {**self._head, "usage": None} if self.body.include_usage else self._head
-        async for index, progress in call:
-            completion_tokens += len(progress.token_ids)
-            end = result_of(progress.outcome) if progress.outcome is not None else None
-            if self._routed:
-                self._routed[index].add(progress)
-            if progress.text or end or (progress.token_ids and self._tells_tokens):
-                of_prompt = progress.prompt_logprobs or (end.prompt_logprobs if end else [])
-                choice = self._choice(index, progress, of_prompt, end.finish_reason if end else None)
-                yield event({**head, "choices": [choice]})
-        if self.body.include_usage:
-            tokens = usage(self._prompt_tokens(), completion_tokens, call.cached_tokens(self.body.n))
-            yield event({**self._head, "choices": [], "usage": tokens})
-
-    @property
-    def _tells_tokens(self) -> bool:
-        return self.body.logprobs is not None or self.body.return_token_ids or self.body.return_routed_experts
-
-    def _choice(
-        self,
-        index: int,
-        new: Generation | Progress,
-        prompt_logprobs: list[TokenLogprob | None],
-        finish_reason: str | None,
-    ) -> dict[str, object]:
-        """What is new of a choice; with echo the first time the prompt too."""
+    def choice(self, index: int, new: Generation | Progress, end: Generation | None) -> dict[str, object] | None:
+        """With echo, the first time the prompt too."""
+        if not (new.text or end or self._tells_tokens(new)):
+            return None
         prompt = None if index in self._begun else self.prompts[index // self.body.n]
         self._begun.add(index)
         echoed = prompt if prompt and self.body.echo else []
         text = self.server.model.tokenizer.decode(echoed) + new.text if echoed else new.text
-        choice: dict[str, object] = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": end.finish_reason if end else None}
         if self.body.logprobs is not None:
             tokens = [*echoed, *(token.token_id for token in new.logprobs)]
-            logprobs = [*(prompt_logprobs if echoed else ()), *new.logprobs]
-            choice["logprobs"] = self._logprobs(index, tokens, logprobs)
+            of_prompt = (new.prompt_logprobs or (end.prompt_logprobs if end else [])) if echoed else []
+            choice["logprobs"] = self._logprobs(index, tokens, [*of_prompt, *new.logprobs])
         if self.body.return_token_ids:
             choice |= {"token_ids": new.token_ids, "prompt_token_ids": prompt}
-        if self._routed:
-            choice |= self._routed[index].take()
         return choice
-
-    def _prompt_tokens(self) -> int:
-        return sum(len(prompt) for prompt in self.prompts)
 
     def _logprobs(self, index: int, tokens: list[int], logprobs: list[TokenLogprob | None]) -> dict[str, list[object]]:
         texts = self.server.texts

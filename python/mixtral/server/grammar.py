@@ -230,7 +230,7 @@ class Due(NamedTuple):
 class MaskThread:
     """Gives constrained requests their masks, on a thread of its own."""
 
-    def __init__(self, allow: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, allow: Callable[[Sequence[int], Tensor], None]) -> None:
         """
         Args:
             allow: ``Engine.allow``.
@@ -252,14 +252,14 @@ class MaskThread:
 
     def _run(self) -> None:
         while (all_due := self._work.get()) is not None:
-            masks, begin = [], time.monotonic()
+            masks, begin = {}, time.monotonic()
             for due in all_due:
-                masks.append((due.request, due.matcher.mask_behind(due.token_ids)))
+                masks[due.request] = due.matcher.mask_behind(due.token_ids)
                 if time.monotonic() > begin + TOGETHER_SECONDS:  # the others do not wait for a slow one
                     self._send(masks)
-                    masks = []
+                    masks = {}
             self._send(masks)
 
-    def _send(self, masks: list[tuple[int, Tensor]]) -> None:
-        for request, mask in masks:
-            self._allow(request, mask)
+    def _send(self, masks: dict[int, Tensor]) -> None:
+        if masks:
+            self._allow(list(masks), torch.stack(list(masks.values())))

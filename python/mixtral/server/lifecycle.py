@@ -65,16 +65,18 @@ class Lifecycle:
             await asyncio.sleep(0.02)
         return not self.requests
 
-    async def watch(self, progress: Callable[[], tuple[bool, int]]) -> None:
-        """The watchdog: an engine that has work and computes nothing is dead.
+    async def watch(self, progress: Callable[[], tuple[bool, int]], failure: Callable[[], str | None]) -> None:
+        """The watchdog: an engine that has failed, or has work and computes nothing, is dead.
 
-        ``progress`` says whether it has work, and how many tokens it has computed.
+        ``progress`` says whether it has work, and how many tokens it has computed; ``failure`` why it takes no more.
         """
         loop = asyncio.get_running_loop()
         last, since = None, loop.time()
         while self.phase is not Phase.DEAD:
             busy, computed = progress()
-            if not busy or computed != last:
+            if (reason := failure()) is not None:
+                self.die(reason)
+            elif not busy or computed != last:
                 last, since = computed, loop.time()
             elif loop.time() - since > self.limits.watchdog:
                 self.die(f"a forward pass took longer than {self.limits.watchdog:g} s")

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from .. import _C
-from ..errors import LoadError
+from ..errors import LoadError, RankError
 from ..model import Mixtral
 from ..tokenizer import Tokenizer
 from .bridge import Bridge, Call
@@ -125,6 +125,8 @@ class Served:
             call.submit(prompt, sampling, body.experts_per_token or 0, body.return_routed_experts, matcher)
         except (ValueError, IndexError) as error:
             raise _refused(str(error)) from None
+        except RankError as error:
+            raise ApiError(503, f"the engine stopped: {error}", code="engine_dead") from None
         except MemoryError as error:  # its keys and values would never fit
             raise ApiError(400, str(error), "max_tokens", "context_length_exceeded") from None
 

@@ -12,8 +12,8 @@ class Settings:
         api_key: what clients must send as "Authorization: Bearer KEY"; None: nothing.
         served_model_name: the model's name in requests and answers.
         chat_template: as of ``Tokenizer.apply_chat``; None: the model's own.
-        queue: requests that may wait or run at a time, beyond which clients get 429.
         trace: a file that gets the routing of all requests when the server ends; None: nothing is kept.
+        replay: a trace whose experts are forced on the requests that begin as one of its sequences does; None: none.
         max_prompts: most prompts of one request.
     """
 
@@ -22,6 +22,6 @@ class Settings:
     api_key: str | None = None
     served_model_name: str = "mixtral"
     chat_template: str | None = None
-    queue: int = 256
     trace: str | None = None
+    replay: str | None = None
     max_prompts: int = 256
