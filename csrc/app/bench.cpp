@@ -151,6 +151,8 @@ void add_bench(CLI::App& app) {
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   command.footer(

@@ -19,11 +19,7 @@ struct ConvertFlags {
 };
 
 void run(const ConvertFlags& flags) {
-  LoadOptions options;
-  options.dtype = flags.model.dtype;
-  options.lora = flags.model.lora;
-  options.check_weights = flags.model.check_weights;
-  options.warn = warn;
+  LoadOptions options = load_options_of(flags.model);
   ProgressBar bar("converting", bytes_text);
   uint64_t written = 0;
   options.progress = [&](uint64_t done, uint64_t total) {

@@ -162,6 +162,8 @@ void add_generate(CLI::App& app) {
   for (CLI::Option* flag : {samples, prompt_logprobs}) cache->excludes(flag);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);

@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "../checkpoint/folder.h"
-#include "../checkpoint/load_options.h"
 #include "../engine/threads.h"
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
@@ -59,19 +58,31 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
   return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
 }
 
+LoadOptions load_options_of(const ModelFlags& flags) {
+  LoadOptions options;
+  options.device = flags.device;
+  options.dtype = flags.dtype;
+  options.lora = flags.lora;
+  options.check_weights = flags.check_weights;
+  options.experts_per_token = flags.experts_per_token;
+  options.weights = parse_weights(flags.weights);
+  options.gpu_memory = static_cast<int64_t>(flags.gpu_memory);
+  options.routing_counts = flags.routing_counts;
+  options.warn = warn;
+  return options;
+}
+
+void set_threads(const ModelFlags& flags) {
+  if (flags.threads == 0) return;
+  try_threads(flags.threads);
+  use_threads(static_cast<int>(flags.threads));
+}
+
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   const double start = seconds_now();
-  if (flags.threads > 0) {
-    try_threads(flags.threads);
-    use_threads(static_cast<int>(flags.threads));
-  }
-  LoadOptions load_options;
-  load_options.device = flags.device;
-  load_options.dtype = flags.dtype;
-  load_options.lora = flags.lora;
-  load_options.check_weights = flags.check_weights;
-  load_options.experts_per_token = flags.experts_per_token;
-  load_options.warn = warn;
+  set_threads(flags);
+  LoadOptions load_options = load_options_of(flags);
+  if (load_options.weights == Weights::kMmap) install_bus_error_handler();
   ProgressBar bar("loading", bytes_text);
   load_options.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();

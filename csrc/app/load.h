@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "../checkpoint/load_options.h"
 #include "../engine/engine.h"
 #include "../engine/trace.h"
 #include "../model/config.h"
@@ -23,6 +24,11 @@ void warn(const std::string& message);
 Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
+
+// How to read the weights as the flags say.
+LoadOptions load_options_of(const ModelFlags& flags);
+// --threads, if it is given.
+void set_threads(const ModelFlags& flags);
 
 struct LoadedEngine {
   Engine engine;

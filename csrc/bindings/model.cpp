@@ -11,7 +11,9 @@ namespace {
 
 std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
                                   bool pack, const std::filesystem::path& lora, bool check_weights,
-                                  int64_t experts_per_token, const py::object& progress) {
+                                  int64_t experts_per_token, const std::string& weights, bool read_ahead,
+                                  int64_t gpu_memory, const std::filesystem::path& routing_counts,
+                                  const py::object& progress) {
   LoadOptions options;
   options.device = device.str();
   options.dtype = dtype;
@@ -19,6 +21,10 @@ std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::De
   options.lora = lora;
   options.check_weights = check_weights;
   options.experts_per_token = experts_per_token;
+  options.weights = parse_weights(weights);
+  options.read_ahead = read_ahead;
+  options.gpu_memory = gpu_memory;
+  options.routing_counts = routing_counts;
   options.warn = [](const std::string& message) {
     const py::gil_scoped_acquire gil;
     warn(message, 2);  // who called Mixtral.from_pretrained of model.py
@@ -52,6 +58,16 @@ py::dict named_parameters(const MixtralImpl& model) {
   return parameters;
 }
 
+py::object expert_counts(const MixtralImpl& model) {
+  if (!model.expert_runner()) return py::none();
+  const ExpertCounts counts = model.expert_runner()->counts();
+  py::dict result;
+  result["hits"] = counts.hits;
+  result["misses"] = counts.misses;
+  result["bytes"] = counts.bytes;
+  return result;
+}
+
 }  // namespace
 
 void bind_model(py::module_& m) {
@@ -59,11 +75,13 @@ void bind_model(py::module_& m) {
         "The folder that a path or a name in the Hugging Face cache means.");
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
-                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("progress"))
+                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("weights"),
+                  py::arg("read_ahead"), py::arg("gpu_memory"), py::arg("routing_counts"), py::arg("progress"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())
       .def("named_parameters", &named_parameters)
+      .def("expert_counts", &expert_counts)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("device", &MixtralImpl::device)
       .def_property_readonly("dtype", &MixtralImpl::dtype)

@@ -14,6 +14,7 @@
 #include "../model/packing.h"
 #include "load_options.h"
 #include "lora.h"
+#include "mapped_weights.h"
 #include "weight_names.h"
 
 namespace mixtral {
@@ -46,6 +47,10 @@ class Checkpoint {
   void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                  const Progress& progress) const;
 
+  // Maps the files and makes views of them where their bytes are those of the parameters, which are then for the CPU.
+  // Throws std::invalid_argument where an expert or the dense block is none, with what to do; LoadError.
+  MappedWeights map(const Config& config, const WeightType& type) const;
+
  private:
   // One tensor of the checkpoint, and the rows of the parameter it becomes.
   struct Source {
@@ -53,6 +58,9 @@ class Checkpoint {
     TensorEntry entry;
     WeightSlice slice;
   };
+  std::string why_converted(const Source& source, const torch::Tensor& meta) const;
+  std::string why_not_a_view(const std::vector<const Source*>& sources, const torch::Tensor& meta) const;
+
   std::vector<TensorFile> files_;
   std::vector<Source> sources_;  // in file order
   std::optional<Adapter> adapter_;

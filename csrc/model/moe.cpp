@@ -38,7 +38,13 @@ torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch)
     batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
     batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
   }
+  if (runner_) return runner_->run(layer_, x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
   return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
+}
+
+void SparseMoeImpl::set_runner(int64_t layer, const std::shared_ptr<ExpertRunner>& runner) {
+  layer_ = layer;
+  runner_ = runner;
 }
 
 DenseMlpImpl::DenseMlpImpl(const std::string& path, const ParameterAllocator& allocator) {

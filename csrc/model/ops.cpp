@@ -70,6 +70,17 @@ Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_i
   return op.call(x, topk_weights, topk_ids, gate_up_proj, down_proj);
 }
 
+std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& x, const Tensor& topk_ids, int64_t num_experts) {
+  static const auto op =
+      find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, int64_t)>("mixtral::moe_permute");
+  return op.call(x, topk_ids, num_experts);
+}
+
+Tensor moe_unpermute(const Tensor& y, const Tensor& topk_weights, const Tensor& row_map) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("mixtral::moe_unpermute");
+  return op.call(y, topk_weights, row_map);
+}
+
 Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                 int64_t window) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,

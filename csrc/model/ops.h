@@ -36,6 +36,10 @@ Tensor swiglu(const Tensor& gate_up);
 // x [T,H], topk_weights f32 [T,K], topk_ids [T,K], gate_up_proj [E,2I,H], down_proj [E,H,I] or packed -> [T,H]
 Tensor moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up_proj,
                const Tensor& down_proj);
+// x [T,H], topk_ids [T,K] -> rows sorted by expert [T*K,H], end offsets int32 [E], where each copy went int32 [T,K]
+std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& x, const Tensor& topk_ids, int64_t num_experts);
+// y [T*K,H], topk_weights f32 [T,K], row_map [T,K] -> the weighted sums [T,H]
+Tensor moe_unpermute(const Tensor& y, const Tensor& topk_weights, const Tensor& row_map);
 // q [T,Nq,D], k, v [T,Nkv,D], cu_seqlens [B+1] of both -> [T,Nq,D]; causal
 Tensor sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                 int64_t window);

@@ -56,14 +56,16 @@ torch::Tensor int4_scales(const torch::Tensor& rows) {
 bool is_packed(const torch::Tensor& parameter) { return parameter.dim() == 4 || parameter.element_size() == 1; }
 
 ParameterAllocator::ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device,
-                                       Packing packing)
-    : dtype_(dtype), device_(device), packing_(packing) {
+                                       Packing packing, const ParameterMap& given)
+    : dtype_(dtype), device_(device), packing_(packing), given_(given) {
   for (Parameter& parameter : model_parameters(config)) parameters_.emplace(parameter.name, std::move(parameter));
 }
 
 torch::Tensor ParameterAllocator::add(torch::nn::Module& module, const std::string& path,
                                       const std::string& name) const {
-  const auto tensor = empty_parameter(parameters_.at(path + name), dtype_, device_, packing_);
+  const auto given = given_.find(path + name);
+  const auto tensor =
+      given != given_.end() ? given->second : empty_parameter(parameters_.at(path + name), dtype_, device_, packing_);
   return module.register_parameter(name, tensor, /*requires_grad=*/false);
 }
 

@@ -26,10 +26,15 @@ torch::Tensor int4_scales(const torch::Tensor& rows);
 // Whether a parameter is a packed matrix.
 bool is_packed(const torch::Tensor& parameter);
 
+// Parameters by their names in model/parameters.h.
+using ParameterMap = std::map<std::string, torch::Tensor>;
+
 // Allocates the parameters of one model and registers them in its modules.
 class ParameterAllocator {
  public:
-  ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing);
+  // given: parameters that exist already, in the shapes of empty_parameter, such as views of a mapped file.
+  ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing,
+                     const ParameterMap& given = {});
   // The parameter `path` + `name` of model/parameters.h, registered in `module` as `name`.
   torch::Tensor add(torch::nn::Module& module, const std::string& path, const std::string& name) const;
 
@@ -38,6 +43,7 @@ class ParameterAllocator {
   torch::ScalarType dtype_;
   torch::Device device_;
   Packing packing_;
+  const ParameterMap given_;
 };
 
 }  // namespace mixtral

@@ -31,7 +31,7 @@ void init_random_packed(const torch::Tensor& parameter, Packing packing, const N
 }  // namespace
 
 DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator)
-    : eps_(config.rms_norm_eps) {
+    : layer_(layer), eps_(config.rms_norm_eps) {
   const std::string path = "layers." + std::to_string(layer) + ".";
   input_layernorm_ = allocator.add(*this, path, "input_layernorm");
   post_attention_layernorm_ = allocator.add(*this, path, "post_attention_layernorm");
@@ -55,10 +55,15 @@ HiddenState DecoderLayerImpl::forward(const HiddenState& state, const Batch& bat
   return {moe_ ? moe_->forward(normed, batch) : mlp_->forward(normed, batch), sum};
 }
 
-MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing)
+void DecoderLayerImpl::set_expert_runner(const std::shared_ptr<ExpertRunner>& runner) {
+  if (moe_) moe_->set_runner(layer_, runner);
+}
+
+MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing,
+                         const ParameterMap& given)
     : config_(config), packing_(packing) {
   config.validate("config");
-  const ParameterAllocator allocator(config, dtype, device, packing);
+  const ParameterAllocator allocator(config, dtype, device, packing, given);
   embed_tokens_ = allocator.add(*this, "", "embed_tokens");
   torch::nn::ModuleList list;
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
@@ -111,6 +116,11 @@ torch::Tensor MixtralImpl::logits(const torch::Tensor& hidden) {
   Batch rows;
   rows.offs = torch::full({1}, hidden.size(0), torch::dtype(torch::kInt32).device(hidden.device()));
   return ops::linear(hidden, lm_head_, rows).to(torch::kFloat32);
+}
+
+void MixtralImpl::set_expert_runner(const std::shared_ptr<ExpertRunner>& runner) {
+  expert_runner_ = runner;
+  for (DecoderLayer& layer : layers_) layer->set_expert_runner(runner);
 }
 
 void MixtralImpl::init_random(uint64_t seed) {

@@ -1,12 +1,14 @@
 // The model: embedding, decoder layers, norm, lm_head. It is mathematics alone; checkpoint/from_pretrained.h reads one.
 #pragma once
 
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "batch.h"
 #include "config.h"
+#include "expert_runner.h"
 #include "libtorch.h"
 #include "moe.h"
 #include "packing.h"
@@ -23,8 +25,10 @@ struct HiddenState {
 struct DecoderLayerImpl : torch::nn::Module {
   DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator);
   HiddenState forward(const HiddenState& state, const Batch& batch, RollingKVCache* cache);
+  void set_expert_runner(const std::shared_ptr<ExpertRunner>& runner);
 
  private:
+  int64_t layer_;
   double eps_;
   torch::Tensor input_layernorm_, post_attention_layernorm_;  // [H]
   Attention attention_{nullptr};
@@ -35,8 +39,10 @@ TORCH_MODULE(DecoderLayer);
 
 class MixtralImpl : public torch::nn::Module {
  public:
-  // Parameters are allocated and not initialised. Throws LoadError when `config` is not valid.
-  MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing = Packing::kNone);
+  // Parameters that are not `given` (packing.h) are allocated and not initialised. Throws LoadError when `config` is
+  // not valid.
+  MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing = Packing::kNone,
+              const ParameterMap& given = {});
 
   // input_ids int64 [B,S] -> logits f32 [B,S,vocab]. Throws std::invalid_argument when an id is outside the vocabulary.
   torch::Tensor forward(const torch::Tensor& input_ids);
@@ -51,6 +57,10 @@ class MixtralImpl : public torch::nn::Module {
   HiddenState embed(const Batch& batch);
   HiddenState run_layers(int64_t begin, int64_t end, HiddenState state, const Batch& batch, RollingKVCache* cache);
   torch::Tensor final_norm(const HiddenState& state);  // -> [T,H]
+
+  // From now on `runner` computes the experts of all layers.
+  void set_expert_runner(const std::shared_ptr<ExpertRunner>& runner);
+  const std::shared_ptr<ExpertRunner>& expert_runner() const { return expert_runner_; }  // or null
 
   // Normal(0, 0.02) weights, unit norms and zero biases, drawn on the model's device from `seed`; packed matrices
   // repeat the same few million values. For tests and benchmarks.
@@ -71,6 +81,7 @@ class MixtralImpl : public torch::nn::Module {
   std::vector<DecoderLayer> layers_;
   torch::Tensor norm_;     // [H]
   torch::Tensor lm_head_;  // [vocab,H] or packed; embed_tokens itself when the two are tied
+  std::shared_ptr<ExpertRunner> expert_runner_;
 };
 
 TORCH_MODULE(Mixtral);
