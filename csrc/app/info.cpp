@@ -12,6 +12,7 @@
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "mapped_report.h"
 #include "report.h"
 #include "terminal.h"
 
@@ -204,8 +205,18 @@ void run(const InfoFlags& flags) {
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
   const Text text = text_of(model_path(flags.model));
-  write_out(flags.json ? json_line(to_json(config, memory, type, text))
-                       : to_text(config, memory, type, flags.model.chunk_size, text));
+  std::optional<MappedReport> mapped;
+  if (parse_weights(flags.model.weights) == Weights::kMmap)
+    mapped = report_mapped(model_path(flags.model), config, type, memory);
+  if (flags.json) {
+    nlohmann::json object = to_json(config, memory, type, text);
+    if (mapped) object["mapped"] = mapped_json(*mapped);
+    return write_out(json_line(object));
+  }
+  std::string lines = to_text(config, memory, type, flags.model.chunk_size, text);
+  if (mapped)
+    for (const auto& [name, value] : mapped_rows(*mapped)) lines += line(name.c_str(), value);
+  write_out(lines);
 }
 
 }  // namespace
@@ -215,10 +226,12 @@ void add_info(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("info", "Show architecture, parameters and memory need; needs no weights");
   add_switch(command, "--json", flags->json, "One JSON object");
   add_model_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral info\n"
-      "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json");
+      "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json\n"
+      "  mixtral info ./Mixtral-8x7B-v0.1-int4 --weights mmap -c 4096");
   command.callback([flags] { run(*flags); });
 }
 
