@@ -13,7 +13,8 @@ namespace mixtral {
 
 // Why the file's bytes of one slice are not those of its rows in the parameter; empty: they are.
 std::string Checkpoint::why_converted(const Source& source, const torch::Tensor& meta) const {
-  const auto& [file, entry, slice] = source;
+  const TensorEntry& entry = source.entry;
+  const WeightSlice& slice = source.slice;
   const std::string type = safetensors_dtype(meta.scalar_type());
   if (adapter_ && adapter_->changes(slice.parameter)) return "the adapter changes it";
   if (is_packed(meta) && !slice.packed) return "it is not packed in the files";
