@@ -156,7 +156,7 @@ Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOption
     if (!parameter.is_expert) continue;
     experts.emplace(parameter.name, empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
   }
-  Mixtral model(config, scalar_type(type.dtype), device, type.packing, {}, nullptr, experts);
+  Mixtral model(config, scalar_type(type.dtype), device, type.packing, Placement(), nullptr, experts);
   checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
   for (size_t layer = 0; layer < layers.size(); ++layer) {
     const std::string path = "layers." + std::to_string(layer) + ".moe.";
