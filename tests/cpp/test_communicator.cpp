@@ -147,6 +147,17 @@ TEST_P(Ranks, SumsAreTakenInTheOrderOfTheRanksAndRoundedOnce) {
   });
 }
 
+TEST_P(Ranks, AMistakeOfTheCallerIsNobodysFailure) {
+  run([](Communicator& ranks) {
+    const int other = (ranks.rank() + 1) % ranks.size();
+    EXPECT_THROW(ranks.send(torch::zeros({3, 4}).t(), other), std::invalid_argument);
+    EXPECT_THROW(ranks.receive(torch::zeros({3}), ranks.rank()), std::invalid_argument);
+    EXPECT_THROW(ranks.send(torch::zeros({3}), ranks.size()), std::invalid_argument);
+    EXPECT_THROW(ranks.send(torch::zeros({3}), -1), std::invalid_argument);
+    ranks.barrier();
+  });
+}
+
 TEST_P(Ranks, SubgroupsNumberTheirMembersAnew) {
   run([](Communicator& ranks) {
     const std::shared_ptr<Communicator> whole(&ranks, [](Communicator*) {});
