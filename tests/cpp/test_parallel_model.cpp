@@ -230,7 +230,7 @@ TEST(ParallelModel, PassesOverlapInAPipeline) {
   for (const Layout layout : {Layout{1, 2}, Layout{2, 2}, Layout{1, 4}}) {
     SplitModel split(plain, layout);
     // Hidden states that no buffer between two ranks holds, and a page table as long.
-    constexpr int64_t kTokens = 700, kSequences = 9;
+    constexpr int64_t kTokens = 700, kSequences = 6;
     const auto run = [&](Mixtral& model, int64_t depth) {
       RollingKVCache cache(model->cache_config(),
                            {1, kSequences * (kTokens + 2), kTokens, torch::kCPU, model->dtype()});
