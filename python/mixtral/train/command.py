@@ -69,9 +69,11 @@ def train(settings: Any, source: Path, ranks: Any, resume: bool) -> int:
     from ..tokenizer import Tokenizer
     from . import checkpoint, data, loop, prepare, result
     from .evaluation import Evaluator
+    from .settings import share_microbatches
     from .toml_tables import to_toml
 
     options, root = settings.train, source.parent
+    share_microbatches(options, ranks.size)
     out = root / settings.output.folder
     settings.output.folder = str(out)
     checkpoint.check_folder(out, resume)

@@ -113,9 +113,9 @@ class Mixture:
         return pieces
 
     def __call__(self, step: int, context: int) -> list[Batch]:
-        """The microbatches of a step, of about equal size."""
-        pieces = self.pieces(step, context)
-        return [pack(group) for group in even_groups(pieces, self.train.accumulation, lambda piece: len(piece[0]))]
+        """The microbatches of a step, of about equal size; fewer than ``accumulation`` where documents are fewer."""
+        groups = even_groups(self.pieces(step, context), max(self.train.accumulation, 1), lambda piece: len(piece[0]))
+        return [pack(group) for group in groups if group]
 
 
 def pack(pieces: list[tuple[list[int], list[float] | None]]) -> Batch:

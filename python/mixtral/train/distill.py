@@ -130,10 +130,11 @@ class _Distillation:
         from ..tokenizer import Tokenizer
         from . import checkpoint, data, prepare
         from .evaluation import Evaluator
-        from .settings import DataSettings, DomainSettings
+        from .settings import DataSettings, DomainSettings, share_microbatches
 
         self.flags, self.settings, self.ranks, self.out = flags, settings, ranks, Path(flags.out)
         self.train = train_settings(flags, Config.from_folder(settings.teacher).max_position, "distill")
+        share_microbatches(self.train, ranks.size)
         checkpoint.check_folder(self.out, flags.resume)
         if self.train.threads:
             torch.set_num_threads(self.train.threads)

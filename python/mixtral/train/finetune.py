@@ -104,12 +104,13 @@ def _finetune(flags: argparse.Namespace, settings: FinetuneSettings, ranks: obje
     from .model import Mixtral
     from .options import RouterOptions
     from .output import drop_run_files, put_model
-    from .settings import OutputSettings
+    from .settings import OutputSettings, share_microbatches
 
     out = Path(flags.out)
     folder = _model_folder(flags.model)
     config = Config.from_folder(folder)
     train = train_settings(flags, config.max_position, "finetune")
+    share_microbatches(train, ranks.size)
     _check(settings, config)
     checkpoint.check_folder(out, flags.resume)
     if train.threads:

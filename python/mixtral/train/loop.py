@@ -22,7 +22,7 @@ from . import checkpoint, metrics
 from .batch import Batch, Losses, StepTotals
 from .optimizer import Optimizer, learning_rate
 from .parallel import Ranks
-from .settings import OutputSettings, TrainSettings
+from .settings import OutputSettings, TrainSettings, share_microbatches
 from .signals import stop_signals
 from .toml_tables import SettingsError
 
@@ -102,10 +102,7 @@ class _Loop:
     def __init__(self, model, batches, settings, output, identity, loss_fn, evaluate, ranks) -> None:  # noqa: ANN001
         self.model, self.batches, self.settings, self.output = model, batches, settings, output
         self.identity, self.loss_fn, self.evaluate, self.ranks = identity, loss_fn, evaluate, ranks
-        if settings.accumulation % ranks.size:
-            raise SettingsError(
-                f"train.accumulation {settings.accumulation} is not a multiple of the {ranks.size} ranks"
-            )
+        share_microbatches(settings, ranks.size)
         self.out = Path(output.folder)
         self.steps = settings.steps or math.ceil(settings.tokens / settings.tokens_per_step)  # 0: by the clock
         self.optimizer = Optimizer(model, settings)
@@ -123,6 +120,7 @@ class _Loop:
     def start(self, resume: bool) -> None:
         """Takes the last checkpoint, or makes sure that there is none."""
         checkpoint.check_folder(self.out, resume)
+        self.ranks.wait()  # what the first one writes is no other run to the others
         if resume:
             self._restore(checkpoint.paths(self.out)[-1])
         self.reporter = metrics.Reporter(self.out, self.step, self.steps or None, self.ranks.is_first)
@@ -164,14 +162,16 @@ class _Loop:
         totals = step_totals(all_batches)
         device = self.settings.device
         mine = [(i, b.to(device)) for i, b in enumerate(all_batches) if i % self.ranks.size == self.ranks.rank]
+        counts = 1.0 if mine else 0.0  # a rank without a microbatch computes the first one, which does not count there
+        mine = mine or [(0, all_batches[0].to(device))]
         if self.model.config.is_moe and self.model.router.balance == "global" and len(all_batches) > 1:
-            totals = totals._replace(load=self._route(mine))
+            totals = totals._replace(load=self._route(mine, counts))
         sums: dict[str, Tensor] = {}
         load, max_logit = None, -math.inf
         for index, batch in mine:
             self._seed(index)
             losses, extra = self.loss_fn(self.model, batch, totals)
-            losses.total.backward()
+            (counts * losses.total).backward()
             self.optimizer.accumulate()
             terms = {
                 "loss": losses.total,
@@ -180,10 +180,11 @@ class _Loop:
                 "z": losses.z,
             }
             for name, value in (terms | extra).items():
-                value = torch.as_tensor(value).detach().double()
+                value = counts * torch.as_tensor(value).detach().double()
                 sums[name] = sums[name] + value if name in sums else value
             if losses.load.numel():
-                load = losses.load.double() if load is None else load + losses.load.double()
+                one = counts * losses.load.double()
+                load = one if load is None else load + one
                 max_logit = max(max_logit, float(losses.max_logit.max()))
         self._finish_step(began, totals, sums, load, max_logit)
 
@@ -197,12 +198,12 @@ class _Loop:
         torch.manual_seed((self.settings.seed * 1_000_003 + self.step) * 4099 + index)
 
     @torch.no_grad()
-    def _route(self, batches: list[tuple[int, Batch]]) -> Tensor:
+    def _route(self, batches: list[tuple[int, Batch]], counts: float) -> Tensor:
         """The load of the whole step, [L, E]: balance over all microbatches needs it before the first backward."""
         load = None
         for index, batch in batches:
             self._seed(index)
-            one = self.model.expert_load(batch).double()
+            one = counts * self.model.expert_load(batch).double()
             load = one if load is None else load + one
         self.ranks.add([load])
         return load

@@ -56,6 +56,10 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        self.largest(0)
+
     def close(self) -> None:
         """Leaves the group."""
         if self.size > 1 and dist.is_initialized():

@@ -60,7 +60,7 @@ def prepare_tokenizer(settings: Settings, texts: dict, source: Path, ranks: Rank
         except ValueError as error:
             raise SettingsError(f"{source}: data.train_tokenizer: {error}") from None
         write_tokenizer(out, model, settings.model.max_position or settings.train.context)
-    ranks.largest(0)  # the others wait for the file
+    ranks.wait()  # for the file
     return tokenizer_file(out / "tokenizer.model")
 
 

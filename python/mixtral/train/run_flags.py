@@ -11,7 +11,7 @@ def add_train_flags(add: Callable, steps: int, lr: float) -> None:
     add("--warmup", metavar="X", type=float, default=0.05, help="share of the run (default: 0.05)")
     add("--weight-decay", metavar="X", type=float, default=0.1, help="of matrices (default: 0.1)")
     add("--tokens-per-step", metavar="N", type=int, default=8192, help="of all microbatches (default: 8192)")
-    add("--accumulation", metavar="N", type=int, default=1, help="microbatches of a step (default: 1)")
+    add("--accumulation", metavar="N", type=int, default=0, help="microbatches of a step (default: one a process)")
     add("--context", metavar="N", type=int, default=0, help="longest document; the rest is cut (default: the model's)")
     add("--seed", metavar="N", type=int, default=0, help="of new weights and the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")

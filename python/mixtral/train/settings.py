@@ -86,15 +86,15 @@ class TrainSettings:
     Exactly one of ``steps``, ``minutes`` and ``tokens`` says when it ends; with ``minutes`` the schedule follows the
     clock, and no second run gives the same weights. ``warmup`` is a share of the run; the cosine ends at ``min_lr``.
     ``context`` is the longest document, in tokens; ``context_curriculum`` is a list of [share of the run, context] from
-    which smaller ones hold. ``accumulation`` is the number of microbatches of a step; ranks share them. ``optimizer``
-    "muon" takes the matrices of attention and experts; AdamW keeps the rest.
+    which smaller ones hold. ``accumulation`` is the number of microbatches of a step; ranks share them; 0: one for each
+    rank. ``optimizer`` "muon" takes the matrices of attention and experts; AdamW keeps the rest.
     """
 
     steps: int = 0
     minutes: float = 0.0
     tokens: int = 0
     tokens_per_step: int = 8192
-    accumulation: int = 1
+    accumulation: int = 0
     context: int = 512
     context_curriculum: list[list[float]] = field(default_factory=list)
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -176,8 +176,9 @@ def check_train(train: TrainSettings, source: str | PathLike[str]) -> None:
     require(
         len(given) == 1, f"[train] needs exactly one of steps, minutes and tokens, got {' and '.join(given) or 'none'}"
     )
-    for name in (*given, "tokens_per_step", "accumulation", "context", "lr", "eps", "clip"):
+    for name in (*given, "tokens_per_step", "context", "lr", "eps", "clip"):
         require(getattr(train, name) > 0, f"train.{name} must be positive, got {getattr(train, name)}")
+    require(train.accumulation >= 0, f"train.accumulation must not be negative, got {train.accumulation}")
     require(train.context >= 2, f"train.context must be at least 2, got {train.context}")
     require(0 <= train.min_lr <= train.lr, f"train.min_lr must be in [0, train.lr], got {train.min_lr}")
     require(0 <= train.warmup < 1, f"train.warmup is a share of the run, in [0, 1), got {train.warmup}")
@@ -196,9 +197,22 @@ def check_train(train: TrainSettings, source: str | PathLike[str]) -> None:
         require(stage[1] <= train.context, f"train.context_curriculum exceeds train.context {train.context}: {stage}")
         before = stage[0]
     require(
-        train.tokens_per_step >= train.accumulation * 2,
+        train.tokens_per_step >= max(train.accumulation, 1) * 2,
         f"train.tokens_per_step {train.tokens_per_step} is too small for {train.accumulation} microbatches",
     )
+
+
+def share_microbatches(train: TrainSettings, ranks: int) -> None:
+    """One microbatch for each rank where ``accumulation`` does not say how many.
+
+    Raises:
+        SettingsError: the ranks cannot share them evenly.
+    """
+    train.accumulation = train.accumulation or ranks
+    if train.accumulation % ranks:
+        raise SettingsError(
+            f"train.accumulation {train.accumulation} is not a multiple of the {ranks} ranks, which share microbatches"
+        )
 
 
 def _check_model(model: ModelSettings, source: str | PathLike[str]) -> None:
