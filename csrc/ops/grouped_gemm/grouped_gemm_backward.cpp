@@ -1,5 +1,6 @@
 #include "../dispatch.h"
 #include "../internal_ops.h"
+#include "../weight_gradient.h"
 #include "gemm_work.h"
 #include "grouped_gemm.h"
 
@@ -119,7 +120,7 @@ Tensor grouped_gemm_backward_weight(const Tensor& grad, const Tensor& a, const T
   check_same_device(op, "a", a, grad);
   check_offs(op, offs, grad);
 
-  const Tensor out = new_tensor(grad, {offs.size(0), grad.size(1), a.size(1)});
+  const Tensor out = new_weight_gradient(grad, offs.size(0), grad.size(1), a.size(1));
   internal::grouped_gemm_backward_weight(op, grad, a, offs, out);
   return out;
 }

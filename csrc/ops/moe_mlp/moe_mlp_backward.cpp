@@ -5,6 +5,7 @@
 
 #include "../dispatch.h"
 #include "../internal_ops.h"
+#include "../weight_gradient.h"
 #include "moe_mlp.h"
 
 namespace mixtral {
@@ -92,8 +93,8 @@ Gradients differentiate(const char* op, const Tensor& grad, const Tensor& x, con
   if (want.product()) internal::grouped_gemm_backward_input(op, rows, down_proj, index.offs, upper);
   const Tensor grad_gate_up = new_tensor(x, {want.gate_up() ? index.rows : 0, 2 * intermediate});
   Gradients out{new_tensor(x, {0, hidden}), new_tensor(x, {want.topk_weights ? tokens : 0, top_k}, ScalarType::Float),
-                new_tensor(x, {want.gate_up_proj ? experts : 0, 2 * intermediate, hidden}),
-                new_tensor(x, {want.down_proj ? experts : 0, hidden, intermediate})};
+                new_weight_gradient(x, want.gate_up_proj ? experts : 0, 2 * intermediate, hidden),
+                new_weight_gradient(x, want.down_proj ? experts : 0, hidden, intermediate)};
   differentiate_activation(op, index, topk_weights, *gate_up, activated, upper, grad_gate_up, want, out.topk_weights);
   if (want.down_proj) internal::grouped_gemm_backward_weight(op, rows, upper, index.offs, out.down_proj);
   if (want.gate_up_proj) internal::grouped_gemm_backward_weight(op, grad_gate_up, inputs, index.offs, out.gate_up_proj);
