@@ -24,9 +24,17 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     for name, weight in model.named_parameters():
         error = (results["gradients"][name] - weight.grad).norm()
         assert error <= 1e-6 * weight.grad.norm().clamp(min=1), f"DDP: {name}: {error:.2g}"
-    torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3).step()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.loss(Batch.from_documents(DOCUMENTS)).total.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.05
+        optimizer.step()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(results["weights"][name], weight, rtol=1e-6, atol=1e-6, msg=f"FSDP: {name}")
+        assert torch.equal(results["weights"][name], results["checkpointed"][name]), name
+    for name, weight in Mixtral.from_pretrained(tmp_path / "saved").state_dict().items():
+        assert torch.equal(weight, results["weights"][name]), name
 
 
 @pytest.mark.parametrize("fields", [{}, DENSE], ids=["sparse", "dense"])
