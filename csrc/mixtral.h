@@ -1,5 +1,5 @@
 // The C++ interface: Config, Tokenizer, ChatFormat, Mixtral, RollingKVCache, Engine, score, Trace, calibrate,
-// save_quantized. CMake target: mixtral::mixtral.
+// save_packed. CMake target: mixtral::mixtral.
 #pragma once
 
 #include "checkpoint/calibrate.h"

@@ -211,6 +211,8 @@ void add_bench(CLI::App& app) {
   add_routing_flags(command, flags->routing);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);

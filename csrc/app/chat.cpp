@@ -241,6 +241,8 @@ void add_chat(CLI::App& app) {
   add_generation_config(command, flags->generation_config);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);

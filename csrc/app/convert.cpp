@@ -19,10 +19,7 @@ struct ConvertFlags {
 };
 
 void run(const ConvertFlags& flags) {
-  LoadOptions options;
-  options.dtype = flags.model.dtype;
-  options.lora = flags.model.lora;
-  options.check_weights = flags.model.check_weights;
+  LoadOptions options = load_options(flags.model);
   options.warn = warn;
   ProgressBar bar("converting", bytes_text);
   uint64_t written = 0;

@@ -87,6 +87,24 @@ void add_loading_flags(CLI::App& app, ModelFlags& flags) {
   add_switch(app, "--check-weights", flags.check_weights, "Fail at a weight that is NaN or infinite");
 }
 
+void add_weights_flag(CLI::App& app, ModelFlags& flags) {
+  add_option(app, "--weights", flags.weights,
+             "mmap: take the weights from the files as they are used, for a model larger than memory that `mixtral "
+             "quantize` wrote")
+      ->check(CLI::IsMember({"read", "mmap"}))
+      ->capture_default_str();
+}
+
+void add_offload_flags(CLI::App& app, ModelFlags& flags) {
+  add_option(app, "--gpu-memory", flags.gpu_memory,
+             "Of the GPU for weights, such as 20GiB: experts beyond it stay in the memory of the CPU")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->type_name("SIZE");
+  add_option(app, "--routing-counts", flags.routing_counts,
+             "With --gpu-memory: keep the experts there that these counts, as of `mixtral route --counts`, use most")
+      ->type_name("FILE");
+}
+
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names) {
   add_model_path(app, flags, path_names);
   add_option(app, "--device", flags.device, "Where to compute")

@@ -27,6 +27,9 @@ struct ModelFlags {
   std::string lora;  // folder of an adapter; empty: none
   bool check_weights = false;
   int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
+  std::string weights = "read";
+  uint64_t gpu_memory = 0;  // bytes; 0: all weights are on the device
+  std::string routing_counts;
   bool verbose = false;
   bool no_cuda_graph = false;
   int64_t speculate = 0;
@@ -59,6 +62,9 @@ void add_rank_flags(CLI::App& app, ModelFlags& flags);
 // --trace and --replay.
 void add_routing_flags(CLI::App& app, RoutingFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);
+void add_weights_flag(CLI::App& app, ModelFlags& flags);
+// --gpu-memory and --routing-counts.
+void add_offload_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 // Returns the option of params.max_tokens.
 CLI::Option* add_sampling_flags(CLI::App& app, SamplingParams& params);

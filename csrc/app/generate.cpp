@@ -179,6 +179,8 @@ void add_generate(CLI::App& app) {
       ->excludes(plan_trace);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);
   command.get_option("--experts-per-token")->excludes(cache);

@@ -12,6 +12,7 @@
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
+#include "mapped_report.h"
 #include "rank_plan.h"
 #include "report.h"
 #include "terminal.h"
@@ -212,12 +213,19 @@ void run(const InfoFlags& flags) {
   const Text text = text_of(model_path(flags.model));
   nlohmann::json plan;
   if (flags.wants_plan()) plan = rank_plan(flags.model, flags.parallel, config);
+  std::optional<MappedReport> mapped;
+  if (parse_weights(flags.model.weights) == Weights::kMmap)
+    mapped = report_mapped(model_path(flags.model), config, type, memory);
   if (flags.json) {
     nlohmann::json result = to_json(config, memory, type, text);
+    if (mapped) result["mapped"] = mapped_json(*mapped);
     if (flags.wants_plan()) result["plan"] = plan;
     return write_out(json_line(result));
   }
-  write_out(to_text(config, memory, type, flags.model.chunk_size, text) + (plan.is_null() ? "" : plan_text(plan)));
+  std::string lines = to_text(config, memory, type, flags.model.chunk_size, text);
+  if (mapped)
+    for (const auto& [name, value] : mapped_rows(*mapped)) lines += line(name.c_str(), value);
+  write_out(lines + (plan.is_null() ? "" : plan_text(plan)));
 }
 
 }  // namespace
@@ -229,10 +237,12 @@ void add_info(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_switch(command, "--plan", flags->plan, "What each process would hold");
   add_parallel_flags(command, flags->parallel);
+  add_weights_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral info\n"
       "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json\n"
+      "  mixtral info ./Mixtral-8x7B-v0.1-int4 --weights mmap -c 4096\n"
       "  mixtral info ./Mixtral-8x7B-v0.1 --plan --tensor-parallel-size 2");
   command.callback([flags] { run(*flags); });
 }

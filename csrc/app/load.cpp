@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "../checkpoint/folder.h"
-#include "../checkpoint/load_options.h"
 #include "../engine/threads.h"
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
@@ -44,6 +43,10 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.lora = flags.lora;
   options.check_weights = flags.check_weights;
   options.experts_per_token = flags.experts_per_token;
+  options.weights = parse_weights(flags.weights);
+  options.gpu_memory = static_cast<int64_t>(flags.gpu_memory);
+  options.routing_counts = flags.routing_counts;
+  if (options.weights == Weights::kMmap) install_bus_error_handler();
   join_ranks(flags, options);
   if (flags.threads > 0) {
     try_threads(flags.threads);

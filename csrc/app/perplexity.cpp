@@ -141,6 +141,8 @@ void add_perplexity(CLI::App& app) {
   add_context_flags(command, flags->contexts);
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);
+  add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);
   command.footer(

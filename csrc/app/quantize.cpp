@@ -1,4 +1,5 @@
-// `mixtral quantize`: a checkpoint with int8, fp8 or int4 weights, written once and loaded as it is.
+// `mixtral quantize`: a checkpoint with int8, fp8 or int4 weights, or floats in the order in which the CPU kernels read
+// them, written once and loaded as it is.
 #include <cmath>
 #include <memory>
 #include <stdexcept>
@@ -49,22 +50,36 @@ Progress show_in(ProgressBar& bar) {
   };
 }
 
+// In memory as a whole, for the calibration runs it.
+void write_calibrated(const QuantizeFlags& flags, const std::filesystem::path& folder, const CalibrationText& text) {
+  LoadedEngine loaded = load_engine(flags.model, std::nullopt);
+  MixtralImpl& model = loaded.engine.model();
+  ProgressBar calibrating("calibrating", matrices_text);
+  calibrate(model, folder, text.bos, text.ids, show_in(calibrating), flags.model.lora);
+  ProgressBar writing("writing", bytes_text);
+  save_packed(model, folder, flags.out, show_in(writing));
+}
+
+void write_at_once(const QuantizeFlags& flags, const std::filesystem::path& folder) {
+  LoadOptions options = load_options(flags.model);
+  options.warn = warn;
+  ProgressBar bar("writing", bytes_text);
+  options.progress = show_in(bar);
+  write_packed(folder, flags.out, options);
+}
+
 void run(const QuantizeFlags& flags) {
   check_unused(flags.out);  // before the model is read, which may take minutes
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
   const double before = weight_bytes(config, weight_type_of(ModelFlags(), config));
-  const CalibrationText text = flags.calibrate.empty() ? CalibrationText() : read_text(flags, config, folder);
-  LoadedEngine loaded = load_engine(flags.model, std::nullopt);
-  MixtralImpl& model = loaded.engine.model();
-  if (!flags.calibrate.empty()) {
-    ProgressBar bar("calibrating", matrices_text);
-    calibrate(model, folder, text.bos, text.ids, show_in(bar), flags.model.lora);
+  if (flags.calibrate.empty()) {
+    write_at_once(flags, folder);
+  } else {
+    write_calibrated(flags, folder, read_text(flags, config, folder));
   }
-  ProgressBar bar("writing", bytes_text);
-  save_quantized(model, folder, flags.out, show_in(bar));
   write_out(flags.out + ": " + flags.model.dtype + ", " +
-            bytes_text(weight_bytes(loaded.engine.config(), loaded.engine.weight_type())) + " of weights (from " +
+            bytes_text(weight_bytes(config, weight_type_of(flags.model, config))) + " of weights (from " +
             bytes_text(before) + ")\n");
 }
 
@@ -72,7 +87,8 @@ void run(const QuantizeFlags& flags) {
 
 void add_quantize(CLI::App& app) {
   auto flags = std::make_shared<QuantizeFlags>();
-  CLI::App& command = *app.add_subcommand("quantize", "Write a checkpoint with int8, fp8 or int4 weights");
+  CLI::App& command = *app.add_subcommand(
+      "quantize", "Write a checkpoint with int8, fp8 or int4 weights, or packed for --weights mmap");
   command
       .add_option("MODEL", flags->model.model,
                   "Folder of the checkpoint, .gguf file, or org/name in the Hugging Face cache")
@@ -82,8 +98,9 @@ void add_quantize(CLI::App& app) {
       ->required()
       ->type_name("FOLDER");
   add_option(command, "--dtype", flags->model.dtype,
-             "int8 and fp8: one scale a row; int4: one scale for every 32 weights")
-      ->check(CLI::IsMember({"int8", "fp8", "int4"}))
+             "int8 and fp8: one scale a row; int4: one scale for every 32 weights; the others: the same numbers in the "
+             "order of the CPU kernels")
+      ->check(CLI::IsMember({"int8", "fp8", "int4", "bfloat16", "float16", "float32"}))
       ->required();
   add_option(command, "--calibrate", flags->calibrate,
              "A text of the kind the model is for: int4 weights are rounded so that its results change least")
@@ -91,6 +108,7 @@ void add_quantize(CLI::App& app) {
   add_loading_flags(command, flags->model);
   add_option(command, "-t,--threads", flags->model.threads, "CPU threads; 0: all cores")->check(in_range(0, 4096));
   command.footer(
+      "Without --calibrate the work needs memory for one parameter at a time, 2 GB for Mixtral 8x7B in bfloat16.\n"
       "--calibrate reads the whole text in one pass: some 50000 tokens are enough. For Mixtral 8x7B that takes 3 "
       "PFLOP\n"
       "and 50 GB: the int4 weights, 250 KB a token, 6 GB for a layer in float32, 7 GB for one expert's matrices.\n\n"

@@ -28,6 +28,13 @@ extern "C" void on_signal(int signal) {
   errno = saved_errno;
 }
 
+extern "C" void on_bus_error(int) {
+  constexpr char kMessage[] =
+      "mixtral: a weight file was cut short, or its disk failed, while the model was using it (--weights mmap)\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, kMessage, sizeof kMessage - 1);
+  _exit(kBadModel);
+}
+
 extern "C" void on_deadline(int) { _exit(kSignalBase + pending); }
 
 }  // namespace
@@ -44,6 +51,13 @@ void install_signal_handlers() {
 }
 
 void ignore_sigint() { std::signal(SIGINT, SIG_IGN); }
+
+void install_bus_error_handler() {
+  struct sigaction action = {};
+  sigemptyset(&action.sa_mask);
+  action.sa_handler = on_bus_error;
+  sigaction(SIGBUS, &action, nullptr);
+}
 
 void make_sigint_stop_the_answer() { interactive = true; }
 

@@ -16,6 +16,8 @@ void install_signal_handlers();
 void ignore_sigint();
 // In an interactive chat SIGINT only stops the answer; a second one leaves with 0.
 void make_sigint_stop_the_answer();
+// A mapped file that is cut short while it is in use ends the process with a message and kBadModel.
+void install_bus_error_handler();
 int pending_signal();        // 0: none
 void throw_if_terminated();  // by anything but the SIGINT of an interactive chat
 void forget_sigint();

@@ -13,7 +13,9 @@ namespace {
 
 std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
                                   bool pack, const std::filesystem::path& lora, bool check_weights,
-                                  int64_t experts_per_token, const py::object& progress, const RankOptions& ranks) {
+                                  int64_t experts_per_token, const std::string& weights, bool read_ahead,
+                                  int64_t gpu_memory, const std::filesystem::path& routing_counts,
+                                  const py::object& progress, const RankOptions& ranks) {
   LoadOptions options;
   options.device = device.str();
   options.dtype = dtype;
@@ -21,6 +23,10 @@ std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::De
   options.lora = lora;
   options.check_weights = check_weights;
   options.experts_per_token = experts_per_token;
+  options.weights = parse_weights(weights);
+  options.read_ahead = read_ahead;
+  options.gpu_memory = gpu_memory;
+  options.routing_counts = routing_counts;
   options.warn = [](const std::string& message) {
     const py::gil_scoped_acquire gil;
     warn(message, 2);  // who called Mixtral.from_pretrained of model.py
@@ -58,6 +64,16 @@ py::dict named_parameters(const MixtralImpl& model) {
   return parameters;
 }
 
+py::object expert_counts(const MixtralImpl& model) {
+  if (!model.expert_runner()) return py::none();
+  const ExpertCounts counts = model.expert_runner()->counts();
+  py::dict result;
+  result["hits"] = counts.hits;
+  result["misses"] = counts.misses;
+  result["bytes"] = counts.bytes;
+  return result;
+}
+
 }  // namespace
 
 void bind_model(py::module_& m) {
@@ -65,7 +81,8 @@ void bind_model(py::module_& m) {
         "The folder that a path or a name in the Hugging Face cache means.");
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
-                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("progress"),
+                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("weights"),
+                  py::arg("read_ahead"), py::arg("gpu_memory"), py::arg("routing_counts"), py::arg("progress"),
                   py::arg("ranks"))
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
@@ -73,6 +90,7 @@ void bind_model(py::module_& m) {
       .def("follow", &follow, ReleaseGil())
       .def("stop", &MixtralImpl::stop, ReleaseGil())
       .def("named_parameters", &named_parameters)
+      .def("expert_counts", &expert_counts)
       .def_property_readonly("config", [](const MixtralImpl& self) { return Config(self.config()); })
       .def_property_readonly("bytes_sent",
                              [](const MixtralImpl& self) { return self.world() ? self.world()->bytes_sent() : 0; })

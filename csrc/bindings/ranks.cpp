@@ -2,6 +2,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include "../distributed/communicator.h"
 #include "bindings.h"
 
 namespace mixtral {

@@ -90,7 +90,7 @@ std::string read_dtype(const JsonFields& fields, const std::string& absent) {
   return dtype;
 }
 
-// Only the format that save_quantized writes, and wrote before as a "quant_method".
+// Only the format of save.h, and wrote before as a "quant_method".
 std::string read_quantization(const JsonFields& fields) {
   const char* key = "quantization_config";
   if (!fields.find(key)) return "";
@@ -103,10 +103,9 @@ std::string read_quantization(const JsonFields& fields) {
                          "small");
   }
   const std::string dtype = quantization.string("dtype");
-  if (dtype != "int8" && dtype != "fp8" && dtype != "int4") {
-    fields.fail(key, "must have dtype \"int8\", \"fp8\" or \"int4\", got " + shown(fields.at(key)));
-  }
-  return dtype;
+  for (const char* known : {"int8", "fp8", "int4", "float32", "bfloat16", "float16"})
+    if (dtype == known) return dtype;
+  fields.fail(key, "must have dtype \"int8\", \"fp8\", \"int4\" or that of a float, got " + shown(fields.at(key)));
 }
 
 // The keys that both kinds of file share: the router's variants and the special tokens.

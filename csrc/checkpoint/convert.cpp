@@ -76,7 +76,7 @@ class Writer {
       tensors.push_back({slice.tensor, safetensors_dtype(type_), slice.shape, elements * c10::elementSize(type_)});
     }
     OutputFile file(path);
-    const std::string header = safetensors_header(tensors);
+    const std::string header = safetensors_header(tensors, {}, kPageBytes);
     file.write(header.data(), header.size());
     for (const WeightSlice& slice : shard.slices) {
       const torch::Tensor rows =
@@ -117,8 +117,11 @@ class Writer {
 Config converted_config(const fs::path& source, const LoadOptions& options) {
   Config config = read_config(source, options.warn);
   if (!config.quantization.empty()) {
-    throw std::invalid_argument("convert: " + source.string() + " is quantised to " + config.quantization +
-                                " and has lost its numbers; convert the checkpoint that it was made from");
+    const bool quantized = is_quantized(parse_weight_type("auto", config).packing);
+    throw std::invalid_argument("convert: " + source.string() + " is " +
+                                (quantized ? "quantised to " + config.quantization + " and has lost its numbers"
+                                           : "packed as " + config.quantization) +
+                                "; convert the checkpoint that it was made from");
   }
   const std::string& dtype = options.dtype;
   if (dtype != "auto" && dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {

@@ -2,16 +2,21 @@
 
 #include <c10/util/Exception.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../distributed/ranks.h"
 #include "../io/load_error.h"
 #include "../model/memory.h"
+#include "../model/parameters.h"
 #include "../model/transformer.h"
 #include "config_reader.h"
+#include "expert_offload.h"
+#include "expert_read_ahead.h"
 #include "folder.h"
 #include "memory_plan.h"
 #include "rank_description.h"
@@ -49,8 +54,22 @@ void check_placement(const std::filesystem::path& folder, const Config& config, 
   }
 }
 
+void check_weights_option(const LoadOptions& options) {
+  if (options.weights == Weights::kMmap && options.device != "cpu")
+    throw std::invalid_argument("weights mmap needs device cpu, got " + options.device);
+  if (options.weights == Weights::kMmap && options.check_weights)
+    throw std::invalid_argument("check_weights reads all weights: it needs weights read");
+  if (options.weights == Weights::kMmap && options.gpu_memory > 0)
+    throw std::invalid_argument("gpu_memory needs weights read, got mmap");
+  if (options.gpu_memory > 0 && options.device == "cpu")
+    throw std::invalid_argument("gpu_memory needs device cuda, got cpu");
+  if (options.gpu_memory > 0 && !options.placement.is_whole())
+    throw std::invalid_argument("gpu_memory needs the whole model in one process, got " + options.placement.name());
+}
+
 // Reads no weights.
 Prepared prepare(const std::filesystem::path& model_folder, const LoadOptions& options) {
+  check_weights_option(options);
   const std::filesystem::path folder = find_model(model_folder);
   Config config = read_config(folder, options.warn);
   if (options.experts_per_token > 0) {
@@ -58,11 +77,12 @@ Prepared prepare(const std::filesystem::path& model_folder, const LoadOptions& o
     config.top_k = options.experts_per_token;
   }
   check_placement(folder, config, options.placement);
-  const WeightType type = parse_weight_type(options.dtype, config, options.device, options.pack, options.placement);
+  const WeightType type = parse_weight_type(options.dtype, config, options.device,
+                                            options.pack && options.weights == Weights::kRead, options.placement);
   return {folder, config, type, Checkpoint(folder, config, options)};
 }
 
-Mixtral load(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
+Mixtral read_all(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
   const auto& [folder, config, type, checkpoint] = prepared;
   // Torch ends the process when memory runs out inside an op, so the check counts the temporary memory of packing too.
   const std::string what = "the weights of " + folder.string() + of_rank(options.placement);
@@ -76,6 +96,82 @@ Mixtral load(const Prepared& prepared, torch::Device device, const LoadOptions& 
   checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
   release_free_memory();  // of staging and packing
   return model;
+}
+
+// What is not mapped is read, and told.
+Mixtral map_all(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
+  const auto& [folder, config, type, checkpoint] = prepared;
+  const MappedWeights mapped = checkpoint.map(config, type, options.placement);
+  const double activations = plan_memory(config, type, options.device).activations;
+  check_memory("the weights of " + folder.string() + " that are not mapped" + of_rank(options.placement),
+               static_cast<double>(mapped.read_bytes) + activations, options.device);
+  if (options.warn && !mapped.why_read.empty()) {
+    options.warn("weights mmap: " + gib_text(static_cast<double>(mapped.read_bytes)) + " of " +
+                 gib_text(static_cast<double>(mapped.bytes + mapped.read_bytes)) +
+                 " are read, not mapped, among them " + mapped.why_read);
+  }
+  Mixtral model(config, scalar_type(type.dtype), device, type.packing, options.placement, options.world,
+                mapped.parameters);
+  torch::OrderedDict<std::string, torch::Tensor> read;
+  for (const auto& item : model->named_parameters())
+    if (!mapped.parameters.count(item.key())) read.insert(item.key(), item.value());
+  checkpoint.read_into(read, type.packing, nullptr);
+  // Ranks that share a layer's experts do not go through the runner.
+  if (config.is_moe() && options.read_ahead && options.placement.tensor_size == 1)
+    model->set_expert_runner(std::make_shared<ExpertReadAhead>(mapped));
+  return model;
+}
+
+// How many experts fit on the device beside all else that has to be there.
+int64_t experts_that_fit(const Config& config, const WeightType& type, const LoadOptions& options) {
+  double others = 0, experts = 0;
+  for (const Parameter& parameter : model_parameters(config)) {
+    const auto meta = empty_parameter(parameter, scalar_type(type.dtype), torch::kMeta, type.packing);
+    (parameter.is_expert ? experts : others) += static_cast<double>(meta.nbytes());
+  }
+  const double expert = experts / static_cast<double>(config.num_layers * config.num_experts);
+  const MemoryPlan plan = plan_memory(config, type, options.device);
+  const double needed = others + plan.activations + plan.unpacking + 2 * expert;
+  const auto memory = static_cast<double>(options.gpu_memory);
+  if (memory < needed) {
+    throw OutOfMemory("gpu_memory must be at least " + gib_text(needed) + ": " + gib_text(others) +
+                      " of weights beside the experts, " + gib_text(plan.activations + plan.unpacking) +
+                      " of activations, two experts of " + gib_text(expert) + "; got " + gib_text(memory));
+  }
+  return static_cast<int64_t>((memory - needed) / expert);
+}
+
+// All experts on the CPU, and copies of some on the device.
+Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
+  const auto& [folder, config, type, checkpoint] = prepared;
+  if (!config.is_moe()) throw std::invalid_argument("gpu_memory needs a model with experts: " + folder.string());
+  const int64_t placed = experts_that_fit(config, type, options);
+  const ExpertTable counts =
+      options.routing_counts.empty() ? ExpertTable() : read_expert_counts(options.routing_counts);
+  const ExpertTable on_device = place_experts(config, placed, counts);
+  check_memory("the experts of " + folder.string(), weight_bytes(config, type), "cpu");
+  ParameterMap experts;
+  std::vector<ExpertWeights> layers(static_cast<size_t>(config.num_layers));
+  for (const Parameter& parameter : model_parameters(config)) {
+    if (!parameter.is_expert) continue;
+    experts.emplace(parameter.name, empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
+  }
+  Mixtral model(config, scalar_type(type.dtype), device, type.packing, Placement(), nullptr, experts);
+  checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
+  for (size_t layer = 0; layer < layers.size(); ++layer) {
+    const std::string path = "layers." + std::to_string(layer) + ".moe.";
+    layers[layer] = {experts.at(path + "gate_up_proj"), experts.at(path + "down_proj")};
+  }
+  model->set_expert_runner(
+      std::make_shared<ExpertOffload>(make_stream_arena(device), layers, on_device, /*cpu_rows=*/-1, model->dtype()));
+  release_free_memory();
+  return model;
+}
+
+Mixtral load(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
+  if (options.weights == Weights::kMmap) return map_all(prepared, device, options);
+  if (options.gpu_memory > 0) return offload(prepared, device, options);
+  return read_all(prepared, device, options);
 }
 
 // All ranks get their part, or none does.
@@ -95,6 +191,12 @@ Mixtral load_on_ranks(const std::filesystem::path& model_folder, torch::Device d
 }
 
 }  // namespace
+
+Weights parse_weights(const std::string& name) {
+  if (name == "read") return Weights::kRead;
+  if (name == "mmap") return Weights::kMmap;
+  throw std::invalid_argument("weights must be read or mmap, got " + name);
+}
 
 Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
   const torch::Device device = options.world ? options.world->device() : find_device(options.device);

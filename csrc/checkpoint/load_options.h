@@ -19,6 +19,15 @@ using Progress = std::function<void(uint64_t done, uint64_t total)>;
 // Called with one line about something odd in a model's files that does not keep them from being used.
 using Warn = std::function<void(const std::string& message)>;
 
+// Where the weights of a model on the CPU are.
+enum class Weights {
+  kRead,  // in memory of the process, read and packed at the start
+  kMmap,  // in the files, which are mapped: read when they are used, dropped when memory is short
+};
+
+// From "read" or "mmap". Throws std::invalid_argument for another name.
+Weights parse_weights(const std::string& name);
+
 struct LoadOptions {
   std::string device = "cpu";   // "cpu", "cuda" or "cuda:N"
   std::string dtype = "auto";   // as in parse_weight_type
@@ -27,9 +36,15 @@ struct LoadOptions {
   std::filesystem::path lora;   // an adapter to merge (lora.h): a folder, or a name as of find_model; empty: none
   bool check_weights = false;   // true: a value that is not finite is a LoadError
   Warn warn = nullptr;
-  int64_t experts_per_token = 0;        // 0: as many as the checkpoint says
-  Placement placement;                  // what this process holds: the whole model, unless it is one of several ranks
-  std::shared_ptr<Communicator> world;  // all ranks; null for a single one
+  int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
+  Weights weights = Weights::kRead;
+  bool read_ahead = true;  // with kMmap: ask for the pages of experts as soon as they are chosen
+  // Bytes on a device that is not the CPU for weights and activations, and not for the cache; experts beyond them stay
+  // on the CPU (expert_offload.h). 0: all weights are on the device.
+  int64_t gpu_memory = 0;
+  std::filesystem::path routing_counts;  // a file of read_expert_counts: which experts to keep there; empty: any
+  Placement placement;                   // what this process holds: the whole model, unless it is one of several ranks
+  std::shared_ptr<Communicator> world;   // all ranks; null for a single one
 };
 
 }  // namespace mixtral

@@ -1,11 +1,15 @@
 #include "save.h"
 
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
+#include <vector>
 
 #include "../io/json.h"
 #include "../io/safetensors_writer.h"
+#include "../model/parameters.h"
 #include "../model/transformer.h"
+#include "config_reader.h"
 #include "output_folder.h"
 #include "weights.h"
 
@@ -17,43 +21,63 @@ using nlohmann::json;
 
 constexpr size_t kWriteBytes = 64 << 20;  // at a time
 
-std::string header_of(const torch::OrderedDict<std::string, torch::Tensor>& parameters) {
+using GetParameter = std::function<torch::Tensor(const Parameter&)>;
+
+// The parameters of a model as they lie in the file. Pages of experts are not shared with other tensors then.
+struct FileLayout {
+  std::vector<Parameter> parameters;
   std::vector<StoredTensor> tensors;
-  for (const auto& item : parameters) {
-    const torch::Tensor& tensor = item.value();
-    tensors.push_back({item.key(), safetensors_dtype(tensor.scalar_type()), tensor.sizes().vec(), tensor.nbytes()});
+  uint64_t bytes = 0;
+};
+
+FileLayout file_layout(const Config& config, const WeightType& type) {
+  FileLayout layout;
+  const auto meta = [&](const Parameter& parameter) {
+    return empty_parameter(parameter, scalar_type(type.dtype), torch::kMeta, type.packing);
+  };
+  layout.parameters = model_parameters(config);
+  std::stable_partition(layout.parameters.begin(), layout.parameters.end(),
+                        [&](const Parameter& parameter) { return meta(parameter).nbytes() % kPageBytes == 0; });
+  for (const Parameter& parameter : layout.parameters) {
+    const torch::Tensor tensor = meta(parameter);
+    layout.tensors.push_back(
+        {parameter.name, safetensors_dtype(tensor.scalar_type()), tensor.sizes().vec(), tensor.nbytes()});
+    layout.bytes += tensor.nbytes();
   }
-  return safetensors_header(tensors);
+  return layout;
 }
 
-void write_weights(const MixtralImpl& model, const fs::path& path, const Progress& progress) {
-  const auto parameters = model.named_parameters();
-  uint64_t done = 0, total = 0;
-  for (const auto& item : parameters) total += item.value().nbytes();
+void write_weights(const FileLayout& layout, const GetParameter& get, const fs::path& path, const Progress& progress) {
+  uint64_t done = 0;
   OutputFile file(path);
-  const std::string header = header_of(parameters);
+  const std::string header = safetensors_header(layout.tensors, {}, kPageBytes);
   file.write(header.data(), header.size());
-  for (const auto& item : parameters) {
-    const char* data = static_cast<const char*>(item.value().data_ptr());
-    const size_t bytes = item.value().nbytes();
-    for (size_t begin = 0; begin < bytes; begin += kWriteBytes) {
-      const size_t count = std::min(kWriteBytes, bytes - begin);
+  for (const Parameter& parameter : layout.parameters) {
+    const torch::Tensor tensor = get(parameter);
+    const char* data = static_cast<const char*>(tensor.const_data_ptr());
+    for (size_t begin = 0; begin < tensor.nbytes(); begin += kWriteBytes) {
+      const size_t count = std::min(kWriteBytes, tensor.nbytes() - begin);
       file.write(data + begin, count);
-      if (progress) progress(done += count, total);
+      if (progress) progress(done += count, layout.bytes);
     }
   }
   file.close();
 }
 
-void write_folder(const MixtralImpl& model, const fs::path& source, const fs::path& folder, const Progress& progress) {
-  NewFolder incomplete(folder);
-  Config config = model.config();
-  config.quantization = model.weight_type().name();
-  config.dtype = "bfloat16";
-  write_text(incomplete.path() / "config.json", config_json(config));
-  carry_files(source, incomplete.path());
-  write_weights(model, incomplete.path() / "model.safetensors", progress);
-  incomplete.finish();
+void write_folder(Config config, const WeightType& type, const GetParameter& get, const fs::path& source,
+                  const fs::path& folder, const Progress& progress) {
+  const FileLayout layout = file_layout(config, type);
+  config.quantization = type.name();
+  config.dtype = type.dtype;
+  try {
+    NewFolder incomplete(folder);
+    write_text(incomplete.path() / "config.json", config_json(config));
+    carry_files(source, incomplete.path());
+    write_weights(layout, get, incomplete.path() / "model.safetensors", progress);
+    incomplete.finish();
+  } catch (const fs::filesystem_error& error) {
+    throw std::runtime_error(folder.string() + ": cannot be written: " + error.code().message());
+  }
 }
 
 }  // namespace
@@ -112,18 +136,32 @@ std::string params_json(const Config& config) {
   return result.dump(2) + "\n";
 }
 
-void save_quantized(const MixtralImpl& model, const fs::path& source, const fs::path& folder,
-                    const Progress& progress) {
-  const WeightType type = model.weight_type();
-  if (!is_quantized(type.packing)) {
-    throw std::invalid_argument("save_quantized: model must be int8, fp8 or int4, got " + type.name());
-  }
+void write_packed(const fs::path& source, const fs::path& folder, const LoadOptions& options) {
   check_unused(folder);
-  try {
-    write_folder(model, source, folder, progress);
-  } catch (const fs::filesystem_error& error) {
-    throw std::runtime_error(folder.string() + ": cannot be written: " + error.code().message());
+  const Config config = read_config(source, options.warn);
+  const WeightType type = parse_weight_type(options.dtype, config);
+  if (type.packing == Packing::kNone) {
+    throw std::invalid_argument("dtype " + type.name() + " can be packed for sizes that are multiples of 32, got " +
+                                unfit_size(config));
   }
+  const Checkpoint checkpoint(source, config, options);
+  const auto read = [&](const Parameter& parameter) {
+    torch::OrderedDict<std::string, torch::Tensor> one;
+    one.insert(parameter.name, empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
+    checkpoint.read_into(one, type.packing, nullptr);
+    return one[parameter.name];
+  };
+  write_folder(config, type, read, source, folder, options.progress);
+}
+
+void save_packed(const MixtralImpl& model, const fs::path& source, const fs::path& folder, const Progress& progress) {
+  const WeightType type = model.weight_type();
+  if (type.packing == Packing::kNone)
+    throw std::invalid_argument("save_packed: model must be packed, got plain weights");
+  check_unused(folder);
+  const auto parameters = model.named_parameters();
+  const auto get = [&](const Parameter& parameter) { return parameters[parameter.name]; };
+  write_folder(model.config(), type, get, source, folder, progress);
 }
 
 }  // namespace mixtral

@@ -14,6 +14,7 @@
 #include "../model/packing.h"
 #include "load_options.h"
 #include "lora.h"
+#include "mapped_weights.h"
 #include "row_reader.h"
 #include "weight_names.h"
 #include "weight_parts.h"
@@ -51,6 +52,10 @@ class Checkpoint {
   void read_into(const torch::OrderedDict<std::string, torch::Tensor>& parameters, Packing packing,
                  const Progress& progress) const;
 
+  // Maps the files and makes views of them where their bytes are those of the parameters, which are then for the CPU.
+  // Throws std::invalid_argument where an expert or the dense block is none, with what to do; LoadError.
+  MappedWeights map(const Config& config, const WeightType& type, const Placement& placement = {}) const;
+
  private:
   // One tensor of the checkpoint, and what of it the rank reads.
   struct Source {
@@ -61,6 +66,9 @@ class Checkpoint {
     torch::ScalarType type;
   };
   StoredRows stored(const Source& source, const WeightPart& part) const;
+  struct Piece;
+  std::string why_converted(const Piece& piece, const torch::Tensor& meta) const;
+  std::string why_not_a_view(const std::vector<Piece>& pieces, const torch::Tensor& meta) const;
 
   std::vector<TensorFile> files_;
   std::vector<Source> sources_;  // in file order

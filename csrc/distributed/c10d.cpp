@@ -89,6 +89,8 @@ class GlooCommunicator final : public C10dCommunicator {
   }
 
   void exchange(const std::vector<Send>& sends, const std::vector<Receive>& receives) override {
+    for (const auto& [tensor, to] : sends) check_message(tensor, to);
+    for (const auto& [tensor, from] : receives) check_message(tensor, from);
     std::vector<std::pair<int, Work>> receiving;
     for (const auto& [tensor, from] : receives) {
       if (tensor.nbytes() == 0) continue;
@@ -98,7 +100,7 @@ class GlooCommunicator final : public C10dCommunicator {
     for (const auto& [tensor, to] : sends) {
       if (tensor.nbytes() == 0) continue;
       std::vector<torch::Tensor> copies = {tensor.clone()};
-      Sends& pending = sends_.at(to);
+      Sends& pending = sends_[to];
       pending.works.push_back(
           {with_rank(to, [&, to = to] { return group_->send(copies, to, kTag); }), tensor.nbytes()});
       pending.bytes += tensor.nbytes();
@@ -149,6 +151,8 @@ class NcclCommunicator final : public C10dCommunicator {
 
   void exchange(const std::vector<Send>& sends, const std::vector<Receive>& receives) override {
     if (sends.empty() && receives.empty()) return;
+    for (const auto& [tensor, to] : sends) check_message(tensor, to);
+    for (const auto& [tensor, from] : receives) check_message(tensor, from);
     with_rank(sends.empty() ? receives[0].from : sends[0].to, [&] {
       group_->startCoalescing();
       for (const auto& [tensor, from] : receives) {
@@ -172,15 +176,34 @@ class NcclCommunicator final : public C10dCommunicator {
 
 }  // namespace
 
+namespace {
+
+std::shared_ptr<Communicator> connect(const std::shared_ptr<RankStore>& store, const std::string& backend,
+                                      const std::string& address, [[maybe_unused]] torch::Device device) {
+  if (backend == "gloo") return std::make_shared<GlooCommunicator>(store, address);
+#ifdef USE_C10D_NCCL
+  if (backend == "nccl") return std::make_shared<NcclCommunicator>(store, device);
+#endif
+  throw std::runtime_error("this build has no parallel backend " + backend);
+}
+
+}  // namespace
+
 std::shared_ptr<Communicator> join_c10d(std::shared_ptr<RankStore> store, const std::string& backend,
                                         const std::string& address, torch::Device device) {
   store->exchange_texts("");  // all are there: connecting would wait for them without a word
-  if (backend == "gloo") return std::make_shared<GlooCommunicator>(std::move(store), address);
-#ifdef USE_C10D_NCCL
-  if (backend == "nccl") return std::make_shared<NcclCommunicator>(std::move(store), device);
-#endif
-  (void)device;
-  throw std::runtime_error("this build has no parallel backend " + backend);
+  std::shared_ptr<Communicator> ranks;
+  try {
+    ranks = connect(store, backend, address, device);
+  } catch (const std::exception& error) {
+    const std::string text = error.what(),
+                      reason = "cannot connect over " + backend + ": " + text.substr(0, text.find('\n'));
+    store->fail(store->rendezvous().rank, "failed: " + reason);
+    store->throw_if_failed();
+    throw std::runtime_error(reason);  // the store is gone
+  }
+  store->exchange_texts("");  // a rank that ended now would break the connections that others still make
+  return ranks;
 }
 
 }  // namespace mixtral

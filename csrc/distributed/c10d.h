@@ -12,7 +12,7 @@
 namespace mixtral {
 
 // backend: "gloo" or "nccl". `address`: of the own host, at which Gloo listens; GLOO_SOCKET_IFNAME, the name of an
-// interface, comes before it. Throws std::runtime_error when there is no such backend in this build.
+// interface, comes before it. Throws RankError when a rank does not come or cannot connect.
 std::shared_ptr<Communicator> join_c10d(std::shared_ptr<RankStore> store, const std::string& backend,
                                         const std::string& address, torch::Device device);
 

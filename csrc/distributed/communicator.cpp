@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 #include <utility>
 
 namespace mixtral {
@@ -124,6 +125,14 @@ torch::Tensor Communicator::all_reduce_ordered(const torch::Tensor& tensor) {
 void Communicator::barrier() {
   all_gather(torch::zeros({size()}, torch::TensorOptions(torch::kByte).device(device())),
              std::vector<int64_t>(size(), 1));
+}
+
+void Communicator::check_message(const torch::Tensor& tensor, int peer) const {
+  if (!tensor.is_contiguous() || tensor.device().type() != device().type())
+    throw std::invalid_argument("exchange: tensors must be contiguous, and on " + device().str());
+  if (peer < 0 || peer >= size() || peer == rank())
+    throw std::invalid_argument("exchange: no messages between rank " + std::to_string(rank()) + " of " +
+                                std::to_string(size()) + " and rank " + std::to_string(peer));
 }
 
 std::shared_ptr<Communicator> subgroup(std::shared_ptr<Communicator> whole, std::vector<int> members) {

@@ -63,6 +63,10 @@ class Communicator {
   // The sum over the ranks, in f32, in their order, rounded once to the dtype of `tensor`: the same bits on every rank.
   torch::Tensor all_reduce_ordered(const torch::Tensor& tensor);
   void barrier();
+
+ protected:
+  // Throws std::invalid_argument for a message that no other rank has a part in: the caller's mistake.
+  void check_message(const torch::Tensor& tensor, int peer) const;
 };
 
 // The ranks `members` of another communicator, numbered in this order; this rank is one of them. exchange_texts() and

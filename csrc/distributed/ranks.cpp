@@ -57,10 +57,13 @@ int number_of(const char* variable) {
   return value;
 }
 
+// Whether torchrun, or a leader, has given this process its place.
+bool has_place() { return std::getenv("RANK") != nullptr && std::getenv("WORLD_SIZE") != nullptr; }
+
 // From the environment.
 World world_of(const RankOptions& options) {
   const int size = options.tensor_size * options.stages;
-  if (std::getenv("RANK") == nullptr) return {0, size, 0, size};
+  if (!has_place()) return {0, size, 0, size};
   World world{number_of("RANK"), number_of("WORLD_SIZE")};
   if (world.size != size) {
     throw LoadError("WORLD_SIZE", "",
@@ -173,9 +176,8 @@ std::shared_ptr<Communicator> join_shm_of_rank_0(RankStore& store, const World& 
                                "): use the parallel backend gloo");
     segment = ShmSegment::open(descriptor);
   }
-  auto ranks = join_shm(segment, world.rank, timeout);
-  store.exchange_texts("");  // it serves the store until all are here
-  return ranks;
+  store.exchange_texts("");  // rank 0 stays until all have it
+  return join_shm(segment, world.rank, timeout);
 }
 
 // One of torchrun's.
@@ -222,7 +224,7 @@ std::shared_ptr<Communicator> join_ranks(const RankOptions& options) {
   const std::string backend = backend_of(options, world);
   if (std::getenv("OMP_NUM_THREADS") == nullptr)
     at::set_num_threads(std::max(1, at::get_num_threads() / world.local_size));
-  if (std::getenv("RANK") == nullptr) return lead(options, world, backend);
+  if (!has_place()) return lead(options, world, backend);
   if (std::getenv(kLeader) == nullptr) return join_torchrun(options, world, backend);
   is_child = true;
   return follow_leader(options, world, backend);

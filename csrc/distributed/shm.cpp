@@ -75,12 +75,14 @@ class ShmCommunicator final : public Communicator {
 
   void exchange(const std::vector<Send>& sends, const std::vector<Receive>& receives) override {
     throw_if_failed();
+    for (const auto& [tensor, to] : sends) check_message(tensor, to);
+    for (const auto& [tensor, from] : receives) check_message(tensor, from);
     try {
       for (const auto& [tensor, to] : sends) {
-        out_.at(to).add(tensor);
+        out_[to].add(tensor);
         bytes_sent_ += tensor.nbytes();
       }
-      for (const auto& [tensor, from] : receives) in_.at(from).add(tensor);
+      for (const auto& [tensor, from] : receives) in_[from].add(tensor);
       Wait wait;
       while (awaited() >= 0) {
         if (step())

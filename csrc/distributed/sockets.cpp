@@ -2,13 +2,16 @@
 
 #include <netdb.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 namespace mixtral {
@@ -27,7 +30,8 @@ Addresses look_up(const std::string& address, int port, int type) {
 }
 
 struct Socket {
-  explicit Socket(const addrinfo& of) : descriptor(::socket(of.ai_family, of.ai_socktype | SOCK_CLOEXEC, 0)) {}
+  explicit Socket(const addrinfo& of, int flags = 0)
+      : descriptor(::socket(of.ai_family, of.ai_socktype | SOCK_CLOEXEC | flags, 0)) {}
   ~Socket() {
     if (descriptor >= 0) ::close(descriptor);
   }
@@ -55,6 +59,23 @@ Listener listen_at(const std::string& address, int port) {
   const auto bound = own.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6*>(&own)->sin6_port
                                                : reinterpret_cast<sockaddr_in*>(&own)->sin_port;
   return {socket.release(), ntohs(bound)};
+}
+
+bool answers(const std::string& address, int port, double seconds) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  const Addresses addresses = look_up(address, port, SOCK_STREAM);
+  for (;;) {
+    const Socket socket(*addresses, SOCK_NONBLOCK);
+    connect(socket.descriptor, addresses->ai_addr, addresses->ai_addrlen);
+    pollfd connected = {socket.descriptor, POLLOUT, 0};
+    int error = 0;
+    socklen_t size = sizeof error;
+    if (poll(&connected, 1, /*milliseconds=*/1000) == 1 &&
+        getsockopt(socket.descriptor, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error == 0)
+      return true;
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
 }
 
 std::string own_address_towards(const std::string& address, int port) {

@@ -12,6 +12,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 
+#include "sockets.h"
 #include "waiting.h"
 
 namespace mixtral {
@@ -43,11 +44,14 @@ RankStore::RankStore(const Rendezvous& rendezvous)
   options.masterListenFd = rendezvous.listener;
   options.waitWorkers = false;
   options.timeout = milliseconds(start_limit());
+  const std::string where = rendezvous.address + ":" + std::to_string(rendezvous.port);
+  if (!options.isServer && !answers(rendezvous.address, rendezvous.port, start_limit()))
+    throw RankError(0, "did not answer at " + where + " within " + seconds_text(start_limit()));
   try {
     const auto store = c10::make_intrusive<c10d::TCPStore>(rendezvous.address, options);
     store_ = c10::make_intrusive<c10d::PrefixStore>(rendezvous.prefix, store);
   } catch (const c10::Error&) {
-    throw RankError(0, "does not answer at " + rendezvous.address + ":" + std::to_string(rendezvous.port));
+    throw RankError(0, "does not answer at " + where);
   }
   keep_alive();
 }
@@ -126,6 +130,17 @@ std::vector<std::string> RankStore::exchange_texts(const std::string& own) {
       sleep_seconds(kSecondsBetweenLooks);
     }
     texts.push_back(text.substr(1));
+  }
+  // The store is gone with the rank that serves it, which therefore stays until the others have read everything.
+  const auto start = Clock::now();
+  const auto count_readers = [&](int64_t more) {
+    const auto add = [key = "read/" + round, more](c10d::Store& store) { return store.add(key, more); };
+    return ask<int64_t>(add).value_or(rendezvous_.size);
+  };
+  int64_t readers = count_readers(1);
+  while (rendezvous_.listener && readers < rendezvous_.size && seconds_since(start) < rendezvous_.timeout) {
+    sleep_seconds(kSecondsBetweenLooks);
+    readers = count_readers(0);
   }
   return texts;
 }

@@ -62,8 +62,12 @@ int64_t pages_of_pool(const MixtralImpl& model, const Engine::Options& options) 
   }
   const double wanted = static_cast<double>(options.max_batch) *
                         static_cast<double>(pages_needed(model.config(), options, options.ctx_size));
+  // The ranks of a model on the CPU share the memory of this host, and each holds its part of every page.
+  const int64_t taken = model.device().is_cpu()
+                            ? RollingKVCache::page_bytes(model.config(), options.page_size, model.dtype())
+                            : page_bytes;
   const double affordable =
-      static_cast<double>(available_memory(model.device().str())) / 2 / static_cast<double>(page_bytes);
+      static_cast<double>(available_memory(model.device().str())) / 2 / static_cast<double>(taken);
   return static_cast<int64_t>(std::clamp<double>(std::min(wanted, affordable), 1, INT32_MAX));
 }
 

@@ -39,7 +39,8 @@ torch::Tensor select_rows(const torch::Tensor& x, const std::vector<int64_t>& ro
 ModelRunner::ModelRunner(Mixtral model, Options options)
     : model_(std::move(model)),
       routing_counts_(std::move(options.routing_counts)),
-      uses_graphs_(options.cuda_graph && model_->device().is_cuda() && model_->placement().is_whole()),
+      uses_graphs_(options.cuda_graph && model_->device().is_cuda() && model_->placement().is_whole() &&
+                   !model_->expert_runner()),
       cache_(model_->cache_config(),
              {options.page_size, options.num_pages, options.max_chunk, model_->device(), model_->dtype(),
               uses_graphs_ ? DecodeGraphs::padding_tokens(options.max_batch) : 0}) {}

@@ -21,6 +21,7 @@ class File {
 
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }  // when it was opened
+  int descriptor() const { return fd_; }
 
   // Reads `bytes` bytes at `offset`. pread, not mmap: a file cut short meanwhile is a LoadError, never a SIGBUS.
   void read(uint64_t offset, void* out, uint64_t bytes) const;

@@ -5,7 +5,7 @@
 namespace mixtral {
 
 std::string safetensors_header(const std::vector<StoredTensor>& tensors,
-                               const std::map<std::string, std::string>& metadata) {
+                               const std::map<std::string, std::string>& metadata, uint64_t alignment) {
   nlohmann::json header = {{"__metadata__", {{"format", "pt"}}}};  // which other programs look for
   for (const auto& [key, value] : metadata) header["__metadata__"][key] = value;
   uint64_t offset = 0;
@@ -15,7 +15,8 @@ std::string safetensors_header(const std::vector<StoredTensor>& tensors,
     offset += tensor.bytes;
   }
   std::string text = header.dump();
-  text.append((8 - text.size() % 8) % 8, ' ');  // data begins aligned
+  const uint64_t data_begin = sizeof(uint64_t) + text.size();
+  text.append((alignment - data_begin % alignment) % alignment, ' ');
   std::string prefix;
   for (int i = 0; i < 8; ++i) prefix += static_cast<char>(text.size() >> (8 * i) & 0xff);
   return prefix + text;

@@ -14,8 +14,11 @@ struct StoredTensor {
   uint64_t bytes = 0;
 };
 
-// All bytes before the data, which must follow in the order of `tensors`, without gaps.
+inline constexpr uint64_t kPageBytes = 4096;  // of files that are to be mapped
+
+// All bytes before the data, which must follow in the order of `tensors`, without gaps. The data begins at a multiple
+// of `alignment`.
 std::string safetensors_header(const std::vector<StoredTensor>& tensors,
-                               const std::map<std::string, std::string>& metadata = {});
+                               const std::map<std::string, std::string>& metadata = {}, uint64_t alignment = 8);
 
 }  // namespace mixtral

@@ -29,6 +29,7 @@ class TensorFile {
       : file_(std::move(file)), entries_(std::move(entries)), metadata_(std::move(metadata)) {}
 
   const std::string& path() const { return file_.path(); }
+  const File& file() const { return file_; }
   const std::map<std::string, TensorEntry>& entries() const { return entries_; }
   // Of a safetensors file.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }

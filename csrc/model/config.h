@@ -38,7 +38,7 @@ struct Config {
   std::string window_source;  // where the window came from, in words: "config.json: sliding_window"
   bool tie_word_embeddings = false;
   std::string dtype = "bfloat16";  // of the checkpoint: "float32", "bfloat16" or "float16"
-  std::string quantization;        // of its matrices (save.h): "int8", "fp8", "int4", or empty
+  std::string quantization;        // of its packed matrices (save.h): as in WeightType::name; empty: not packed
   int64_t bos_token_id = 1;
   std::vector<int64_t> eos_token_ids = {2};
 

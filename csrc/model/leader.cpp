@@ -102,7 +102,7 @@ torch::Tensor Leader::logits(const torch::Tensor& hidden, const std::function<to
 
 void Leader::ping() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock || started_ != finished_) return;  // somebody tells the followers more than this
+  if (!lock || (started_ != finished_ && !failure_)) return;  // somebody tells the followers more than this
   guarded([&] {
     drop_caches();
     tell(1, world_->size(), {Command::kPing, {}});

@@ -41,7 +41,7 @@ class Leader {
   // Calls `compute` while the other ranks of the last stage do the same with these rows, hidden [T,H].
   torch::Tensor logits(const torch::Tensor& hidden, const std::function<torch::Tensor()>& compute);
 
-  // The followers go on waiting, for another while.
+  // The followers answer, and go on waiting for another while. Does nothing while something is computed.
   void ping();
   // The followers return. Nothing can be computed any more.
   void stop() noexcept;

@@ -43,14 +43,34 @@ int64_t address_space() {
   return static_cast<int64_t>(limit.rlim_cur) - used_pages * sysconf(_SC_PAGESIZE);
 }
 
-}  // namespace
+// The files of a control group, and the key of the pages that can be dropped.
+struct GroupFiles {
+  const char *limit, *used, *file_pages;
+};
+constexpr GroupFiles kVersion2 = {"memory.max", "memory.current", "inactive_file"};
+constexpr GroupFiles kVersion1 = {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"};
 
-int64_t container_memory(const std::filesystem::path& root) {
-  const int64_t limit = read_number(root / "memory.max", "");
-  const int64_t used = read_number(root / "memory.current", "");
-  const int64_t file_pages = read_number(root / "memory.stat", "inactive_file");
+int64_t memory_of_group(const std::filesystem::path& folder, const GroupFiles& files) {
+  const int64_t limit = read_number(folder / files.limit, ""), used = read_number(folder / files.used, "");
+  const int64_t file_pages = read_number(folder / "memory.stat", files.file_pages);
   if (limit == kUnlimited || used == kUnlimited) return kUnlimited;
   return limit - used + (file_pages == kUnlimited ? 0 : file_pages);
+}
+
+}  // namespace
+
+int64_t container_memory(const std::filesystem::path& root, const std::filesystem::path& groups) {
+  const std::filesystem::path root_1 = root / "memory";
+  int64_t least = std::min(memory_of_group(root, kVersion2), memory_of_group(root_1, kVersion1));
+  std::ifstream file(groups);  // lines "0::/path" of version 2, "4:memory:/path" of version 1
+  for (std::string line; std::getline(file, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1), path = line.substr(second + 1);
+    if (controllers.empty()) least = std::min(least, memory_of_group(root.string() + path, kVersion2));
+    if (controllers == "memory") least = std::min(least, memory_of_group(root_1.string() + path, kVersion1));
+  }
+  return least;
 }
 
 int64_t available_memory(const std::string& device_name) {

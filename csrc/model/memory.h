@@ -16,9 +16,11 @@ struct OutOfMemory : std::runtime_error {
 // Bytes this process can still allocate on `device` ("cpu", "cuda", "cuda:1"), those included that torch holds there
 // for tensors to come.
 int64_t available_memory(const std::string& device);
-// The limit of a container (control groups, version 2; `root`: where their files are) less the memory in use. File
-// pages that can be dropped count as available. The largest int64 where there is no limit.
-int64_t container_memory(const std::filesystem::path& root = "/sys/fs/cgroup");
+// The limit of a container less the memory in use: of the control groups, of version 1 or 2, that /proc/self/cgroup
+// (`groups`) names under `root`, and of those at `root`, which are a container's own. File pages that can be dropped
+// count as available. The largest int64 where there is no limit.
+int64_t container_memory(const std::filesystem::path& root = "/sys/fs/cgroup",
+                         const std::filesystem::path& groups = "/proc/self/cgroup");
 
 // Throws OutOfMemory: "<what>: needs X GiB on <device>, Y GiB available".
 void check_memory(const std::string& what, double bytes, const std::string& device);

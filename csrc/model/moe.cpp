@@ -47,7 +47,13 @@ torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch)
   }
   if (batch.observer) batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
   if (!expert_ends_.empty()) return expert_parallel(x, topk_weights, topk_ids);
+  if (runner_) return group_.sum(runner_->run(layer_, x, topk_weights, topk_ids, gate_up_proj_, down_proj_));
   return group_.sum(ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj_, down_proj_));
+}
+
+void SparseMoeImpl::set_runner(int64_t layer, const std::shared_ptr<ExpertRunner>& runner) {
+  layer_ = layer;
+  runner_ = runner;
 }
 
 // The steps of ops::moe_mlp, in which each rank computes the rows of its own experts. They lie side by side, and tokens

@@ -1,6 +1,7 @@
 // The feed-forward block: a sparse mixture of experts, or one dense expert as in Mistral 7B.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -9,6 +10,7 @@
 #include "batch.h"
 #include "collectives.h"
 #include "config.h"
+#include "expert_runner.h"
 #include "libtorch.h"
 #include "packing.h"
 
@@ -22,6 +24,8 @@ struct SparseMoeImpl : torch::nn::Module {
                 const Placement& placement, const TensorGroup& group);
   // x [T,H] -> [T,H], on every rank
   torch::Tensor forward(const torch::Tensor& x, const Batch& batch);
+  // From now on `runner` computes the experts, which it knows as those of `layer`; null: ops::moe_mlp does.
+  void set_runner(int64_t layer, const std::shared_ptr<ExpertRunner>& runner);
 
  private:
   std::tuple<torch::Tensor, torch::Tensor> route(const torch::Tensor& x, const Batch& batch);
@@ -36,6 +40,8 @@ struct SparseMoeImpl : torch::nn::Module {
   std::optional<torch::Tensor> select_bias_;  // f32 [E]
   torch::Tensor gate_up_proj_;                // [E,2I,H] or packed; experts or I of this rank
   torch::Tensor down_proj_;                   // [E,H,I] or packed
+  int64_t layer_ = 0;                         // for the runner
+  std::shared_ptr<ExpertRunner> runner_;      // or null
 };
 TORCH_MODULE(SparseMoe);
 

@@ -56,8 +56,8 @@ torch::Tensor int4_scales(const torch::Tensor& rows) {
 bool is_packed(const torch::Tensor& parameter) { return parameter.dim() == 4 || parameter.element_size() == 1; }
 
 ParameterAllocator::ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device,
-                                       Packing packing, const Placement& placement)
-    : dtype_(dtype), device_(device), packing_(packing) {
+                                       Packing packing, const Placement& placement, const ParameterMap& given)
+    : dtype_(dtype), device_(device), packing_(packing), given_(given) {
   placement.check(config);
   const std::string unfit = unfit_size(config, placement);
   if (packing != Packing::kNone && !placement.is_whole() && !unfit.empty())
@@ -70,7 +70,9 @@ ParameterAllocator::ParameterAllocator(const Config& config, torch::ScalarType d
 
 torch::Tensor ParameterAllocator::add(torch::nn::Module& module, const std::string& path,
                                       const std::string& name) const {
-  const auto tensor = empty_parameter(parameters_.at(path + name), dtype_, device_, packing_);
+  const auto given = given_.find(path + name);
+  const auto tensor =
+      given != given_.end() ? given->second : empty_parameter(parameters_.at(path + name), dtype_, device_, packing_);
   return module.register_parameter(name, tensor, /*requires_grad=*/false);
 }
 

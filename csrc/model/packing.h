@@ -26,12 +26,16 @@ torch::Tensor int4_scales(const torch::Tensor& rows);
 // Whether a parameter is a packed matrix.
 bool is_packed(const torch::Tensor& parameter);
 
+// Parameters by their names in model/parameters.h.
+using ParameterMap = std::map<std::string, torch::Tensor>;
+
 // Allocates what one rank holds of the parameters of a model, and registers it in the model's modules.
 class ParameterAllocator {
  public:
-  // Throws std::invalid_argument when the model cannot be cut as `placement` says, or its parts cannot be packed.
+  // given: parameters that exist already, in the shapes of empty_parameter, such as views of a mapped file. Throws
+  // std::invalid_argument when the model cannot be cut as `placement` says, or its parts cannot be packed.
   ParameterAllocator(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing,
-                     const Placement& placement = {});
+                     const Placement& placement = {}, const ParameterMap& given = {});
   // The parameter `path` + `name` of model/parameters.h, registered in `module` as `name`. Throws std::out_of_range for
   // one of which the rank holds no part.
   torch::Tensor add(torch::nn::Module& module, const std::string& path, const std::string& name) const;
@@ -41,6 +45,7 @@ class ParameterAllocator {
   torch::ScalarType dtype_;
   torch::Device device_;
   Packing packing_;
+  const ParameterMap given_;
 };
 
 }  // namespace mixtral

@@ -17,7 +17,7 @@ enum class Command : int64_t {
   kLogits,       // {rows}: receive so many rows of hidden states, and compute the own part of the logits
   kMakeCache,    // {number, page size, pages, longest chunk, padding tokens, dtype}: a key/value cache
   kDropCache,    // {number}
-  kPing,         // {}: the ranks are still needed
+  kPing,         // {}: send one int64 back, any
   kStop,         // {}
 };
 

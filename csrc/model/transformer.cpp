@@ -43,7 +43,7 @@ void init_random_packed(const torch::Tensor& parameter, Packing packing, const N
 
 DecoderLayerImpl::DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator,
                                    const Placement& placement, const TensorGroup& group)
-    : eps_(config.rms_norm_eps) {
+    : layer_(layer), eps_(config.rms_norm_eps) {
   const std::string path = "layers." + std::to_string(layer) + ".";
   input_layernorm_ = allocator.add(*this, path, "input_layernorm");
   post_attention_layernorm_ = allocator.add(*this, path, "post_attention_layernorm");
@@ -68,8 +68,12 @@ HiddenState DecoderLayerImpl::forward(const HiddenState& state, const Batch& bat
   return {moe_ ? moe_->forward(normed, batch) : mlp_->forward(normed, batch), sum};
 }
 
+void DecoderLayerImpl::set_expert_runner(const std::shared_ptr<ExpertRunner>& runner) {
+  if (moe_) moe_->set_runner(layer_, runner);
+}
+
 MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing,
-                         const Placement& placement, std::shared_ptr<Communicator> world)
+                         const Placement& placement, std::shared_ptr<Communicator> world, const ParameterMap& given)
     : config_(config),
       cache_config_(part_of(config, placement)),
       dtype_(dtype),
@@ -82,7 +86,7 @@ MixtralImpl::MixtralImpl(const Config& config, torch::ScalarType dtype, torch::D
     throw std::invalid_argument("a model on " + device.str() + " needs ranks that exchange tensors there, got a " +
                                 world_->device().str() + " backend");
   }
-  const ParameterAllocator allocator(config, dtype, device, packing, placement);
+  const ParameterAllocator allocator(config, dtype, device, packing, placement, given);
   const bool first = placement.is_first_stage(), last = placement.is_last_stage(), tied = config.tie_word_embeddings;
   if (first || (last && tied)) embed_tokens_ = allocator.add(*this, "", "embed_tokens");
   const auto layers = register_module("layers", std::make_shared<torch::nn::Module>("layers"));
@@ -194,6 +198,11 @@ void MixtralImpl::require_one_stage(const std::string& what) const {
   if (placement_.stages == 1) return;
   throw std::invalid_argument(what + ": is seen on one pipeline stage only, this model is split into " +
                               std::to_string(placement_.stages) + "; use tensor parallelism");
+}
+
+void MixtralImpl::set_expert_runner(const std::shared_ptr<ExpertRunner>& runner) {
+  expert_runner_ = runner;
+  for (DecoderLayer& layer : layers_) layer->set_expert_runner(runner);
 }
 
 void MixtralImpl::init_random(uint64_t seed) {

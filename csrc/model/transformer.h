@@ -10,6 +10,7 @@
 #include "batch.h"
 #include "collectives.h"
 #include "config.h"
+#include "expert_runner.h"
 #include "leader.h"
 #include "libtorch.h"
 #include "moe.h"
@@ -29,8 +30,10 @@ struct DecoderLayerImpl : torch::nn::Module {
   DecoderLayerImpl(const Config& config, int64_t layer, const ParameterAllocator& allocator, const Placement& placement,
                    const TensorGroup& group);
   HiddenState forward(const HiddenState& state, const Batch& batch, RollingKVCache* cache);
+  void set_expert_runner(const std::shared_ptr<ExpertRunner>& runner);
 
  private:
+  int64_t layer_;
   double eps_;
   torch::Tensor input_layernorm_, post_attention_layernorm_;  // [H]
   Attention attention_{nullptr};
@@ -43,11 +46,12 @@ TORCH_MODULE(DecoderLayer);
 // whole; the other ranks follow (follower.h). What happens to the ranks is a RankError of the call.
 class MixtralImpl : public torch::nn::Module {
  public:
-  // Parameters are allocated and not initialised. world: the ranks that hold the other parts; without them, a part can
-  // only be loaded. Throws LoadError when `config` is not valid, std::invalid_argument for a placement that does not
-  // fit it or this rank.
+  // Parameters that are not `given` (packing.h) are allocated and not initialised. world: the ranks that hold the other
+  // parts; without them, a part can only be loaded. Throws LoadError when `config` is not valid, std::invalid_argument
+  // for a placement that does not fit it or this rank.
   MixtralImpl(const Config& config, torch::ScalarType dtype, torch::Device device, Packing packing = Packing::kNone,
-              const Placement& placement = {}, std::shared_ptr<Communicator> world = nullptr);
+              const Placement& placement = {}, std::shared_ptr<Communicator> world = nullptr,
+              const ParameterMap& given = {});
 
   // input_ids int64 [B,S] -> logits f32 [B,S,vocab]. Throws std::invalid_argument when an id is outside the vocabulary.
   torch::Tensor forward(const torch::Tensor& input_ids);
@@ -70,6 +74,10 @@ class MixtralImpl : public torch::nn::Module {
   // they are still needed; stop() ends them, as does the end of this model.
   void ping();
   void stop();
+
+  // From now on `runner` computes the experts of all layers.
+  void set_expert_runner(const std::shared_ptr<ExpertRunner>& runner);
+  const std::shared_ptr<ExpertRunner>& expert_runner() const { return expert_runner_; }  // or null
 
   // Normal(0, 0.02) weights, unit norms and zero biases, drawn on the model's device from `seed`; packed matrices
   // repeat the same few million values. For tests and benchmarks.
@@ -108,6 +116,7 @@ class MixtralImpl : public torch::nn::Module {
   torch::Tensor lm_head_;           // [vocab,H] or packed; embed_tokens itself when the two are tied
   bool cuts_lm_head_ = false;       // every rank of the last stage has some of its rows
   std::unique_ptr<Leader> leader_;  // on rank 0 of several
+  std::shared_ptr<ExpertRunner> expert_runner_;
 };
 
 TORCH_MODULE(Mixtral);

@@ -46,8 +46,8 @@ WeightType parse_weight_type(const std::string& name, const Config& config, cons
   const std::string stored = config.quantization.empty() ? config.dtype : config.quantization;
   const std::string chosen = name == "auto" ? stored : name;
   if (!config.quantization.empty() && chosen != stored) {
-    throw std::invalid_argument("dtype must be auto or " + stored + " for a checkpoint quantised to " + stored +
-                                ", got " + name);
+    throw std::invalid_argument("dtype must be auto or " + stored + " for a checkpoint " +
+                                (is_float_type(stored) ? "packed as " : "quantised to ") + stored + ", got " + name);
   }
   const std::string unfit = unfit_size(config, placement);
   for (const auto& [quantized, packing] : kQuantized) {
@@ -58,6 +58,11 @@ WeightType parse_weight_type(const std::string& name, const Config& config, cons
   }
   if (!is_float_type(chosen))
     throw std::invalid_argument("dtype must be auto, float32, bfloat16, float16, int8, fp8 or int4, got " + name);
+  if (!config.quantization.empty()) {
+    if (device == "cpu") return {chosen, Packing::kFloat};
+    throw std::invalid_argument("a checkpoint packed as " + stored + " is for device cpu, got " + device +
+                                ": take the one that it was made from");
+  }
   return {chosen, pack && device == "cpu" && unfit.empty() ? Packing::kFloat : Packing::kNone};
 }
 

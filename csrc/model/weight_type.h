@@ -26,7 +26,8 @@ struct WeightType {
 
 // From a name as above, or "auto": the checkpoint's. Float weights are packed on the CPU if `pack` is true and the
 // sizes of every rank allow it. Throws std::invalid_argument for another name; for a quantised type with sizes that are
-// no multiples of 32; and for a checkpoint that is quantised already, unless the name is its own.
+// no multiples of 32; for a checkpoint that is packed already, unless the name is its own; and for one that is packed
+// and not quantised, on another device than the CPU.
 WeightType parse_weight_type(const std::string& name, const Config& config, const std::string& device = "cpu",
                              bool pack = true, const Placement& placement = {});
 

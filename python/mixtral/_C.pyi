@@ -208,6 +208,10 @@ class Mixtral:
         lora: str | PathLike[str],
         check_weights: bool,
         experts_per_token: int,
+        weights: str,
+        read_ahead: bool,
+        gpu_memory: int,
+        routing_counts: str | PathLike[str],
         progress: Callable[[int, int], None] | None,
         ranks: RankOptions,
     ) -> Mixtral: ...
@@ -228,6 +232,7 @@ class Mixtral:
     @property
     def weight_type(self) -> str: ...
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor: ...
+    def expert_counts(self) -> dict[str, int] | None: ...
     def named_parameters(self) -> dict[str, torch.Tensor]: ...
 
 class EngineOptions:

@@ -115,6 +115,10 @@ class Mixtral(Tracing):
         lora: str | PathLike[str] | None = None,
         check_weights: bool = False,
         experts_per_token: int | None = None,
+        weights: str = "read",
+        read_ahead: bool = True,
+        gpu_memory: int = 0,
+        routing_counts: str | PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
@@ -142,6 +146,14 @@ class Mixtral(Tracing):
             lora: folder of an adapter of PEFT or mistral-finetune, which is merged into the weights in float32.
             check_weights: raise LoadError for a weight that is NaN or infinite.
             experts_per_token: another number of experts than the checkpoint's (``config.top_k``).
+            weights: on the CPU, "mmap" takes the weights from the files as they are used, for a model larger than
+                memory. It needs a folder that ``mixtral quantize`` wrote, or one whose tensors are those of the model;
+                nobody may cut its files short meanwhile. Results are the same bit for bit.
+            read_ahead: with "mmap", ask for the pages of experts as soon as the router has chosen them.
+            gpu_memory: bytes of a GPU for weights and activations, and not for the cache: experts beyond them stay in
+                the memory of the CPU, which computes them or hands them over. 0: all weights are on the device.
+            routing_counts: with ``gpu_memory``, a file of counts as ``mixtral route --counts`` takes it: the experts
+                with the largest counts are on the GPU.
             progress: called with (bytes read, bytes in all).
             tensor_parallel_size: ranks that share each layer.
             pipeline_parallel_size: runs of layers, each with ranks of its own.
@@ -158,7 +170,8 @@ class Mixtral(Tracing):
             RankError: a rank does not come, or ended.
             RuntimeError: there is no such CUDA device.
             ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint;
-                ``lora`` with a quantised checkpoint; ``experts_per_token`` beyond the experts.
+                ``lora`` with a quantised checkpoint; ``experts_per_token`` beyond the experts; ``weights="mmap"`` for
+                files that hold the experts in another form than the model.
         """
         folder = _C.find_model(path)
         device = torch.device(device)
@@ -186,6 +199,10 @@ class Mixtral(Tracing):
             what["lora"],
             check_weights,
             experts_or_default(experts_per_token),
+            weights,
+            read_ahead,
+            gpu_memory,
+            routing_counts or "",
             progress,
             _rank_options(os.fspath(folder), what, layout),
         )
@@ -246,6 +263,11 @@ class Mixtral(Tracing):
     def named_parameters(self) -> dict[str, Tensor]:
         """The weights by name, not copies; csrc/model/parameters.h lists names and shapes."""
         return self._model.named_parameters()
+
+    def expert_counts(self) -> dict[str, int] | None:
+        """Of mapped weights, and of experts beyond ``gpu_memory``: choices of tokens whose expert was ("hits") or was
+        not ("misses") in memory, or on the GPU, when it was chosen, and the "bytes" fetched. None for other models."""
+        return self._model.expert_counts()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The logits after every token. Rows are sequences of their own, without padding; no gradient.

@@ -151,7 +151,7 @@ def test_every_command_runs_on_it(quantized, tmp_path):
         ([], "MODEL"),
         (["one", "--dtype", "int4"], "OUT"),
         (["one", "two"], "--dtype"),
-        (["one", "two", "--dtype", "bfloat16"], "bfloat16"),
+        (["one", "two", "--dtype", "float8"], "float8"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, word):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/scheduler.h"
 #include "tiny_model.h"
 
 namespace mixtral {
@@ -21,6 +22,11 @@ inline SamplingParams params(int64_t max_tokens, double temperature = 0.0, uint6
   out.logprobs = 2;
   out.ignore_eos = true;
   return out;
+}
+
+inline Scheduler::Options with_depth(Scheduler::Options options, int64_t depth) {
+  options.depth = depth;
+  return options;
 }
 
 inline Prompts some_prompts() { return {random_ids(13, 101, 1), random_ids(1, 101, 2), random_ids(30, 101, 3)}; }

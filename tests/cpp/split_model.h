@@ -71,7 +71,7 @@ inline Mixtral part_of_model(const Mixtral& plain, Packing packing, const Placem
 // Rank 0 is called; threads of this object follow it.
 class SplitModel {
  public:
-  SplitModel(const Mixtral& plain, Layout layout, Packing packing = Packing::kNone, double timeout = 20)
+  SplitModel(const Mixtral& plain, Layout layout, Packing packing = Packing::kNone, double timeout = 300)
       : ranks_(shm_group(layout.ranks(), timeout)), errors_(ranks_.size()) {
     std::vector<Mixtral> parts;
     for (int rank = 0; rank < layout.ranks(); ++rank)

@@ -129,7 +129,7 @@ TEST_P(Ranks, SumsAreTakenInTheOrderOfTheRanksAndRoundedOnce) {
         std::mt19937 random(100 + static_cast<unsigned>(rank));
         for (int64_t i = 0; i < part.numel(); ++i)
           part.mutable_data_ptr<float>()[i] =
-              std::ldexp(static_cast<float>(random() % 4001) - 2000.f, random() % 12 - 8);
+              std::ldexp(static_cast<float>(static_cast<int32_t>(random())), static_cast<int>(random() % 24) - 43);
         parts.push_back(part.to(type));
       }
       torch::Tensor expected = torch::zeros({3, 2111});
@@ -144,6 +144,17 @@ TEST_P(Ranks, SumsAreTakenInTheOrderOfTheRanksAndRoundedOnce) {
       EXPECT_TRUE(equal_bits(ranks.all_reduce_ordered(own), expected.to(type)));
       EXPECT_TRUE(equal_bits(own, parts[ranks.rank()]));
     }
+  });
+}
+
+TEST_P(Ranks, AMistakeOfTheCallerIsNobodysFailure) {
+  run([](Communicator& ranks) {
+    const int other = (ranks.rank() + 1) % ranks.size();
+    EXPECT_THROW(ranks.send(torch::zeros({3, 4}).t(), other), std::invalid_argument);
+    EXPECT_THROW(ranks.receive(torch::zeros({3}), ranks.rank()), std::invalid_argument);
+    EXPECT_THROW(ranks.send(torch::zeros({3}), ranks.size()), std::invalid_argument);
+    EXPECT_THROW(ranks.send(torch::zeros({3}), -1), std::invalid_argument);
+    ranks.barrier();
   });
 }
 

@@ -246,7 +246,7 @@ TEST(Config, ReadsTheQuantisationsThatItWritesAndWrote) {
       [] {
         mixtral({{"quantization_config", R"({"format":"mixtral","dtype":"int3"})"}});
       },
-      "quantization_config: must have dtype \"int8\", \"fp8\" or \"int4\", got ");
+      "quantization_config: must have dtype \"int8\", \"fp8\", \"int4\" or that of a float, got ");
 }
 
 TEST(Config, ChoosesTheLayoutWhoseWeightsAreThere) {

@@ -250,7 +250,7 @@ TEST_F(EngineFaults, APassThatRunsOutOfMemoryIsComputedInHalves) {
 // The model computes what was started first: the halves come behind the other passes in flight.
 TEST_F(EngineFaults, HalvesKeepTheBitsOfAllPassesInFlight) {
   EngineCore core(std::make_unique<ModelRunner>(model, ModelRunner::Options{4, 8, 8, 100, false}),
-                  {/*chunk_size=*/8, /*token_budget=*/32, /*max_batch=*/8, true, 256, /*depth=*/2});
+                  with_depth({/*chunk_size=*/8, /*token_budget=*/32, /*max_batch=*/8}, 2));
   std::vector<Outcome> outcomes(8);
   for (int64_t i = 0; i < 8; ++i) {
     Request request{{i}, params(10, 1.0)};

@@ -28,15 +28,35 @@ TEST(Memory, WhatDoesNotFitIsAnErrorWithNumbers) {
 TEST(Memory, AContainersLimitCountsWithFilePagesAsFree) {
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   const TempFolder folder;
-  EXPECT_EQ(container_memory(folder.path()), kNone);  // no control groups here
+  EXPECT_EQ(container_memory(folder.path(), folder / "groups"), kNone);  // no control groups here
   write_file(folder / "memory.max", "1000000\n");
-  EXPECT_EQ(container_memory(folder.path()), kNone);  // nor without the memory in use
+  EXPECT_EQ(container_memory(folder.path(), folder / "groups"), kNone);  // nor without the memory in use
   write_file(folder / "memory.current", "400000\n");
-  EXPECT_EQ(container_memory(folder.path()), 600000);
+  EXPECT_EQ(container_memory(folder.path(), folder / "groups"), 600000);
   write_file(folder / "memory.stat", "anon 300000\nfile 90000\ninactive_file 70000\nactive_file 20000\n");
-  EXPECT_EQ(container_memory(folder.path()), 670000);
+  EXPECT_EQ(container_memory(folder.path(), folder / "groups"), 670000);
   write_file(folder / "memory.max", "max\n");
-  EXPECT_EQ(container_memory(folder.path()), kNone);
+  EXPECT_EQ(container_memory(folder.path(), folder / "groups"), kNone);
+}
+
+TEST(Memory, TheSmallestLimitOfTheProcessesOwnGroupsCounts) {
+  const TempFolder folder;
+  for (const char* group : {"a", "memory/b"}) std::filesystem::create_directories(folder / group);
+  write_file(folder / "groups", "5:cpu,cpuacct:/b\n4:memory:/b\n0::/a\n");
+  const auto available = [&] { return container_memory(folder.path(), folder / "groups"); };
+  write_file(folder / "memory/b/memory.limit_in_bytes", "9223372036854771712\n");
+  write_file(folder / "memory/b/memory.usage_in_bytes", "4096\n");
+  EXPECT_GT(available(), int64_t{1} << 60);
+  write_file(folder / "memory/b/memory.limit_in_bytes", "900000\n");
+  write_file(folder / "memory/b/memory.usage_in_bytes", "500000\n");
+  write_file(folder / "memory/b/memory.stat", "inactive_file 1\ntotal_inactive_file 70000\n");
+  EXPECT_EQ(available(), 470000);
+  write_file(folder / "a/memory.max", "100000\n");
+  write_file(folder / "a/memory.current", "40000\n");
+  EXPECT_EQ(available(), 60000);
+  write_file(folder / "memory.max", "50000\n");
+  write_file(folder / "memory.current", "1\n");
+  EXPECT_EQ(available(), 49999);
 }
 
 }  // namespace

@@ -142,7 +142,7 @@ TEST(Save, ConfigJsonGivesTheConfigBack) {
 
 TEST(Save, OnlyQuantisedModels) {
   const testing::TempFolder folder;
-  EXPECT_THROW(save_quantized(*tiny_model(packable_config()), folder.path(), folder / "out"), std::invalid_argument);
+  EXPECT_THROW(save_packed(*tiny_model(packable_config()), folder.path(), folder / "out"), std::invalid_argument);
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
 }
 

@@ -1,7 +1,8 @@
 // A model that is split over ranks against the same model in one process: the bits are the same, unless experts are cut
 // along their intermediate size.
-#include <limits>
+#include <chrono>
 #include <random>
+#include <thread>
 
 #include "engine/routing_observer.h"
 #include "engine/trace.h"
@@ -133,6 +134,7 @@ TEST(ParallelModel, ModelOfTokenIds) {
   EXPECT_TRUE(same_bits(split.leader()->forward(ids), whole->forward(ids)));
   EXPECT_EQ(split.leader()->forward(ids.narrow(1, 0, 0)).sizes(), (std::vector<int64_t>{3, 0, 256}));
   EXPECT_THROW(split.leader()->forward(ids + 250), std::invalid_argument);  // and nobody else has noticed
+  EXPECT_THROW(split.leader()->hidden_states(packed_batch({{1, 300}}, torch::kCPU)), std::invalid_argument);
   EXPECT_TRUE(same_bits(split.leader()->forward(ids), whole->forward(ids)));
 }
 
@@ -228,7 +230,7 @@ TEST(ParallelModel, PassesOverlapInAPipeline) {
   for (const Layout layout : {Layout{1, 2}, Layout{2, 2}, Layout{1, 4}}) {
     SplitModel split(plain, layout);
     // Hidden states that no buffer between two ranks holds, and a page table as long.
-    constexpr int64_t kTokens = 700, kSequences = 9;
+    constexpr int64_t kTokens = 700, kSequences = 6;
     const auto run = [&](Mixtral& model, int64_t depth) {
       RollingKVCache cache(model->cache_config(),
                            {1, kSequences * (kTokens + 2), kTokens, torch::kCPU, model->dtype()});
@@ -268,6 +270,22 @@ TEST(ParallelModel, SeveralThreadsMayCallIt) {
   for (int i = 0; i < 20; ++i) split.leader()->ping();
   for (auto& thread : threads) thread.join();
   for (const auto& result : results) EXPECT_TRUE(same_bits(result, expected));
+}
+
+// Stages compute in the order of start(), so a thread whose pass is second waits for the one whose pass is first.
+TEST(ParallelModel, PassesOfTwoThreadsAreFinishedInOrder) {
+  const auto plain = tiny_model(splittable_config());
+  auto whole = plain;
+  SplitModel split(plain, {1, 2});
+  const Batch first = packed_batch({random_ids(6, 256, 1)}, torch::kCPU);
+  const Batch second = packed_batch({random_ids(6, 256, 2)}, torch::kCPU);
+  const Pass first_pass = split.leader()->start(first), second_pass = split.leader()->start(second);
+  torch::Tensor second_result;
+  std::thread other([&] { second_result = split.leader()->finish(second_pass); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_TRUE(same_bits(split.leader()->finish(first_pass), whole->hidden_states(first)));
+  other.join();
+  EXPECT_TRUE(same_bits(second_result, whole->hidden_states(second)));
 }
 
 // ---- bytes
@@ -311,6 +329,27 @@ TEST(ParallelModel, BytesOfAHop) {
 
 // ---- what goes wrong
 
+template <typename Error, typename Call>
+std::string split_error_of(Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(ParallelModel, RankZeroSaysWhatFailedElsewhere) {
+  SplitModel split(tiny_model(splittable_config()), {1, 2});
+  RollingKVCache cache(split.leader()->cache_config(), {4, 8, 8, torch::kCPU, torch::kFloat32});
+  Batch batch = cache.prepare({{cache.add_sequence(), {1, 2, 3}}});
+  batch.slot_mapping.fill_(1000);
+  const auto call = [&] { split.leader()->hidden_states(batch, &cache); };
+  const std::string error = split_error_of<RankError>(call);
+  EXPECT_EQ(error.find("rank 1 failed: rolling_kv_cache_rope_write: "), 0) << error;
+  EXPECT_EQ(split_error_of<RankError>(call), error);  // for good
+}
+
 TEST(ParallelModel, ErrorsOfOneRankEndAll) {
   const auto plain = tiny_model(splittable_config());
   for (const Layout layout : {Layout{2, 1}, Layout{1, 2}, Layout{2, 2}}) {
@@ -327,29 +366,19 @@ TEST(ParallelModel, ErrorsOfOneRankEndAll) {
   }
 }
 
-template <typename Error, typename Call>
-std::string argument_error_of(Call call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
 TEST(ParallelModel, RefusesWhatASplitModelCannotDo) {
   const Config config = splittable_config();
   SplitModel split(tiny_model(config), {1, 2});
   RoutingObserver observer(config, false);
   Batch batch = packed_batch({{1, 2}}, torch::kCPU);
   batch.observer = &observer;
-  EXPECT_EQ(argument_error_of<std::invalid_argument>([&] { split.leader()->hidden_states(batch); }),
+  EXPECT_EQ(split_error_of<std::invalid_argument>([&] { split.leader()->hidden_states(batch); }),
             "routing: is seen on one pipeline stage only, this model is split into 2; use tensor parallelism");
-  EXPECT_EQ(argument_error_of<std::invalid_argument>([&] { split.leader()->require_whole("calibrate"); }),
+  EXPECT_EQ(split_error_of<std::invalid_argument>([&] { split.leader()->require_whole("calibrate"); }),
             "calibrate: needs the whole model in one process, this one is split over 2 ranks");
   EXPECT_THROW(split.leader()->init_random(1), std::invalid_argument);
   const auto group = shm_group(2, 5);
-  EXPECT_EQ(argument_error_of<std::invalid_argument>([&] {
+  EXPECT_EQ(split_error_of<std::invalid_argument>([&] {
               Mixtral(config, torch::kFloat32, torch::kCPU, Packing::kNone, Placement::of_rank(1, 2, 1, true),
                       group[0]);
             }),

@@ -18,7 +18,8 @@ std::vector<Generation> generate_in_flight(const Mixtral& model, const std::vect
                                            int64_t speculate = 0) {
   EngineCore core(std::make_unique<ModelRunner>(model, ModelRunner::Options{/*page_size=*/4, /*max_chunk=*/8,
                                                                             /*max_batch=*/6, /*num_pages=*/60, false}),
-                  {/*chunk_size=*/8, /*token_budget=*/24, /*max_batch=*/6, true, /*headroom=*/4, depth}, speculate);
+                  with_depth({/*chunk_size=*/8, /*token_budget=*/24, /*max_batch=*/6, true, /*headroom=*/4}, depth),
+                  speculate);
   std::vector<Generation> generations(requests.size());
   for (size_t i = 0; i < requests.size(); ++i) {
     Request request = requests[i];
@@ -110,7 +111,8 @@ TEST_F(RankFailure, EndsEveryRequestOnceAtAnyStepAndTheEngineTakesNoMore) {
         if (++calls == call) throw RankError(1, "was killed");
         if (calls > call) throw std::logic_error("a call after the failure");
       };
-      EngineCore core(std::move(owned), {4, 16, /*max_batch=*/4, true, /*headroom=*/0, depth}, /*speculate=*/2);
+      EngineCore core(std::move(owned), with_depth({4, 16, /*max_batch=*/4, true, /*headroom=*/0}, depth),
+                      /*speculate=*/2);
       ends.clear();
       for (int64_t id = 0; id < 6; ++id) {
         add(core, id);

@@ -133,7 +133,7 @@ TEST_F(PlanTraceTest, AReplayMakesTheGuessesOfTheFile) {
     auto runner = std::make_unique<FakeRunner>(/*window=*/0, 4, /*num_pages=*/40, /*chunk=*/8);
     runner->seconds_of_a_token = seconds_of_a_token;
     PlanTrace* const kept = trace.get();
-    EngineCore core(std::move(runner), {8, 32, 8, true, /*headroom=*/0, /*depth=*/2}, /*speculate=*/4,
+    EngineCore core(std::move(runner), with_depth({8, 32, 8, true, /*headroom=*/0}, 2), /*speculate=*/4,
                     std::move(trace));
     int64_t drafted = 0;
     for (int64_t id = 0; id < 12; ++id) {

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "fake_runner.h"
+#include "generations.h"
 
 namespace mixtral {
 namespace {
@@ -195,7 +196,7 @@ TEST(RandomSchedules, AClientMayLeaveAtAnyStepAndNobodyElseNotices) {
 
 TEST_P(RandomSchedulesInFlight, NobodyStarvesWhileOthersKeepComing) {
   EngineCore core(std::make_unique<FakeRunner>(/*window=*/0, 4, /*num_pages=*/12, 8),
-                  {8, 16, 4, true, /*headroom=*/256, /*depth=*/GetParam()});
+                  with_depth({8, 16, 4}, GetParam()));
   Clients clients(core);
   std::mt19937 random(2);
   int64_t added = 0;

@@ -13,6 +13,16 @@ namespace {
 class RankFailures : public Ranks {};
 INSTANTIATE_TEST_SUITE_P(All, RankFailures, kRankCases, name_of);
 
+// Returns on `rank` when the others have left this: then it may fail.
+void let_others_pass(Communicator& ranks, int rank) {
+  ranks.barrier();
+  const torch::Tensor byte = torch::zeros({1}, torch::kByte);
+  if (ranks.rank() != rank) return ranks.send(byte, rank);
+  for (int other = 0; other < ranks.size(); ++other) {
+    if (other != rank) ranks.receive(byte, other);
+  }
+}
+
 TEST_P(RankFailures, ASilentRankIsNamedAfterTheTimeout) {
   const auto start = std::chrono::steady_clock::now();
   run(
@@ -48,10 +58,34 @@ TEST_P(RankFailures, ARankThatIsAliveMayKeepTheOthersWaiting) {
       /*timeout=*/0.7);
 }
 
+// Gloo has no such waits.
+TEST_P(RankFailures, ARankThatIsAliveMayKeepWaitingThoseThatWaitForOthers) {
+  if (GetParam().backend == "gloo" || size() == 2) GTEST_SKIP() << "needs shared memory and three ranks";
+  run(
+      [](Communicator& ranks) {
+        const int last = ranks.size() - 1;
+        const torch::Tensor tensor = torch::zeros({4});
+        if (ranks.rank() == 1) {
+          for (int i = 0; i < 25; ++i) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(100));
+            ranks.keep_alive();
+          }
+          ranks.send(torch::ones({4}), last);
+        } else if (ranks.rank() == last) {
+          ranks.receive(tensor, 1);
+          ranks.send(tensor, 0);
+        } else if (ranks.rank() == 0) {
+          ranks.receive(tensor, last);
+          EXPECT_EQ(tensor.sum().item<float>(), 4);
+        }
+      },
+      /*timeout=*/0.7);
+}
+
 TEST_P(RankFailures, TheReasonOfAFailureReachesTheOthers) {
   run([](Communicator& ranks) {
     const torch::Tensor tensor = torch::zeros({4});
-    ranks.barrier();
+    let_others_pass(ranks, 1);
     if (ranks.rank() == 1) return ranks.fail("no memory for layer 3");
     const int from = ranks.rank() == 0 && ranks.size() > 2 ? ranks.size() - 1 : 1;
     const RankError error = rank_error_of([&] { ranks.receive(tensor, from); });
@@ -84,11 +118,8 @@ TEST_P(RankFailures, AKilledRankIsNoticedAtOnce) {
   for (const int killed : {0, size() - 1}) {
     run(
         [&](Communicator& ranks) {
-          ranks.barrier();
-          if (ranks.rank() == killed) {
-            std::this_thread::sleep_for(std::chrono::milliseconds(100));
-            std::raise(SIGKILL);
-          }
+          let_others_pass(ranks, killed);
+          if (ranks.rank() == killed) std::raise(SIGKILL);
           const auto start = std::chrono::steady_clock::now();
           const RankError error = rank_error_of([&] { ranks.barrier(); });
           EXPECT_EQ(error.rank, killed) << error.what();
@@ -102,7 +133,7 @@ TEST_P(RankFailures, ARankThatOnlySendsNoticesAKilledOne) {
   if (GetParam().backend == "threads") GTEST_SKIP() << "a thread cannot be killed alone";
   run(
       [](Communicator& ranks) {
-        ranks.barrier();
+        let_others_pass(ranks, 1);
         if (ranks.rank() == 1) std::raise(SIGKILL);
         const auto start = std::chrono::steady_clock::now();
         const RankError error = rank_error_of([&] {

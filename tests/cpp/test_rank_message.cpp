@@ -125,16 +125,24 @@ class Recorder : public Communicator {
   // Since the last call, for one rank.
   std::vector<Command> commands(int rank) {
     std::vector<Command> all;
-    for (const auto& part : std::exchange(parts_[static_cast<size_t>(rank)], {}))
+    last_ = std::exchange(parts_[static_cast<size_t>(rank)], {});
+    for (const auto& part : last_)
       if (part.scalar_type() == torch::kInt64 && part.numel() == 6 && part.data_ptr<int64_t>()[0] == kMagic)
         all.push_back(static_cast<Command>(part.data_ptr<int64_t>()[2]));
     return all;
+  }
+
+  // Of the last of these commands.
+  std::vector<int64_t> words() const {
+    const torch::Tensor& words = last_.back();
+    return {words.data_ptr<int64_t>(), words.data_ptr<int64_t>() + words.numel()};
   }
 
  private:
   static constexpr int64_t kMagic = 0x3147534d4c58494d;
   int size_;
   std::vector<std::vector<torch::Tensor>> parts_;
+  std::vector<torch::Tensor> last_;
 };
 
 using Commands = std::vector<Command>;
@@ -162,6 +170,23 @@ TEST(Leader, CachesLiveOnTheOtherRanksAsLongAsHere) {
   leader.stop();
   EXPECT_EQ(world->commands(1), Commands{Command::kStop});
   EXPECT_THROW(run(moved), RankError);
+}
+
+TEST(Leader, PagesThatBecameZeroDoSoOnTheOtherRanks) {
+  const auto world = std::make_shared<Recorder>(2);
+  Leader leader(world, Placement::of_rank(0, 1, 2, true));
+  RollingKVCache cache(tiny_config(), {4, 8, 8});
+  const auto zeroed = [&] {
+    leader.start(cache.prepare({{cache.add_sequence(), {1}}}), &cache);
+    world->commands(1);
+    return decode_pass(world->words(), torch::kCPU).zeroed;
+  };
+  const int64_t bad = cache.add_sequence();
+  cache.prepare({{bad, {1, 2, 3, 4, 5}}});
+  EXPECT_EQ(zeroed(), std::vector<int64_t>{});
+  cache.discard_sequence(bad);
+  EXPECT_EQ(zeroed(), (std::vector<int64_t>{0, 1}));
+  EXPECT_EQ(zeroed(), std::vector<int64_t>{});
 }
 
 // The other ranks of the last stage get a pass when it is finished: they may still compute the one before with rank 0.

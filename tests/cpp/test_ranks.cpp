@@ -220,10 +220,11 @@ TEST(JoinRanks, AWorldOfAnotherSizeIsRefused) {
   RankOptions options;
   options.tensor_size = 2;
   options.stages = 3;
-  EXPECT_EQ(load_error_of([&] { join_ranks(options); }), "WORLD_SIZE: is not set, though RANK is");
   setenv("WORLD_SIZE", "4", 1);
   EXPECT_EQ(load_error_of([&] { join_ranks(options); }),
             "WORLD_SIZE: is 4, but the model is cut into 6 parts: 2 by tensors, 3 by layers");
+  setenv("WORLD_SIZE", "6", 1);
+  EXPECT_EQ(load_error_of([&] { join_ranks(options); }), "MASTER_ADDR: is not set, though RANK is");
   setenv("WORLD_SIZE", "four", 1);
   EXPECT_EQ(load_error_of([&] { join_ranks(options); }), "WORLD_SIZE: must be a number, got four");
   unsetenv("RANK");

@@ -2,6 +2,7 @@
 
 #include "engine/scheduler.h"
 #include "fake_runner.h"
+#include "generations.h"
 
 namespace mixtral {
 namespace {
@@ -174,7 +175,7 @@ TEST_F(SchedulerTest, APrefixThatIsBeingComputedIsWaitedFor) {
 // ---- several passes in flight
 
 TEST_F(SchedulerTest, EveryPassInFlightGetsItsShare) {
-  make({16, 64, /*max_batch=*/5, false, 256, /*depth=*/3}, 100);
+  make(with_depth({16, 64, /*max_batch=*/5, false}, 3), 100);
   for (int i = 0; i < 7; ++i) add(3, /*max_tokens=*/20);
   const auto first = launch(), second = launch(), third = launch();
   EXPECT_EQ(ids_of(first), (std::vector<int64_t>{0, 1}));  // a third of the five that may run
@@ -190,7 +191,7 @@ TEST_F(SchedulerTest, EveryPassInFlightGetsItsShare) {
 
 // Who waits for their masks takes no share from the others.
 TEST_F(SchedulerTest, SharesAreOfThoseThatCanGoOn) {
-  make({16, 64, 8, false, 256, /*depth=*/2}, 100);
+  make(with_depth({16, 64, 8, false}, 2), 100);
   for (int i = 0; i < 6; ++i) add(1);
   const auto first = launch(), second = launch();
   collect(first);
@@ -206,7 +207,7 @@ TEST_F(SchedulerTest, SharesAreOfThoseThatCanGoOn) {
 
 // The oldest needs a page, and the newest, whose pages it may take, is in flight: it waits until that is collected.
 TEST_F(SchedulerTest, NobodyInFlightGivesPagesBack) {
-  make({16, 64, 8, false, /*headroom=*/0, /*depth=*/2}, 4);
+  make(with_depth({16, 64, 8, false, /*headroom=*/0}, 2), 4);
   add(8, 8);
   add(7, 8, 2);
   auto first = launch(), second = launch();

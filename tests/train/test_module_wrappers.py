@@ -28,7 +28,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     for _ in range(3):
         optimizer.zero_grad()
         model.loss(Batch.from_documents(DOCUMENTS)).total.backward()
-        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.05
         optimizer.step()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(results["weights"][name], weight, rtol=1e-6, atol=1e-6, msg=f"FSDP: {name}")

@@ -64,6 +64,6 @@ def fsdp_steps(rank: int, folder: Path, checkpointing: bool = False) -> dict[str
         batch, totals = share(rank, model)
         optimizer.zero_grad()
         (2 * model.loss(batch, totals).total).backward()  # the gradients of ranks are averaged
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

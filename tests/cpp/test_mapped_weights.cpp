@@ -1,0 +1,211 @@
+// Models whose weights are views of mapped files: the same bits, nothing copied, only what is used in memory.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <thread>
+
+#include "checkpoint/from_pretrained.h"
+#include "checkpoint/save.h"
+#include "checkpoint_files.h"
+#include "engine/routing_observer.h"
+#include "io/mapped_file.h"
+#include "tiny_model.h"
+
+namespace mixtral {
+namespace {
+
+using testing::expect_load_error;
+using testing::TempFolder;
+using testing::write_file;
+
+Mixtral map_folder(const std::filesystem::path& folder, bool read_ahead = true) {
+  LoadOptions options;
+  options.weights = Weights::kMmap;
+  options.read_ahead = read_ahead;
+  return from_pretrained(folder, options);
+}
+
+// Whether the memory is of a mapping of a file with this name.
+bool lies_in(const std::string& file, const void* address) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    const size_t dash = line.find('-');
+    const auto begin = std::stoull(line.substr(0, dash), nullptr, 16);
+    const auto end = std::stoull(line.substr(dash + 1), nullptr, 16);
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    if (begin <= at && at < end) return line.find(file) != std::string::npos;
+  }
+  return false;
+}
+
+struct Format {
+  const char* name;
+  torch::ScalarType dtype;
+  Packing packing;
+};
+
+class MappedFormat : public ::testing::TestWithParam<Format> {};
+
+TEST_P(MappedFormat, ViewsHaveTheBitsOfWhatIsRead) {
+  const auto [name, dtype, packing] = GetParam();
+  const TempFolder folder;
+  const Mixtral model = packed_model(tiny_model(packable_config(), dtype), packing);
+  save_packed(*model, folder.path(), folder / "out");
+  Mixtral read = from_pretrained(folder / "out"), mapped = map_folder(folder / "out");
+  EXPECT_EQ(mapped->weight_type().name(), name);
+  const auto expected = read->named_parameters();
+  for (const auto& item : mapped->named_parameters()) {
+    const torch::Tensor& tensor = item.value();
+    EXPECT_EQ(tensor.sizes(), expected[item.key()].sizes()) << item.key();
+    EXPECT_EQ(0, std::memcmp(tensor.data_ptr(), expected[item.key()].data_ptr(), tensor.nbytes())) << item.key();
+    EXPECT_TRUE(lies_in("out/model.safetensors", tensor.data_ptr())) << item.key();
+    EXPECT_FALSE(lies_in("out/model.safetensors", expected[item.key()].data_ptr())) << item.key();
+  }
+  const auto ids = random_ids(30, model->config().vocab_size, 1);
+  EXPECT_TRUE(same_bits(whole(mapped, ids).to(torch::kFloat32), whole(read, ids).to(torch::kFloat32)));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, MappedFormat,
+                         ::testing::Values(Format{"float32", torch::kFloat32, Packing::kFloat},
+                                           Format{"bfloat16", torch::kBFloat16, Packing::kFloat},
+                                           Format{"float16", torch::kHalf, Packing::kFloat},
+                                           Format{"int8", torch::kBFloat16, Packing::kInt8},
+                                           Format{"fp8", torch::kBFloat16, Packing::kFp8},
+                                           Format{"int4", torch::kBFloat16, Packing::kInt4}),
+                         [](const auto& format) { return format.param.name; });
+
+TEST(MappedWeights, DenseModelsAreMappedToo) {
+  const TempFolder folder;
+  const Mixtral model = packed_model(tiny_model(packable_config(/*num_experts=*/0)), Packing::kFloat);
+  save_packed(*model, folder.path(), folder / "out");
+  Mixtral read = from_pretrained(folder / "out"), mapped = map_folder(folder / "out");
+  EXPECT_FALSE(mapped->expert_runner());
+  const auto ids = random_ids(30, model->config().vocab_size, 1);
+  EXPECT_TRUE(same_bits(whole(mapped, ids), whole(read, ids)));
+}
+
+TEST(MappedWeights, WritingToAParameterLeavesTheFileAsItWas) {
+  const torch::NoGradGuard no_grad;
+  const TempFolder folder;
+  const Mixtral model = packed_model(tiny_model(packable_config()), Packing::kFloat);
+  save_packed(*model, folder.path(), folder / "out");
+  map_folder(folder / "out")->named_parameters()["layers.1.moe.down_proj"].fill_(7);
+  const auto after = map_folder(folder / "out")->named_parameters()["layers.1.moe.down_proj"];
+  EXPECT_TRUE(torch::equal(after, model->named_parameters()["layers.1.moe.down_proj"]));
+}
+
+TEST(MappedWeights, DamagedFilesAreErrorsBeforeUse) {
+  const TempFolder folder;
+  save_packed(*packed_model(tiny_model(packable_config()), Packing::kFloat), folder.path(), folder / "out");
+  const auto file = folder / "out" / "model.safetensors";
+  const auto size = std::filesystem::file_size(file);
+  std::filesystem::resize_file(file, size - 1);
+  expect_load_error([&] { map_folder(folder / "out"); }, "is cut short");
+  std::filesystem::resize_file(file, size + 1);
+  expect_load_error([&] { map_folder(folder / "out"); }, "must end with its last tensor");
+}
+
+TEST(MappedWeights, AFileThatShrinksBeforeItIsMappedIsAnError) {
+  const TempFolder folder;
+  write_file(folder / "file", std::string(10000, 'x'));
+  const File file(folder / "file");
+  EXPECT_EQ(MappedFile(file).data()[9999], 'x');
+  std::filesystem::resize_file(folder / "file", 5000);
+  expect_load_error([&] { MappedFile mapped(file); }, "has changed");
+}
+
+// ---- residency
+// -------------------------------------------------------------------------------------------------------
+
+// One layer of eight experts of 24 MiB, so that the pages that the system reads around others are few.
+Config config_of_large_experts() {
+  Config config = packable_config(/*num_experts=*/8);
+  config.hidden_size = 1024;
+  config.intermediate_size = 4096;
+  config.num_layers = 1;
+  return config;
+}
+
+// Writes the file to the disk and drops its pages; whether they are gone.
+bool drop_from_memory(const std::filesystem::path& path) {
+  const File file(path);
+  ::fsync(file.descriptor());
+  ::posix_fadvise(file.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+  const MappedFile mapped(file);
+  uint64_t missing = 0;
+  for (const PageRange& range : missing_pages(pages_around(mapped.data(), file.size()))) missing += range.bytes;
+  return missing >= file.size() * 99 / 100;
+}
+
+double resident_share(const torch::Tensor& weight, int64_t expert) {
+  const uint64_t bytes = weight.nbytes() / weight.size(0);
+  const PageRange range = pages_around(static_cast<char*>(weight.data_ptr()) + expert * bytes, bytes);
+  uint64_t missing = 0;
+  for (const PageRange& part : missing_pages(range)) missing += part.bytes;
+  return 1 - static_cast<double>(missing) / static_cast<double>(range.bytes);
+}
+
+// What the thread has counted, once it has come to all choices.
+ExpertCounts counts_of(const Mixtral& model, int64_t choices) {
+  for (int i = 0; i < 10'000; ++i) {
+    const ExpertCounts counts = model->expert_runner()->counts();
+    if (counts.hits + counts.misses >= choices) return counts;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return model->expert_runner()->counts();
+}
+
+// All tokens to experts 2 and 5.
+void run_forced(Mixtral& model, int64_t tokens) {
+  Batch batch = packed_batch({random_ids(tokens, model->config().vocab_size, 1)}, torch::kCPU);
+  RoutingObserver observer(model->config(), /*keep_logits=*/false);
+  const uint8_t experts[] = {2, 5};
+  observer.force(std::vector<RoutingObserver::ForcedRow>(static_cast<size_t>(tokens), {experts, 2}));
+  batch.observer = &observer;
+  model->hidden_states(batch);
+}
+
+TEST(MappedWeights, OnlyTheChosenExpertsComeIntoMemory) {
+  const TempFolder folder;
+  {
+    Mixtral model(config_of_large_experts(), torch::kBFloat16, torch::kCPU, Packing::kFloat);
+    model->init_random(1);
+    save_packed(*model, folder.path(), folder / "out");
+  }
+  if (!drop_from_memory(folder / "out" / "model.safetensors"))
+    GTEST_SKIP() << "the file system of the temporary folder keeps files in memory";
+  Mixtral model = map_folder(folder / "out");
+  run_forced(model, 3);
+  const ExpertCounts first = counts_of(model, 6);
+  EXPECT_EQ(first.hits, 0);
+  EXPECT_EQ(first.misses, 6);
+  const auto parameters = model->named_parameters();
+  for (const char* name : {"layers.0.moe.gate_up_proj", "layers.0.moe.down_proj"}) {
+    for (int64_t expert = 0; expert < 8; ++expert) {
+      const bool chosen = expert == 2 || expert == 5;
+      EXPECT_NEAR(resident_share(parameters[name], expert), chosen ? 1 : 0, 0.02) << name << " of expert " << expert;
+    }
+  }
+  run_forced(model, 3);
+  const ExpertCounts second = counts_of(model, 12);
+  EXPECT_EQ(second.hits, 6);
+  EXPECT_EQ(second.misses, 6);
+  EXPECT_EQ(second.bytes, first.bytes);
+}
+
+TEST(MappedWeights, CountsEveryChoiceOfEveryLayer) {
+  const TempFolder folder;
+  save_packed(*packed_model(tiny_model(packable_config()), Packing::kFloat), folder.path(), folder / "out");
+  Mixtral model = map_folder(folder / "out");
+  whole(model, random_ids(13, model->config().vocab_size, 1));
+  const ExpertCounts counts = counts_of(model, 2 * 2 * 13);
+  EXPECT_EQ(counts.hits + counts.misses, 2 * 2 * 13);
+  EXPECT_FALSE(map_folder(folder / "out", /*read_ahead=*/false)->expert_runner());
+}
+
+}  // namespace
+}  // namespace mixtral
