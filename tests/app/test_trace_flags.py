@@ -149,8 +149,9 @@ def test_bench_counts_the_experts_of_the_replay(tmp_path):
 def test_traces_that_bench_cannot_replay_are_refused_in_one_line(tmp_path):
     path = tmp_path / "t"
     ok(*BENCH, "--trace", path)
-    for other in (["--batch", "2"], ["--prompt-tokens", "9"]):
-        assert "is not of these prompts" in refused(2, *BENCH, *other, "--replay", path)
+    longer = ["bench", "--prompt-tokens", "9", "--new-tokens", "4"]
+    for other in ([*BENCH, "--batch", "2"], longer):
+        assert "is not of these prompts" in refused(2, *other, "--replay", path)
     assert "is a trace of another model" in refused(3, *BENCH, "--dtype", "int8", "--replay", path)
     assert "none" in refused(3, *BENCH, "--replay", tmp_path / "none")
     trace = package.Trace.load(path)
