@@ -156,7 +156,8 @@ class Ranks:
 
     def end(self) -> tuple[int, str]:
         """The exit status of rank 0, which ends within ``ALL_GONE`` seconds, and what it says on stderr."""
-        _, errors = self.process.communicate(timeout=ALL_GONE)
+        self.process.wait(ALL_GONE)  # with its stdin open: a chat ends with that, too
+        _, errors = self.process.communicate()
         return self.process.returncode, errors.decode()
 
     def _line(self) -> None:
