@@ -108,7 +108,7 @@ def _rank_options(work: str, out: str, **options: object) -> _C.RankOptions:
 
 
 def _load(ranks: _C.RankOptions) -> _C.Mixtral:
-    return _C.Mixtral.from_pretrained(FOLDER, torch.device("cpu"), "auto", True, "", False, 0, None, ranks)
+    return _C.Mixtral.from_pretrained(FOLDER, torch.device("cpu"), "auto", pack=True, ranks=ranks)
 
 
 def rank(text: str) -> None:

@@ -81,9 +81,9 @@ void bind_model(py::module_& m) {
         "The folder that a path or a name in the Hugging Face cache means.");
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
-                  py::arg("lora"), py::arg("check_weights"), py::arg("experts_per_token"), py::arg("weights"),
-                  py::arg("read_ahead"), py::arg("gpu_memory"), py::arg("routing_counts"), py::arg("progress"),
-                  py::arg("ranks"))
+                  py::arg("lora") = "", py::arg("check_weights") = false, py::arg("experts_per_token") = 0,
+                  py::arg("weights") = "read", py::arg("read_ahead") = true, py::arg("gpu_memory") = 0,
+                  py::arg("routing_counts") = "", py::arg("progress") = py::none(), py::arg("ranks") = RankOptions())
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())

@@ -117,8 +117,8 @@ def test_idle_ranks_stay_longer_than_the_timeout(splittable):
         time.sleep(3)
         ranks.say("Hi")
         ranks._line()
-        ranks.process.stdin.close()
-        assert ranks.process.wait(10) == 0
+        ranks.process.communicate(timeout=ALL_GONE)  # closes its input
+        assert ranks.process.returncode == 0
 
 
 # ---- a rank fails ----------------------------------------------------------------------------------------------------

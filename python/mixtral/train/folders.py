@@ -99,7 +99,7 @@ def load(
         item, reason = "quantization_config", f"a model in {config.quantization} cannot be trained: take its original"
         raise LoadError(f"{folder}: {item}: {reason}", str(folder), item, reason)
     # One copy in memory: what is not split stays where the C++ model has put it.
-    source = _C.Mixtral.from_pretrained(folder, torch.device(device), name, False, lora or "", False, 0, None)
+    source = _C.Mixtral.from_pretrained(folder, torch.device(device), name, pack=False, lora=lora or "")
     with torch.device("meta"):
         model = cls(source.config, **options)
     weights = dict(_from_cpp(source.config, source.named_parameters()))
