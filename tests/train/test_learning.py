@@ -57,7 +57,7 @@ def test_one_batch_is_learned_by_heart(experts: int, top_k: int) -> None:
     model = small_model(0, experts, top_k, 64 if experts else 128, hidden_size=64)
     losses, loads = fit(model, lambda step: batch, 300, 1e-2)
     assert losses[0] == pytest.approx(np.log(64), abs=0.2)
-    assert losses[-1] < 0.02
+    assert np.median(losses[-50:]) < 0.02  # one step may be a spike at this learning rate
     if experts:
         assert expert_statistics(loads[-50:].sum(0))["dead_experts"] == 0
 
