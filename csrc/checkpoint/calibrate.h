@@ -24,8 +24,9 @@ class MixtralImpl;
 // Rounds all packed matrices of the int4 `model` anew, from the weights in folder `source` and a text, ids [n] without
 // BOS; an expert that no token reaches keeps the nearest. `lora`: the adapter that was merged into the model, if any.
 // The text is read in one forward pass, in sequences of at most 2048 tokens behind a BOS. `progress` counts matrices
-// and may throw. Throws std::invalid_argument for another model or one that is split over ranks, a source that is quantised itself, no ids, or one
-// outside the vocabulary; OutOfMemory; std::runtime_error for inputs that are not finite.
+// and may throw. Throws std::invalid_argument for another model or one that is split over ranks, a source that is
+// quantised itself, no ids, or one outside the vocabulary; OutOfMemory; std::runtime_error for inputs that are not
+// finite.
 void calibrate(MixtralImpl& model, const std::filesystem::path& source, int64_t bos, const std::vector<int64_t>& ids,
                const Progress& progress = nullptr, const std::filesystem::path& lora = {});
 
