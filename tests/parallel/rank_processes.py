@@ -114,7 +114,11 @@ class Ranks:
 
     def pids(self) -> list[int]:
         """Of all ranks, once they are there."""
-        wait_until(lambda: len(children_of(self.process.pid)) == self.size - 1, "starting the ranks")
+        wait_until(
+            lambda: len(children_of(self.process.pid)) == self.size - 1 or self.process.poll() is not None,
+            "starting the ranks",
+        )
+        assert self.process.poll() is None, self.process.stderr.read()
         return [self.process.pid, *children_of(self.process.pid)]
 
     def say(self, text: str) -> None:
