@@ -229,7 +229,7 @@ def test_a_rank_that_never_comes(splittable):
     command = ["generate", splittable, "--tp", "2", "--rank-timeout", "2", *GENERATE]
     (run,) = run_ranks(command, size=2)
     assert run.returncode == 5 and b"rank 1" in run.stderr and run.stderr.count(b"\n") == 1, run.stderr
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 90
 
 
 # ---- what others could reach -----------------------------------------------------------------------------------------

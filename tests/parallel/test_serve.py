@@ -16,9 +16,9 @@ from rank_processes import ALL_GONE, children_of, is_gone, listening_addresses, 
 
 TP2, TP2_PP2 = ["--tp", "2"], ["--tp", "2", "--pp", "2"]
 BODIES = [
-    {"prompt": "In the beginning", "max_tokens": 16, "logprobs": 2},
+    {"prompt": "In the beginning", "temperature": 0, "max_tokens": 16, "logprobs": 2},
     {"prompt": ["And it came to pass", "Once"], "max_tokens": 8, "temperature": 0.8, "seed": 3, "n": 2},
-    {"prompt": "And God said", "max_tokens": 12, "stream": True, "ignore_eos": True},
+    {"prompt": "And God said", "temperature": 0, "max_tokens": 12, "stream": True, "ignore_eos": True},
 ]
 
 
