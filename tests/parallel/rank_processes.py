@@ -158,9 +158,9 @@ class Ranks:
         assert self.process.stdout.read(1), self.process.stderr.read()
         return pids
 
-    def end(self) -> tuple[int, str]:
-        """The exit status of rank 0, which ends within ``ALL_GONE`` seconds, and what it says on stderr."""
-        self.process.wait(ALL_GONE)  # with its stdin open: a chat ends with that, too
+    def end(self, seconds: float = ALL_GONE) -> tuple[int, str]:
+        """The exit status of rank 0, which ends within ``seconds``, and what it says on stderr."""
+        self.process.wait(seconds)  # with its stdin open: a chat ends with that, too
         _, errors = self.process.communicate()
         return self.process.returncode, errors.decode()
 

@@ -4,8 +4,12 @@ import asyncio
 import json
 import signal
 import threading
+from types import SimpleNamespace
+
+import pytest
 
 from http_load import Client
+from mixtral.server.metrics import Metrics, Stats
 from processes import ServerProcess, small_server
 from soak import idle, settled_descriptors, soak
 
@@ -70,6 +74,19 @@ def test_sigterm_under_load(tmp_path: object) -> None:
         assert len(ends) == 16
         assert all(end.endswith(b"data: [DONE]\n\n") for end in ends)
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize("arrivals", [[1, 1, 1, 1], [2, 1, 1], [1, 3], [4]])
+def test_every_token_but_the_first_has_waited(arrivals: list[int]) -> None:
+    """However many tokens the server hears of at once."""
+    stats = SimpleNamespace(**dict.fromkeys(Stats.__annotations__, 0))
+    metrics = Metrics("model", SimpleNamespace(stats=lambda: stats, routing_counts=lambda: None))
+    sequence = metrics.sequence(prompt_tokens=1, max_tokens=4)
+    for new_tokens in [0, *arrivals]:
+        sequence.progress(new_tokens)
+    lines = metrics.text().decode().splitlines()
+    (waits,) = (line for line in lines if line.startswith("mixtral:inter_token_latency_seconds_count"))
+    assert float(waits.rpartition(" ")[2]) == 3
 
 
 def test_metrics_count_what_happened() -> None:

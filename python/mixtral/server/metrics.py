@@ -153,13 +153,14 @@ class SequenceTimes:
             self._metrics.queue.observe(now - self._start)
         if new_tokens == 0:
             return
+        waits = new_tokens
         if not self._tokens:
-            self._first_token = now
+            self._first_token = self._last_token = now
             self._metrics.first_token.observe(now - self._start)
             self._metrics.prefill.observe(now - self._first_pass)
-        else:
-            for _ in range(new_tokens):  # more than one came together, so the time is shared
-                self._metrics.between_tokens.observe((now - self._last_token) / new_tokens)
+            waits -= 1
+        for _ in range(waits):  # more than one came together, so the time is shared
+            self._metrics.between_tokens.observe((now - self._last_token) / new_tokens)
         self._tokens += new_tokens
         self._last_token = now
 
