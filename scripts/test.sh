@@ -7,4 +7,5 @@ scripts/lint.sh
 build/bin/mixtral_tests --gtest_brief=1
 build/bin/mixtral_gpu_emulator_tests --gtest_brief=1
 scripts/fuzz.sh
-exec .venv/bin/python -m pytest "$@"
+# Two files at a time: many tests wait, for a process to start or for a time to pass.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
