@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../checkpoint/folder.h"
+#include "../distributed/communicator.h"
 #include "../engine/threads.h"
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
@@ -48,6 +49,7 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.routing_counts = flags.routing_counts;
   if (options.weights == Weights::kMmap) install_bus_error_handler();
   join_ranks(flags, options);
+  if (!options.world || options.world->rank() == 0) options.warn = warn;  // once for all ranks
   if (flags.threads > 0) {
     try_threads(flags.threads);
     use_threads(static_cast<int>(flags.threads));
@@ -81,7 +83,6 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   const double start = seconds_now();
   LoadOptions load = load_options(flags);
-  load.warn = warn;
   ProgressBar bar("loading", bytes_text);
   load.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();

@@ -25,7 +25,8 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
-// What the flags say of reading the weights; of several ranks, this process has joined the others then.
+// What the flags say of reading the weights, with warn(); of several ranks, this process has joined the others then, and
+// rank 0 warns.
 LoadOptions load_options(const ModelFlags& flags);
 
 struct LoadedEngine {
