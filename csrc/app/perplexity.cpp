@@ -35,11 +35,12 @@ struct Scored {
 Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Config& config, const Tokenizer& tokenizer,
                const std::string& text) {
   const std::shared_ptr<const Trace> replay = read_replay(routing);
-  LoadedEngine loaded = load_engine(flags, tokenizer);
+  LoadedEngine loaded = load_idle_engine(flags, tokenizer);
   ProgressBar bar("scoring", tokens_text);
   ScoreOptions options;
   options.ctx_size = flags.ctx_size;
   options.chunk_size = flags.chunk_size;
+  options.kv_memory = flags.kv_memory;
   options.progress = progress_on(bar);
   check_replay(routing, replay, loaded.engine);
   options.replay = replay.get();
@@ -145,6 +146,9 @@ void add_perplexity(CLI::App& app) {
   add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);
+  add_kv_memory_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
+  command.get_option("--speculate")->description("No effect: the text is given, so there is nothing to guess");
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
       "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n"

@@ -126,6 +126,7 @@ void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std:
   options.targets = parse_targets(flags.targets, options.protocol);
   options.ctx_size = model.ctx_size;
   options.chunk_size = model.chunk_size;
+  options.kv_memory = model.kv_memory;
   const std::vector<std::string> texts = read_texts(file);
   check_figure(flags.result.svg);
   const Config config = read_config(model_path(model));
@@ -133,7 +134,7 @@ void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std:
   const std::vector<Document> documents = read_documents(tokenizer, texts, flags.document_tokens);
   check_contexts(config, documents, options);
 
-  LoadedEngine loaded = load_engine(model, tokenizer);
+  LoadedEngine loaded = load_idle_engine(model, tokenizer);
   ProgressBar bar("scoring", tokens_text);
   options.progress = progress_on(bar);
   const double start = seconds_now();
