@@ -101,7 +101,7 @@ void run(PerplexityFlags& flags) {
   }
   for (const CLI::Option* option : flags.contexts.need_contexts)
     if (option->count() > 0) throw std::invalid_argument(option->get_name() + " needs --contexts");
-  const std::string text = read_file(file);
+  const std::string text = read_text(file);
   if (text.empty()) throw std::invalid_argument("FILE must not be empty, got " + file);
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);

@@ -22,7 +22,7 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 // The texts of a file: those under "text" in the lines of a .jsonl file, else the file itself.
 std::vector<std::string> read_texts(const std::string& file) {
-  const std::string content = read_file(file);
+  const std::string content = read_text(file);
   if (!ends_with(file, ".jsonl")) return {content};
   std::vector<std::string> texts;
   std::istringstream lines(content);
@@ -98,6 +98,12 @@ std::string contexts_text(const nlohmann::json& result) {
 }
 
 }  // namespace
+
+std::string read_text(const std::string& file) {
+  std::string text = read_file(file);
+  if (text.find('\0') != std::string::npos) throw std::invalid_argument(file + " is no text: it has a zero byte");
+  return text;
+}
 
 void add_context_flags(CLI::App& command, ContextFlags& flags) {
   const std::string group = "Loss by context";
