@@ -13,6 +13,9 @@
 #include "../engine/replay.h"
 #include "../engine/roofline.h"
 #include "../engine/threads.h"
+#include "../model/memory.h"
+#include "../model/rolling_kv_cache.h"
+#include "../model/transformer.h"
 #include "commands.h"
 #include "flags.h"
 #include "load.h"
@@ -38,10 +41,13 @@ struct Result {
   int64_t peak_memory = 0;                                     // bytes, of the host and this process
   nlohmann::json parallel;                                     // of the ranks; null for one
   std::optional<int64_t> replayed_tokens;                      // of a round; with --replay
+  bool speculates = false;
+  int64_t drafted = 0, accepted = 0;  // tokens of a round
 
-  // The bandwidth is that of one process: not a number for several ranks.
+  // Of one process, whose every token reads its weights; else not a number.
+  bool has_roofline() const { return parallel.is_null() && !speculates; }
   double percent_of_roofline() const {
-    return parallel.is_null() ? 100 * decode_rate * weight_bytes / bandwidth : std::numeric_limits<double>::quiet_NaN();
+    return has_roofline() ? 100 * decode_rate * weight_bytes / bandwidth : std::numeric_limits<double>::quiet_NaN();
   }
 };
 
@@ -90,6 +96,21 @@ std::vector<Request> make_requests(const BenchFlags& flags, const Engine& engine
   return requests;
 }
 
+// With fewer pages some prompts would wait for others, and the rates would not be those of --batch.
+void check_pool(const BenchFlags& flags, const Engine& engine) {
+  const int64_t tokens = flags.prompt_tokens + flags.new_tokens, pool = engine.stats().pages;
+  const int64_t chunk = std::min(flags.model.chunk_size, tokens);
+  const int64_t needed = flags.batch * RollingKVCache::pages_needed(engine.config(), kPageSize, chunk, tokens);
+  if (needed <= pool) return;
+  const auto page_bytes =
+      static_cast<double>(RollingKVCache::page_bytes(engine.model().cache_config(), kPageSize, engine.model().dtype()));
+  throw OutOfMemory("the key/value cache: --batch " + std::to_string(flags.batch) + " with " + std::to_string(tokens) +
+                    " tokens each needs " + std::to_string(needed) + " pages (" +
+                    bytes_text(static_cast<double>(needed) * page_bytes) + "), and the pool has " +
+                    std::to_string(pool) + " (" + bytes_text(static_cast<double>(pool) * page_bytes) +
+                    "): lower --batch or raise --kv-memory");
+}
+
 int64_t replayed_tokens_of(const std::vector<Request>& requests, const std::vector<Generation>& generations) {
   int64_t tokens = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
@@ -114,6 +135,7 @@ Result measure(const BenchFlags& flags) {
   options.prefix_cache = false;                                           // every round reads the same prompts
   LoadedEngine loaded = load_engine(flags.model, std::nullopt, options);  // random ids: no text
   Engine& engine = loaded.engine;
+  check_pool(flags, engine);
   const std::vector<Request> requests = make_requests(flags, engine);
   Config config = engine.config();
   if (requests.front().replay) config.top_k = requests.front().replay->routing.top_k;
@@ -122,8 +144,8 @@ Result measure(const BenchFlags& flags) {
   engine.generate({requests.front()}, go_on);  // warms up
   std::vector<double> prefill, decode;
   std::vector<Generation> generations;  // of a round: all have the same
+  Timings timings;
   for (int64_t i = 0; i < flags.repeat; ++i) {
-    Timings timings;
     generations = engine.generate(requests, go_on, &timings);
     for (const Generation& generation : generations) check_finished(generation);
     prefill.push_back(per_second(timings.prompt_tokens, timings.prefill_seconds));
@@ -133,6 +155,9 @@ Result measure(const BenchFlags& flags) {
   Result result;
   result.parallel = parallel_json(flags.model, loaded.engine);
   if (requests.front().replay) result.replayed_tokens = replayed_tokens_of(requests, generations);
+  result.speculates = flags.model.speculate > 0;
+  result.drafted = timings.drafted_tokens;
+  result.accepted = timings.accepted_tokens;
   result.load_seconds = loaded.seconds;
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);
@@ -161,12 +186,34 @@ nlohmann::json to_json(const BenchFlags& flags, const Result& result, const Conf
                          {"peak_memory_bytes", result.peak_memory}};
   if (!result.parallel.is_null()) json["parallel"] = result.parallel;
   if (result.replayed_tokens) json["replayed_tokens"] = *result.replayed_tokens;
+  if (result.speculates) {
+    json["speculate"] = flags.model.speculate;
+    json["drafted_tokens"] = result.drafted;
+    json["accepted_tokens"] = result.accepted;
+  }
   return json;
+}
+
+std::string replayed_text(const BenchFlags& flags, const Result& result) {
+  if (!result.replayed_tokens) return "";
+  char text[120];
+  const int64_t read = flags.batch * (flags.prompt_tokens + flags.new_tokens - 1);
+  std::snprintf(text, sizeof text, "replayed  %10lld tokens    (of the %lld that the model read)\n",
+                static_cast<long long>(*result.replayed_tokens), static_cast<long long>(read));
+  return text;
+}
+
+std::string drafted_text(const Result& result) {
+  if (!result.speculates) return "";
+  char text[120];
+  std::snprintf(text, sizeof text, "drafted   %10lld tokens    (%lld were right)\n",
+                static_cast<long long>(result.drafted), static_cast<long long>(result.accepted));
+  return text;
 }
 
 std::string to_text(const BenchFlags& flags, const Result& result) {
   char text[600], percent[16] = "-  ";
-  if (result.parallel.is_null()) std::snprintf(percent, sizeof percent, "%.1f %%", result.percent_of_roofline());
+  if (result.has_roofline()) std::snprintf(percent, sizeof percent, "%.1f %%", result.percent_of_roofline());
   std::snprintf(text, sizeof text,
                 "load      %10.2f s\n"
                 "prefill   %10.1f tokens/s  (%lld x %lld tokens)\n"
@@ -177,12 +224,7 @@ std::string to_text(const BenchFlags& flags, const Result& result) {
                 static_cast<long long>(flags.prompt_tokens), result.decode_rate, static_cast<long long>(flags.batch),
                 static_cast<long long>(flags.new_tokens), percent, bytes_text(result.weight_bytes).c_str(),
                 bytes_text(result.bandwidth).c_str(), bytes_text(static_cast<double>(result.peak_memory)).c_str());
-  if (!result.replayed_tokens) return text;
-  char replayed[120];
-  const int64_t read = flags.batch * (flags.prompt_tokens + flags.new_tokens - 1);
-  std::snprintf(replayed, sizeof replayed, "replayed  %10lld tokens    (of the %lld that the model read)\n",
-                static_cast<long long>(*result.replayed_tokens), static_cast<long long>(read));
-  return std::string(text) + replayed;
+  return std::string(text) + replayed_text(flags, result) + drafted_text(result);
 }
 
 void run(const BenchFlags& flags) {
@@ -216,6 +258,8 @@ void add_bench(CLI::App& app) {
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
+  add_kv_memory_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral bench --prompt-tokens 512 --new-tokens 64\n"

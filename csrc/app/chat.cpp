@@ -246,6 +246,7 @@ void add_chat(CLI::App& app) {
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);
+  add_kv_memory_flag(command, flags->model);
   add_rank_flags(command, flags->model);
   command.footer(
       "Examples:\n"

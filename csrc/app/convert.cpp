@@ -20,7 +20,6 @@ struct ConvertFlags {
 
 void run(const ConvertFlags& flags) {
   LoadOptions options = load_options(flags.model);
-  options.warn = warn;
   ProgressBar bar("converting", bytes_text);
   uint64_t written = 0;
   options.progress = [&](uint64_t done, uint64_t total) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../checkpoint/generation_config.h"
+#include "../io/size.h"
 #include "load.h"
 #include "terminal.h"
 
@@ -45,6 +46,18 @@ CLI::Validator within(int64_t least, int64_t most, const std::string& rule) {
     return is_number && (value < least || value > most) ? "must be " + rule + ", got " + text : std::string();
   };
   return CLI::Validator(check, "");
+}
+
+void add_size(CLI::App& app, const std::string& names, int64_t& bytes, const std::string& help) {
+  const auto to_bytes = [](std::string& text) -> std::string {
+    try {
+      text = std::to_string(parse_size(text));
+      return "";
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+  };
+  add_option(app, names, bytes, help)->transform(CLI::Validator(to_bytes, ""))->type_name("SIZE");
 }
 
 }  // namespace
@@ -96,10 +109,8 @@ void add_weights_flag(CLI::App& app, ModelFlags& flags) {
 }
 
 void add_offload_flags(CLI::App& app, ModelFlags& flags) {
-  add_option(app, "--gpu-memory", flags.gpu_memory,
-             "Of the GPU for weights, such as 20GiB: experts beyond it stay in the memory of the CPU")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->type_name("SIZE");
+  add_size(app, "--gpu-memory", flags.gpu_memory,
+           "Of the GPU for weights, such as 20GiB: experts beyond it stay in the memory of the CPU");
   add_option(app, "--routing-counts", flags.routing_counts,
              "With --gpu-memory: keep the experts there that these counts, as of `mixtral route --counts`, use most")
       ->type_name("FILE");
@@ -132,6 +143,11 @@ void add_speculate_flag(CLI::App& app, ModelFlags& flags) {
              "Guess up to N tokens per step from earlier text that ends alike; changes the speed alone")
       ->check(at_least(0))
       ->capture_default_str();
+}
+
+void add_kv_memory_flag(CLI::App& app, ModelFlags& flags) {
+  add_size(app, "--kv-memory", flags.kv_memory,
+           "Of the key/value cache, such as 4GiB: what does not fit it is refused; without it, as much as is needed");
 }
 
 void add_experts_flag(CLI::App& app, ModelFlags& flags) {

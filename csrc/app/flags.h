@@ -28,11 +28,12 @@ struct ModelFlags {
   bool check_weights = false;
   int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
   std::string weights = "read";
-  uint64_t gpu_memory = 0;  // bytes; 0: all weights are on the device
+  int64_t gpu_memory = 0;  // bytes; 0: all weights are on the device
   std::string routing_counts;
   bool verbose = false;
   bool no_cuda_graph = false;
   int64_t speculate = 0;
+  int64_t kv_memory = 0;  // bytes; 0: as much as is needed
   ParallelFlags parallel;
   std::string parallel_backend = "auto";
   int64_t rank_timeout = 30;  // seconds
@@ -54,6 +55,7 @@ void add_model_path(CLI::App& app, ModelFlags& flags, const std::string& names =
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names = kModelPathNames);
 void add_cuda_graph_flag(CLI::App& app, ModelFlags& flags);
 void add_speculate_flag(CLI::App& app, ModelFlags& flags);
+void add_kv_memory_flag(CLI::App& app, ModelFlags& flags);
 void add_experts_flag(CLI::App& app, ModelFlags& flags);
 // --tensor-parallel-size, --pipeline-parallel-size and --expert-parallel.
 void add_parallel_flags(CLI::App& app, ParallelFlags& flags);

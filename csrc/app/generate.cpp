@@ -186,6 +186,7 @@ void add_generate(CLI::App& app) {
   command.get_option("--experts-per-token")->excludes(cache);
   add_cuda_graph_flag(command, flags->model);
   add_speculate_flag(command, flags->model);
+  add_kv_memory_flag(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral generate -p \"Once upon a time\" -n 64\n"

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../checkpoint/folder.h"
+#include "../distributed/communicator.h"
 #include "../engine/threads.h"
 #include "../engine/trace_file.h"
 #include "../io/load_error.h"
@@ -44,10 +45,11 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.check_weights = flags.check_weights;
   options.experts_per_token = flags.experts_per_token;
   options.weights = parse_weights(flags.weights);
-  options.gpu_memory = static_cast<int64_t>(flags.gpu_memory);
+  options.gpu_memory = flags.gpu_memory;
   options.routing_counts = flags.routing_counts;
   if (options.weights == Weights::kMmap) install_bus_error_handler();
   join_ranks(flags, options);
+  if (!options.world || options.world->rank() == 0) options.warn = warn;  // once for all ranks
   if (flags.threads > 0) {
     try_threads(flags.threads);
     use_threads(static_cast<int>(flags.threads));
@@ -78,20 +80,35 @@ int64_t context_of(const ModelFlags& flags, const Config& config) {
   return flags.ctx_size > 0 ? flags.ctx_size : config.max_position;
 }
 
-LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
+namespace {
+
+LoadedEngine load(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, const Engine::Options& options) {
   const double start = seconds_now();
   LoadOptions load = load_options(flags);
-  load.warn = warn;
   ProgressBar bar("loading", bytes_text);
   load.progress = [&bar](uint64_t done, uint64_t total) {
     throw_if_terminated();
     bar.update(static_cast<double>(done), static_cast<double>(total));
   };
+  return {Engine::from_pretrained(model_path(flags), load, options, std::move(tokenizer)), seconds_now() - start};
+}
+
+}  // namespace
+
+LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options) {
   options.chunk_size = flags.chunk_size;
   options.ctx_size = flags.ctx_size;
   options.cuda_graph = !flags.no_cuda_graph;
   options.speculate = flags.speculate;
-  return {Engine::from_pretrained(model_path(flags), load, options, std::move(tokenizer)), seconds_now() - start};
+  options.kv_memory = flags.kv_memory;
+  return load(flags, std::move(tokenizer), options);
+}
+
+LoadedEngine load_idle_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer) {
+  Engine::Options options;
+  options.max_batch = 1;
+  options.ctx_size = 1;
+  return load(flags, std::move(tokenizer), options);
 }
 
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags) {

@@ -25,16 +25,20 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
-// What the flags say of reading the weights; of several ranks, this process has joined the others then.
+// What the flags say of reading the weights, with warn(); of several ranks, this process has joined the others then,
+// and rank 0 warns.
 LoadOptions load_options(const ModelFlags& flags);
 
 struct LoadedEngine {
   Engine engine;
   double seconds;  // it took to load
 };
-// Reads the weights, with a progress bar on a terminal when that takes long. Chunk and context size come from `flags`.
-// Of several ranks this process is the first one (follow_as_rank).
+// Reads the weights, with a progress bar on a terminal when that takes long. `options` that are also flags come from
+// `flags`. Of several ranks this process is the first one (follow_as_rank).
 LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer, Engine::Options options = {});
+// For a command that calls the model itself, with caches of its own: the engine is there for the other ranks, and its
+// cache is as small as can be.
+LoadedEngine load_idle_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer);
 
 // The trace of --replay; null without one. Throws LoadError.
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags);

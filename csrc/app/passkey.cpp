@@ -61,12 +61,13 @@ void run(PasskeyFlags& flags) {
   options.style = parse_passkey_style(flags.style);
   options.ctx_size = flags.model.ctx_size;
   options.chunk_size = flags.model.chunk_size;
+  options.kv_memory = flags.model.kv_memory;
   const Config config = read_config(model_path(flags.model));
   const Tokenizer tokenizer = load_tokenizer(flags.model);
   check_passkey(config, tokenizer, options);
   check_figure(flags.result.svg);
 
-  LoadedEngine loaded = load_engine(flags.model, tokenizer);
+  LoadedEngine loaded = load_idle_engine(flags.model, tokenizer);
   ProgressBar bar("asking", tokens_text);
   options.progress = progress_on(bar);
   const nlohmann::json result = to_json(passkey(loaded.engine.model(), tokenizer, options), config);
@@ -101,6 +102,7 @@ void add_passkey(CLI::App& app) {
   add_result_flags(command, flags->result);
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
+  add_kv_memory_flag(command, flags->model);
   add_rank_flags(command, flags->model);
   command.footer(
       "A key counts as found when the model's greedy answer has it, digit by digit: docs/long_context.md.\n\n"

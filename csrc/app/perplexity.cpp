@@ -35,11 +35,12 @@ struct Scored {
 Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Config& config, const Tokenizer& tokenizer,
                const std::string& text) {
   const std::shared_ptr<const Trace> replay = read_replay(routing);
-  LoadedEngine loaded = load_engine(flags, tokenizer);
+  LoadedEngine loaded = load_idle_engine(flags, tokenizer);
   ProgressBar bar("scoring", tokens_text);
   ScoreOptions options;
   options.ctx_size = flags.ctx_size;
   options.chunk_size = flags.chunk_size;
+  options.kv_memory = flags.kv_memory;
   options.progress = progress_on(bar);
   check_replay(routing, replay, loaded.engine);
   options.replay = replay.get();
@@ -100,7 +101,7 @@ void run(PerplexityFlags& flags) {
   }
   for (const CLI::Option* option : flags.contexts.need_contexts)
     if (option->count() > 0) throw std::invalid_argument(option->get_name() + " needs --contexts");
-  const std::string text = read_file(file);
+  const std::string text = read_text(file);
   if (text.empty()) throw std::invalid_argument("FILE must not be empty, got " + file);
   const std::filesystem::path folder = model_path(flags.model);
   const Config config = read_config(folder);
@@ -145,6 +146,9 @@ void add_perplexity(CLI::App& app) {
   add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);
+  add_kv_memory_flag(command, flags->model);
+  add_speculate_flag(command, flags->model);
+  command.get_option("--speculate")->description("No effect: the text is given, so there is nothing to guess");
   command.footer(
       "A text longer than the context is cut into segments of --ctx-size tokens. Each starts anew, behind a BOS token\n"
       "of its own, so every token is predicted once. --chunk-size bounds the memory and does not change the result.\n"

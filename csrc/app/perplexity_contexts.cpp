@@ -22,7 +22,7 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 // The texts of a file: those under "text" in the lines of a .jsonl file, else the file itself.
 std::vector<std::string> read_texts(const std::string& file) {
-  const std::string content = read_file(file);
+  const std::string content = read_text(file);
   if (!ends_with(file, ".jsonl")) return {content};
   std::vector<std::string> texts;
   std::istringstream lines(content);
@@ -99,6 +99,12 @@ std::string contexts_text(const nlohmann::json& result) {
 
 }  // namespace
 
+std::string read_text(const std::string& file) {
+  std::string text = read_file(file);
+  if (text.find('\0') != std::string::npos) throw std::invalid_argument(file + " is no text: it has a zero byte");
+  return text;
+}
+
 void add_context_flags(CLI::App& command, ContextFlags& flags) {
   const std::string group = "Loss by context";
   const auto own = [&](CLI::Option* option) { flags.need_contexts.push_back(option->group(group)); };
@@ -126,6 +132,7 @@ void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std:
   options.targets = parse_targets(flags.targets, options.protocol);
   options.ctx_size = model.ctx_size;
   options.chunk_size = model.chunk_size;
+  options.kv_memory = model.kv_memory;
   const std::vector<std::string> texts = read_texts(file);
   check_figure(flags.result.svg);
   const Config config = read_config(model_path(model));
@@ -133,7 +140,7 @@ void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std:
   const std::vector<Document> documents = read_documents(tokenizer, texts, flags.document_tokens);
   check_contexts(config, documents, options);
 
-  LoadedEngine loaded = load_engine(model, tokenizer);
+  LoadedEngine loaded = load_idle_engine(model, tokenizer);
   ProgressBar bar("scoring", tokens_text);
   options.progress = progress_on(bar);
   const double start = seconds_now();

@@ -21,6 +21,8 @@ struct ContextFlags {
   std::vector<CLI::Option*> need_contexts;  // options that mean nothing without --contexts
 };
 
+// The text to score. Throws std::invalid_argument for a file that cannot be read or is binary.
+std::string read_text(const std::string& file);
 void add_context_flags(CLI::App& command, ContextFlags& flags);
 void run_contexts(const ModelFlags& model, const ContextFlags& flags, const std::string& file);
 

@@ -62,7 +62,6 @@ void write_calibrated(const QuantizeFlags& flags, const std::filesystem::path& f
 
 void write_at_once(const QuantizeFlags& flags, const std::filesystem::path& folder) {
   LoadOptions options = load_options(flags.model);
-  options.warn = warn;
   ProgressBar bar("writing", bytes_text);
   options.progress = show_in(bar);
   write_packed(folder, flags.out, options);

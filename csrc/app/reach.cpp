@@ -55,7 +55,7 @@ std::string to_text(const Reach& reach) {
 
 void run(ReachFlags& flags) {
   check_figure(flags.result.svg);
-  LoadedEngine loaded = load_engine(flags.model, std::nullopt);
+  LoadedEngine loaded = load_idle_engine(flags.model, std::nullopt);
   flags.options.ctx_size = flags.model.ctx_size;
   ProgressBar bar("measuring", tokens_text);
   flags.options.progress = progress_on(bar);

@@ -6,10 +6,10 @@
 #include <string>
 
 #include "../engine/request.h"
+#include "../io/size.h"
 
 namespace mixtral::app {
 
-std::string bytes_text(double bytes);    // "1.50 GiB"
 std::string tokens_text(double tokens);  // "1500 tokens"
 std::string json_line(const nlohmann::json& value);
 

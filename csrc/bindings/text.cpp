@@ -1,3 +1,4 @@
+#include "../io/size.h"
 #include "../text/chat_format.h"
 #include "../text/chat_template.h"
 #include "../text/tokenizer.h"
@@ -108,6 +109,7 @@ void bind_text(py::module_& m) {
       .def(py::init<Tokenizer, bool>(), py::arg("tokenizer"), py::arg("continues_text") = false)
       .def("push", &StreamingDecoder::push, py::arg("id"), "Text completed by this token; may be empty.")
       .def("flush", &StreamingDecoder::flush, "What is left.");
+  m.def("parse_size", &parse_size, py::arg("text"), "\"4GiB\" to bytes. Raises ValueError.");
   bind_chat(m);
 }
 

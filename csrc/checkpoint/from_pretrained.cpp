@@ -154,14 +154,13 @@ Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOption
   std::vector<ExpertWeights> layers(static_cast<size_t>(config.num_layers));
   for (const Parameter& parameter : model_parameters(config)) {
     if (!parameter.is_expert) continue;
-    experts.emplace(parameter.name, empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
+    const auto weight = empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing);
+    experts.emplace(parameter.name, weight);
+    ExpertWeights& layer = layers.at(static_cast<size_t>(parameter.layer));
+    (parameter.cut == Cut::kGateUp ? layer.gate_up : layer.down) = weight;
   }
   Mixtral model(config, scalar_type(type.dtype), device, type.packing, Placement(), nullptr, experts);
   checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
-  for (size_t layer = 0; layer < layers.size(); ++layer) {
-    const std::string path = "layers." + std::to_string(layer) + ".moe.";
-    layers[layer] = {experts.at(path + "gate_up_proj"), experts.at(path + "down_proj")};
-  }
   model->set_expert_runner(
       std::make_shared<ExpertOffload>(make_stream_arena(device), layers, on_device, /*cpu_rows=*/-1, model->dtype()));
   release_free_memory();

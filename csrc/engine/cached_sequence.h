@@ -9,12 +9,17 @@
 
 namespace mixtral {
 
+// A cache for one sequence of `longest` tokens, fed at most `chunk_size` at a time. Throws OutOfMemory when that does
+// not fit `kv_memory` bytes (0: any number) or the device.
+RollingKVCache cache_of_one(const MixtralImpl& model, int64_t longest, int64_t chunk_size, int64_t kv_memory);
+// Throws OutOfMemory when such a cache does not fit `kv_memory` bytes: for who makes several, before the first.
+void check_kv_memory(const MixtralImpl& model, int64_t longest, int64_t chunk_size, int64_t kv_memory);
+
 class CachedSequence {
  public:
-  // Room for `longest` tokens, at most `chunk_size` at a time. RoPE counts positions from `first_position` on. Throws
-  // OutOfMemory when the cache does not fit.
-  CachedSequence(MixtralImpl& model, int64_t longest, int64_t chunk_size, int64_t first_position = 0,
-                 int64_t page_size = kPageSize);
+  // As cache_of_one(). RoPE counts positions from `first_position` on.
+  CachedSequence(MixtralImpl& model, int64_t longest, int64_t chunk_size, int64_t kv_memory = 0,
+                 int64_t first_position = 0);
 
   // The next tokens -> their hidden states [T,H], for MixtralImpl::logits. Any number of ids.
   torch::Tensor feed(const std::vector<int64_t>& ids);

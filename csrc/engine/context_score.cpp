@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "../model/transformer.h"
+#include "cached_sequence.h"
 #include "require.h"
 #include "score.h"
 #include "window_score.h"
@@ -124,9 +125,16 @@ class Scorer {
         limit_(options.ctx_size > 0 ? options.ctx_size : model.config().max_position) {}
 
   std::vector<ContextScore> by_window(const std::vector<int64_t>& contexts) {
-    for (const int64_t context : contexts)
-      for (const Document* document : documents_)
-        for (const Window& window : windows(*document, context)) total_ += window.end - window.begin;
+    int64_t longest = 0;
+    for (const int64_t context : contexts) {
+      for (const Document* document : documents_) {
+        for (const Window& window : windows(*document, context)) {
+          total_ += window.end - window.begin;
+          longest = std::max(longest, window.end - window.begin);
+        }
+      }
+    }
+    check_kv_memory(model_, longest, options_.chunk_size, options_.kv_memory);
     std::vector<ContextScore> scores;
     std::vector<DocumentScore> before;
     for (const int64_t context : contexts) {
@@ -146,13 +154,15 @@ class Scorer {
       total_ += static_cast<int64_t>(document->ids.size());
       longest = std::max(longest, std::min(static_cast<int64_t>(document->ids.size()), limit_));
     }
+    check_kv_memory(model_, longest, options_.chunk_size, options_.kv_memory);
     if (contexts.back() < longest) contexts.push_back(longest);
     std::vector<std::vector<DocumentScore>> buckets(contexts.size());
     for (const Document* document : documents_) {
       for (auto& bucket : buckets) bucket.emplace_back();
       const int64_t before = done_;
       const auto progress = [&](int64_t done, int64_t) { advance(before + done - done_); };
-      const auto logprobs = token_logprobs(model_, bos_, document->ids, {limit_, options_.chunk_size, progress});
+      const auto logprobs =
+          token_logprobs(model_, bos_, document->ids, {limit_, options_.chunk_size, progress, options_.kv_memory});
       const int64_t tokens = static_cast<int64_t>(logprobs.size());
       for (int64_t t = first_target(*document); t < tokens; ++t) {
         const auto bucket = std::lower_bound(contexts.begin(), contexts.end(), t % limit_ + 1) - contexts.begin();
@@ -190,7 +200,7 @@ class Scorer {
       ids.insert(ids.end(), document.ids.begin() + window.begin, document.ids.begin() + window.end);
       const int64_t position = options_.protocol.kind == Protocol::kDisjoint ? 0 : window.begin;
       const auto logprobs = window_logprobs(model_, ids, window.end - window.first, position, options_.chunk_size,
-                                            [this](int64_t inputs) { advance(inputs); });
+                                            options_.kv_memory, [this](int64_t inputs) { advance(inputs); });
       for (const double logprob : logprobs) score.nll.push_back(-logprob);
       score.window_means.push_back(-sum(logprobs) / static_cast<double>(logprobs.size()));
     }

@@ -48,6 +48,7 @@ struct ContextOptions {
   int64_t targets = 0;   // the last this many tokens of each document are scored; 0: all
   int64_t ctx_size = 0;  // longest context; 0: the model's max_position
   int64_t chunk_size = kChunkSize;
+  int64_t kv_memory = 0;                                      // most bytes of keys and values; 0: as many as are needed
   std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each forward pass; may throw
 };
 

@@ -11,6 +11,7 @@
 
 #include "../checkpoint/folder.h"
 #include "../checkpoint/from_pretrained.h"
+#include "../io/size.h"
 #include "../model/memory.h"
 #include "../model/transformer.h"
 #include "engine_thread.h"
@@ -162,8 +163,9 @@ void Engine::Impl::check_fits(int64_t length) const {
   if (needed <= num_pages) return;
   const int64_t page_bytes = RollingKVCache::page_bytes(model->cache_config(), options.page_size, model->dtype());
   throw OutOfMemory("the key/value cache: prompt and max_tokens of " + std::to_string(length) + " tokens need " +
-                    std::to_string(needed) + " pages, and the pool has " + std::to_string(num_pages) + " (" +
-                    gib_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
+                    std::to_string(needed) + " pages (" + bytes_text(static_cast<double>(needed * page_bytes)) +
+                    "), and the pool has " + std::to_string(num_pages) + " (" +
+                    bytes_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
 }
 
 void Engine::Impl::check_replay(const Trace& replay) {

@@ -19,6 +19,8 @@ int64_t digits_of(const PasskeyOptions& options) {
   return options.digits > 0 ? options.digits : options.style == PasskeyStyle::kLandmark ? 5 : 7;
 }
 
+int64_t new_tokens_of(const PasskeyOptions& options) { return std::max<int64_t>(10, digits_of(options) + 5); }
+
 // Keys and names: the same for the same seed on every machine.
 class Draw {
  public:
@@ -61,10 +63,11 @@ class Examiner {
   // the model's own.
   void ask(const PasskeyPrompt& prompt, const std::string& key, PasskeyCell& cell, int64_t& digits) {
     const auto length = static_cast<int64_t>(prompt.ids.size());
-    const int64_t new_tokens = std::max<int64_t>(10, digits_of(options_) + 5);
+    const int64_t new_tokens = new_tokens_of(options_);
     const int64_t longest = length + std::max(new_tokens, static_cast<int64_t>(prompt.answer.size()));
     const int64_t chunk_size = std::max(options_.chunk_size, static_cast<int64_t>(prompt.answer.size()));
-    CachedSequence sequence(model_, longest, chunk_size);  // the answer is one chunk, and can be taken back
+    CachedSequence sequence(model_, longest, chunk_size,
+                            options_.kv_memory);  // the answer is one chunk, and can be taken back
     torch::Tensor hidden;
     for (int64_t begin = 0, end = 0; begin < length; begin = end) {
       end = std::min(begin + options_.chunk_size, length);
@@ -162,6 +165,7 @@ void check_passkey(const Config& config, const Tokenizer& tokenizer, const Passk
 PasskeyReport passkey(MixtralImpl& model, const Tokenizer& tokenizer, const PasskeyOptions& options) {
   check_passkey(model.config(), tokenizer, options);
   const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
+  check_kv_memory(model, longest + new_tokens_of(options), options.chunk_size, options.kv_memory);
   const auto lengths = distance_lengths(shortest_passkey_prompt(tokenizer, options.style, digits_of(options)), longest,
                                         options.distances);
   int64_t total = 0;

@@ -28,6 +28,7 @@ struct PasskeyOptions {
   int64_t ctx_size = 0;  // longest prompt; 0: the model's max_position
   int64_t chunk_size = kChunkSize;
   std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each forward pass; may throw
+  int64_t kv_memory = 0;                                      // most bytes of keys and values; 0: as many as are needed
 };
 
 struct PasskeyCell {

@@ -3,8 +3,7 @@
 #include <algorithm>
 
 #include "../model/parallel.h"
-#include "../model/rolling_kv_cache.h"
-#include "../model/transformer.h"
+#include "cached_sequence.h"
 #include "require.h"
 #include "routing_observer.h"
 #include "sampling.h"
@@ -51,8 +50,7 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
 
   const int64_t segment = std::min(total, options.ctx_size > 0 ? options.ctx_size : config.max_position);
   const int64_t chunk = std::min(options.chunk_size, segment);
-  const int64_t pages = RollingKVCache::pages_needed(config, kPageSize, chunk, segment);
-  RollingKVCache cache(model.cache_config(), {kPageSize, pages, chunk, model.device(), model.dtype()});
+  RollingKVCache cache = cache_of_one(model, segment, chunk, options.kv_memory);
 
   std::vector<double> logprobs(ids.size());
   int64_t sequence = -1;

@@ -20,6 +20,7 @@ struct ScoreOptions {
   int64_t ctx_size = 0;             // tokens of a segment; 0: the model's max_position
   int64_t chunk_size = kChunkSize;  // tokens per forward pass; it bounds the memory for logits, f32 [chunk_size,vocab]
   std::function<void(int64_t done, int64_t total)> progress;  // tokens, after each chunk; may throw to end the work
+  int64_t kv_memory = 0;                                      // most bytes of keys and values; 0: as many as are needed
   Trace* trace = nullptr;         // takes the tokens that the model read, and what its routers decided; empty_trace()
   const Trace* replay = nullptr;  // forces its experts; it must be of the same tokens in segments of the same size
 };

@@ -9,10 +9,10 @@
 namespace mixtral {
 
 std::vector<double> window_logprobs(MixtralImpl& model, const std::vector<int64_t>& ids, int64_t targets,
-                                    int64_t first_position, int64_t chunk_size,
+                                    int64_t first_position, int64_t chunk_size, int64_t kv_memory,
                                     const std::function<void(int64_t inputs)>& after_chunk) {
   const int64_t inputs = static_cast<int64_t>(ids.size()) - 1, first = inputs - targets;  // the input before a target
-  CachedSequence sequence(model, inputs, chunk_size, first_position);
+  CachedSequence sequence(model, inputs, chunk_size, kv_memory, first_position);
   std::vector<double> logprobs(static_cast<size_t>(targets));
   for (int64_t begin = 0, end = 0; begin < inputs; begin = end) {
     end = std::min(begin + chunk_size, inputs);

@@ -11,6 +11,7 @@ import pytest
 from binary import ROOT, environment, mixtral, ok, ok_json
 
 HELD_OUT = ROOT / "tests" / "data" / "held_out" / "bible.txt"
+WEIGHTS = ROOT / "models" / "demo" / "model.safetensors"
 
 
 @pytest.fixture
@@ -156,6 +157,8 @@ def test_svg_without_python_says_what_to_install_before_any_work(tmp_path):
         (["perplexity", HELD_OUT, "--contexts", "64", "--trace", "t.safetensors"], 2, "--trace goes without"),
         (["perplexity", "/dev/null", "--contexts", "64"], 2, "no tokens"),
         (["perplexity", "/nonexistent", "--contexts", "64"], 2, "cannot open /nonexistent"),
+        (["perplexity", WEIGHTS], 2, "model.safetensors is no text: it has a zero byte"),
+        (["perplexity", WEIGHTS, "--contexts", "64"], 2, "model.safetensors is no text: it has a zero byte"),
         (["perplexity", "/nonexistent", HELD_OUT, "--contexts", "64"], 3, "/nonexistent"),
         (["passkey"], 2, "--lengths is required"),
         (["passkey", "--lengths", "20"], 2, "lengths must be at least "),

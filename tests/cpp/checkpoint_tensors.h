@@ -12,6 +12,29 @@ namespace mixtral::testing {
 
 using Tensors = std::map<std::string, torch::Tensor>;
 
+struct Sizes {
+  int64_t hidden = 8, intermediate = 5, head_dim = 4, vocab = 11;
+};
+
+// Two layers of four query heads and two key/value heads; no experts: dense.
+inline Config checkpoint_config(int64_t num_experts, const Sizes& sizes = {}) {
+  Config config;
+  config.hidden_size = sizes.hidden;
+  config.intermediate_size = sizes.intermediate;
+  config.num_layers = 2;
+  config.num_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim = sizes.head_dim;
+  config.vocab_size = sizes.vocab;
+  config.max_position = 64;
+  config.num_experts = num_experts;
+  config.top_k = num_experts ? 2 : 0;
+  config.rms_norm_eps = 1e-5;
+  config.rope_theta = 1e4;
+  config.validate("test");
+  return config;
+}
+
 // Random tensors of the given spelling; equal names always hold equal values.
 inline Tensors random_tensors(const Config& config, WeightNames names, torch::ScalarType type) {
   Tensors tensors;

@@ -11,6 +11,7 @@
 namespace mixtral {
 namespace {
 
+using testing::checkpoint_config;
 using testing::expect_load_error;
 using testing::file_bytes;
 using testing::peak_memory;
@@ -21,24 +22,6 @@ using testing::Tensors;
 using testing::write_file;
 
 using Parameters = torch::OrderedDict<std::string, torch::Tensor>;
-
-Config small_config(int64_t num_experts) {
-  Config config;
-  config.hidden_size = 8;
-  config.intermediate_size = 5;
-  config.num_layers = 2;
-  config.num_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim = 4;
-  config.vocab_size = 11;
-  config.max_position = 64;
-  config.num_experts = num_experts;
-  config.top_k = num_experts ? 2 : 0;
-  config.rms_norm_eps = 1e-5;
-  config.rope_theta = 1e4;
-  config.validate("test");
-  return config;
-}
 
 // The parameters of model/parameters.h, filled with NaN.
 Parameters empty_parameters(const Config& config, torch::ScalarType type) {
@@ -81,7 +64,7 @@ void expect_equal(const Parameters& a, const Parameters& b) {
 }
 
 TEST(Checkpoint, FillsEveryRowOfEveryParameter) {
-  const Config config = small_config(3);
+  const Config config = checkpoint_config(3);
   const Tensors t = random_tensors(config, WeightNames::kHuggingFace, torch::kBFloat16);
   const Parameters p = load(t, config, torch::kBFloat16);
   EXPECT_TRUE(torch::equal(p["embed_tokens"], t.at("model.embed_tokens.weight")));
@@ -105,7 +88,7 @@ TEST(Checkpoint, FillsEveryRowOfEveryParameter) {
 }
 
 TEST(Checkpoint, AllSpellingsGiveTheSameParameters) {
-  Config config = small_config(3);
+  Config config = checkpoint_config(3);
   const Tensors v4 = random_tensors(config, WeightNames::kHuggingFace, torch::kBFloat16);
   const Parameters expected = load(v4, config, torch::kBFloat16);
 
@@ -130,7 +113,7 @@ TEST(Checkpoint, AllSpellingsGiveTheSameParameters) {
 }
 
 TEST(Checkpoint, ReadsDenseAndTiedModels) {
-  Config config = small_config(0);
+  Config config = checkpoint_config(0);
   config.tie_word_embeddings = true;
   const Tensors t = random_tensors(config, WeightNames::kHuggingFace, torch::kFloat32);
   const Parameters p = load(t, config, torch::kFloat32);
@@ -141,7 +124,7 @@ TEST(Checkpoint, ReadsDenseAndTiedModels) {
 }
 
 TEST(Checkpoint, ConvertsEveryDtypeRoundingToNearestEven) {
-  const Config config = small_config(2);
+  const Config config = checkpoint_config(2);
   // Halfway between two bfloat16 values (twice), not a number, infinite.
   const std::vector<double> special = {1.00390625, 1.01171875, NAN, INFINITY, 0, -0.0, 1, 2};
   for (const auto from : {torch::kFloat32, torch::kBFloat16, torch::kHalf}) {
@@ -156,7 +139,7 @@ TEST(Checkpoint, ConvertsEveryDtypeRoundingToNearestEven) {
 }
 
 TEST(Checkpoint, ReadsTensorsLargerThanTheStagingBuffer) {
-  Config config = small_config(0);
+  Config config = checkpoint_config(0);
   config.layout = CheckpointLayout::kConsolidated;
   config.num_layers = 1;
   config.head_dim = 1024;
@@ -184,7 +167,7 @@ TEST(Checkpoint, ReadsTensorsLargerThanTheStagingBuffer) {
 
 class ShardedCheckpoint : public ::testing::Test {
  protected:
-  ShardedCheckpoint() : config_(small_config(2)) {
+  ShardedCheckpoint() : config_(checkpoint_config(2)) {
     for (const auto& [name, tensor] : random_tensors(config_, WeightNames::kHuggingFace, torch::kBFloat16)) {
       const int shard = static_cast<int>(map_.size()) % 2;
       map_[name] = "\"model-" + std::to_string(shard) + ".safetensors\"";
@@ -240,7 +223,7 @@ TEST_F(ShardedCheckpoint, NeedsEveryTensorOnce) {
 }
 
 TEST(Checkpoint, RejectsTensorsThatDoNotFitTheModel) {
-  const Config config = small_config(2);
+  const Config config = checkpoint_config(2);
   const Tensors valid = random_tensors(config, WeightNames::kHuggingFace, torch::kBFloat16);
   const auto with = [&](const std::string& name, const torch::Tensor& tensor) {
     return [&, name, tensor] {
@@ -269,7 +252,7 @@ TEST(Checkpoint, RejectsTensorsThatDoNotFitTheModel) {
 
 TEST(Checkpoint, NeedsWeights) {
   const TempFolder folder;
-  expect_load_error([&] { Checkpoint(folder.path(), small_config(2)); }, "holds neither model.safetensors nor");
+  expect_load_error([&] { Checkpoint(folder.path(), checkpoint_config(2)); }, "holds neither model.safetensors nor");
 }
 
 // In a child process, whose peak is its own. The file is sparse, so writing it costs no memory.
@@ -280,7 +263,7 @@ INSTANTIATE_TEST_SUITE_P(Packings, CheckpointDeathTest,
 
 TEST_P(CheckpointDeathTest, PeakMemoryIsThatOfTheWeights) {
   ::testing::FLAGS_gtest_death_test_style = "threadsafe";
-  Config config = small_config(8);
+  Config config = checkpoint_config(8);
   config.hidden_size = 1024;
   config.intermediate_size = 3072;
   config.head_dim = 32;
@@ -299,7 +282,7 @@ TEST_P(CheckpointDeathTest, PeakMemoryIsThatOfTheWeights) {
   write_file(folder / "model.safetensors", safetensors(header + "}", ""));
   std::filesystem::resize_file(folder / "model.safetensors", 9 + header.size() + end);
   const auto run = [&] {
-    MixtralImpl(small_config(0), torch::kBFloat16, torch::kCPU).init_random(1);  // warm up
+    MixtralImpl(checkpoint_config(0), torch::kBFloat16, torch::kCPU).init_random(1);  // warm up
     const int64_t before = peak_memory();
     const MixtralImpl model(config, torch::kBFloat16, torch::kCPU, GetParam());
     double weights = 0;
@@ -315,7 +298,7 @@ TEST_P(CheckpointDeathTest, PeakMemoryIsThatOfTheWeights) {
 
 // Accepted or LoadError: any other exception fails the test, and a signal ends it.
 TEST(Checkpoint, SurvivesEveryBitFlipOfItsHeader) {
-  Config config = small_config(0);
+  Config config = checkpoint_config(0);
   config.num_layers = 1;
   const std::string valid = file_bytes(random_tensors(config, WeightNames::kHuggingFace, torch::kBFloat16));
   const size_t header_end = valid.find("}}") + 2;

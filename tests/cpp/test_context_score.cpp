@@ -8,6 +8,8 @@
 #include "engine/context_score.h"
 #include "engine/sampling.h"
 #include "engine/score.h"
+#include "model/memory.h"
+#include "model/rolling_kv_cache.h"
 #include "tiny_model.h"
 
 namespace mixtral {
@@ -193,6 +195,26 @@ TEST(ContextScore, ShortDocumentsAreLeftOutAndCounted) {
   EXPECT_EQ(report.skipped, 1);
   ASSERT_EQ(report.contexts.size(), 2u);  // sorted, each once
   EXPECT_EQ(report.contexts[0].context, 10);
+}
+
+TEST(ContextScore, ACacheBeyondKvMemoryIsRefusedBeforeTheFirstPass) {
+  auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
+  const std::vector<Document> documents = {document_of(random_ids(100, 101, 1))};
+  for (const char* protocol : {"fixed", "sliding:5", "buckets", "disjoint"}) {
+    ContextOptions options;
+    options.contexts = {10, 60};
+    options.targets = 4;
+    options.protocol = parse_protocol(protocol);
+    int64_t passes = 0;
+    options.progress = [&passes](int64_t, int64_t) { ++passes; };
+    options.kv_memory = 7 * RollingKVCache::page_bytes(model->config(), kPageSize, model->dtype());  // of 16 tokens
+    EXPECT_FALSE(score_contexts(*model, kBosId, documents, options).contexts.empty()) << protocol;
+    EXPECT_GT(passes, 0) << protocol;
+    passes = 0;
+    options.kv_memory = options.kv_memory / 7 * 3;
+    EXPECT_THROW(score_contexts(*model, kBosId, documents, options), OutOfMemory) << protocol;
+    EXPECT_EQ(passes, 0) << protocol;
+  }
 }
 
 TEST(ContextScore, WrongArgumentsAreNamed) {

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "generations.h"
+#include "io/size.h"
 #include "model/memory.h"
 
 namespace mixtral {
@@ -284,9 +285,10 @@ TEST(EngineRequests, WhatCanNeverFitIsRefusedInTheCallersThread) {
     engine.submit(request({1, 2}, params(19)), large.callbacks());
     FAIL();
   } catch (const OutOfMemory& error) {
-    EXPECT_EQ(std::string(error.what()),
-              "the key/value cache: prompt and max_tokens of 21 tokens need 6 pages, and the pool has 5 (0.00 GiB): "
-              "lower max_tokens or raise kv_memory");
+    const auto page = static_cast<double>(RollingKVCache::page_bytes(model->config(), 4, model->dtype()));
+    EXPECT_EQ(std::string(error.what()), "the key/value cache: prompt and max_tokens of 21 tokens need 6 pages (" +
+                                             bytes_text(6 * page) + "), and the pool has 5 (" + bytes_text(5 * page) +
+                                             "): lower max_tokens or raise kv_memory");
   }
   expect_same(small.wait().generation, alone(model, {1, 2}, params(18)));
   EXPECT_THROW(engine.generate({{1}}, {params(100)}), OutOfMemory);

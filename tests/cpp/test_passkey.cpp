@@ -7,6 +7,8 @@
 
 #include "engine/passkey.h"
 #include "engine/sampling.h"
+#include "model/memory.h"
+#include "model/rolling_kv_cache.h"
 #include "tiny_model.h"
 
 namespace mixtral {
@@ -222,6 +224,25 @@ TEST(Passkey, JsonHasTheFieldsOfItsSchema) {
   EXPECT_DOUBLE_EQ(cell["low"].get<double>(), wilson_interval(7, 10).low);
   EXPECT_NEAR(json["chance"].get<double>(), 1e-5, 1e-15);
   EXPECT_EQ(json["reach"], 2 * 7);
+}
+
+TEST(Passkey, ACacheBeyondKvMemoryIsRefusedBeforeTheFirstPass) {
+  const Config config = demo_sized_config(/*window=*/0);
+  auto model = tiny_model(config);
+  PasskeyOptions options;
+  options.lengths = {90, 150};
+  options.depths = 1;
+  options.trials = 1;
+  options.distances = 0;
+  int64_t passes = 0;
+  options.progress = [&passes](int64_t, int64_t) { ++passes; };
+  options.kv_memory = 10 * RollingKVCache::page_bytes(config, kPageSize, model->dtype());  // 150 tokens and the answer
+  EXPECT_EQ(passkey(*model, demo_tokenizer(), options).cells.size(), 2u);
+  EXPECT_GT(passes, 0);
+  passes = 0;
+  --options.kv_memory;
+  EXPECT_THROW(passkey(*model, demo_tokenizer(), options), OutOfMemory);
+  EXPECT_EQ(passes, 0);
 }
 
 TEST(Passkey, WrongArgumentsAreNamed) {

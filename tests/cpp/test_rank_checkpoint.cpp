@@ -15,6 +15,7 @@ namespace mixtral {
 namespace {
 
 using testing::bytes_of;
+using testing::checkpoint_config;
 using testing::expect_load_error;
 using testing::file_bytes;
 using testing::random_tensors;
@@ -26,21 +27,8 @@ using Parameters = torch::OrderedDict<std::string, torch::Tensor>;
 
 // Can be packed by four ranks, of which two share a key/value head.
 Config splittable_config(int64_t num_experts) {
-  Config config;
-  config.hidden_size = 128;
-  config.intermediate_size = 128;
-  config.num_layers = 2;
-  config.num_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim = 32;
-  config.vocab_size = 256;
-  config.max_position = 64;
-  config.num_experts = num_experts;
-  config.top_k = num_experts ? 2 : 0;
+  Config config = checkpoint_config(num_experts, {128, 128, 32, 256});
   config.select_bias = num_experts > 0;
-  config.rms_norm_eps = 1e-5;
-  config.rope_theta = 1e4;
-  config.validate("test");
   return config;
 }
 

@@ -6,6 +6,9 @@
 
 #include "engine/sampling.h"
 #include "engine/score.h"
+#include "io/size.h"
+#include "model/memory.h"
+#include "model/rolling_kv_cache.h"
 #include "tiny_model.h"
 
 namespace mixtral {
@@ -82,6 +85,25 @@ TEST(Score, ProgressCountsTokensAndMayEndTheWork) {
   };
   EXPECT_THROW(token_logprobs(*model, kBos, random_ids(50, 101, 1), {20, 15, progress}), std::runtime_error);
   EXPECT_EQ(seen, (std::vector<int64_t>{15, 20, 35, 40}));
+}
+
+TEST(Score, ACacheBeyondKvMemoryIsRefusedWithNumbers) {
+  auto model = tiny_model(tiny_config(4, 2, /*window=*/0));
+  const int64_t page = RollingKVCache::page_bytes(model->config(), kPageSize, model->dtype());
+  ScoreOptions options;
+  options.kv_memory = 4 * page;  // of 16 tokens
+  const auto ids = random_ids(64, 101, 1), more = random_ids(65, 101, 1);
+  EXPECT_EQ(token_logprobs(*model, kBos, ids, options), logprobs(model, ids, 0, 512));
+  try {
+    token_logprobs(*model, kBos, more, options);
+    FAIL();
+  } catch (const OutOfMemory& error) {
+    EXPECT_EQ(std::string(error.what()), "the key/value cache: 65 tokens need " + bytes_text(5.0 * page) +
+                                             ", and kv_memory is " + bytes_text(4.0 * page) +
+                                             ": raise it, or give the model a shorter context");
+  }
+  options.ctx_size = 64;
+  EXPECT_EQ(token_logprobs(*model, kBos, more, options), logprobs(model, more, 64, 512));
 }
 
 TEST(Score, WrongArgumentsAreNamed) {

@@ -308,6 +308,38 @@ def test_bad_input_is_one_line(
     assert not written
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--domain", "b={text}", "--domain", "a={short}"], "domain a: expected at least 20 tokens, got 2"),
+        (["--domain", "a={text}", "--layers", "4"], "--layers: expected layers in [0, 3], got 4"),
+        (
+            ["--parallel", "a={text}", "--parallel", "b={text}", "--tokens", "4"],
+            "domain a: expected at least 20 tokens",
+        ),
+        (
+            ["--parallel", "a={text}", "--parallel", "b={text}", "--tokens", "4", "--ansi"],
+            "domain a: expected at least 1",
+        ),
+    ],
+)
+def test_what_cannot_be_analysed_is_not_traced(
+    arguments: list[str],
+    message: str,
+    files: dict[str, Path],
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(files["folder"])
+
+    def trace(*_: object, **__: object) -> None:
+        pytest.fail("the texts were traced")
+
+    monkeypatch.setattr(package.Mixtral, "trace", trace)
+    assert command.main([argument.format(**files) for argument in arguments]) == 2
+    assert capfd.readouterr().err.startswith(f"mixtral: {message}")
+
+
 def test_parallel_texts_of_different_lengths(files: dict[str, Path], capfd: pytest.CaptureFixture) -> None:
     files["short"].write_text("one\ntwo\n")
     arguments = ["--parallel", f"a={files['text']}", "--parallel", f"b={files['short']}", "--out", str(files["folder"])]

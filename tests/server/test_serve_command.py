@@ -60,8 +60,8 @@ def test_serves_the_bundled_model_until_a_signal_comes(start):
     [
         (["--port", "70000"], "argument --port: must be in [0, 65535], got 70000"),
         (["--queue", "0"], "argument --queue: must be >= 1, got 0"),
-        (["--kv-memory", "much"], "argument --kv-memory: expected a size such as 4GiB, got much"),
-        (["--kv-memory", "0"], "argument --kv-memory: expected a size such as 4GiB, got 0"),
+        (["--kv-memory", "much"], "argument --kv-memory: must be a size such as 4GiB, got much"),
+        (["--kv-memory", "0"], "argument --kv-memory: must be a size such as 4GiB, got 0"),
         (["--dtype", "float7"], "argument --dtype: invalid choice: 'float7'"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 8000: cannot listen there: "),
         (["a", "b"], "unrecognized arguments: b"),

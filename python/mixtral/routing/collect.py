@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LoadError
+from .tokens import check_size
 
 if TYPE_CHECKING:
     from ..model import Mixtral
@@ -52,6 +53,7 @@ def trace_texts(
     *,
     tokens: int = 0,
     document_tokens: int = 512,
+    least: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Trace":
     """Trace the beginning of each text, cut into documents; languages are domains too.
@@ -59,10 +61,11 @@ def trace_texts(
     Args:
         tokens: of all texts together, in equal parts, BOS included; 0: everything. Parallel texts end at the same line.
         document_tokens: of a document, BOS included.
+        least: tokens of each text, without BOS.
 
     Raises:
-        ValueError: parallel texts of different numbers of lines, a name that is a domain and a language, or too few
-            tokens for a text.
+        ValueError: parallel texts of different numbers of lines, a name that is a domain and a language, or fewer
+            tokens of a text than ``least``.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -74,8 +77,10 @@ def trace_texts(
         raise ValueError(f"--tokens: expected at least 2 for each text, got {tokens}")
     pieces = [(text.name, _ids(tokenizer, text.text, share)) for text in domains]
     pieces += _aligned(tokenizer, languages, share)
-    documents = [(name, document) for name, ids in pieces for document in _cut(ids, tokenizer, share, document_tokens)]
-    names, prompts = zip(*documents, strict=True)
+    documents = [(name, _cut(ids, tokenizer, share, document_tokens)) for name, ids in pieces]
+    for name, parts in documents:
+        check_size(name, sum(len(part) - 1 for part in parts), least)
+    names, prompts = zip(*((name, part) for name, parts in documents for part in parts), strict=True)
     return model.trace(prompts, domains=names, logits=True, progress=progress)
 
 

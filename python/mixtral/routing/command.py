@@ -124,6 +124,9 @@ def _run_model(flags: argparse.Namespace) -> int:
     out = None if flags.ansi and not flags.out else _out(flags)
     model = _load_model(flags)
     from .analysis import analyse, plain
+    from .tokens import LEAST_TOKENS, checked_layers
+
+    checked_layers(flags.layers, model.config.num_layers)
 
     trace = collect.trace_texts(
         model,
@@ -131,6 +134,7 @@ def _run_model(flags: argparse.Namespace) -> int:
         languages,
         tokens=flags.tokens,
         document_tokens=min(flags.ctx_size, model.config.max_position),
+        least=1 if out is None else LEAST_TOKENS,
         progress=_progress("tracing"),
     )
     if flags.ansi:

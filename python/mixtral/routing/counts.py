@@ -36,8 +36,8 @@ def analyse_counts(path: str | PathLike[str], key: str = "", layers: list[int] |
     if first is not None and {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in assigned.items()}:
         raise _error(path, "top1", "expected the domains and sizes of topk_assignments")
     numbers = counts.get("layers", root.get("layers", list(range(shape[0]))))
-    if not isinstance(numbers, list) or len(numbers) != shape[0]:
-        raise _error(path, "layers", f"expected {shape[0]} numbers")
+    if not _are_layers(numbers, shape[0]):
+        raise _error(path, "layers", f"expected {shape[0]} different numbers, all >= 0")
     for layer in layers or []:
         if layer not in numbers:
             raise ValueError(f"--layers: expected layers out of {', '.join(map(str, numbers))}, got {layer}")
@@ -51,6 +51,12 @@ def analyse_counts(path: str | PathLike[str], key: str = "", layers: list[int] |
     ]
     head = {"version": VERSION, "source": f"{path}#{key}" if key else str(path), "experts": shape[1], "top_k": top_k}
     return plain(head | {"domains": sizes, "languages": [], "confidence": CONFIDENCE, "layers": found})
+
+
+def _are_layers(numbers: object, count: int) -> bool:
+    if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+        return False
+    return len(numbers) == len(set(numbers)) == count
 
 
 def _layer(number: int, index: int, assigned: Counts, first: Counts | None, top_k: int | None) -> dict:

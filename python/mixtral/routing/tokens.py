@@ -37,7 +37,7 @@ class Tokens:
         """
         self.names = trace.domain_names if names is None else names
         self.num_experts, self.top_k = trace.num_experts, trace.topk_ids.shape[2]
-        self.layers = _checked_layers(layers, trace.topk_ids.shape[1])
+        self.layers = checked_layers(layers, trace.topk_ids.shape[1])
         at = np.array([self.names.index(n) if n in self.names else -1 for n in trace.domain_names], np.int64)
         domain = at[np.asarray(trace.domains)]
         keep = ~np.asarray(trace.special).astype(bool) & (domain >= 0)
@@ -102,11 +102,24 @@ class Tokens:
 
     def _check_sizes(self) -> None:
         for name, size in zip(self.names, np.bincount(self.domain, minlength=len(self.names)), strict=True):
-            if size < LEAST_TOKENS:
-                raise ValueError(f"domain {name}: expected at least {LEAST_TOKENS} tokens, got {size}")
+            check_size(name, size)
 
 
-def _checked_layers(layers: list[int] | None, num_layers: int) -> list[int]:
+def check_size(domain: str, tokens: int, least: int = LEAST_TOKENS) -> None:
+    """
+    Raises:
+        ValueError: the domain has fewer tokens.
+    """
+    if tokens < least:
+        raise ValueError(f"domain {domain}: expected at least {least} tokens, got {tokens}")
+
+
+def checked_layers(layers: list[int] | None, num_layers: int) -> list[int]:
+    """All layers for None.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
     for layer in layers or []:
         if not 0 <= layer < num_layers:
             raise ValueError(f"--layers: expected layers in [0, {num_layers - 1}], got {layer}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from ..command_line import Parser, require_packages, run_command
 
 PACKAGES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
-SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 EPILOG = """\
 Every flag may come from the environment instead: --max-batch from MIXTRAL_MAX_BATCH. docs/serving.md has the rest.
@@ -21,16 +20,12 @@ Examples:
 
 
 def _size(text: str) -> int:
-    """4GiB, 512MiB, or bytes."""
-    number = text.lower().removesuffix("ib").removesuffix("b")
-    unit = number.lstrip("0123456789.")
+    from .. import _C
+
     try:
-        value = float(number.removesuffix(unit)) * SIZES[unit]
-        if not 0 < value < 2**63:
-            raise ValueError
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected a size such as 4GiB, got {text}") from None
-    return int(value)
+        return _C.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
