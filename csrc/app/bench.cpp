@@ -43,6 +43,7 @@ struct Result {
   std::optional<int64_t> replayed_tokens;                      // of a round; with --replay
   bool speculates = false;
   int64_t drafted = 0, accepted = 0;  // tokens of a round
+  nlohmann::json expert_counts;       // of the rounds; null where all experts are in memory
 
   // Of one process, whose every token reads its weights; else not a number.
   bool has_roofline() const { return parallel.is_null() && !speculates; }
@@ -142,6 +143,11 @@ Result measure(const BenchFlags& flags) {
   const auto go_on = [](size_t, const std::string&) { return pending_signal() == 0; };
 
   engine.generate({requests.front()}, go_on);  // warms up
+  const auto counts = [&] {
+    const auto& runner = engine.model().expert_runner();
+    return runner ? runner->counts() : ExpertCounts();
+  };
+  const ExpertCounts before = counts();
   std::vector<double> prefill, decode;
   std::vector<Generation> generations;  // of a round: all have the same
   Timings timings;
@@ -158,6 +164,12 @@ Result measure(const BenchFlags& flags) {
   result.speculates = flags.model.speculate > 0;
   result.drafted = timings.drafted_tokens;
   result.accepted = timings.accepted_tokens;
+  if (engine.model().expert_runner()) {
+    const ExpertCounts after = counts();
+    result.expert_counts = {{"hits", after.hits - before.hits},
+                            {"misses", after.misses - before.misses},
+                            {"bytes", after.bytes - before.bytes}};
+  }
   result.load_seconds = loaded.seconds;
   result.prefill_rate = median(prefill);
   result.decode_rate = median(decode);
@@ -191,6 +203,7 @@ nlohmann::json to_json(const BenchFlags& flags, const Result& result, const Conf
     json["drafted_tokens"] = result.drafted;
     json["accepted_tokens"] = result.accepted;
   }
+  if (!result.expert_counts.is_null()) json["expert_counts"] = result.expert_counts;
   return json;
 }
 
@@ -254,6 +267,7 @@ void add_bench(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_weights_flag(command, flags->model);
+  add_mlock_flag(command, flags->model);
   add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);

@@ -242,6 +242,7 @@ void add_chat(CLI::App& app) {
   add_model_flags(command, flags->model);
   add_loading_flags(command, flags->model);
   add_weights_flag(command, flags->model);
+  add_mlock_flag(command, flags->model);
   add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_cuda_graph_flag(command, flags->model);

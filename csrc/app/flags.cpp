@@ -103,9 +103,13 @@ void add_loading_flags(CLI::App& app, ModelFlags& flags) {
 void add_weights_flag(CLI::App& app, ModelFlags& flags) {
   add_option(app, "--weights", flags.weights,
              "mmap: take the weights from the files as they are used, for a model larger than memory that `mixtral "
-             "quantize` wrote")
-      ->check(CLI::IsMember({"read", "mmap"}))
+             "quantize` wrote; direct: read them past the memory of the system")
+      ->check(CLI::IsMember({"read", "direct", "mmap"}))
       ->capture_default_str();
+}
+
+void add_mlock_flag(CLI::App& app, ModelFlags& flags) {
+  add_switch(app, "--mlock", flags.mlock, "Keep the weights in memory: the system never swaps or drops them");
 }
 
 void add_offload_flags(CLI::App& app, ModelFlags& flags) {

@@ -29,6 +29,7 @@ struct ModelFlags {
   int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
   std::string weights = "read";
   int64_t gpu_memory = 0;  // bytes; 0: all weights are on the device
+  bool mlock = false;
   std::string routing_counts;
   bool verbose = false;
   bool no_cuda_graph = false;
@@ -65,6 +66,7 @@ void add_rank_flags(CLI::App& app, ModelFlags& flags);
 void add_routing_flags(CLI::App& app, RoutingFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);
 void add_weights_flag(CLI::App& app, ModelFlags& flags);
+void add_mlock_flag(CLI::App& app, ModelFlags& flags);
 // --gpu-memory and --routing-counts.
 void add_offload_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);

@@ -46,6 +46,7 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.experts_per_token = flags.experts_per_token;
   options.weights = parse_weights(flags.weights);
   options.gpu_memory = flags.gpu_memory;
+  options.mlock = flags.mlock;
   options.routing_counts = flags.routing_counts;
   if (options.weights == Weights::kMmap) install_bus_error_handler();
   join_ranks(flags, options);

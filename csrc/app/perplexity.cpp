@@ -143,6 +143,7 @@ void add_perplexity(CLI::App& app) {
   add_model_flags(command, flags->model, "-m,--model");
   add_loading_flags(command, flags->model);
   add_weights_flag(command, flags->model);
+  add_mlock_flag(command, flags->model);
   add_offload_flags(command, flags->model);
   add_experts_flag(command, flags->model);
   add_rank_flags(command, flags->model);

@@ -13,7 +13,7 @@ namespace {
 
 std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::Device device, const std::string& dtype,
                                   bool pack, const std::filesystem::path& lora, bool check_weights,
-                                  int64_t experts_per_token, const std::string& weights, bool read_ahead,
+                                  int64_t experts_per_token, const std::string& weights, bool mlock, bool read_ahead,
                                   int64_t gpu_memory, const std::filesystem::path& routing_counts,
                                   const py::object& progress, const RankOptions& ranks) {
   LoadOptions options;
@@ -24,6 +24,7 @@ std::shared_ptr<MixtralImpl> load(const std::filesystem::path& folder, torch::De
   options.check_weights = check_weights;
   options.experts_per_token = experts_per_token;
   options.weights = parse_weights(weights);
+  options.mlock = mlock;
   options.read_ahead = read_ahead;
   options.gpu_memory = gpu_memory;
   options.routing_counts = routing_counts;
@@ -66,7 +67,10 @@ py::dict named_parameters(const MixtralImpl& model) {
 
 py::object expert_counts(const MixtralImpl& model) {
   if (!model.expert_runner()) return py::none();
-  const ExpertCounts counts = model.expert_runner()->counts();
+  const ExpertCounts counts = [&] {
+    const py::gil_scoped_release no_gil;
+    return model.expert_runner()->counts();
+  }();
   py::dict result;
   result["hits"] = counts.hits;
   result["misses"] = counts.misses;
@@ -82,8 +86,9 @@ void bind_model(py::module_& m) {
   py::class_<MixtralImpl, std::shared_ptr<MixtralImpl>>(m, "Mixtral")
       .def_static("from_pretrained", &load, py::arg("folder"), py::arg("device"), py::arg("dtype"), py::arg("pack"),
                   py::arg("lora") = "", py::arg("check_weights") = false, py::arg("experts_per_token") = 0,
-                  py::arg("weights") = "read", py::arg("read_ahead") = true, py::arg("gpu_memory") = 0,
-                  py::arg("routing_counts") = "", py::arg("progress") = py::none(), py::arg("ranks") = RankOptions())
+                  py::arg("weights") = "read", py::arg("mlock") = false, py::arg("read_ahead") = true,
+                  py::arg("gpu_memory") = 0, py::arg("routing_counts") = "", py::arg("progress") = py::none(),
+                  py::arg("ranks") = RankOptions())
       .def_static("from_config", &from_config, py::arg("config"), py::arg("device"), py::arg("dtype"), py::arg("seed"),
                   ReleaseGil())
       .def("forward", &MixtralImpl::forward, py::arg("input_ids"), ReleaseGil())

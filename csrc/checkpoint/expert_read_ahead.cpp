@@ -40,6 +40,12 @@ ExpertReadAhead::~ExpertReadAhead() {
 torch::Tensor ExpertReadAhead::run(int64_t, const torch::Tensor& x, const torch::Tensor& topk_weights,
                                    const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
                                    const torch::Tensor& down_proj) {
+  choose(topk_ids, gate_up_proj, down_proj);
+  return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj, down_proj);
+}
+
+void ExpertReadAhead::choose(const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
+                             const torch::Tensor& down_proj) {
   std::map<int32_t, int64_t> choices;
   const auto ids = topk_ids.contiguous();
   for (int64_t i = 0; i < ids.numel(); ++i) {
@@ -54,11 +60,11 @@ torch::Tensor ExpertReadAhead::run(int64_t, const torch::Tensor& x, const torch:
     queue_.push_back(std::move(layer));
   }
   changed_.notify_one();
-  return ops::moe_mlp(x, topk_weights, topk_ids, gate_up_proj, down_proj);
 }
 
 ExpertCounts ExpertReadAhead::counts() const {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
+  done_.wait(lock, [this] { return queue_.empty() && !busy_; });
   return counts_;
 }
 
@@ -69,12 +75,15 @@ void ExpertReadAhead::work() {
     if (stopped_) return;
     const Layer layer = std::move(queue_.front());
     queue_.pop_front();
+    busy_ = true;
     lock.unlock();
     const ExpertCounts counts = ask_for(layer);
     lock.lock();
     counts_.hits += counts.hits;
     counts_.misses += counts.misses;
     counts_.bytes += counts.bytes;
+    busy_ = false;
+    done_.notify_all();
   }
 }
 

@@ -24,7 +24,9 @@ class ExpertReadAhead : public ExpertRunner {
   torch::Tensor run(int64_t layer, const torch::Tensor& x, const torch::Tensor& topk_weights,
                     const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
                     const torch::Tensor& down_proj) override;
-  ExpertCounts counts() const override;  // of what the thread has come to
+  void choose(const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
+              const torch::Tensor& down_proj) override;
+  ExpertCounts counts() const override;  // of all choices so far: waits for the thread
 
  private:
   struct Chosen {
@@ -39,6 +41,8 @@ class ExpertReadAhead : public ExpertRunner {
   const bool shows_residency_;
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
+  mutable std::condition_variable done_;
+  bool busy_ = false;
   std::deque<Layer> queue_;
   bool stopped_ = false;
   ExpertCounts counts_;

@@ -1,7 +1,11 @@
 #include "from_pretrained.h"
 
 #include <c10/util/Exception.h>
+#include <sys/resource.h>
 
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -11,6 +15,7 @@
 
 #include "../distributed/ranks.h"
 #include "../io/load_error.h"
+#include "../io/mapped_file.h"
 #include "../model/memory.h"
 #include "../model/parameters.h"
 #include "../model/transformer.h"
@@ -58,9 +63,12 @@ void check_weights_option(const LoadOptions& options) {
   if (options.weights == Weights::kMmap && options.device != "cpu")
     throw std::invalid_argument("weights mmap needs device cpu, got " + options.device);
   if (options.weights == Weights::kMmap && options.check_weights)
-    throw std::invalid_argument("check_weights reads all weights: it needs weights read");
+    throw std::invalid_argument("check_weights reads all weights: it needs weights read or direct, got mmap");
   if (options.weights == Weights::kMmap && options.gpu_memory > 0)
-    throw std::invalid_argument("gpu_memory needs weights read, got mmap");
+    throw std::invalid_argument("gpu_memory needs weights read or direct, got mmap");
+  if (options.mlock && options.device != "cpu" && options.gpu_memory == 0)
+    throw std::invalid_argument("mlock needs weights in the memory of the CPU: device cpu or gpu_memory, got device " +
+                                options.device);
   if (options.gpu_memory > 0 && options.device == "cpu")
     throw std::invalid_argument("gpu_memory needs device cuda, got cpu");
   if (options.gpu_memory > 0 && !options.placement.is_whole())
@@ -78,7 +86,7 @@ Prepared prepare(const std::filesystem::path& model_folder, const LoadOptions& o
   }
   check_placement(folder, config, options.placement);
   const WeightType type = parse_weight_type(options.dtype, config, options.device,
-                                            options.pack && options.weights == Weights::kRead, options.placement);
+                                            options.pack && options.weights != Weights::kMmap, options.placement);
   return {folder, config, type, Checkpoint(folder, config, options)};
 }
 
@@ -98,13 +106,24 @@ Mixtral read_all(const Prepared& prepared, torch::Device device, const LoadOptio
   return model;
 }
 
+// That locking will bring into memory.
+double missing_bytes(const MappedWeights& mapped) {
+  double bytes = 0;
+  for (const auto& [name, weight] : mapped.parameters)
+    for (const PageRange& range : missing_pages(pages_around(weight.const_data_ptr(), weight.nbytes())))
+      bytes += static_cast<double>(range.bytes);
+  return bytes;
+}
+
 // What is not mapped is read, and told.
 Mixtral map_all(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
   const auto& [folder, config, type, checkpoint] = prepared;
   const MappedWeights mapped = checkpoint.map(config, type, options.placement);
-  const double activations = plan_memory(config, type, options.device).activations;
-  check_memory("the weights of " + folder.string() + " that are not mapped" + of_rank(options.placement),
-               static_cast<double>(mapped.read_bytes) + activations, options.device);
+  const double activations = plan_memory(config, type, options.device, 0, kChunkSize, options.placement).activations;
+  const std::string which = options.mlock ? "" : " that are not mapped";
+  check_memory("the weights of " + folder.string() + which + of_rank(options.placement),
+               static_cast<double>(mapped.read_bytes) + activations + (options.mlock ? missing_bytes(mapped) : 0),
+               options.device);
   if (options.warn && !mapped.why_read.empty()) {
     options.warn("weights mmap: " + gib_text(static_cast<double>(mapped.read_bytes)) + " of " +
                  gib_text(static_cast<double>(mapped.bytes + mapped.read_bytes)) +
@@ -116,9 +135,7 @@ Mixtral map_all(const Prepared& prepared, torch::Device device, const LoadOption
   for (const auto& item : model->named_parameters())
     if (!mapped.parameters.count(item.key())) read.insert(item.key(), item.value());
   checkpoint.read_into(read, type.packing, nullptr);
-  // Ranks that share a layer's experts do not go through the runner.
-  if (config.is_moe() && options.read_ahead && options.placement.tensor_size == 1)
-    model->set_expert_runner(std::make_shared<ExpertReadAhead>(mapped));
+  if (config.is_moe() && options.read_ahead) model->set_expert_runner(std::make_shared<ExpertReadAhead>(mapped));
   return model;
 }
 
@@ -167,10 +184,41 @@ Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOption
   return model;
 }
 
+std::string mib_text(double bytes) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.1f MiB", bytes / (1 << 20));
+  return text;
+}
+
+[[noreturn]] void fail_to_lock(const Prepared& prepared, double bytes, const std::string& reason) {
+  rlimit limit;
+  const bool limited = ::getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+  throw OutOfMemory("mlock: " + mib_text(bytes) + " of weights of " + prepared.folder.string() +
+                    " cannot be locked in memory: " + reason + "; RLIMIT_MEMLOCK (`ulimit -l`) of this process is " +
+                    (limited ? mib_text(static_cast<double>(limit.rlim_cur)) : "unlimited"));
+}
+
+// What the system allows is asked before minutes of reading.
+void check_lock(const Prepared& prepared, const Placement& placement) {
+  const double bytes = plan_memory(prepared.config, prepared.type, "cpu", 0, kChunkSize, placement).weights;
+  if (!may_lock(static_cast<uint64_t>(bytes))) fail_to_lock(prepared, bytes, std::strerror(errno));
+}
+
+void lock_weights(const Prepared& prepared, const Mixtral& model) {
+  for (const auto& item : model->named_parameters()) {
+    const torch::Tensor& weight = item.value();
+    if (weight.is_cpu() && !lock_pages(pages_around(weight.const_data_ptr(), weight.nbytes())))
+      fail_to_lock(prepared, static_cast<double>(weight.nbytes()), item.key() + ": " + std::strerror(errno));
+  }
+}
+
 Mixtral load(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
-  if (options.weights == Weights::kMmap) return map_all(prepared, device, options);
-  if (options.gpu_memory > 0) return offload(prepared, device, options);
-  return read_all(prepared, device, options);
+  if (options.mlock && device.is_cpu()) check_lock(prepared, options.placement);
+  Mixtral model = options.weights == Weights::kMmap ? map_all(prepared, device, options)
+                  : options.gpu_memory > 0          ? offload(prepared, device, options)
+                                                    : read_all(prepared, device, options);
+  if (options.mlock) lock_weights(prepared, model);
+  return model;
 }
 
 // All ranks get their part, or none does.
@@ -193,8 +241,9 @@ Mixtral load_on_ranks(const std::filesystem::path& model_folder, torch::Device d
 
 Weights parse_weights(const std::string& name) {
   if (name == "read") return Weights::kRead;
+  if (name == "direct") return Weights::kDirect;
   if (name == "mmap") return Weights::kMmap;
-  throw std::invalid_argument("weights must be read or mmap, got " + name);
+  throw std::invalid_argument("weights must be read, direct or mmap, got " + name);
 }
 
 Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {

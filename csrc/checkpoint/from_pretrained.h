@@ -11,7 +11,8 @@ class Mixtral;
 
 // A Hugging Face or Mistral consolidated folder, or one that save.h wrote; of it what options.placement says. Throws
 // LoadError; std::invalid_argument for a dtype or a placement that does not fit, or weights that cannot be mapped;
-// OutOfMemory before anything is allocated; std::runtime_error for a CUDA device that is not there.
+// OutOfMemory before anything is allocated, and where the system does not let mlock be done; std::runtime_error for a
+// CUDA device that is not there.
 Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options = {});
 
 }  // namespace mixtral

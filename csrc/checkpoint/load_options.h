@@ -19,13 +19,14 @@ using Progress = std::function<void(uint64_t done, uint64_t total)>;
 // Called with one line about something odd in a model's files that does not keep them from being used.
 using Warn = std::function<void(const std::string& message)>;
 
-// Where the weights of a model on the CPU are.
+// Where the weights of a model are, and how they get there.
 enum class Weights {
-  kRead,  // in memory of the process, read and packed at the start
-  kMmap,  // in the files, which are mapped: read when they are used, dropped when memory is short
+  kRead,    // in memory of the process or on the device, read and packed at the start
+  kDirect,  // as kRead, in large pieces past the memory of the system, which keeps no copy of the files
+  kMmap,    // on the CPU, in the files, which are mapped: read when they are used, dropped when memory is short
 };
 
-// From "read" or "mmap". Throws std::invalid_argument for another name.
+// From "read", "direct" or "mmap". Throws std::invalid_argument for another name.
 Weights parse_weights(const std::string& name);
 
 struct LoadOptions {
@@ -38,6 +39,7 @@ struct LoadOptions {
   Warn warn = nullptr;
   int64_t experts_per_token = 0;  // 0: as many as the checkpoint says
   Weights weights = Weights::kRead;
+  bool mlock = false;      // keep the weights that the CPU reads in memory: the system never writes or drops them
   bool read_ahead = true;  // with kMmap: ask for the pages of experts as soon as they are chosen
   // Bytes on a device that is not the CPU for weights and activations, and not for the cache; experts beyond them stay
   // on the CPU (expert_offload.h). 0: all weights are on the device.

@@ -18,8 +18,8 @@
 namespace mixtral {
 namespace {
 
-constexpr int64_t kPieceBytes = 256 << 10;    // with what it becomes, these fit the cache of a core
-constexpr int64_t kCudaPieceBytes = 4 << 20;  // copies to a GPU are slow when they are short
+constexpr int64_t kPieceBytes = 256 << 10;     // with what it becomes, these fit the cache of a core
+constexpr int64_t kLargePieceBytes = 4 << 20;  // short copies to a GPU are slow, and so are short direct reads
 constexpr int64_t kProgressBytes = 64 << 20;
 
 // f32 [count,cols] of `count` rows of quantised blocks
@@ -120,7 +120,8 @@ void RowReader::read(const StoredRows& stored, Packing packing, const torch::Ten
   Job job{stored, packing, out, packing == Packing::kNone ? 1 : out_rows / out.size(0),
           static_cast<int64_t>(stored.row_bytes())};
   const int64_t group = slice.transposed ? rows : std::lcm(std::max<int64_t>(slice.interleaved_head_dim, 1), job.block);
-  const int64_t piece_bytes = out.is_cpu() ? kPieceBytes : kCudaPieceBytes;
+  const bool large = !out.is_cpu() || stored.file.file().reads_directly();
+  const int64_t piece_bytes = large ? kLargePieceBytes : kPieceBytes;
   job.step = std::max<int64_t>(piece_bytes / (job.row_bytes * group), 1) * group;
   job.direct = out.is_cpu() && out.scalar_type() == stored.type && slice.interleaved_head_dim == 0 && job.block == 1 &&
                !(adapter_ && adapter_->changes(slice.parameter)) && !is_ggml_quantized(stored.entry.dtype) &&

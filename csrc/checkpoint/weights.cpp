@@ -147,6 +147,7 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
                                 ": quantise the original with `mixtral quantize MODEL OUT --lora FOLDER`");
   }
   options.placement.check(config);
+  if (options.weights == Weights::kDirect) read_directly(options.warn);
   const Shards shards(config, options.placement);
   std::map<std::string, size_t> where;  // tensor -> index of its file
   std::map<std::string, size_t> twice;  // the same of a second one
@@ -193,6 +194,14 @@ Checkpoint::Checkpoint(const fs::path& folder, const Config& config, const LoadO
            std::tuple(b.file, b.entry.begin, b.parts[0].first_row);
   });
   if (!options.lora.empty()) adapter_.emplace(find_model(options.lora), config);
+}
+
+void Checkpoint::read_directly(const Warn& warn) {
+  for (TensorFile& file : files_) {
+    if (file.read_directly() || !warn) continue;
+    return warn("weights direct: the file system of " + file.path() +
+                " cannot read past the memory of the system (O_DIRECT); the weights are read as with weights read");
+  }
 }
 
 StoredRows Checkpoint::stored(const Source& source, const WeightPart& part) const {

@@ -65,6 +65,7 @@ class Checkpoint {
     std::vector<WeightPart> parts;
     torch::ScalarType type;
   };
+  void read_directly(const Warn& warn);
   StoredRows stored(const Source& source, const WeightPart& part) const;
   struct Piece;
   std::string why_converted(const Piece& piece, const torch::Tensor& meta) const;

@@ -26,9 +26,17 @@ class File {
   // Reads `bytes` bytes at `offset`. pread, not mmap: a file cut short meanwhile is a LoadError, never a SIGBUS.
   void read(uint64_t offset, void* out, uint64_t bytes) const;
 
+  // From now on large reads go past the memory of the system (O_DIRECT), which then keeps no second copy. False, and
+  // nothing changes: the file system cannot do that.
+  bool read_directly();
+  bool reads_directly() const { return direct_fd_ >= 0; }
+
  private:
+  void read_direct(uint64_t offset, char* to, uint64_t bytes) const;
+  uint64_t read_some(int fd, uint64_t offset, void* out, uint64_t bytes) const;
+
   std::string path_;
-  int fd_ = -1;
+  int fd_ = -1, direct_fd_ = -1;
   uint64_t size_ = 0;
 };
 

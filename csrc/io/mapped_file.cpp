@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -61,6 +62,28 @@ void read_alone(const PageRange& range) {
 
 void read_ahead(const PageRange& range) {
   if (range.bytes > 0) ::madvise(range.begin, range.bytes, MADV_WILLNEED);
+}
+
+bool lock_pages(const PageRange& range) {
+  constexpr uint64_t kPiece = 16 << 20;
+  // Plain mlock would make a copy of every page of a private mapping that may be written to.
+  if (range.bytes > 0 && ::mlock2(range.begin, range.bytes, MLOCK_ONFAULT) != 0) return false;
+  for (uint64_t at = 0; at < range.bytes; at += page_bytes()) {
+    if (at % kPiece == 0) read_ahead({range.begin + at, std::min(kPiece, range.bytes - at)});
+    [[maybe_unused]] const volatile char touched = range.begin[at];
+  }
+  return true;
+}
+
+bool may_lock(uint64_t bytes) {
+  if (bytes == 0) return true;
+  void* const nothing = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (nothing == MAP_FAILED) return false;
+  const bool may = ::mlock2(nothing, bytes, MLOCK_ONFAULT) == 0;
+  const int error = errno;
+  ::munmap(nothing, bytes);
+  errno = error;
+  return may;
 }
 
 }  // namespace mixtral

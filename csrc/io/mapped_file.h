@@ -43,4 +43,10 @@ void read_alone(const PageRange& range);
 // touched, so there is no error.
 void read_ahead(const PageRange& range);
 
+// Brings the pages into memory, where they stay until the memory is given back. Pages of a mapped file stay those of
+// the file. False, with errno: the system does not let this process, or lacks the memory.
+bool lock_pages(const PageRange& range);
+// Whether the system lets this process lock so many bytes more; errno says why not.
+bool may_lock(uint64_t bytes);
+
 }  // namespace mixtral

@@ -47,6 +47,7 @@ class TensorFile {
 
   // Reads `bytes` bytes from absolute `offset`. Throws LoadError when the file has become shorter.
   void read(uint64_t offset, void* out, uint64_t bytes) const { file_.read(offset, out, bytes); }
+  bool read_directly() { return file_.read_directly(); }  // as of File
 
  private:
   File file_;

@@ -19,6 +19,9 @@ class ExpertRunner {
   virtual torch::Tensor run(int64_t layer, const torch::Tensor& x, const torch::Tensor& topk_weights,
                             const torch::Tensor& topk_ids, const torch::Tensor& gate_up_proj,
                             const torch::Tensor& down_proj) = 0;
+  // Before something else computes these experts: they were chosen. Ids outside of [0,E) are of others.
+  virtual void choose(const torch::Tensor& /*topk_ids*/, const torch::Tensor& /*gate_up_proj*/,
+                      const torch::Tensor& /*down_proj*/) {}
   virtual ExpertCounts counts() const = 0;  // so far, from any thread
 };
 

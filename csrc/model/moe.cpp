@@ -73,6 +73,7 @@ torch::Tensor SparseMoeImpl::expert_parallel(const torch::Tensor& x, const torch
   const auto rank = static_cast<size_t>(group_.rank());
   const int64_t experts = gate_up_proj_.size(0), first = expert_ends_[rank] - experts;
   const auto own = rows.narrow(0, begin, counts[rank]);
+  if (runner_) runner_->choose(topk_ids - first, gate_up_proj_, down_proj_);
   const auto own_offs = offs.narrow(0, first, experts) - begin;
   const auto activated = ops::swiglu(ops::grouped_gemm(own, gate_up_proj_, own_offs));
   own.copy_(ops::grouped_gemm(activated, down_proj_, own_offs));

@@ -24,7 +24,8 @@ struct SparseMoeImpl : torch::nn::Module {
                 const Placement& placement, const TensorGroup& group);
   // x [T,H] -> [T,H], on every rank
   torch::Tensor forward(const torch::Tensor& x, const Batch& batch);
-  // From now on `runner` computes the experts, which it knows as those of `layer`; null: ops::moe_mlp does.
+  // From now on `runner` computes the experts, which it knows as those of `layer`; null: ops::moe_mlp does. Where ranks
+  // have whole experts, it only hears which ones of this rank are computed.
   void set_runner(int64_t layer, const std::shared_ptr<ExpertRunner>& runner);
 
  private:

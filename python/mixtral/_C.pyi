@@ -210,6 +210,7 @@ class Mixtral:
         check_weights: bool = False,
         experts_per_token: int = 0,
         weights: str = "read",
+        mlock: bool = False,
         read_ahead: bool = True,
         gpu_memory: int = 0,
         routing_counts: str | PathLike[str] = "",

@@ -114,6 +114,7 @@ class Mixtral(Generating, Tracing):
         check_weights: bool = False,
         experts_per_token: int | None = None,
         weights: str = "read",
+        mlock: bool = False,
         read_ahead: bool = True,
         gpu_memory: int = 0,
         routing_counts: str | PathLike[str] | None = None,
@@ -146,7 +147,9 @@ class Mixtral(Generating, Tracing):
             experts_per_token: another number of experts than the checkpoint's (``config.top_k``).
             weights: on the CPU, "mmap" takes the weights from the files as they are used, for a model larger than
                 memory. It needs a folder that ``mixtral quantize`` wrote, or one whose tensors are those of the model;
-                nobody may cut its files short meanwhile. Results are the same bit for bit.
+                nobody may cut its files short meanwhile. "direct" reads past the memory of the system, which then
+                keeps no copy of the files; it warns where the file system cannot. Results are the same bit for bit.
+            mlock: keep the weights that the CPU reads in memory: the system never swaps or drops them.
             read_ahead: with "mmap", ask for the pages of experts as soon as the router has chosen them.
             gpu_memory: bytes of a GPU for weights and activations, and not for the cache: experts beyond them stay in
                 the memory of the CPU, which computes them or hands them over. 0: all weights are on the device.
@@ -164,7 +167,7 @@ class Mixtral(Generating, Tracing):
         Raises:
             LoadError: a file is missing or wrong; it names the file, the tensor or field, and the reason. Of several
                 ranks, on all of them; also when they load different things.
-            MemoryError: the weights do not fit the device.
+            MemoryError: the weights do not fit the device, or ``mlock`` is beyond what the system allows.
             RankError: a rank does not come, or ended.
             RuntimeError: there is no such CUDA device.
             ValueError: an unknown dtype, or one that does not fit the device, the sizes or a quantised checkpoint;
@@ -187,6 +190,9 @@ class Mixtral(Generating, Tracing):
             "lora": os.fspath(lora or ""),
             "check_weights": check_weights,
             "experts_per_token": experts_per_token,
+            "weights": weights,
+            "mlock": mlock,
+            "read_ahead": read_ahead,
         }
         threads = threads_of_rank(layout)
         model = _C.Mixtral.from_pretrained(
@@ -198,6 +204,7 @@ class Mixtral(Generating, Tracing):
             check_weights,
             experts_or_default(experts_per_token),
             weights,
+            mlock,
             read_ahead,
             gpu_memory,
             routing_counts or "",

@@ -2,6 +2,7 @@
 // than it is waited for.
 #include <gtest/gtest.h>
 
+#include <random>
 #include <stdexcept>
 #include <utility>
 
@@ -81,6 +82,42 @@ TEST(ExpertOffload, EveryPlacementAndPolicyGivesTheBitsOfTheWholeModel) {
         EXPECT_EQ(counts.hits + counts.misses, 2 * 2 * 2 * 40);
       }
     }
+  }
+}
+
+TEST(ExpertOffload, RandomPlacementsGiveTheTokensOfTheWholeModel) {
+  Config config = packable_config(/*num_experts=*/8);
+  config.num_layers = 3;
+  constexpr int64_t kPrompt = 9, kTokens = 16;
+  std::mt19937 random(1);
+  for (const Packing packing : {Packing::kFloat, Packing::kInt8}) {
+    Mixtral model = packed_model(tiny_model(config, torch::kBFloat16), packing);
+    const auto greedy = [&] {
+      auto ids = random_ids(kPrompt, config.vocab_size, 2);
+      for (int64_t n = 0; n < kTokens; ++n) {
+        const auto logits = whole(model, ids);
+        ids.push_back(logits[logits.size(0) - 1].argmax().item<int64_t>());
+      }
+      return ids;
+    };
+    const auto expected = greedy();
+    int64_t choices = 0;
+    for (int64_t n = 0; n < kTokens; ++n) choices += (kPrompt + n) * config.num_layers * config.top_k;
+    for (int round = 0; round < 4; ++round) {
+      ExpertTable on_device(3, std::vector<int64_t>(8));
+      for (auto& layer : on_device)
+        for (int64_t& here : layer) here = static_cast<int64_t>(random() % 2);
+      for (const int64_t cpu_rows : {0, 2, 1000}) {  // fetch all; fetch experts of many tokens; compute all on the CPU
+        const auto runner = offload(model, on_device, cpu_rows);
+        EXPECT_EQ(greedy(), expected) << "round " << round << ", " << cpu_rows << " rows on the CPU";
+        const ExpertCounts counts = runner->counts();
+        EXPECT_EQ(counts.hits + counts.misses, choices);
+        EXPECT_GT(counts.hits, 0);
+        EXPECT_GT(counts.misses, 0);
+        EXPECT_EQ(counts.bytes > 0, cpu_rows < 1000);
+      }
+    }
+    model->set_expert_runner(nullptr);
   }
 }
 

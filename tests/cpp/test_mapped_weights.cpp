@@ -3,10 +3,9 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <cstring>
 #include <fstream>
-#include <thread>
+#include <sstream>
 
 #include "checkpoint/from_pretrained.h"
 #include "checkpoint/save.h"
@@ -149,16 +148,6 @@ double resident_share(const torch::Tensor& weight, int64_t expert) {
   return 1 - static_cast<double>(missing) / static_cast<double>(range.bytes);
 }
 
-// What the thread has counted, once it has come to all choices.
-ExpertCounts counts_of(const Mixtral& model, int64_t choices) {
-  for (int i = 0; i < 10'000; ++i) {
-    const ExpertCounts counts = model->expert_runner()->counts();
-    if (counts.hits + counts.misses >= choices) return counts;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return model->expert_runner()->counts();
-}
-
 // All tokens to experts 2 and 5.
 void run_forced(Mixtral& model, int64_t tokens) {
   Batch batch = packed_batch({random_ids(tokens, model->config().vocab_size, 1)}, torch::kCPU);
@@ -180,22 +169,96 @@ TEST(MappedWeights, OnlyTheChosenExpertsComeIntoMemory) {
     GTEST_SKIP() << "the file system of the temporary folder keeps files in memory";
   Mixtral model = map_folder(folder / "out");
   run_forced(model, 3);
-  const ExpertCounts first = counts_of(model, 6);
+  const ExpertCounts first = model->expert_runner()->counts();
   EXPECT_EQ(first.hits, 0);
   EXPECT_EQ(first.misses, 6);
-  // Not those that lie beside the header and beside other tensors: the system reads around what is read there.
   const auto parameters = model->named_parameters();
+  double chosen = 0, resident = 0;  // experts
   for (const char* name : {"layers.0.moe.gate_up_proj", "layers.0.moe.down_proj"}) {
-    for (int64_t expert = 1; expert < 7; ++expert) {
-      const bool chosen = expert == 2 || expert == 5;
-      EXPECT_NEAR(resident_share(parameters[name], expert), chosen ? 1 : 0, 0.02) << name << " of expert " << expert;
+    for (int64_t expert = 0; expert < 8; ++expert) {
+      const bool is_chosen = expert == 2 || expert == 5;
+      const double share = resident_share(parameters[name], expert);
+      chosen += is_chosen;
+      resident += share;
+      // The system reads around what lies beside the first and the last one.
+      if (0 < expert && expert < 7) EXPECT_NEAR(share, is_chosen, 0.02) << name << " of expert " << expert;
     }
   }
+  EXPECT_NEAR(resident / chosen, 1, 0.02);
   run_forced(model, 3);
-  const ExpertCounts second = counts_of(model, 12);
+  const ExpertCounts second = model->expert_runner()->counts();
   EXPECT_EQ(second.hits, 6);
   EXPECT_EQ(second.misses, 6);
   EXPECT_EQ(second.bytes, first.bytes);
+}
+
+// ---- locked
+// ----------------------------------------------------------------------------------------------------------
+
+// Sum over the mappings of a file with this name, in bytes: "Locked", "Anonymous", ...
+int64_t of_mappings(const std::string& file, const std::string& field) {
+  std::ifstream smaps("/proc/self/smaps");
+  int64_t sum = 0;
+  bool of_file = false;
+  for (std::string line; std::getline(smaps, line);) {
+    std::istringstream words(line);
+    std::string first, second;
+    words >> first >> second;
+    if (first.back() != ':') of_file = line.find(file) != std::string::npos;  // a mapping begins
+    if (of_file && first == field + ":") sum += std::stoll(second) * 1024;
+  }
+  return sum;
+}
+
+// Bytes that this process has locked.
+int64_t locked_bytes() {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    int64_t kib = 0;
+    if (word == "VmLck:" && status >> kib) return kib * 1024;
+  }
+  return -1;
+}
+
+constexpr uint64_t kEnough = 7 << 20;  // for the small models, and within the usual limit
+
+LoadOptions locked(Weights weights) {
+  LoadOptions options;
+  options.weights = weights;
+  options.mlock = true;
+  return options;
+}
+
+TEST(LockedWeights, PagesOfMappedFilesStayInMemoryAndAreNotCopied) {
+  if (!may_lock(kEnough)) GTEST_SKIP() << "this user may not lock 7 MiB";
+  const TempFolder folder;
+  save_packed(*packed_model(tiny_model(packable_config()), Packing::kFloat), folder.path(), folder / "out");
+  const auto file = folder / "out" / "model.safetensors";
+  const bool dropped = drop_from_memory(file);
+  Mixtral model = from_pretrained(folder / "out", locked(Weights::kMmap));
+  int64_t bytes = 0;
+  for (const auto& parameter : model->parameters()) bytes += static_cast<int64_t>(parameter.nbytes());
+  EXPECT_GE(of_mappings("out/model.safetensors", "Locked"), bytes);
+  EXPECT_EQ(of_mappings("out/model.safetensors", "Anonymous"), 0);
+  EXPECT_GE(locked_bytes(), bytes);
+  // The system may not drop them now.
+  if (dropped) EXPECT_FALSE(drop_from_memory(file));
+  whole(model, random_ids(5, model->config().vocab_size, 1));
+  EXPECT_EQ(model->expert_runner()->counts().misses, 0);
+}
+
+TEST(LockedWeights, MemoryOfWeightsThatAreReadIsLocked) {
+  if (!may_lock(kEnough)) GTEST_SKIP() << "this user may not lock 7 MiB";
+  const TempFolder folder;
+  save_packed(*packed_model(tiny_model(packable_config()), Packing::kFloat), folder.path(), folder / "out");
+  const int64_t before = locked_bytes();
+  Mixtral model = from_pretrained(folder / "out", locked(Weights::kRead));
+  int64_t bytes = 0;
+  for (const auto& parameter : model->parameters()) bytes += static_cast<int64_t>(parameter.nbytes());
+  EXPECT_GE(locked_bytes() - before, bytes);
+  const auto ids = random_ids(30, model->config().vocab_size, 1);
+  Mixtral unlocked = from_pretrained(folder / "out");
+  EXPECT_TRUE(same_bits(whole(model, ids), whole(unlocked, ids)));
 }
 
 TEST(MappedWeights, CountsEveryChoiceOfEveryLayer) {
@@ -203,7 +266,7 @@ TEST(MappedWeights, CountsEveryChoiceOfEveryLayer) {
   save_packed(*packed_model(tiny_model(packable_config()), Packing::kFloat), folder.path(), folder / "out");
   Mixtral model = map_folder(folder / "out");
   whole(model, random_ids(13, model->config().vocab_size, 1));
-  const ExpertCounts counts = counts_of(model, 2 * 2 * 13);
+  const ExpertCounts counts = model->expert_runner()->counts();
   EXPECT_EQ(counts.hits + counts.misses, 2 * 2 * 13);
   EXPECT_FALSE(map_folder(folder / "out", /*read_ahead=*/false)->expert_runner());
 }

@@ -43,6 +43,14 @@ def test_other_weights(dtype, splittable):
     assert generated(splittable, "--dtype", dtype, *LAYOUTS["tp2pp2"]) == expected
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2pp2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_mapped_weights(layout, dtype, splittable, tmp_path):
+    ok("quantize", splittable, tmp_path / "packed", "--dtype", dtype)
+    alone = generated(tmp_path / "packed")
+    assert generated(tmp_path / "packed", "--weights", "mmap", *LAYOUTS[layout]) == alone
+
+
 def test_cut_experts_round_otherwise_and_are_close(splittable, alone):
     cut = generated(splittable, "--tp", "2", "--no-expert-parallel", "--dtype", "float32")
     whole = generated(splittable, "--dtype", "float32")

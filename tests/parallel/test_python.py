@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mixtral
-from binary import DEMO, ROOT, environment
+from binary import DEMO, ROOT, environment, ok
 from rank_processes import children_of, is_gone, wait_until
 
 SIZES = {
@@ -70,6 +70,20 @@ def test_a_sampled_answer_is_the_same():
         return [result.token_ids for result in results]
 
     assert sampled(**SIZES["pp2"]) == sampled(**SIZES["tp2"]) == sampled()
+
+
+def test_every_rank_maps_its_part_and_reads_it_ahead(tmp_path):
+    ok("quantize", DEMO, tmp_path / "packed", "--dtype", "int8")
+    ids = torch.arange(3, 203).view(2, 100)
+    before = children_of(os.getpid())
+    model = mixtral.Mixtral.from_pretrained(tmp_path / "packed", weights="mmap", **SIZES["tp2"])
+    others = [child for child in children_of(os.getpid()) if child not in before]
+    assert len(others) == 1
+    assert "packed/model.safetensors" in Path(f"/proc/{others[0]}/maps").read_text()
+    assert torch.equal(model(ids), mixtral.Mixtral.from_pretrained(tmp_path / "packed")(ids))
+    counts, config = model.expert_counts(), model.config
+    own = counts["hits"] + counts["misses"]  # of choices of the experts of this rank, a half of all
+    assert 0 < own < 200 * config.num_layers * config.top_k
 
 
 def loaded(layout: str) -> tuple[mixtral.Mixtral, list[int]]:

@@ -113,7 +113,8 @@ def _add_model_flags(add: Callable) -> None:
     add("--lora", metavar="FOLDER", help="adapter of PEFT or mistral-finetune to merge into the weights")
     add("--experts-per-token", metavar="K", type=_at_least(1), help="another number of experts than the checkpoint's")
     add("--check-weights", action="store_true", help="fail at a weight that is NaN or infinite")
-    add("--weights", choices=("read", "mmap"), default="read", help="mmap: from the files, as they are used")
+    add("--weights", choices=("read", "direct", "mmap"), default="read", help="mmap: from the files, as they are used")
+    add("--mlock", action="store_true", help="keep the weights in memory: never swapped or dropped")
     add("--gpu-memory", metavar="SIZE", type=_size, default=0, help="of the GPU for weights; others stay outside")
     add("--routing-counts", metavar="FILE", help="with --gpu-memory: counts that say which experts to keep there")
     add("--no-cuda-graph", action="store_true", help="on CUDA, launch the kernels of a step one by one")
@@ -194,6 +195,7 @@ def _load(flags: argparse.Namespace) -> tuple[object, str]:
         check_weights=flags.check_weights,
         experts_per_token=flags.experts_per_token,
         weights=flags.weights,
+        mlock=flags.mlock,
         gpu_memory=flags.gpu_memory,
         routing_counts=flags.routing_counts,
         tensor_parallel_size=flags.tensor_parallel_size,
