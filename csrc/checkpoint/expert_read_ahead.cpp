@@ -1,5 +1,6 @@
 #include "expert_read_ahead.h"
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <utility>
@@ -26,6 +27,10 @@ ExpertReadAhead::ExpertReadAhead(const MappedWeights& weights)
     const torch::Tensor& weight = weights.parameters.at(name);
     read_alone(pages_around(weight.const_data_ptr(), weight.nbytes()));
   }
+  // Every token needs the others. Their first touch would bring megabytes of the experts beside them along.
+  for (const auto& [name, weight] : weights.parameters)
+    if (std::find(read_in_parts.begin(), read_in_parts.end(), name) == read_in_parts.end())
+      read_ahead(pages_around(weight.const_data_ptr(), weight.nbytes()));
 }
 
 ExpertReadAhead::~ExpertReadAhead() {

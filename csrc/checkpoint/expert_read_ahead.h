@@ -16,7 +16,8 @@ namespace mixtral {
 
 class ExpertReadAhead : public ExpertRunner {
  public:
-  // The pages of experts and embeddings come one by one from now on unless they are asked for. Where the files do not
+  // The pages of experts and embeddings come one by one from now on unless they are asked for, those of other weights
+  // are asked for here. Where the files do not
   // show residency (mapped_file.h), every chosen expert is asked for whole and is a miss.
   explicit ExpertReadAhead(const MappedWeights& weights);
   ~ExpertReadAhead() override;
