@@ -13,7 +13,7 @@ from binary import BINARY, DEMO, environment
 from random_models import Shape, write_checkpoint
 
 PATIENCE = 180.0  # seconds after which a wait has failed
-ALL_GONE = 5.0  # seconds after the end of one rank in which the others must be gone
+ALL_GONE = 10.0  # seconds after the end of one rank in which the others must be gone, however busy the machine is
 # Can be cut four ways; reading it takes long enough to be seen.
 SPLITTABLE = Shape(hidden=512, layers=4, heads=8, kv_heads=4, head_dim=64, intermediate=1024, vocab=4096)
 LAYOUTS = {
@@ -40,23 +40,23 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
         time.sleep(0.002)
 
 
-def state_and_parent(pid: int) -> tuple[str, int]:
-    """As in /proc/PID/stat; "" when there is no such process."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return "", 0
-    return state, int(parent)
-
-
 def is_gone(pid: int) -> bool:
-    return state_and_parent(pid)[0] in ("", "Z", "X")
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in ("Z", "X")
 
 
 def children_of(pid: int) -> list[int]:
     """Those that run, in the order in which they were started."""
-    pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-    return [child for child in pids if state_and_parent(child)[1] == pid and not is_gone(child)]
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            found += map(int, (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+            continue
+    return sorted(child for child in found if not is_gone(child))
 
 
 def is_reading_weights(pid: int) -> bool:
@@ -190,19 +190,24 @@ def rank_environment(rank: int, size: int, port: int, **extra: str) -> dict[str,
     )
 
 
-def run_ranks(*commands: list[object], size: int | None = None) -> list[subprocess.CompletedProcess]:
+def start_ranks(*commands: list[object], size: int) -> list[subprocess.Popen]:
     """The binary with these arguments, one for each rank, as torchrun would start ``size`` of them."""
     port = free_port()
-    processes = [
+    return [
         subprocess.Popen(
             [BINARY, *map(str, command)],
-            env=rank_environment(rank, size or len(commands), port),
+            env=rank_environment(rank, size, port),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         for rank, command in enumerate(commands)
     ]
+
+
+def run_ranks(*commands: list[object]) -> list[subprocess.CompletedProcess]:
+    """The same, when all have ended."""
+    processes = start_ranks(*commands, size=len(commands))
     try:
         ended = [(*process.communicate(timeout=PATIENCE), process) for process in processes]
     finally:

@@ -48,28 +48,36 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(prompts) -> list[tuple]:
-    return outcomes(mixtral.Mixtral.from_pretrained(DEMO), prompts)
+def alone() -> mixtral.Mixtral:
+    """In one process."""
+    return mixtral.Mixtral.from_pretrained(DEMO)
 
 
-@pytest.mark.parametrize("layout", SIZES)
-def test_200_prompts_have_the_bits_of_one_process(layout, prompts, expected):
-    assert outcomes(mixtral.Mixtral.from_pretrained(DEMO, **SIZES[layout]), prompts) == expected
+@pytest.fixture(scope="module")
+def expected(alone, prompts) -> list[tuple]:
+    return outcomes(alone, prompts)
 
 
-def test_logits_have_the_bits_of_one_process():
+@pytest.fixture(scope="module", params=SIZES)
+def split(request) -> mixtral.Mixtral:
+    return mixtral.Mixtral.from_pretrained(DEMO, speculate=4, **SIZES[request.param])
+
+
+def test_200_prompts_have_the_bits_of_one_process(split, prompts, expected):
+    assert outcomes(split, prompts) == expected
+
+
+def test_logits_have_the_bits_of_one_process(split, alone):
     ids = torch.arange(3, 203).view(2, 100)
-    alone = mixtral.Mixtral.from_pretrained(DEMO)(ids)
-    assert torch.equal(mixtral.Mixtral.from_pretrained(DEMO, **SIZES["tp2pp2"])(ids), alone)
+    assert torch.equal(split(ids), alone(ids))
 
 
-def test_a_sampled_answer_is_the_same():
-    def sampled(**layout: int) -> list[list[int]]:
-        model = mixtral.Mixtral.from_pretrained(DEMO, speculate=4, **layout)
+def test_a_sampled_answer_is_the_same(split, alone):
+    def sampled(model: mixtral.Mixtral) -> list[list[int]]:
         results = model.generate("In the beginning", max_tokens=40, temperature=0.9, seed=7, n=3)
         return [result.token_ids for result in results]
 
-    assert sampled(**SIZES["pp2"]) == sampled(**SIZES["tp2"]) == sampled()
+    assert sampled(split) == sampled(alone)
 
 
 def test_every_rank_maps_its_part_and_reads_it_ahead(tmp_path):
@@ -150,7 +158,7 @@ else:
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_torchrun(layout, tmp_path):
+def test_torchrun(layout, alone, tmp_path):
     """The program of the user on every rank."""
     (tmp_path / "program.py").write_text(PROGRAM)
     run = subprocess.run(
@@ -161,8 +169,8 @@ def test_torchrun(layout, tmp_path):
         timeout=120,
     )
     assert run.returncode == 0, run.stderr.decode()
-    alone = mixtral.Mixtral.from_pretrained(DEMO).generate("In the beginning", max_tokens=8, ignore_eos=True)
-    assert json.loads(run.stdout) == alone[0].token_ids
+    expected = alone.generate("In the beginning", max_tokens=8, ignore_eos=True)[0]
+    assert json.loads(run.stdout) == expected.token_ids
 
 
 def test_a_program_starts_ranks_that_do_not_run_it(tmp_path):

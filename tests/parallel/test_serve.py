@@ -85,11 +85,14 @@ def test_not_ready_before_all_ranks_are():
         assert server.get("/health/ready").status == 200
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
-def test_a_killed_rank_ends_the_server(busy, rank):
+@pytest.mark.parametrize(
+    ("flags", "rank", "busy"),
+    [(TP2_PP2, 1, True), (TP2_PP2, 2, True), (TP2_PP2, 3, True), (TP2, 1, False)],
+    ids=["1-busy", "2-busy", "3-busy", "1-idle"],
+)
+def test_a_killed_rank_ends_the_server(flags, rank, busy):
     """Every open request gets one error, nobody is ready any more, and the exit status is 5."""
-    with serving(*TP2_PP2) as (server, pids):
+    with serving(*flags) as (server, pids):
         stream, whole = server.connect(), server.connect()
         if busy:
             body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
@@ -123,7 +126,7 @@ def test_a_stopped_rank_ends_the_server():
 
 
 def test_a_killed_server_leaves_no_rank():
-    with serving(*TP2_PP2) as (server, pids):
+    with serving(*TP2) as (server, pids):
         server.process.kill()
         wait_until(lambda: all(map(is_gone, pids)), "the end of all ranks", ALL_GONE)
 
