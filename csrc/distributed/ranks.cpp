@@ -201,6 +201,16 @@ std::shared_ptr<Communicator> join_torchrun(const RankOptions& options, const Wo
   return join_c10d(store, backend, address, device_of(options, world));
 }
 
+// A fork of this process has a copy of it, which is never destroyed there: it would say to the other ranks that this
+// one ends, and wait for threads that are not there.
+std::shared_ptr<Communicator> kept_by_forks(std::shared_ptr<Communicator> ranks) {
+  Communicator* const pointer = ranks.get();
+  return {pointer, [ranks = std::move(ranks), process = getpid()](Communicator*) mutable {
+            if (process != getpid()) new std::shared_ptr<Communicator>(std::move(ranks));
+            ranks.reset();
+          }};
+}
+
 // The first line in which two texts differ, of each.
 std::pair<std::string, std::string> first_difference(const std::string& left, const std::string& right) {
   std::istringstream lines_left(left), lines_right(right);
@@ -224,10 +234,10 @@ std::shared_ptr<Communicator> join_ranks(const RankOptions& options) {
   const std::string backend = backend_of(options, world);
   if (std::getenv("OMP_NUM_THREADS") == nullptr)
     at::set_num_threads(std::max(1, at::get_num_threads() / world.local_size));
-  if (!has_place()) return lead(options, world, backend);
-  if (std::getenv(kLeader) == nullptr) return join_torchrun(options, world, backend);
+  if (!has_place()) return kept_by_forks(lead(options, world, backend));
+  if (std::getenv(kLeader) == nullptr) return kept_by_forks(join_torchrun(options, world, backend));
   is_child = true;
-  return follow_leader(options, world, backend);
+  return kept_by_forks(follow_leader(options, world, backend));
 }
 
 std::string backend_of(const RankOptions& options) { return backend_of(options, world_of(options)); }

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 namespace mixtral {
@@ -18,6 +19,10 @@ Leader::~Leader() { stop(); }
 // An exception leaves the ranks at different places, so none of them can go on.
 template <typename Body>
 auto Leader::guarded(const Body& body) {
+  if (process_ != ::getpid())
+    throw std::runtime_error(
+        "Mixtral: this process was forked from one whose model has other ranks, which follow that one alone; load the "
+        "model here, or start processes with the method \"spawn\"");
   if (failure_) throw RankError(*failure_);
   try {
     return body();

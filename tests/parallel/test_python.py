@@ -146,6 +146,37 @@ def test_wrong_layouts(sizes, error, words):
         mixtral.Mixtral.from_pretrained(DEMO, **sizes)
 
 
+FORK = """
+import os, sys
+import mixtral
+model = mixtral.Mixtral.from_pretrained(sys.argv[1], tensor_parallel_size=2, parallel_backend=sys.argv[2])
+child = os.fork()
+if child == 0:
+    try:
+        model.generate("Once", max_tokens=2)
+    except RuntimeError as error:
+        assert "forked" in str(error), error
+        print("refused", flush=True)
+    del model
+    sys.exit()
+_, status = os.waitpid(child, 0)
+assert status == 0
+print(len(model.generate("Once", max_tokens=2, ignore_eos=True)[0].token_ids))
+"""
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_a_fork_leaves_the_ranks_to_its_parent(backend):
+    """A fork may drop the model and end, and cannot use it."""
+    run = subprocess.run(
+        [sys.executable, "-c", FORK, str(DEMO), backend],
+        env=environment(PYTHONPATH=str(ROOT / "python")),
+        capture_output=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"refused\n2\n", b""), run
+
+
 PROGRAM = """
 import json, sys
 import mixtral
