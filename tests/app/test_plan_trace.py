@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from binary import mixtral, ok
 
 COMMAND = ("generate", "-p", "One two three one two three one two", "-n", "24", "--ignore-eos", "--speculate", "6")
@@ -13,17 +15,19 @@ def generate(*arguments: str | Path) -> None:
     ok(*COMMAND, *SAMPLED, "5", *arguments)
 
 
-def test_the_same_command_is_reproduced_and_another_one_is_not(tmp_path):
+@pytest.mark.parametrize("layout", [[], ["--tp", "2"], ["--pp", "2"]], ids=" ".join)
+def test_the_same_command_is_reproduced_and_another_one_is_not(layout, tmp_path):
+    """Also where several processes compute a pass, and several passes are computed at a time."""
     path = tmp_path / "plan.jsonl"
-    generate("--plan-trace", path)
+    generate("--plan-trace", path, *layout)
     passes = [json.loads(line) for line in path.read_text().splitlines()]
     picked = [0, 0, 0]
     for entry in passes:
         for request in entry["requests"]:
             picked[request["id"]] += len(request["picked"])
     assert picked == [24, 24, 24]
-    generate("--plan-replay", path)
-    other = mixtral(*COMMAND, *SAMPLED, "6", "--plan-replay", path)
+    generate("--plan-replay", path, *layout)
+    other = mixtral(*COMMAND, *SAMPLED, "6", "--plan-replay", path, *layout)
     assert (other.returncode, other.stdout) == (5, b"")
     assert other.stderr.startswith(b"mixtral: plan replay: pass ") and b" as picked [" in other.stderr
     assert other.stderr.count(b"\n") == 1
