@@ -2,10 +2,12 @@
 
 #include <c10/util/Exception.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -221,12 +223,35 @@ Mixtral load(const Prepared& prepared, torch::Device device, const LoadOptions& 
   return model;
 }
 
+// A host, or a container of one: the memory of such a place is shared by the ranks there.
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof name - 1);
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  return boot + " " + name;
+}
+
+// Before any of them allocates. Mapped weights are the system's to keep or drop, and each GPU is of one rank.
+void check_ranks_fit(Communicator& world, const Prepared& prepared, const LoadOptions& options) {
+  if (options.device != "cpu" || options.weights == Weights::kMmap) return;
+  const MemoryPlan own = plan_memory(prepared.config, prepared.type, options.device, 0, kChunkSize, options.placement);
+  std::vector<RankMemory> ranks;
+  for (const std::string& text : world.exchange_texts(std::to_string(own.to_load()) + " " + host_name()))
+    ranks.push_back({text.substr(text.find(' ')), std::stod(text)});
+  load_together(world, [&] {
+    check_fits_host("the weights of " + prepared.folder.string(), ranks, static_cast<size_t>(world.rank()),
+                    static_cast<double>(host_memory()));
+  });
+}
+
 // All ranks get their part, or none does.
 Mixtral load_on_ranks(const std::filesystem::path& model_folder, torch::Device device, const LoadOptions& options) {
   Communicator& world = *options.world;
   std::optional<Prepared> prepared;
   load_together(world, [&] { prepared.emplace(prepare(model_folder, options)); });
   check_same(world, rank_description(prepared->config, prepared->checkpoint, prepared->type, options.placement));
+  check_ranks_fit(world, *prepared, options);
   LoadOptions reading = options;
   reading.progress = [&](uint64_t done, uint64_t total) {
     world.keep_alive();

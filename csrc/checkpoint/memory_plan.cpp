@@ -88,4 +88,19 @@ void check_fits(const std::string& what, const Config& config, const WeightType&
   throw OutOfMemory(message + (fitting.empty() ? "; no other dtype fits" : "; what would fit: " + fitting));
 }
 
+void check_fits_host(const std::string& what, const std::vector<RankMemory>& ranks, size_t rank, double available) {
+  double bytes = 0;
+  std::string names;
+  int count = 0;
+  for (size_t other = 0; other < ranks.size(); ++other) {
+    if (ranks[other].host != ranks[rank].host) continue;
+    bytes += ranks[other].bytes;
+    names += (names.empty() ? "" : ", ") + std::to_string(other);
+    ++count;
+  }
+  if (count > 1 && bytes > available)
+    throw OutOfMemory(
+        out_of_memory_text(what + " for ranks " + names + ", which share a host", bytes, "cpu", available));
+}
+
 }  // namespace mixtral

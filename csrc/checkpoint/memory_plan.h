@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "../model/config.h"
 #include "../model/defaults.h"
@@ -36,5 +37,14 @@ using FreeMemory = std::function<int64_t(const std::string& device)>;  // bytes
 // what one rank holds of it.
 void check_fits(const std::string& what, const Config& config, const WeightType& type, const std::string& device,
                 const FreeMemory& free = available_memory, const Placement& placement = {});
+
+// What a rank needs to load its part, and where it does that.
+struct RankMemory {
+  std::string host;
+  double bytes = 0;
+};
+
+// Throws OutOfMemory unless the parts of `what` that the ranks on the host of `rank` hold fit there together.
+void check_fits_host(const std::string& what, const std::vector<RankMemory>& ranks, size_t rank, double available);
 
 }  // namespace mixtral

@@ -25,8 +25,7 @@ struct RankOptions {
 // starts the others as its children, with both set; this call makes those join it. They read nothing, write to stderr
 // alone, are not interrupted by signals to the whole process group, and end with the leader, however it ends:
 // destroying what this returns waits two seconds for them to end by themselves, and does nothing in a fork of this
-// process. With both (torchrun), it joins those
-// that are there. Null for a single rank.
+// process. With both (torchrun), it joins those that are there. Null for a single rank.
 //
 // Cores are divided among the ranks of this host: operators use that many threads, unless OMP_NUM_THREADS is set. Call
 // use_threads() afterwards for another number.

@@ -73,9 +73,11 @@ int64_t container_memory(const std::filesystem::path& root, const std::filesyste
   return least;
 }
 
+int64_t host_memory() { return std::max<int64_t>(0, std::min(system_memory(), container_memory())); }
+
 int64_t available_memory(const std::string& device_name) {
   const c10::Device device(device_name);
-  if (device.is_cpu()) return std::max<int64_t>(0, std::min({system_memory(), container_memory(), address_space()}));
+  if (device.is_cpu()) return std::max<int64_t>(0, std::min(host_memory(), address_space()));
   at::globalContext().lazyInitDevice(device.type());  // the allocator knows no device before
   const auto index = device.has_index() ? device.index() : c10::DeviceIndex{0};
   auto* allocator = c10::getDeviceAllocator(device.type());

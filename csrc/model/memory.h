@@ -16,6 +16,8 @@ struct OutOfMemory : std::runtime_error {
 // Bytes this process can still allocate on `device` ("cpu", "cuda", "cuda:1"), those included that torch holds there
 // for tensors to come.
 int64_t available_memory(const std::string& device);
+// Bytes that all processes of this host, or container, together can still allocate on the CPU.
+int64_t host_memory();
 // The limit of a container less the memory in use: of the control groups, of version 1 or 2, that /proc/self/cgroup
 // (`groups`) names under `root`, and of those at `root`, which are a container's own. File pages that can be dropped
 // count as available. The largest int64 where there is no limit.

@@ -90,6 +90,21 @@ TEST(MemoryPlan, ARankFitsWhereTheModelDoesNot) {
   EXPECT_NO_THROW(check("float32", Placement::of_rank(1, 2, 2, true)));
 }
 
+TEST(MemoryPlan, RanksOfOneHostMustFitTogether) {
+  const std::vector<RankMemory> ranks = {{"a", 2 * kGiB}, {"b", 5 * kGiB}, {"a", 1 * kGiB}};
+  const auto error = [&](size_t rank, double gib) -> std::string {
+    try {
+      check_fits_host("the weights", ranks, rank, gib * kGiB);
+    } catch (const OutOfMemory& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(error(0, 3), "");
+  EXPECT_EQ(error(2, 2.5), "the weights for ranks 0, 2, which share a host: needs 3.00 GiB on cpu, 2.50 GiB available");
+  EXPECT_EQ(error(1, 1), "");  // alone: check_fits says what would fit
+}
+
 TEST(MemoryPlan, WhatFitsIsNoError) {
   const Config config = mixtral_8x7b();
   EXPECT_EQ(error_of(config, "bfloat16", "cuda", machine(0, 139)), "");

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from binary import DEMO, edit_config, mixtral
-from random_models import Shape, write_checkpoint
 from rank_processes import ALL_GONE, LAYOUTS, Ranks, is_gone, listening_addresses, run_ranks, start_ranks, wait_until
 
 pytest_plugins = ["parallel_fixtures"]
@@ -262,43 +261,3 @@ def test_ranks_of_one_host_listen_on_loopback_alone(splittable):
     with started(splittable, "tp2pp2", "idle", "--parallel-backend", "gloo") as ranks:
         addresses = listening_addresses(ranks.until_idle(0))
         assert addresses and addresses <= LOOPBACK
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def limited(limit: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def own_data_bytes() -> int:
-    """What ranks and their libraries have as data beside weights, which is much where they have CUDA kernels."""
-    with Ranks(DEMO, LAYOUTS["tp2"]) as ranks:
-        states = [Path(f"/proc/{pid}/status").read_text() for pid in ranks.until_idle(0)]
-    return max(int(state.partition("VmData:")[2].split()[0]) for state in states) * 1024
-
-
-LARGE = Shape(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate=1792, vocab=4096)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """A model whose weights are nearly all in the layers, so that two ranks have half of them each."""
-    folder = write_checkpoint(LARGE, tmp_path_factory.mktemp("large") / "model")
-    shutil.copy(DEMO / "tokenizer.model", folder)
-    return folder
-
-
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_two_ranks_run_a_model_whose_weights_are_twice_what_each_may_have(layout, large):
-    """Beside the program itself, half of the weights, and what the plan of the ranks says of all else."""
-    sizes = ["--ctx-size", "64", "--json"]
-    arguments = ["generate", large, "-p", "In the beginning", "-n", "8", "--ignore-eos", "-t", "1", *sizes]
-    plan = json.loads(mixtral("info", large, "--plan", *LAYOUTS[layout], *sizes).stdout)["plan"]["ranks"][0]
-    others = plan["activations_bytes"] + plan["kv_bytes"]
-    limit = own_data_bytes() + int(LARGE.weight_bytes("bfloat16") / 2) + others
-    alone = mixtral(*arguments, preexec_fn=limited(limit))
-    assert alone.returncode == 4, alone.stderr
-    cut = mixtral(*arguments, *LAYOUTS[layout], preexec_fn=limited(limit))
-    assert cut.returncode == 0, cut.stderr
-    assert json.loads(cut.stdout)["token_ids"] == json.loads(mixtral(*arguments).stdout)["token_ids"]
