@@ -232,15 +232,17 @@ std::string host_name() {
   return boot + " " + name;
 }
 
-// Before any of them allocates. Mapped weights are the system's to keep or drop, and each GPU is of one rank.
+// Before any of them allocates. Mapped weights are the system's to keep or drop, and each GPU is of one rank: they do
+// not count.
 void check_ranks_fit(Communicator& world, const Prepared& prepared, const LoadOptions& options) {
-  if (options.device != "cpu" || options.weights == Weights::kMmap) return;
-  const MemoryPlan own = plan_memory(prepared.config, prepared.type, options.device, 0, kChunkSize, options.placement);
+  const auto& [folder, config, type, checkpoint] = prepared;
+  const bool counts = options.device == "cpu" && options.weights == Weights::kRead;
+  const double own = counts ? plan_memory(config, type, options.device, 0, kChunkSize, options.placement).to_load() : 0;
   std::vector<RankMemory> ranks;
-  for (const std::string& text : world.exchange_texts(std::to_string(own.to_load()) + " " + host_name()))
+  for (const std::string& text : world.exchange_texts(std::to_string(own) + " " + host_name()))
     ranks.push_back({text.substr(text.find(' ')), std::stod(text)});
-  load_together(world, [&] {
-    check_fits_host("the weights of " + prepared.folder.string(), ranks, static_cast<size_t>(world.rank()),
+  load_together(world, [&, &folder = folder] {
+    check_fits_host("the weights of " + folder.string(), ranks, static_cast<size_t>(world.rank()),
                     static_cast<double>(host_memory()));
   });
 }
