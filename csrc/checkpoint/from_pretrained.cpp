@@ -236,7 +236,7 @@ std::string host_name() {
 // not count.
 void check_ranks_fit(Communicator& world, const Prepared& prepared, const LoadOptions& options) {
   const auto& [folder, config, type, checkpoint] = prepared;
-  const bool counts = options.device == "cpu" && options.weights == Weights::kRead;
+  const bool counts = options.device == "cpu" && options.weights != Weights::kMmap;
   const double own = counts ? plan_memory(config, type, options.device, 0, kChunkSize, options.placement).to_load() : 0;
   std::vector<RankMemory> ranks;
   for (const std::string& text : world.exchange_texts(std::to_string(own) + " " + host_name()))
