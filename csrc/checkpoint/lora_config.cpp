@@ -16,12 +16,12 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr uint64_t kMaxConfigBytes = 4 << 20;
+constexpr uint64_t kMaxAdapterConfigBytes = 4 << 20;
 constexpr double kMistralScaling = 2;  // of mistral-finetune, where nothing else is said
 
 json read_json(const fs::path& path) {
   check_kind(File(path));
-  return parse_json(read_text(path, kMaxConfigBytes), path.string());
+  return parse_json(read_text(path, kMaxAdapterConfigBytes), path.string());
 }
 
 std::vector<std::pair<std::string, double>> read_pattern(const JsonFields& fields, const char* key) {
