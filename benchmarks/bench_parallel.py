@@ -46,9 +46,12 @@ class Decode:
 
 DECODE = [
     Decode("tp2, 1 request", "--tp 2 -t 1", "1 process, 2 threads", "-t 2", 0.90),
+    Decode("tp2, experts cut, 1 request", "--tp 2 -t 1 --no-expert-parallel", "1 process, 2 threads", "-t 2", 0.90),
     Decode("tp2 over Gloo, 1 request", "--tp 2 -t 1 --parallel-backend gloo", "1 process, 2 threads", "-t 2", 0.65),
     Decode("tp2, 8 requests", "--tp 2 -t 1 --batch 8", "1 process, 1 thread", "-t 1 --batch 8", 1.5),
-    Decode("pp2, 2 requests", "--pp 2 -t 1 --batch 2", "1 process, 1 thread", "-t 1 --batch 2", 1.7),
+    # Two passes of one request each are in flight. One process reads the experts that both want once.
+    Decode("pp2, 2 requests", "--pp 2 -t 1 --batch 2", "1 process, 1 thread, one after the other", "-t 1", 1.7),
+    Decode("pp2, 2 requests in a batch", "--pp 2 -t 1 --batch 2", "1 process, 1 thread", "-t 1 --batch 2", 1.7),
     Decode("pp2, 1 request", "--pp 2 -t 1", "1 process, 1 thread", "-t 1", 0.95),
 ]
 ALL_REDUCE_GOAL = 20e-6  # seconds, through shared memory
@@ -68,7 +71,7 @@ def decode(bench: Bench) -> None:
         ours, peer = (statistics.median(column) for column in zip(*rates, strict=True))
         bench.rows.append(Row(row.case, "decode", ours, "tokens/s", None, None, row.peer, peer, ours / peer))
         goal = f"goal {row.goal:.2f}"
-        print(f"{row.case:26s} {ours:8.2f} tokens/s, x {ours / peer:.2f} of {row.peer} ({goal})", flush=True)
+        print(f"{row.case:27s} {ours:8.2f} tokens/s, x {ours / peer:.2f} of {row.peer} ({goal})", flush=True)
 
 
 # ---- the collective alone ----
