@@ -63,7 +63,7 @@ def run(bench: Bench) -> None:
             ):
                 bench.rows.append(Row(f"{case}: {name}", metric, value, unit))
                 print(f"{case + ': ' + name:40s} {metric:30s} {value:10.3f} {unit}")
-    models = {name: mixtral.Mixtral.from_config(sizes) for name, sizes in twins(SHAPE).items()}
+    models = {name: mixtral.Mixtral.from_config(sizes, prefix_cache=False) for name, sizes in twins(SHAPE).items()}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for model in models.values():
         rates(model)  # warms up

@@ -42,7 +42,7 @@ def paired_ratios(on: list[float], off: list[float]) -> list[float]:
 
 def run(bench: Bench) -> None:
     for name, sizes in MODELS.items():
-        model = mixtral.Mixtral.from_config(mixtral.Config(**SIZES, **sizes))
+        model = mixtral.Mixtral.from_config(mixtral.Config(**SIZES, **sizes), prefix_cache=False)
         for measure in (prefill, decode):
             rates: dict[bool, list[float]] = {False: [], True: []}
             measure(model, True)

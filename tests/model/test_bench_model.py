@@ -27,7 +27,7 @@ from bench_model import (
     resource_rows,
 )
 from common import Bench, native_isa
-from peers.engines import VOCAB, Worker, missing_packages
+from peers.engines import VOCAB, Ours, Worker, missing_packages
 from peers.turns import MEASURES, Turns
 from random_models import MIXTRAL_8X7B, SHAPES, Shape, write_checkpoint
 from roofline import Rates, measure_fma_peak
@@ -90,6 +90,15 @@ def test_worker_loads_obeys_and_says_why_it_died(engine, folder):
     worker.close()
     if engine == "ours":
         assert 2 * TINY.weights < binary_peak_memory(folder, "bfloat16", 1, {}) < of_python
+
+
+def test_our_engine_reads_a_prompt_anew_each_time(folder):
+    engine = Ours(threads=torch.get_num_threads())
+    engine.load(folder, "bfloat16")
+    for turn in range(1, 3):
+        engine.prefill(40)
+        assert engine.model._engine.stats().prompt_tokens == 40 * turn
+    assert engine.model._engine.stats().prefix_hits == 0
 
 
 def test_missing_package_is_named(monkeypatch):
