@@ -52,21 +52,23 @@ def test_two_ranks_run_a_model_whose_weights_are_twice_what_each_may_have(layout
 
 
 def write_empty_model(folder: Path, weight_bytes: int) -> None:
-    """A dense model of one layer, whose weights are a hole in a file: it takes no room on the disk."""
-    hidden, heads, head_dim, vocab = 4096, 32, 128, 4096
-    intermediate = weight_bytes // (3 * 2 * hidden) // 64 * 64
-    layer = "model.layers.0"
+    """A dense model of at least so many bytes, whose weights are a hole in a file: it takes no room on the disk."""
+    hidden, heads, head_dim, vocab, intermediate = 4096, 32, 128, 4096, 1 << 16
+    layers = weight_bytes // (2 * hidden * (4 * heads * head_dim + 3 * intermediate)) + 1
     shapes = {
         "model.embed_tokens.weight": [vocab, hidden],
         "model.norm.weight": [hidden],
         "lm_head.weight": [vocab, hidden],
-        f"{layer}.input_layernorm.weight": [hidden],
-        f"{layer}.post_attention_layernorm.weight": [hidden],
-        **{f"{layer}.self_attn.{name}_proj.weight": [heads * head_dim, hidden] for name in "qkvo"},
-        f"{layer}.mlp.gate_proj.weight": [intermediate, hidden],
-        f"{layer}.mlp.up_proj.weight": [intermediate, hidden],
-        f"{layer}.mlp.down_proj.weight": [hidden, intermediate],
     }
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        shapes |= {
+            f"{layer}.input_layernorm.weight": [hidden],
+            f"{layer}.post_attention_layernorm.weight": [hidden],
+            **{f"{layer}.self_attn.{name}_proj.weight": [heads * head_dim, hidden] for name in "qkvo"},
+            f"{layer}.mlp.gate_proj.weight": [intermediate, hidden],
+            f"{layer}.mlp.up_proj.weight": [intermediate, hidden],
+            f"{layer}.mlp.down_proj.weight": [hidden, intermediate],
+        }
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -78,7 +80,7 @@ def write_empty_model(folder: Path, weight_bytes: int) -> None:
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": head_dim,
