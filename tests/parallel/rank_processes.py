@@ -13,7 +13,7 @@ from binary import BINARY, DEMO, environment
 from random_models import Shape, write_checkpoint
 
 PATIENCE = 180.0  # seconds after which a wait has failed
-ALL_GONE = 10.0  # seconds after the end of one rank in which the others must be gone, however busy the machine is
+ALL_GONE = 5.0  # seconds after the end of one rank in which the others must be gone
 # Can be cut four ways; reading it takes long enough to be seen.
 SPLITTABLE = Shape(hidden=512, layers=4, heads=8, kv_heads=4, head_dim=64, intermediate=1024, vocab=4096)
 LAYOUTS = {

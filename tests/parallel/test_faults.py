@@ -101,7 +101,7 @@ def test_a_killed_rank_ends_all_over_gloo(stage, splittable):
 
 
 def stop_one(model: Path, layout: str, stage: str, rank: int, timeout: int) -> None:
-    patience = timeout + 2 * ALL_GONE  # other ranks run beside these
+    patience = timeout + 4 * ALL_GONE  # other ranks run beside these
     with started(model, layout, stage, "--rank-timeout", str(timeout)) as ranks:
         pids = at_stage(ranks, stage, rank)
         os.kill(pids[rank], signal.SIGSTOP)
