@@ -28,7 +28,8 @@ MIXTRAL_INLINE void multiply_rows_f32(const float* a, int64_t lda, const float* 
       Vector sum[kRows][kVectors] = {};
       const int64_t end = std::min(depth, begin + kChainDepth);
       for (int64_t k = begin; k < end; ++k) {
-        if constexpr (kAhead) prefetch_ahead<kVectors * kBytes>(panel + k * kPanelColumns + column);
+        if constexpr (kAhead && kBytes == 64) prefetch_ahead<kVectors * kBytes>(panel + k * kPanelColumns + column);
+        if constexpr (kAhead && kBytes < 64) prefetch_ahead_once<kVectors * kBytes>(panel + k * kPanelColumns + column);
         const Vector* b = reinterpret_cast<const Vector*>(panel + k * kPanelColumns + column);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)

@@ -19,4 +19,14 @@ MIXTRAL_INLINE void prefetch_ahead(const void* at) {
   }
 }
 
+// The same with one prefetch a line, into L1: for processors with AVX2 alone. On Zen 3 a prefetch into L2 takes one of
+// the misses of L1 too, and two prefetches a line read bf16 weights at 70 % of the rate of one.
+template <int64_t kBytes>
+MIXTRAL_INLINE void prefetch_ahead_once(const void* at) {
+  constexpr int64_t kNear = 4096;
+#pragma GCC unroll 16
+  for (int64_t byte = 0; byte < kBytes; byte += 64)
+    __builtin_prefetch(static_cast<const char*>(at) + kNear + byte, 0, 3);
+}
+
 }  // namespace mixtral::cpu

@@ -13,6 +13,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 namespace mixtral::avx2 {
 
 inline constexpr int kVectors = 2;     // of eight columns
@@ -44,7 +46,7 @@ struct Bf16Pairs {
 
 // Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
 
-class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
+class Bf16Half : public HalfSteps<kStepElements, cpu::prefetch_ahead_once<kStepElements>>, public Bf16Pairs {
  public:
   using HalfSteps::HalfSteps;
 
@@ -59,7 +61,7 @@ class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
 };
 
 // The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
-class Int8Half : public HalfSteps<kStepElements / 2> {
+class Int8Half : public HalfSteps<kStepElements / 2, cpu::prefetch_ahead_once<kStepElements / 2>> {
  public:
   using HalfSteps::HalfSteps;
 
@@ -82,22 +84,42 @@ class Int8Half : public HalfSteps<kStepElements / 2> {
   }
 };
 
-// The two bytes of each of kInt4Levels: [scale is odd][byte][n], twice, for the two halves of a register.
+// Look-ups of bytes have sixteen entries, in each half of a register.
+//
+// Scale byte e adds 2^7 (e div 2) to the bits of a level, which are those of its even scale or, for an odd e, of its
+// odd one. Adding 2^6 e instead leaves kInt4Levels[16 + n] - kInt4Levels[n] - 2^6, which is small and the same for both
+// signs. With kBias added as well it stays within the lower byte. So the upper byte of a level depends on n alone and
+// the lower one on the magnitude and on whether the scale is odd: both have a table of their own.
 struct Int4LevelBytes {
-  alignas(32) uint8_t at[2][2][32];
+  alignas(32) uint8_t upper[32];      // [n]
+  alignas(32) uint8_t magnitude[32];  // [n], 0 to 7
+  alignas(32) uint8_t lower[32];      // [scale is odd][magnitude]
 };
+inline constexpr int kInt4Bias = 16;
+constexpr int biased_int4_level(int n, bool odd) {
+  return kInt4Levels[16 * odd + n] - (64 << 7) - (odd << 6) - kInt4Bias;
+}
 constexpr Int4LevelBytes int4_level_bytes() {
   Int4LevelBytes out{};
-  for (int odd = 0; odd < 2; ++odd)
-    for (int byte = 0; byte < 2; ++byte)
-      for (int n = 0; n < 32; ++n)
-        out.at[odd][byte][n] = static_cast<uint8_t>(kInt4Levels[odd * 16 + n % 16] >> (8 * byte));
+  for (int i = 0; i < 32; ++i) {
+    const int n = i % 16;
+    out.upper[i] = static_cast<uint8_t>(biased_int4_level(n, false) >> 8);
+    out.magnitude[i] = static_cast<uint8_t>(n < 8 ? 7 - n : n - 8);
+    out.lower[i] = static_cast<uint8_t>(biased_int4_level(8 + n % 8, n >= 8));
+  }
   return out;
 }
 inline constexpr Int4LevelBytes kInt4LevelBytes = int4_level_bytes();
+constexpr bool int4_levels_split() {
+  for (int n = 0; n < 16; ++n)
+    for (const bool odd : {false, true}) {
+      const int lower = kInt4LevelBytes.lower[8 * odd + kInt4LevelBytes.magnitude[n]];
+      if (kInt4LevelBytes.upper[n] << 8 != biased_int4_level(n, odd) - lower) return false;
+    }
+  return true;
+}
+static_assert(int4_levels_split());
 
-// A look-up of bytes has sixteen entries, so a level takes four: its two bytes, for an even and for an odd scale. The
-// exponent of the scale is added to the finished pairs.
 class Int4Half : public Bf16Pairs {
  public:
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Int4Half(const char* block, int64_t, int64_t step, int64_t h)
@@ -105,16 +127,20 @@ class Int4Half : public Bf16Pairs {
 
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
     at_ = next_ + kBlockRows + h_ * kBytes;
-    cpu::prefetch_ahead<kBytes>(at_);
-    // Each scale twice, for the two depths of a pair; of four columns a half, twice again.
-    const __m128i twice = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    cpu::prefetch_ahead_once<kBytes>(at_);
+    // Each scale as the upper byte of two words, and as the four bytes of a column in the order of `pairs`.
+    const __m256i upper = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
+                                           -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
+    const __m256i all = _mm256_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1, 2, 2, 3, 3,  //
+                                         4, 4, 5, 5, 6, 6, 7, 7, 4, 4, 5, 5, 6, 6, 7, 7);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const __m128i scales = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next_ + h_ * 16 + v * 8));
-      const __m128i bytes = _mm_shuffle_epi8(scales, twice);
-      const __m256i powers = _mm256_srli_epi16(_mm256_cvtepu8_epi16(bytes), 1);
-      exponents_[v] = _mm256_slli_epi16(_mm256_sub_epi16(powers, _mm256_set1_epi16(64)), 7);
-      is_odd_[v] = _mm256_slli_epi16(_mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50), 7);
+      int64_t bytes;
+      std::memcpy(&bytes, next_ + h_ * 16 + v * 8, sizeof bytes);
+      const __m256i scales = _mm256_set1_epi64x(bytes);
+      const __m256i times_64 = _mm256_srli_epi16(_mm256_shuffle_epi8(scales, upper), 2);
+      exponents_[v] = _mm256_add_epi16(times_64, _mm256_set1_epi16(kInt4Bias));
+      is_odd_[v] = _mm256_and_si256(_mm256_slli_epi16(_mm256_shuffle_epi8(scales, all), 3), _mm256_set1_epi8(8));
     }
     next_ += kInt4StepBytes;
   }
@@ -128,19 +154,21 @@ class Int4Half : public Bf16Pairs {
     const __m256i bytes = _mm256_shuffle_epi8(load(at_ + g * 64 + v * 32), side_by_side);
     const __m256i even = _mm256_and_si256(bytes, nibble);  // pairs 0 and 2
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-    const __m256i even_low = level_bytes(0, even, v), even_high = level_bytes(1, even, v);
-    const __m256i odd_low = level_bytes(0, odd, v), odd_high = level_bytes(1, odd, v);
-    return {{_mm256_add_epi16(_mm256_unpacklo_epi8(even_low, even_high), exponents_[v]),
-             _mm256_add_epi16(_mm256_unpacklo_epi8(odd_low, odd_high), exponents_[v]),
-             _mm256_add_epi16(_mm256_unpackhi_epi8(even_low, even_high), exponents_[v]),
-             _mm256_add_epi16(_mm256_unpackhi_epi8(odd_low, odd_high), exponents_[v])}};
+    const __m256i even_lower = lower_bytes(even, v), even_upper = upper_bytes(even);
+    const __m256i odd_lower = lower_bytes(odd, v), odd_upper = upper_bytes(odd);
+    return {{_mm256_add_epi16(_mm256_unpacklo_epi8(even_lower, even_upper), exponents_[v]),
+             _mm256_add_epi16(_mm256_unpacklo_epi8(odd_lower, odd_upper), exponents_[v]),
+             _mm256_add_epi16(_mm256_unpackhi_epi8(even_lower, even_upper), exponents_[v]),
+             _mm256_add_epi16(_mm256_unpackhi_epi8(odd_lower, odd_upper), exponents_[v])}};
   }
 
  private:
-  // Byte `byte` of the levels of `n`.
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i level_bytes(int byte, __m256i n, int v) const {
-    return _mm256_blendv_epi8(_mm256_shuffle_epi8(load(kInt4LevelBytes.at[0][byte]), n),
-                              _mm256_shuffle_epi8(load(kInt4LevelBytes.at[1][byte]), n), is_odd_[v]);
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256i upper_bytes(__m256i n) {
+    return _mm256_shuffle_epi8(load(kInt4LevelBytes.upper), n);
+  }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i lower_bytes(__m256i n, int v) const {
+    const __m256i magnitude = _mm256_shuffle_epi8(load(kInt4LevelBytes.magnitude), n);
+    return _mm256_shuffle_epi8(load(kInt4LevelBytes.lower), _mm256_or_si256(magnitude, is_odd_[v]));
   }
 
   static constexpr int64_t kBytes = (kInt4StepBytes - kBlockRows) / 2;

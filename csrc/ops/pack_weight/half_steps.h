@@ -1,13 +1,15 @@
 // Halves of steps whose values lie side by side in a packed block (pack_weight.h), as those of bf16 and int8 do.
 #pragma once
 
-#include "../cpu/prefetch.h"
-#include "pack_weight.h"
+#include <cstdint>
+
+#include "../cpu/isa.h"
 
 namespace mixtral {
 
-// Half `h`, of kBytes, of the steps of a block, one step after the other from `step` on.
-template <int64_t kBytes>
+// Half `h`, of kBytes, of the steps of a block, one step after the other from `step` on. `prefetch` is one of
+// prefetch.h.
+template <int64_t kBytes, void (*prefetch)(const void*)>
 class HalfSteps {
  public:
   MIXTRAL_INLINE HalfSteps(const char* block, int64_t, int64_t step, int64_t h)
@@ -15,7 +17,7 @@ class HalfSteps {
 
   MIXTRAL_INLINE void begin_step() {
     at_ = next_;
-    cpu::prefetch_ahead<kBytes>(at_);
+    prefetch(at_);
     next_ += 2 * kBytes;
   }
 
