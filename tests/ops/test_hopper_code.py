@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from collections import Counter
 
 import pytest
 
@@ -21,27 +20,53 @@ KERNELS = {
 }
 
 
+class Code:
+    """The instructions of a kernel in the order of memory: whole lines, and their names alone."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.names: list[str] = []
+
+    def count(self, name: str) -> int:
+        return self.names.count(name)
+
+
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, Counter]:
-    """How often each instruction occurs in every kernel for 9.0a."""
+def kernels() -> dict[str, Code]:
+    """Every kernel for 9.0a."""
     tool = cuobjdump()
     if tool is None or b"sm_90a" not in LIBRARY.read_bytes():
         pytest.skip("no CUDA kernels for 9.0a in the library, or no cuobjdump")
-    code = subprocess.run([tool, "-sass", "-arch", "sm_90a", LIBRARY], capture_output=True, text=True, check=True)
-    counts: dict[str, Counter] = {}
-    for line in code.stdout.splitlines():
+    text = subprocess.run([tool, "-sass", "-arch", "sm_90a", LIBRARY], capture_output=True, text=True, check=True)
+    found: dict[str, Code] = {}
+    for line in text.stdout.splitlines():
         if function := re.search(r"Function : (\S+)", line):
-            kernel = counts.setdefault(function[1], Counter())
-        elif instruction := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", line):
-            kernel[instruction[1]] += 1
-    return counts
+            kernel = found.setdefault(function[1], Code())
+        elif instruction := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(([A-Z0-9]+)[^;]*);", line):
+            kernel.lines.append(instruction[1])
+            kernel.names.append(instruction[2])
+    return found
+
+
+def named(kernels: dict[str, Code], *parts: str) -> dict[str, Code]:
+    found = {kernel: code for kernel, code in kernels.items() if all(part in kernel for part in parts)}
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_has_the_instructions_it_was_written_for(name, kernels):
-    found = {kernel: counts for kernel, counts in kernels.items() if name in kernel}
-    assert found
-    for kernel, counts in found.items():
+    for kernel, code in named(kernels, name).items():
         for wanted in KERNELS[name]:
-            assert any(counts[instruction] for instruction in wanted), f"{kernel}: none of {wanted}"
-        assert counts["STL"] == counts["LDL"] == 0, f"{kernel} uses local memory"
+            assert any(code.count(instruction) for instruction in wanted), f"{kernel}: none of {wanted}"
+        assert code.count("STL") == code.count("LDL") == 0, f"{kernel} uses local memory"
+
+
+@pytest.mark.parametrize("name", ["grouped_gemm_tile_kernel", "grouped_gemm_stream_kernel"])
+def test_swiglu_rounds_values_in_pairs(name, kernels):
+    """For two values of out the gates, the ups and the products take a packed conversion each; without SwiGLU, which
+    has twice as many columns, the four sums take two."""
+    for kernel, code in named(kernels, name, "Lb1E").items():
+        plain = kernels[kernel.replace("Lb1E", "Lb0E")]
+        assert code.count("F2F") == 0, kernel
+        assert code.count("F2FP") * 2 == plain.count("F2FP") * 3 > 0, kernel

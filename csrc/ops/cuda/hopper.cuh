@@ -206,6 +206,10 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// The values of a pair of bf16.
+__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
 // cvt.rn.satfinite.e4m3x2: two values rounded to e4m3, at most 448 in size, `low` in the lower half.
 __device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
   uint16_t packed;

@@ -7,13 +7,17 @@
 
 namespace mixtral::cuda {
 
-// silu(gate) * up in f32, rounded once.
+// silu(gate) * up in f32, to be rounded to T.
+template <typename T>
+__device__ __forceinline__ float swiglu_product(float gate, float up) {
+  const float divisor = 1.0f + expf(-gate);
+  // An exact division costs a branch and as much as all the rest; 16-bit results keep at most 11 of its 24 bits.
+  return (sizeof(T) == sizeof(float) ? gate / divisor : __fdividef(gate, divisor)) * up;
+}
+
 template <typename T>
 __device__ __forceinline__ T swiglu_value(T gate, T up) {
-  const float g = to_float(gate), divisor = 1.0f + expf(-g);
-  // An exact division costs a branch and as much as all the rest; 16-bit results keep at most 11 of its 24 bits.
-  const float silu = sizeof(T) == sizeof(float) ? g / divisor : __fdividef(g, divisor);
-  return from_float<T>(silu * to_float(up));
+  return from_float<T>(swiglu_product<T>(to_float(gate), to_float(up)));
 }
 
 template <typename T>

@@ -318,6 +318,8 @@ inline uint32_t bf16_bits(float x) { return std::bit_cast<uint16_t>(BFloat16(x))
 inline float bf16_value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline float low_bf16(uint32_t pair) { return bf16_value(pair & 0xFFFF); }
+inline float high_bf16(uint32_t pair) { return bf16_value(pair >> 16); }
 inline uint32_t and_or(uint32_t bits, uint32_t mask, uint32_t set) { return (bits & mask) | set; }
 inline uint32_t subtract_bf16_pair(uint32_t a, uint32_t b) {
   return pack_bf16(bf16_value(a & 0xFFFF) - bf16_value(b & 0xFFFF), bf16_value(a >> 16) - bf16_value(b >> 16));

@@ -38,10 +38,10 @@
 
 #include "../../cuda/hopper_layout.h"
 #include "../../cuda/kernel_hopper.cuh"
-#include "../../swiglu/swiglu_value.cuh"
 #include "grouped_gemm_stream_hopper.h"
 #include "grouped_gemm_stream_routing_hopper.cuh"
 #include "grouped_gemm_stream_weights_hopper.cuh"
+#include "swiglu_pair_hopper.cuh"
 
 namespace mixtral::cuda {
 
@@ -160,15 +160,11 @@ __device__ __forceinline__ void multiply_unit(StreamShared<Weights, Shape>& shar
   }
 }
 
-__device__ __forceinline__ float swiglu(float gate, float up) {
-  return to_float(swiglu_value(from_float<BFloat16>(gate), from_float<BFloat16>(up)));
-}
-
 // The pair of values of out that a thread has in 8x8 matrix `m`: 8 columns of out times 8 tokens.
 template <bool kSwiglu, int kValues>
 __device__ __forceinline__ uint32_t output_pair(const float (&sums)[kValues], int m) {
   if constexpr (kSwiglu) {
-    return pack_bf16(swiglu(sums[m * 4], sums[m * 4 + 2]), swiglu(sums[m * 4 + 1], sums[m * 4 + 3]));
+    return swiglu_pair(sums[m * 4], sums[m * 4 + 1], sums[m * 4 + 2], sums[m * 4 + 3]);
   } else {
     return pack_bf16(sums[m * 2], sums[m * 2 + 1]);
   }

@@ -23,9 +23,9 @@
 
 #include "../../cuda/hopper_layout.h"
 #include "../../cuda/kernel_hopper.cuh"
-#include "../../swiglu/swiglu_value.cuh"
 #include "../grouped_gemm.h"
 #include "../tiles.h"
+#include "swiglu_pair_hopper.cuh"
 
 namespace mixtral::cuda {
 
@@ -129,15 +129,9 @@ __device__ __forceinline__ void skip_tile(GemmShared& shared, RingPosition& ring
 // Values 2 i and 2 i + 1 of this thread's row of out, rounded.
 template <bool kSwiglu>
 __device__ __forceinline__ uint32_t out_pair(const float (&sums)[kGemmColumns / 2], int i) {
-  float values[2] = {sums[2 * i], sums[2 * i + 1]};
-  if constexpr (kSwiglu) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float up = sums[2 * i + j + kGemmColumns / 4];
-      values[j] = to_float(swiglu_value(from_float<BFloat16>(values[j]), from_float<BFloat16>(up)));
-    }
-  }
-  return pack_bf16(values[0], values[1]);
+  constexpr int kUp = kGemmColumns / 4;  // from a gate to its up
+  if constexpr (kSwiglu) return swiglu_pair(sums[2 * i], sums[2 * i + 1], sums[2 * i + kUp], sums[2 * i + 1 + kUp]);
+  return pack_bf16(sums[2 * i], sums[2 * i + 1]);
 }
 
 // Rows [row, row_end) and columns [column, columns) of out [M, columns], from this warp's 16 x 64 rounded values.
