@@ -1,4 +1,5 @@
 // The kernel of the grouped GEMM of few rows for rows that name their experts, on the emulated GPU.
+#include "ops/grouped_gemm/hopper/quantize_rows_hopper.cuh"
 #include "stream_gemm_problem.h"
 
 namespace mixtral::cuda {
@@ -16,6 +17,11 @@ class IdMemory {
   void write(const Ids& ids) {
     const std::vector<int32_t> narrow(ids.begin(), ids.end());
     std::memcpy(bytes_.data(), is_wide_ ? static_cast<const void*>(ids.data()) : narrow.data(), bytes_.size());
+  }
+  Ids read() const {
+    Ids ids(bytes_.size() / (is_wide_ ? 8 : 4));
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = array()[static_cast<int64_t>(i)];
+    return ids;
   }
 
  private:
@@ -159,6 +165,64 @@ TEST(GroupedGemmRouted, PackedWeightsOfAnyRouting) {
     const Ids ids = random_ids(tokens, top_k);
     expect_products<FewRows, E4m3Weights>(ids, tokens, 64, 144, true);
     expect_products<FewRows, E4m3Weights>(ids, tokens * top_k, 96, 144, false, 2);
+  }
+}
+
+// The kernels of a layer one after the other, each at the earliest moment: it finds ids as it was when the kernel in
+// front let it start. When that one has ended, ids is complete.
+class StartedLayer {
+ public:
+  StartedLayer(const Ids& ids, uint64_t seed) : ids_(ids), seed_(seed), memory_(ids.size(), true) {
+    memory_.write(Ids(ids.size(), kExperts - 1));
+  }
+  template <typename Kernel>
+  void run(int threads, size_t shared_bytes, const Kernel& kernel) {
+    Ids at_next_start;
+    emulator::Launch launch{{1, 1, 1}, static_cast<unsigned>(threads), shared_bytes, seed_++};
+    launch.previous_kernel = [&] { memory_.write(ids_); };
+    launch.next_kernel = [&] { at_next_start = memory_.read(); };
+    emulator::launch(launch, kernel);
+    memory_.write(at_next_start);
+  }
+  template <typename Weights, typename Shape>
+  void multiply(Problem p, int64_t copies) {
+    const Operands<Weights> operands(p);
+    std::vector<BFloat16> out(ids_.size() * p.columns);
+    StreamGemm gemm{out.data(), {}, p.experts, p.rows, p.columns, p.depth};
+    gemm.routed = {memory_.array(), copies, false};
+    const auto weights = operands.weights(p, Shape::kGroups * kStreamTileRows);
+    const TokenMaps tokens = operands.tokens(p);
+    run(Shape::kThreads, sizeof(StreamShared<Weights, Shape>),
+        [&] { grouped_gemm_stream_kernel<Weights, Shape, true>(weights, tokens, gemm); });
+  }
+  void quantize() {
+    const std::vector<BFloat16> a(16);
+    std::vector<uint8_t> values(16);
+    std::vector<float> scales(2);
+    run(kE4m3Warps * kWarpSize, 0, [&] { quantize_rows_kernel(a.data(), {values.data(), scales.data()}, 2, 8); });
+  }
+  bool ids_are_complete() const { return memory_.read() == ids_; }
+
+ private:
+  const Ids ids_;
+  uint64_t seed_;
+  IdMemory memory_;
+};
+
+// The second product of a layer reads ids at its start (grouped_gemm_stream_routing_hopper.cuh).
+TEST(GroupedGemmRouted, IdsAreCompleteWhenTheSecondProductMayStart) {
+  const Ids ids{0, 2, 1, 0};
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    StartedLayer plain(ids, seed), int4(ids, seed), fp8(ids, seed);
+    plain.multiply<BFloat16Weights, FewestRows>(make_problem(2, 32, 64, true), 2);
+    EXPECT_TRUE(plain.ids_are_complete());
+    int4.multiply<Int4Weights, Int4Rows>(make_problem(2, 32, 64, true), 2);
+    EXPECT_TRUE(int4.ids_are_complete());
+    fp8.quantize();
+    EXPECT_FALSE(fp8.ids_are_complete());  // it lets the next kernel start at once
+    fp8.multiply<E4m3Weights, FewRows>(make_problem(2, 32, 64, true), 2);
+    fp8.quantize();
+    EXPECT_TRUE(fp8.ids_are_complete());
   }
 }
 

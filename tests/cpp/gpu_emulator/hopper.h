@@ -17,7 +17,7 @@
 #include "ops/cuda/hopper_layout.h"
 #include "ops/cuda/vector.h"
 
-#define __global__
+#define __global__ inline
 #define __device__
 #define __host__
 #define __forceinline__ inline

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     read_routing(shared.routing, gemm);
   }
   __syncthreads();
-  let_next_kernel_start();  // after the wait for ids: the next kernel finds it complete
+  let_next_kernel_start();  // not before the wait for ids: the second product of a layer relies on it
   if (threadIdx.x < Shape::kConsumers) {
     if constexpr (Shape::kMovesRegisters) increase_registers<232>();
     compute_units<Weights, Shape, kSwiglu>(shared, weights, gemm);

@@ -22,7 +22,7 @@ inline constexpr int kMaxRoutedCopies = 64;
 struct RoutedRows {
   IndexArray ids = {};     // [rows, copies]; data == nullptr: groups
   int64_t copies = 1;      // of each row of a
-  bool ids_ready = false;  // ids was complete before the kernel in front of this one let this one start
+  bool ids_ready = false;  // ids is complete before the kernel in front lets this one start (..._routing_hopper.cuh)
 };
 
 // The problem, without its tensor maps. With SwiGLU, `columns` is I: half of the rows of the weights.

@@ -6,9 +6,16 @@
 // cores take 128 cycles for 8 KiB of bf16 weights, which HBM takes 410 to 590 cycles to bring. int4 weights come almost
 // four times as fast, so their tokens are at most 32. A row has the bits that it has in a group: one order of sums.
 //
-// Two products follow each other in an expert layer. ids is written by a kernel before the first one. The first one
-// waits for it before it lets the second one start. So the second one knows its experts from the start and fills its
-// ring with weights while the first one still runs.
+// Two products follow each other in an expert layer. ids is written by a kernel before the first one. The second one
+// reads ids at its start (RoutedRows::ids_ready) and fills its ring with weights while the first one still runs. It may
+// do so because ids is complete before the kernel in front of it lets it start:
+//
+//   The first product waits for the kernels before it, and so for ids, and only then lets the next kernel start.
+//   Every later kernel starts after that. So kernels between the products may let the next one start at any time, as
+//   quantize_rows does with fp8. A kernel between the writer of ids and the first product must itself wait before it
+//   ends, or the first product does not wait for ids.
+//
+// Who adds a kernel to a layer adds it to the test of this rule (GroupedGemmRouted.IdsAreCompleteWhen...).
 #pragma once
 
 #include <cstdint>

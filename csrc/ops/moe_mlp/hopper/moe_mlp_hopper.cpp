@@ -17,8 +17,9 @@ bool takes_moe_mlp_hopper(const Tensor& x, const Tensor& topk_ids, const Weight&
 
 Tensor moe_mlp_hopper(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
                       const Weight& gate_up, const Weight& down) {
-  // The second product reads ids and down without waiting for the first one. So copies of strided ones come first: that
-  // of ids here, that of down where the arguments are checked.
+  // The second product reads ids and down without waiting for the first one, which has waited for ids before it lets
+  // another kernel start (grouped_gemm_stream_routing_hopper.cuh). So copies of strided ones come first: that of ids
+  // here, that of down where the arguments are checked.
   const Tensor ids = as_contiguous(topk_ids);
   const Tensor activated = grouped_gemm_routed_hopper(op, x, gate_up, ids, /*ids_ready=*/false, /*swiglu=*/true);
   const Tensor y = grouped_gemm_routed_hopper(op, activated, down, ids, /*ids_ready=*/true, /*swiglu=*/false);
