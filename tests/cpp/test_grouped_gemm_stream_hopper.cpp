@@ -7,20 +7,26 @@ namespace {
 
 constexpr float kNan = NAN;
 
-// out as floats; fails where the kernel wrote beyond it.
+// out as floats; fails where the kernel wrote beyond it. The kernel before writes offs as its last work.
 template <typename Weights, typename Shape, bool kSwiglu>
-std::vector<float> run(const Problem& p, const Operands<Weights>& operands, uint64_t seed) {
+std::vector<float> run(const Problem& p, const Operands<Weights>& operands, uint64_t seed, size_t early_copies = 0) {
   constexpr int64_t kGuard = 1024;
   std::vector<BFloat16> out(p.rows * p.columns + kGuard, BFloat16(kNan));
-  const std::vector<int32_t> narrow(p.offs.begin(), p.offs.end());
-  const bool wide = seed % 2 == 0;
-  const void* offs = wide ? static_cast<const void*>(p.offs.data()) : narrow.data();
-  const StreamGemm gemm{out.data(), {p.offs.empty() ? nullptr : offs, wide}, p.experts, p.rows, p.columns, p.depth};
+  std::vector<int32_t> narrow(p.offs.size(), 1);
+  std::vector<int64_t> wide(p.offs.size(), 1);
+  const bool is_wide = seed % 2 == 0;
+  const void* offs = is_wide ? static_cast<const void*>(wide.data()) : narrow.data();
+  const StreamGemm gemm{out.data(), {p.offs.empty() ? nullptr : offs, is_wide}, p.experts, p.rows, p.columns, p.depth};
   const auto weights = operands.weights(p, Shape::kGroups * kStreamTileRows);
   const TokenMaps tokens = operands.tokens(p);
   const unsigned blocks = 1 + seed % 3;
-  emulator::launch({{blocks, 1, 1}, Shape::kThreads, sizeof(StreamShared<Weights, Shape>), seed},
-                   [&] { grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>(weights, tokens, gemm); });
+  emulator::Launch launch{{blocks, 1, 1}, Shape::kThreads, sizeof(StreamShared<Weights, Shape>), seed};
+  launch.previous_kernel = [&] {
+    std::copy(p.offs.begin(), p.offs.end(), narrow.begin());
+    wide = p.offs;
+  };
+  launch.previous_may_end = [&] { return emulator::copies_begun() >= early_copies; };
+  emulator::launch(launch, [&] { grouped_gemm_stream_kernel<Weights, Shape, kSwiglu>(weights, tokens, gemm); });
   for (int64_t i = p.rows * p.columns; i < static_cast<int64_t>(out.size()); ++i)
     EXPECT_TRUE(std::isnan(static_cast<float>(out[i]))) << i;
   return {out.begin(), out.end() - kGuard};
@@ -95,8 +101,27 @@ TEST(GroupedGemmStream, DenseLayersHaveNoOffsets) {
   expect_products<MoreRows>({{}, 260, 136, 72}, 2);
 }
 
+// The kernel before ends when the ring is full of weights, and not earlier: who waits for it first waits for ever.
+TEST(GroupedGemmStream, WeightsOfOneExpertAreLoadedBeforeTheWait) {
+  for (const std::vector<int64_t>& offs : {std::vector<int64_t>{12}, {7}, {0}, {}}) {
+    Problem p{offs, 12, 136, 64 * 7 + 8};  // a unit for each block
+    const Operands<BFloat16Weights> operands(p);
+    for (uint64_t seed = 0; seed < 3; ++seed)
+      EXPECT_EQ((run<BFloat16Weights, FewRows, false>(p, operands, seed, FewRows::kStages)), p.expected());
+  }
+  Problem p{{30}, 33, 64, 64, true};  // two units of one step of two blocks
+  const Operands<Int4Weights> operands(p);
+  EXPECT_EQ((run<Int4Weights, Int4Rows, true>(p, operands, 0, 2)), p.expected());
+
+  Problem several{{5, 12}, 12, 72, 64};
+  const Operands<BFloat16Weights> weights(several);
+  EXPECT_THROW((run<BFloat16Weights, FewRows, false>(several, weights, 0, 1)), std::runtime_error);
+}
+
 TEST(GroupedGemmStream, RowsBehindTheLastGroupAreZero) {
   expect_products<FewRows>({{2, 7}, 30, 72, 64});
+  expect_products<FewRows>({{21}, 64, 72, 64});  // one group
+  expect_products<MoreRows>({{70}, 300, 136, 64, true}, 2);
   expect_products<FewRows>({{0, 0}, 9, 40, 64, true});
   expect_products<MoreRows>({{2, 7}, 300, 136, 64}, 2);
 }

@@ -70,3 +70,22 @@ def test_swiglu_rounds_values_in_pairs(name, kernels):
         plain = kernels[kernel.replace("Lb1E", "Lb0E")]
         assert code.count("F2F") == 0, kernel
         assert code.count("F2FP") * 2 == plain.count("F2FP") * 3 > 0, kernel
+
+
+def test_streaming_loads_soon_and_divides_in_32_bits(kernels):
+    for kernel, code in named(kernels, "grouped_gemm_stream_kernel").items():
+        first = min(code.names.index(load) for load in ("UTMALDG", "UBLKCP") if load in code.names)
+        assert first < (370 if "Int4" in kernel else 310), f"{kernel}: {first} instructions before the first load"
+        assert "UTMACCTL" in code.names[:first], f"{kernel} prefetches no tensor map"
+        assert "CALL" not in code.names, f"{kernel} calls a function, as for a 64-bit division"
+
+
+def test_fp8_products_start_from_zero_and_free_their_stage_before_the_additions(kernels):
+    for kernel, code in named(kernels, "grouped_gemm_stream_kernel", "E4m3Weights").items():
+        products = [line for line in code.lines if "QGMMA" in line]
+        assert sum("RZ, !UPT" in line for line in products) * 4 == len(products), kernel
+        waits = [at for at, line in enumerate(code.lines) if "WARPGROUP.DEPBAR" in line]
+        assert len(waits) * 4 == len(products), kernel
+        for at in waits:
+            behind = next(line for line in code.lines[at:] if "SYNCS.ARRIVE" in line or "FADD" in line)
+            assert "SYNCS.ARRIVE" in behind, kernel

@@ -76,6 +76,7 @@ class Block {
   unsigned char* shared_;
   std::map<int, NamedBarrier> barriers_;
   std::vector<std::function<void()>> later_;
+  size_t copies_begun_ = 0;
   std::string error_;
   Thread* current_ = nullptr;
   ucontext_t scheduler_;
@@ -211,7 +212,9 @@ void wait_for_previous_kernel() {
       neighbours.previous_is_done = true;
     });
   }
-  wait_until("the kernel before", [&neighbours] { return neighbours.previous_is_done; });
+  wait_until("the kernel before", [&neighbours, &launch = block->launch_] {
+    return neighbours.previous_is_done && launch.previous_may_end();
+  });
 }
 
 void let_next_kernel_start() {
@@ -221,6 +224,12 @@ void let_next_kernel_start() {
 }
 
 void run_later(std::function<void()> work) { block->later_.push_back(std::move(work)); }
+
+void run_copy(std::function<void()> work) {
+  ++block->copies_begun_;
+  run_later(std::move(work));
+}
+size_t copies_begun() { return block->copies_begun_; }
 
 bool flip() { return block->random_() % 2 == 0; }
 

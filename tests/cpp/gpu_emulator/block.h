@@ -23,6 +23,7 @@ struct Launch {
   // Programmatic dependent launch: what the kernel before does last of all, at a random time after a thread has begun
   // to wait for it; what the kernel behind does first of all, as soon as every block has let it start.
   std::function<void()> previous_kernel = [] {}, next_kernel = [] {};
+  std::function<bool()> previous_may_end = [] { return true; };  // else who waits for it goes on waiting
 };
 
 // Runs `kernel` in every thread of every block, one block after the other in a random order. Throws std::runtime_error
@@ -47,6 +48,10 @@ void let_next_kernel_start();
 
 // Runs `work` at a random time from now on, not in a thread.
 void run_later(std::function<void()> work);
+
+// The same for a copy of TMA; how many of them the block has begun.
+void run_copy(std::function<void()> work);
+size_t copies_begun();
 
 // A coin of the schedule.
 bool flip();

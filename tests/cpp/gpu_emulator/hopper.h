@@ -238,7 +238,7 @@ inline void load_box(void* shared, const TensorMap* map, Barrier* barrier, const
   shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
   check_barrier(barrier);
   // The map by value: a kernel's parameters outlive its threads on a GPU alone.
-  emulator::run_later([=, map = *map] {
+  emulator::run_copy([=, map = *map] {
     std::array<int, 5> i{};
     for (int64_t offset = 0; offset < bytes; offset += map.element_bytes) {
       const unsigned char* from = map.data;
@@ -275,7 +275,7 @@ inline void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier
   require(shared_address(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0 && bytes % 16 == 0,
           "a bulk copy is aligned to 16 bytes");
   shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
-  emulator::run_later([=] {
+  emulator::run_copy([=] {
     std::memcpy(shared, global, bytes);
     land(barrier, bytes);
   });

@@ -1,4 +1,6 @@
 // Launchers of the grouped GEMM of few rows: tensor maps and grid, from shapes alone.
+#include <climits>
+
 #include "grouped_gemm_stream_hopper.cuh"
 #include "quantize_rows_hopper.cuh"
 
@@ -100,6 +102,9 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
   const WeightView& b = gemm.b;
   const int halves = swiglu ? 2 : 1;
   if (b.depth == 0 || !aligned(gemm.a) || !aligned(b.data) || !aligned(gemm.out)) return false;
+  if (gemm.rows > INT_MAX / 2 || b.columns > INT_MAX / 2 || b.depth > INT_MAX / 2 || b.experts > INT_MAX / 2)
+    return false;
+  if (max_gemm_tiles(b.experts, gemm.rows, FewestRows::kRows, ceil_div(b.columns, 32)) > INT_MAX) return false;
   if (b.format == WeightFormat::kFp8) return b.columns % (halves * kBlockRows) == 0;
   if (b.format == WeightFormat::kInt4)
     return gemm.rows <= kMaxInt4StreamRows * b.experts && b.columns % (halves * kBlockRows) == 0;

@@ -89,17 +89,25 @@ struct TokenMaps {
 };
 
 template <typename Shape, bool kSwiglu>
-__device__ __forceinline__ GemmTile stream_unit(const StreamGemm& gemm, const StreamRouting& routing, int64_t index) {
+__device__ __forceinline__ GemmTile stream_unit(const StreamGemm& gemm, const StreamRouting& routing, uint32_t index) {
   return gemm.routed.ids.data ? find_routed_unit(gemm, routing, Shape::columns(kSwiglu), index)
                               : find_stream_unit(gemm, Shape::kRows, Shape::columns(kSwiglu), index);
 }
 
 template <typename Weights>
 __device__ __forceinline__ int stream_steps(const StreamGemm& gemm) {
-  return static_cast<int>(ceil_div(gemm.depth, Weights::kDepth));
+  return static_cast<int>(stream_blocks(gemm.depth, Weights::kDepth));
 }
 
 // ---- producer: one thread
+
+// Tensor maps lie in constant memory: without this the first box waits for its map to come from there.
+template <typename Weights, typename Shape>
+__device__ __forceinline__ void prefetch_maps(const typename Weights::Source& weights, const TokenMaps& tokens,
+                                              const StreamGemm& gemm) {
+  Weights::prefetch(weights);
+  prefetch_tensor_map(&tokens.boxes[token_box(gemm.rows < Shape::kRows ? gemm.rows : Shape::kRows)]);
+}
 
 template <typename Weights, typename Shape, bool kSwiglu>
 __device__ __forceinline__ void load_weights(StreamShared<Weights, Shape>& shared,
@@ -122,16 +130,17 @@ template <typename Weights, typename Shape, bool kSwiglu>
 __device__ void stream_operands(StreamShared<Weights, Shape>& shared, const typename Weights::Source& weights,
                                 const TokenMaps& tokens, const StreamGemm& gemm) {
   const int steps = stream_steps<Weights>(gemm);
-  // Load weights while the previous kernel still runs. Not with offs: that kernel computes which experts have work.
+  // Load weights while the previous kernel still runs, unless that kernel computes which experts have work.
   int ready = 0;
-  if (!gemm.offs.data) {
+  if (units_need_no_offs(gemm)) {
     const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, blockIdx.x);
+#pragma unroll 1
     for (; ready < Shape::kStages && ready < steps && unit.expert >= 0; ++ready)
       load_weights<Weights, Shape, kSwiglu>(shared, weights, gemm, unit, ready, ready);
   }
   wait_for_previous_kernel();
   RingPosition ring;
-  for (int64_t index = blockIdx.x;; index += gridDim.x) {
+  for (uint32_t index = blockIdx.x;; index += gridDim.x) {
     const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, index);
     if (unit.expert < 0) return;
     if (unit.expert == gemm.experts) continue;  // rows after the last group: no product
@@ -153,10 +162,12 @@ __device__ __forceinline__ void multiply_unit(StreamShared<Weights, Shape>& shar
                                               int group, float (&sums)[N / 2]) {
   for (int step = 0; step < steps; ++step, ring.advance(Shape::kStages)) {
     wait(&shared.full[ring.stage], ring.parity);
+    const auto release = [&] {
+      __syncwarp();
+      if (threadIdx.x % kWarpSize == 0) arrive(&shared.empty[ring.stage]);
+    };
     Weights::template multiply_tile<kSwiglu, N>(sums, shared.weights[ring.stage] + group * Weights::kTileBytes,
-                                                shared.tokens[ring.stage]);
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) arrive(&shared.empty[ring.stage]);
+                                                shared.tokens[ring.stage], release);
   }
 }
 
@@ -189,11 +200,12 @@ __device__ __forceinline__ void stage_sums(unsigned char* staged, const float (&
   }
 }
 
-// Staged tokens -> out, from row `row` and column `column` on, up to the ends of the unit and of out.
+// Staged tokens -> out, from row `row` and column `column` on, up to the ends of the unit and of out; zeros from row
+// `zeros` on.
 template <int kStaged, bool kSwiglu>
 __device__ __forceinline__ void store_staged(const unsigned char* staged, const StreamGemm& gemm,
-                                             const StreamRouting& routing, const GemmTile& unit, int64_t row,
-                                             int64_t column) {
+                                             const StreamRouting& routing, const GemmTile& unit, int64_t zeros,
+                                             int64_t row, int64_t column) {
   using Output = StreamOutput<kSwiglu>;
   const int thread = threadIdx.x % 128, piece = thread % Output::kPieces;
   column += piece * 8;
@@ -201,7 +213,8 @@ __device__ __forceinline__ void store_staged(const unsigned char* staged, const 
   const int copies = static_cast<int>(gemm.routed.copies);
   for (int token = thread / Output::kPieces; token < kStaged && row + token < unit.row_end;
        token += 128 / Output::kPieces) {
-    const uint4 values = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
+    uint4 values = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
+    if (row + token >= zeros) values = uint4{0, 0, 0, 0};
 #pragma unroll 1
     for (int copy = 0; copy < copies; ++copy) {  // of rows in groups, one
       const int64_t to = (row + token) * copies + copy;
@@ -215,10 +228,10 @@ __device__ __forceinline__ void store_staged(const unsigned char* staged, const 
 template <typename Weights, typename Shape, bool kSwiglu, int N = 8>
 __device__ __forceinline__ void compute_unit(StreamShared<Weights, Shape>& shared,
                                              const typename Weights::Source& weights, const StreamGemm& gemm,
-                                             const GemmTile& unit, RingPosition& ring) {
+                                             const GemmTile& unit, int64_t zeros, RingPosition& ring) {
   if constexpr (N < Shape::kRows) {
     if (unit.row_end - unit.row_begin > N)
-      return compute_unit<Weights, Shape, kSwiglu, 2 * N>(shared, weights, gemm, unit, ring);
+      return compute_unit<Weights, Shape, kSwiglu, 2 * N>(shared, weights, gemm, unit, zeros, ring);
   }
   constexpr int kStaged = Shape::kStaged;
   const int group = threadIdx.x / 128;
@@ -231,7 +244,7 @@ __device__ __forceinline__ void compute_unit(StreamShared<Weights, Shape>& share
   for (int first = 0; first < N; first += kStaged) {
     stage_sums<N, kStaged, kSwiglu>(shared.staged[group], sums, first);
     named_barrier_sync(1 + group, 128);
-    store_staged<kStaged, kSwiglu>(shared.staged[group], gemm, shared.routing, unit, unit.row_begin + first,
+    store_staged<kStaged, kSwiglu>(shared.staged[group], gemm, shared.routing, unit, zeros, unit.row_begin + first,
                                    tile * StreamOutput<kSwiglu>::kColumns);
     named_barrier_sync(1 + group, 128);  // read before the next tokens are staged
   }
@@ -251,14 +264,16 @@ template <typename Weights, typename Shape, bool kSwiglu>
 __device__ void compute_units(StreamShared<Weights, Shape>& shared, const typename Weights::Source& weights,
                               const StreamGemm& gemm) {
   wait_for_previous_kernel();  // it writes offs, and may still read the memory of out
+  const bool one_group = gemm.offs.data && gemm.experts == 1;
+  const int64_t zeros = one_group ? group_end(gemm.offs, 0, 0, gemm.rows) : gemm.rows;  // from this row on
   RingPosition ring;
-  for (int64_t index = blockIdx.x;; index += gridDim.x) {
+  for (uint32_t index = blockIdx.x;; index += gridDim.x) {
     const GemmTile unit = stream_unit<Shape, kSwiglu>(gemm, shared.routing, index);
     if (unit.expert < 0) return;
     if (unit.expert == gemm.experts)
       clear_unit<Shape, kSwiglu>(gemm, unit);
     else
-      compute_unit<Weights, Shape, kSwiglu>(shared, weights, gemm, unit, ring);
+      compute_unit<Weights, Shape, kSwiglu>(shared, weights, gemm, unit, zeros, ring);
   }
 }
 
@@ -268,7 +283,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_stream_kernel(const __grid_constant__ typename Weights::Source weights,
                                const __grid_constant__ TokenMaps tokens, const __grid_constant__ StreamGemm gemm) {
   auto& shared = *reinterpret_cast<StreamShared<Weights, Shape>*>(dynamic_shared_memory());
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == Shape::kConsumers) {  // the producer, while the first warp reads ids
+    prefetch_maps<Weights, Shape>(weights, tokens, gemm);
     for (int s = 0; s < Shape::kStages; ++s) {
       init_barrier(&shared.full[s], 1);
       init_barrier(&shared.empty[s], Shape::kConsumers / kWarpSize);

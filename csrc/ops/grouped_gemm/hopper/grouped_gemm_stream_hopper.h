@@ -33,17 +33,28 @@ struct StreamGemm {
   RoutedRows routed = {};
 };
 
+// count / size, rounded up. Sizes and units fit an int (takes_grouped_gemm_stream_hopper): on a GPU, a 64-bit division
+// is a call of some 100 instructions.
+MIXTRAL_HOST_DEVICE constexpr uint32_t stream_blocks(int64_t count, uint32_t size) {
+  return (static_cast<uint32_t>(count) + size - 1) / size;
+}
+
+// Whether units are the same for any offs: all rows count as the only expert's. Rows behind its group are then
+// multiplied too, and stored as zeros.
+MIXTRAL_HOST_DEVICE inline bool units_need_no_offs(const StreamGemm& gemm) {
+  return !gemm.offs.data || gemm.experts == 1;
+}
+
 // Unit `index` of the work on groups: `unit_columns` columns of out for at most `unit_rows` rows of one expert, the
-// units of the same weights next to each other. Without offs nothing in device memory is read.
-MIXTRAL_HOST_DEVICE inline GemmTile find_stream_unit(const StreamGemm& gemm, int64_t unit_rows, int64_t unit_columns,
-                                                     int64_t index) {
-  const int64_t blocks = ceil_div(gemm.columns, unit_columns);
-  if (gemm.offs.data) return find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, unit_rows, blocks, index);
-  const int64_t row_blocks = ceil_div(gemm.rows, unit_rows);
+// units of the same weights next to each other. Where units need no offs, nothing in device memory is read.
+MIXTRAL_HOST_DEVICE inline GemmTile find_stream_unit(const StreamGemm& gemm, uint32_t unit_rows, uint32_t unit_columns,
+                                                     uint32_t index) {
+  const uint32_t blocks = stream_blocks(gemm.columns, unit_columns);
+  if (!units_need_no_offs(gemm)) return find_gemm_tile(gemm.offs, gemm.experts, gemm.rows, unit_rows, blocks, index);
+  const uint32_t rows = static_cast<uint32_t>(gemm.rows), row_blocks = stream_blocks(rows, unit_rows);
   if (index >= row_blocks * blocks) return {-1, 0, 0, 0};
-  const int64_t row_begin = index % row_blocks * unit_rows;
-  const int64_t row_end = row_begin + unit_rows < gemm.rows ? row_begin + unit_rows : gemm.rows;
-  return {0, row_begin, row_end, index / row_blocks};
+  const uint32_t column_block = index / row_blocks, row_begin = (index - column_block * row_blocks) * unit_rows;
+  return {0, row_begin, row_begin + unit_rows < rows ? row_begin + unit_rows : rows, column_block};
 }
 
 // The most units that any offs or ids give.
@@ -84,15 +95,14 @@ inline constexpr int kTokenBoxes = 6;
 
 // The box for so many tokens.
 MIXTRAL_HOST_DEVICE constexpr int token_box(int64_t tokens) {
-  int box = 0;
-  while (8 << box < tokens) ++box;
-  return box;
+  const int count = static_cast<int>(tokens);  // at most 256
+  return (count > 8) + (count > 16) + (count > 32) + (count > 64) + (count > 128);
 }
 
 // Whether a kernel here can compute the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of
 // out multiples of 8, at most kMaxStreamRows rows; or int4, columns of out multiples of 32, at most kMaxInt4StreamRows
 // rows for each expert; or fp8, columns of out multiples of 32. gemm.offs.data may be nullptr: then all rows are one
-// group, E is 1, and weights are read while the kernel before is still running.
+// group, and E is 1. With one expert, weights are read while the kernel before is still running.
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
 
 // The same for rows that go to `copies` experts each: few enough for one unit, and their copies for a block's table.

@@ -26,7 +26,7 @@
 namespace mixtral::cuda {
 
 struct StreamRouting {
-  int32_t experts[kMaxRoutedCopies];  // of every copy; -1: none
+  int32_t experts[kMaxRoutedCopies];  // of every copy that there is; -1: none
   int32_t active[kMaxRoutedCopies];   // every expert with a copy, once, in the order of first copies
   int32_t active_count;
 };
@@ -40,13 +40,15 @@ __device__ __forceinline__ int64_t load_id(IndexArray ids, int64_t i) {
 // One warp.
 __device__ __forceinline__ void read_routing(StreamRouting& routing, const StreamGemm& gemm) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t copies = gemm.rows * gemm.routed.copies;
+  const int copies = static_cast<int>(gemm.rows * gemm.routed.copies);
   const unsigned lower_lanes = (1u << lane) - 1;
   int count = 0;
-  for (int first = 0; first < kMaxRoutedCopies; first += kWarpSize) {
+#pragma unroll 1
+  for (int first = 0; first < copies; first += kWarpSize) {
     const int64_t id = first + lane < copies ? load_id(gemm.routed.ids, first + lane) : -1;
     const int expert = id >= 0 && id < gemm.experts ? static_cast<int>(id) : -1;
     bool is_new = (__match_any_sync(0xFFFFFFFFu, expert) & lower_lanes) == 0 && expert >= 0;
+#pragma unroll 1
     for (int i = 0; i < count; ++i) is_new = is_new && routing.active[i] != expert;
     const unsigned all_new = __ballot_sync(0xFFFFFFFFu, is_new);
     if (is_new) routing.active[count + __popc(all_new & lower_lanes)] = expert;
@@ -59,10 +61,10 @@ __device__ __forceinline__ void read_routing(StreamRouting& routing, const Strea
 
 // Unit `index` of the work: `unit_columns` columns of out for all rows and one of the active experts.
 __device__ __forceinline__ GemmTile find_routed_unit(const StreamGemm& gemm, const StreamRouting& routing,
-                                                     int64_t unit_columns, int64_t index) {
-  const int64_t blocks = ceil_div(gemm.columns, unit_columns);
-  if (index >= routing.active_count * blocks) return {-1, 0, 0, 0};
-  return {routing.active[index / blocks], 0, gemm.rows, index % blocks};
+                                                     uint32_t unit_columns, uint32_t index) {
+  const uint32_t blocks = stream_blocks(gemm.columns, unit_columns), active = index / blocks;
+  if (active >= static_cast<uint32_t>(routing.active_count)) return {-1, 0, 0, 0};
+  return {routing.active[active], 0, gemm.rows, index - active * blocks};
 }
 
 }  // namespace mixtral::cuda

@@ -4,9 +4,11 @@
 //   kFormat, Source           the format, and the kernel's argument for the weights
 //   kDepth, kTileBytes        depths of a stage, and bytes of a tile of 64 rows and so many depths
 //   kTokenBytes               bytes of a value of a token: a stage holds 128 bytes of every token
+//   prefetch                  one thread: the tensor map, if any
 //   load                      one thread: the tiles of a unit for one step, kTileBytes apart, on their way to `full`,
 //                             where it announces their bytes and those of the tokens
-//   multiply_tile             a warpgroup: sums += tile * tokens, finished on return
+//   multiply_tile             a warpgroup: sums += tile * tokens, finished on return; it calls release() when tile and
+//                             tokens have been read
 //   finish                    a warpgroup: the last operations on the sums of tile number `tile` of the expert
 #pragma once
 
@@ -42,15 +44,17 @@ struct BFloat16Weights {
   using Source = TensorMap;
   static constexpr int kDepth = 64, kTileBytes = kStreamTileRows * kSwizzleRowBytes, kTokenBytes = 2;
 
+  static __device__ __forceinline__ void prefetch(const Source& source) { prefetch_tensor_map(&source); }
+
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
                                               const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
     load_weight_boxes<kSwiglu, kGroups, 8>(shared, full, source, unit, step * kDepth, token_bytes);
   }
 
-  template <bool kSwiglu, int N>
+  template <bool kSwiglu, int N, typename Release>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
-                                                       const unsigned char* tokens) {
+                                                       const unsigned char* tokens, const Release& release) {
     const uint64_t a = matrix_descriptor(shared_address(tile)), b = matrix_descriptor(shared_address(tokens));
     fence_accumulators();
 #pragma unroll
@@ -58,6 +62,7 @@ struct BFloat16Weights {
       multiply_bf16<N>(sums, a + k * kDescriptorStep, b + k * kDescriptorStep, true);
     commit_products();
     wait_products<0>();
+    release();
   }
 
   template <bool kSwiglu, int N>
@@ -82,6 +87,8 @@ struct Int4Weights {
   };
   static constexpr int kDepth = 64, kBlockBytes = 2 * kInt4StepBytes, kTileBytes = 2 * kBlockBytes, kTokenBytes = 2;
 
+  static __device__ __forceinline__ void prefetch(const Source&) {}
+
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
                                               const StreamGemm& gemm, const GemmTile& unit, int step, int token_bytes) {
@@ -104,9 +111,9 @@ struct Int4Weights {
     return multiply_bf16_pair(subtract_bf16_pair(and_or(word, 0x001E001E, k64), k71Half), scale);
   }
 
-  template <bool kSwiglu, int N>
+  template <bool kSwiglu, int N, typename Release>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
-                                                       const unsigned char* tokens) {
+                                                       const unsigned char* tokens, const Release& release) {
     const int thread = threadIdx.x % 128, lane = thread % kWarpSize;
     const int turn = (lane % 4 * 4 + 31) % 32;  // to the right: nibble lane % 4 comes to bits 1 and 17
     uint32_t a[4][4];                           // for 16 depths each
@@ -130,6 +137,7 @@ struct Int4Weights {
     for (int k = 0; k < 4; ++k) multiply_bf16<N, false>(sums, a[k], b + k * kDescriptorStep, true);
     commit_products();
     wait_products<0>();
+    release();
   }
 
   template <bool kSwiglu, int N>
@@ -149,24 +157,26 @@ struct E4m3Weights {
   };
   static constexpr int kDepth = 128, kTileBytes = kStreamTileRows * kSwizzleRowBytes, kTokenBytes = 1;
 
+  static __device__ __forceinline__ void prefetch(const Source& source) { prefetch_tensor_map(&source.map); }
+
   template <bool kSwiglu, int kGroups>
   static __device__ __forceinline__ void load(unsigned char* shared, Barrier* full, const Source& source,
                                               const StreamGemm&, const GemmTile& unit, int step, int token_bytes) {
     load_weight_boxes<kSwiglu, kGroups, kBlockRows>(shared, full, source.map, unit, step * kDepth, token_bytes);
   }
 
-  template <bool kSwiglu, int N>
+  template <bool kSwiglu, int N, typename Release>
   static __device__ __forceinline__ void multiply_tile(float (&sums)[N / 2], const unsigned char* tile,
-                                                       const unsigned char* tokens) {
+                                                       const unsigned char* tokens, const Release& release) {
     const uint64_t a = matrix_descriptor(shared_address(tile)), b = matrix_descriptor(shared_address(tokens));
-    float part[N / 2] = {};
-    keep_order(part);
+    float part[N / 2];
     fence_accumulators();
 #pragma unroll
-    for (int k = 0; k < 4; ++k)  // 32 depths each
-      multiply_e4m3<N>(part, a + k * kDescriptorStep, b + k * kDescriptorStep, true);
+    for (int k = 0; k < 4; ++k)  // 32 depths each; the first product sets `part`
+      multiply_e4m3<N>(part, a + k * kDescriptorStep, b + k * kDescriptorStep, k > 0);
     commit_products();
-    wait_products<0>();
+    wait_products<0>(part);
+    release();
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sums[i] += part[i];
   }
