@@ -179,6 +179,44 @@ TEST(GroupedGemmStream, Int4SwigluTakesGateAndUpFromTheirBlocks) {
   expect_products<Int4Rows, Int4Weights>({{}, 33, 64, 32, true});
 }
 
+TEST(GroupedGemmStream, MoreRowsOfInt4) {
+  expect_products<MoreInt4Rows, Int4Weights>({{0, 70, 75}, 80, 160, 96}, 2);   // 128 and 8 tokens, a unit and a bit
+  expect_products<MoreInt4Rows, Int4Weights>({{300, 309}, 309, 96, 64}, 2);    // two passes: 256 and 44 tokens
+  expect_products<MoreInt4Rows, Int4Weights>({{20, 20, 52}, 52, 32, 64 * 6});  // one half of the first tile
+  expect_products<MoreInt4Rows, Int4Weights>({{17}, 20, 128, 64 * 8 + 32});    // more steps than stages, one group
+  expect_products<MoreInt4Rows, Int4Weights>({{}, 40, 64, 32});                // half a step, one tile of two
+}
+
+TEST(GroupedGemmStream, SwigluOfMoreRowsOfInt4) {
+  expect_products<MoreInt4Rows, Int4Weights>({{3, 133, 133}, 140, 96, 160, true}, 2);  // one unit and half of another
+  expect_products<MoreInt4Rows, Int4Weights>({{0, 9, 270}, 270, 32, 64 * 3, true}, 2);
+}
+
+// The second half of every product takes away the first: what is left is the rounding of sums in their order. It is the
+// same in every shape, and for the same weights unpacked.
+TEST(GroupedGemmStream, Int4RowsHaveTheSameBitsInEveryShapeAndOfPlainWeights) {
+  constexpr int64_t kHalf = 128, kHalfBytes = kHalf / 32 * kInt4StepBytes;
+  Problem p{{40, 47, 120}, 120, 96, 2 * kHalf};
+  const Operands<Int4Weights> operands(p);
+  for (uint8_t* block = operands.packed.data(); block < operands.packed.data() + operands.packed.size();
+       block += 2 * kHalfBytes)
+    std::copy_n(block, kHalfBytes, block + kHalfBytes);
+  for (auto b = p.b.begin(); b < p.b.end(); b += p.depth) std::copy_n(b, kHalf, b + kHalf);
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; i < p.a.size(); ++i)
+    p.a[i] = i / kHalf % 2 == 0 ? normal(random) : -static_cast<float>(p.a[i - kHalf]);
+
+  const std::vector<float> few = run<Int4Weights, Int4Rows>(p, operands, 0);
+  EXPECT_NE(few, p.expected());
+  EXPECT_EQ((run<Int4Weights, MoreInt4Rows>(p, operands, 1)), few);
+  Problem plain = p;
+  const Operands<BFloat16Weights> unpacked(plain);
+  plain.a = p.a;  // instead of numbers of its own
+  plain.b = p.b;
+  EXPECT_EQ((run<BFloat16Weights, MoreRows>(plain, unpacked, 2)), few);
+}
+
 TEST(GroupedGemmStream, Int4WeightsAreExactAtEveryScale) {
   for (int e = 0; e < 256; ++e) {
     std::vector<char> step(kInt4StepBytes, 0);

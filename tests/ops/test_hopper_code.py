@@ -80,6 +80,16 @@ def test_streaming_loads_soon_and_divides_in_32_bits(kernels):
         assert "CALL" not in code.names, f"{kernel} calls a function, as for a 64-bit division"
 
 
+def test_int4_weights_are_unpacked_while_products_run(kernels):
+    """Into registers: a tile of 64 rows and 64 depths is 16 pairs of values a thread."""
+    for kernel, code in named(kernels, "grouped_gemm_stream_kernel", "Int4Weights").items():
+        last = [at for at, line in enumerate(code.lines) if "HGMMA" in line and "gsb0" in line]
+        assert last, kernel
+        for at in last:
+            wait = next(i for i in range(at, len(code.lines)) if "WARPGROUP.DEPBAR" in code.lines[i])
+            assert code.names[at:wait].count("HMUL2") == 16, kernel
+
+
 def test_fp8_products_start_from_zero_and_free_their_stage_before_the_additions(kernels):
     for kernel, code in named(kernels, "grouped_gemm_stream_kernel", "E4m3Weights").items():
         products = [line for line in code.lines if "QGMMA" in line]

@@ -8,7 +8,7 @@
 namespace mixtral {
 
 // Launches the kernel for Hopper that fits the product; false if none does. The kernel that streams weights is for few
-// rows of plain and int4 weights and for any number of rows of fp8 ones; the tile kernel is for plain weights. With
+// rows with plain weights and for any number of rows with int4 and fp8 ones; the tile kernel is for plain weights. With
 // `swiglu`, out is swiglu of the product. `a` is the tensor behind gemm.a.
 bool launch_grouped_gemm_hopper(const char* op, const Tensor& a, const GroupedGemm<BFloat16>& gemm, bool swiglu,
                                 cudaStream_t stream);

@@ -105,9 +105,7 @@ bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool sw
   if (gemm.rows > INT_MAX / 2 || b.columns > INT_MAX / 2 || b.depth > INT_MAX / 2 || b.experts > INT_MAX / 2)
     return false;
   if (max_gemm_tiles(b.experts, gemm.rows, FewestRows::kRows, ceil_div(b.columns, 32)) > INT_MAX) return false;
-  if (b.format == WeightFormat::kFp8) return b.columns % (halves * kBlockRows) == 0;
-  if (b.format == WeightFormat::kInt4)
-    return gemm.rows <= kMaxInt4StreamRows * b.experts && b.columns % (halves * kBlockRows) == 0;
+  if (b.format == WeightFormat::kFp8 || b.format == WeightFormat::kInt4) return b.columns % (halves * kBlockRows) == 0;
   return b.format == WeightFormat::kPlain && gemm.rows <= kMaxStreamRows && b.depth % 8 == 0 &&
          b.columns % (halves * 8) == 0;
 }
@@ -121,8 +119,13 @@ int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const R
                                       cudaStream_t stream) {
   if (gemm.rows == 0 || gemm.b.columns == 0) return cudaSuccess;
   const StreamGemm problem = stream_gemm(gemm, routed, swiglu);
-  if (gemm.b.format == WeightFormat::kInt4)
-    return launch<Int4Weights, Int4Rows>({static_cast<const char*>(gemm.b.data)}, gemm.a, problem, swiglu, stream);
+  if (gemm.b.format == WeightFormat::kInt4) {
+    const Int4Weights::Source weights{static_cast<const char*>(gemm.b.data)};
+    // The weights are unpacked once for all rows of a unit.
+    return gemm.rows <= Int4Rows::kRows * gemm.b.experts
+               ? launch<Int4Weights, Int4Rows>(weights, gemm.a, problem, swiglu, stream)
+               : launch<Int4Weights, MoreInt4Rows>(weights, gemm.a, problem, swiglu, stream);
+  }
   if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, problem, swiglu, stream);
   if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, problem, swiglu, stream);
   return launch_bf16<MoreRows>(gemm, problem, swiglu, stream);

@@ -1,4 +1,4 @@
-// The grouped GEMM of few rows on Hopper: bound by reading the weights once.
+// The grouped GEMM of few rows on Hopper, bound by reading the weights once; and of many rows with packed weights.
 //
 // The operands are swapped: 64 rows of weights are the M operand of wgmma, the rows of a ("tokens") its N operand,
 // which may be as small as 8. So a group is padded to 8, 16, 32, ... tokens, not to 64 or 128.
@@ -18,20 +18,23 @@
 //   bf16, up to 16 rows: 1 warpgroup, 16 tokens, 10 stages of 8 + 2 KiB, 103 KiB of shared memory, 2 blocks on each SM
 //   bf16, up to 64 rows: 1 warpgroup, 64 tokens, 6 stages of 8 + 8 KiB, 106 KiB, 2 blocks on each SM
 //   bf16, more:          2 warpgroups share 256 tokens, 4 stages of 16 + 32 KiB, 211 KiB, 1 block on each SM
-//   int4:                1 warpgroup, 32 tokens, 8 stages of 2.1 + 4 KiB, 54 KiB, 4 blocks on each SM: making bf16 of a
-//                        tile and multiplying take turns in a block, so others must fill the gaps
+//   int4, up to 32 rows an expert: 1 warpgroup, 32 tokens, 8 stages of 2.1 + 4 KiB, 54 KiB, 4 blocks on each SM: where
+//                        one waits for its products or its tile, others fill the gap
+//   int4, more:          2 warpgroups share 256 tokens, 5 stages of 4.3 + 32 KiB, 200 KiB, 1 block on each SM
 //   fp8, up to 64 rows:  as bf16
 //   fp8, more:           2 warpgroups share 128 tokens, 6 stages of 16 + 16 KiB, 211 KiB, 1 block on each SM; a sum
 //                        takes two registers
-// Registers: N / 2 sums a thread and few others, without spills under the launch bounds; 128 sums have 232 registers.
+// Registers: N / 2 sums a thread and few others, with int4 the 32 of two tiles; 128 sums have 232 registers.
 //
 // Roofline: 2 bytes of bf16 weights make 2 N operations, so the bound is memory up to 200 (H200) to 300 (H100) tokens
 // an expert: bytes = active experts * rows of weights * Kdim * 2, once (1 for e4m3, 0.53 for int4), plus tokens from
 // L2. To keep HBM busy an SM must have 20 to 30 KB in flight (3.35 to 4.8 TB/s at about 1 us, over 132 SMs); the shapes
-// have 160, 96, 64, 68, 96 and 96 KiB of weights. That is why nothing splits the depth to even out the last units, or
-// to have more of them (a dense layer of 4096 columns has 64 units, with 5 MiB in flight): the blocks that are left
+// have 160, 96, 64, 68, 21, 96 and 96 KiB of weights. That is why nothing splits the depth to even out the last units,
+// or to have more of them (a dense layer of 4096 columns has 64 units, with 5 MiB in flight): the blocks that are left
 // share the bandwidth, and half of the SMs can still draw all of it. So the depth is summed in one order for every row.
-// With fp8, prefill runs here too: 32 KiB from L2 for the 4.2 MFLOP of a step are 700 TFLOP/s where L2 gives 5.5 TB/s.
+// With fp8 and int4, prefill runs here too. A step of 4.2 MFLOP takes 32 KiB from L2 with fp8, for 512 cycles of
+// products: 64 bytes a cycle, where L2 gives some 46. With int4 it takes 36 KiB for 1024 cycles: 36 bytes a cycle, less
+// than the tile kernel's 48, while 3 of 10 instructions that an SM can issue make bf16 of the weights.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +42,10 @@
 #include "../../cuda/hopper_layout.h"
 #include "../../cuda/kernel_hopper.cuh"
 #include "grouped_gemm_stream_hopper.h"
+#include "grouped_gemm_stream_int4_hopper.cuh"
+#include "grouped_gemm_stream_output_hopper.cuh"
 #include "grouped_gemm_stream_routing_hopper.cuh"
 #include "grouped_gemm_stream_weights_hopper.cuh"
-#include "swiglu_pair_hopper.cuh"
 
 namespace mixtral::cuda {
 
@@ -60,14 +64,8 @@ using FewestRows = StreamShape<1, 16, 10, 2>;
 using FewRows = StreamShape<1, 64, 6, 2>;
 using MoreRows = StreamShape<2, 256, 4, 1>;
 using Int4Rows = StreamShape<1, 32, 8, 4>;
+using MoreInt4Rows = StreamShape<2, 256, 5, 1>;
 using MoreE4m3Rows = StreamShape<2, 128, 6, 1>;
-
-// Columns of out that a warpgroup makes, and the bytes between tokens where they are staged: the 16 more put the eight
-// rows that one stmatrix writes, and the pieces that are read back, into different banks.
-template <bool kSwiglu>
-struct StreamOutput {
-  static constexpr int kColumns = kSwiglu ? 32 : 64, kPitch = kColumns * 2 + 16, kPieces = kColumns / 8;
-};
 
 template <typename Weights, typename Shape>
 struct StreamShared {
@@ -80,8 +78,8 @@ struct StreamShared {
 template <typename Weights, typename Shape>
 inline constexpr bool kFits = Shape::kBlocksPerSm*(sizeof(StreamShared<Weights, Shape>) + 1024) <= 228 << 10;
 static_assert(kFits<BFloat16Weights, FewestRows> && kFits<BFloat16Weights, FewRows> &&
-              kFits<BFloat16Weights, MoreRows> && kFits<Int4Weights, Int4Rows> && kFits<E4m3Weights, FewRows> &&
-              kFits<E4m3Weights, MoreE4m3Rows>);
+              kFits<BFloat16Weights, MoreRows> && kFits<Int4Weights, Int4Rows> && kFits<Int4Weights, MoreInt4Rows> &&
+              kFits<E4m3Weights, FewRows> && kFits<E4m3Weights, MoreE4m3Rows>);
 
 // The rows of a, in boxes of several sizes.
 struct TokenMaps {
@@ -157,69 +155,44 @@ __device__ void stream_operands(StreamShared<Weights, Shape>& shared, const type
 
 // ---- consumers: warpgroup `group`, its threads 0 to 127
 
-template <int N, bool kSwiglu, typename Weights, typename Shape>
+// All lanes of this warp have finished reading the stage.
+template <typename Weights, typename Shape>
+__device__ __forceinline__ void release_stage(StreamShared<Weights, Shape>& shared, int stage) {
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) arrive(&shared.empty[stage]);
+}
+
+template <int N, typename Weights, typename Shape>
 __device__ __forceinline__ void multiply_unit(StreamShared<Weights, Shape>& shared, RingPosition& ring, int steps,
                                               int group, float (&sums)[N / 2]) {
   for (int step = 0; step < steps; ++step, ring.advance(Shape::kStages)) {
     wait(&shared.full[ring.stage], ring.parity);
-    const auto release = [&] {
-      __syncwarp();
-      if (threadIdx.x % kWarpSize == 0) arrive(&shared.empty[ring.stage]);
-    };
-    Weights::template multiply_tile<kSwiglu, N>(sums, shared.weights[ring.stage] + group * Weights::kTileBytes,
-                                                shared.tokens[ring.stage], release);
+    Weights::template multiply_tile<N>(sums, shared.weights[ring.stage] + group * Weights::kTileBytes,
+                                       shared.tokens[ring.stage], [&] { release_stage(shared, ring.stage); });
   }
 }
 
-// The pair of values of out that a thread has in 8x8 matrix `m`: 8 columns of out times 8 tokens.
-template <bool kSwiglu, int kValues>
-__device__ __forceinline__ uint32_t output_pair(const float (&sums)[kValues], int m) {
-  if constexpr (kSwiglu) {
-    return swiglu_pair(sums[m * 4], sums[m * 4 + 1], sums[m * 4 + 2], sums[m * 4 + 3]);
-  } else {
-    return pack_bf16(sums[m * 2], sums[m * 2 + 1]);
-  }
-}
-
-// Values of tokens [first, first + kStaged) -> staged [tokens, columns], transposed.
-template <int N, int kStaged, bool kSwiglu>
-__device__ __forceinline__ void stage_sums(unsigned char* staged, const float (&sums)[N / 2], int first) {
-  constexpr int kMatricesPerToken = kSwiglu ? 1 : 2;  // a warp's 16 rows of weights are 8 or 16 columns
-  constexpr int kMatrices = (N < kStaged ? N : kStaged) / 8 * kMatricesPerToken;
-  const int warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
+// int4: while the products of a step run, the tile of the next step is unpacked into other registers.
+template <int N, bool kSwiglu, typename Shape>
+__device__ __forceinline__ void multiply_int4_unit(StreamShared<Int4Weights, Shape>& shared, RingPosition& ring,
+                                                   int steps, int group, float (&sums)[N / 2]) {
+  Int4Weights::Operands tiles[2];
+  const auto unpack = [&](const RingPosition& at, Int4Weights::Operands& tile) {
+    wait(&shared.full[at.stage], at.parity);
+    Int4Weights::unpack<kSwiglu>(tile, shared.weights[at.stage] + group * Int4Weights::kTileBytes);
+  };
+  unpack(ring, tiles[0]);
+  for (int step = 0; step < steps; step += 2) {
 #pragma unroll
-  for (int m = 0; m < kMatrices; m += 4) {  // of fewer than four, some are written twice
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      words[i] = output_pair<kSwiglu>(sums, first / 8 * kMatricesPerToken + (m + i) % kMatrices);
-    const int own = (m + lane / 8) % kMatrices;
-    const int token = own / kMatricesPerToken * 8 + lane % 8;
-    const int column = (warp * kMatricesPerToken + own % kMatricesPerToken) * 8;
-    store_matrices_transposed(staged + token * StreamOutput<kSwiglu>::kPitch + column * 2, words);
-  }
-}
-
-// Staged tokens -> out, from row `row` and column `column` on, up to the ends of the unit and of out; zeros from row
-// `zeros` on.
-template <int kStaged, bool kSwiglu>
-__device__ __forceinline__ void store_staged(const unsigned char* staged, const StreamGemm& gemm,
-                                             const StreamRouting& routing, const GemmTile& unit, int64_t zeros,
-                                             int64_t row, int64_t column) {
-  using Output = StreamOutput<kSwiglu>;
-  const int thread = threadIdx.x % 128, piece = thread % Output::kPieces;
-  column += piece * 8;
-  if (column >= gemm.columns) return;
-  const int copies = static_cast<int>(gemm.routed.copies);
-  for (int token = thread / Output::kPieces; token < kStaged && row + token < unit.row_end;
-       token += 128 / Output::kPieces) {
-    uint4 values = *reinterpret_cast<const uint4*>(staged + token * Output::kPitch + piece * 16);
-    if (row + token >= zeros) values = uint4{0, 0, 0, 0};
-#pragma unroll 1
-    for (int copy = 0; copy < copies; ++copy) {  // of rows in groups, one
-      const int64_t to = (row + token) * copies + copy;
-      if (!gemm.routed.ids.data || routing.experts[to] == unit.expert)
-        *reinterpret_cast<uint4*>(gemm.out + to * gemm.columns + column) = values;
+    for (int i = 0; i < 2; ++i) {
+      if (step + i == steps) break;
+      Int4Weights::start_products<N>(sums, tiles[i], shared.tokens[ring.stage]);
+      RingPosition next = ring;
+      next.advance(Shape::kStages);
+      if (step + i + 1 < steps) unpack(next, tiles[1 - i]);
+      wait_products<0>(sums);
+      release_stage(shared, ring.stage);
+      ring = next;
     }
   }
 }
@@ -238,7 +211,10 @@ __device__ __forceinline__ void compute_unit(StreamShared<Weights, Shape>& share
   const int64_t tile = unit.column_block * Shape::kGroups + group;
   float sums[N / 2] =
       {};  // set here, not by the first product: else the sums of every N would stay alive from unit to unit
-  multiply_unit<N, kSwiglu>(shared, ring, stream_steps<Weights>(gemm), group, sums);
+  if constexpr (Weights::kFormat == WeightFormat::kInt4)
+    multiply_int4_unit<N, kSwiglu>(shared, ring, stream_steps<Weights>(gemm), group, sums);
+  else
+    multiply_unit<N>(shared, ring, stream_steps<Weights>(gemm), group, sums);
   Weights::template finish<kSwiglu, N>(sums, weights, gemm, unit, tile);
 #pragma unroll
   for (int first = 0; first < N; first += kStaged) {

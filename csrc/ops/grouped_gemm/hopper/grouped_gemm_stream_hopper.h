@@ -1,5 +1,5 @@
-// The grouped GEMM of few rows on Hopper (decoding, small batches, dense layers of few tokens): index logic and problem
-// description, shared by the kernel and its host side.
+// The grouped GEMM that streams weights on Hopper (decoding, small batches, dense layers of few tokens; packed weights
+// with any number of rows): index logic and problem description, shared by the kernel and its host side.
 #pragma once
 
 #include <array>
@@ -9,10 +9,8 @@
 
 namespace mixtral {
 
-// With more rows the product is compute-bound: the tile kernel is for them.
+// With more rows a product with plain weights is compute-bound: the tile kernel is for them.
 inline constexpr int64_t kMaxStreamRows = 1024;
-// int4 weights are read once for every 32 rows; unpacking them moves 8.5 times the bytes of all experts.
-inline constexpr int64_t kMaxInt4StreamRows = 256;  // for each expert
 
 inline constexpr int kMaxRoutedCopies = 64;
 
@@ -100,9 +98,9 @@ MIXTRAL_HOST_DEVICE constexpr int token_box(int64_t tokens) {
 }
 
 // Whether a kernel here can compute the product: a, b and out aligned to 16 bytes; plain weights, Kdim and columns of
-// out multiples of 8, at most kMaxStreamRows rows; or int4, columns of out multiples of 32, at most kMaxInt4StreamRows
-// rows for each expert; or fp8, columns of out multiples of 32. gemm.offs.data may be nullptr: then all rows are one
-// group, and E is 1. With one expert, weights are read while the kernel before is still running.
+// out multiples of 8, at most kMaxStreamRows rows; or int4 or fp8, columns of out multiples of 32. gemm.offs.data may
+// be nullptr: then all rows are one group, and E is 1. With one expert, weights are read while the kernel before is
+// still running.
 bool takes_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, bool swiglu);
 
 // The same for rows that go to `copies` experts each: few enough for one unit, and their copies for a block's table.
