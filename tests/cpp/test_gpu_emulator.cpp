@@ -118,6 +118,23 @@ TEST(GpuEmulator, FindsMissingWaits) {
   EXPECT_TRUE(some_schedule_fails({.release_early = true}));
 }
 
+TEST(GpuEmulator, FindsAnOperandThatIsOverwrittenBeforeItsProductIsWaitedFor) {
+  const auto run = [](bool too_early) {
+    emulator::launch({{1, 1, 1}, 128, 1024, 0}, [&] {
+      uint32_t a[4] = {};
+      float sums[4];
+      fence_accumulators();
+      multiply_bf16<8, false>(sums, a, matrix_descriptor(shared_address(dynamic_shared_memory())), false);
+      commit_products();
+      if (too_early) a[3] = 1;
+      wait_products<0>();
+      a[2] = 1;
+    });
+  };
+  EXPECT_NO_THROW(run(false));
+  EXPECT_THROW(run(true), std::runtime_error);
+}
+
 TEST(GpuEmulator, NamesADeadlock) {
   try {
     Problem().run({.no_release = true}, 0);

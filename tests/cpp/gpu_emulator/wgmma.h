@@ -89,7 +89,9 @@ void multiply_bf16(float (&sums)[N / 2], const uint32_t (&a)[4], uint64_t b, boo
   const unsigned char* lanes = emulator::exchange_in_warp(&a, sizeof(a));
   std::array<std::array<uint32_t, 4>, 32> words;
   for (int lane = 0; lane < 32; ++lane) words[lane] = lane_value<std::array<uint32_t, 4>>(lanes, lane);
-  issue([=, &sums] {
+  const std::array<uint32_t, 4>& own = words[emulator::thread_index().x % 32];
+  issue([=, &sums, &a] {
+    require(std::equal(own.begin(), own.end(), a), "an operand of a wgmma product in flight was overwritten");
     multiply_fragment<N, 16>(
         sums,
         [&](int row, int k) {
