@@ -94,6 +94,13 @@ int launch_e4m3(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a, const Stre
   return launch<E4m3Weights, Shape>(weights, a.values, problem, swiglu, stream);
 }
 
+// Every SM has units of 128 rows of int4 weights, or the rows are too many to unpack weights for every 32 of them.
+bool has_more_int4_rows(const GroupedGemm<BFloat16>& gemm) {
+  constexpr int64_t kProcessors = 132, kFewRows = Int4Rows::kRows, kManyRows = 256;  // rows: an expert's
+  const bool many_units = gemm.b.experts * gemm.b.columns >= kProcessors * 2 * kStreamTileRows;
+  return gemm.rows > (many_units ? kFewRows : kManyRows) * gemm.b.experts;
+}
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
@@ -121,10 +128,8 @@ int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const R
   const StreamGemm problem = stream_gemm(gemm, routed, swiglu);
   if (gemm.b.format == WeightFormat::kInt4) {
     const Int4Weights::Source weights{static_cast<const char*>(gemm.b.data)};
-    // The weights are unpacked once for all rows of a unit.
-    return gemm.rows <= Int4Rows::kRows * gemm.b.experts
-               ? launch<Int4Weights, Int4Rows>(weights, gemm.a, problem, swiglu, stream)
-               : launch<Int4Weights, MoreInt4Rows>(weights, gemm.a, problem, swiglu, stream);
+    return has_more_int4_rows(gemm) ? launch<Int4Weights, MoreInt4Rows>(weights, gemm.a, problem, swiglu, stream)
+                                    : launch<Int4Weights, Int4Rows>(weights, gemm.a, problem, swiglu, stream);
   }
   if (gemm.rows <= FewestRows::kRows) return launch_bf16<FewestRows>(gemm, problem, swiglu, stream);
   if (gemm.rows <= FewRows::kRows) return launch_bf16<FewRows>(gemm, problem, swiglu, stream);

@@ -18,8 +18,8 @@
 //   bf16, up to 16 rows: 1 warpgroup, 16 tokens, 10 stages of 8 + 2 KiB, 103 KiB of shared memory, 2 blocks on each SM
 //   bf16, up to 64 rows: 1 warpgroup, 64 tokens, 6 stages of 8 + 8 KiB, 106 KiB, 2 blocks on each SM
 //   bf16, more:          2 warpgroups share 256 tokens, 4 stages of 16 + 32 KiB, 211 KiB, 1 block on each SM
-//   int4, up to 32 rows an expert: 1 warpgroup, 32 tokens, 8 stages of 2.1 + 4 KiB, 54 KiB, 4 blocks on each SM: where
-//                        one waits for its products or its tile, others fill the gap
+//   int4, few rows:      1 warpgroup, 32 tokens, 8 stages of 2.1 + 4 KiB, 54 KiB, 4 blocks on each SM: where one waits
+//                        for its products or its tile, others fill the gap
 //   int4, more:          2 warpgroups share 256 tokens, 5 stages of 4.3 + 32 KiB, 200 KiB, 1 block on each SM
 //   fp8, up to 64 rows:  as bf16
 //   fp8, more:           2 warpgroups share 128 tokens, 6 stages of 16 + 16 KiB, 211 KiB, 1 block on each SM; a sum
