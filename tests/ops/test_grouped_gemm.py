@@ -30,7 +30,8 @@ CASES = [
 ]
 QUANTISED = ["int8", "fp8", "int4"]
 PACKED_FORMATS = [(dtype, None) for dtype in DTYPES] + [(torch.bfloat16, quantize) for quantize in QUANTISED]
-# The same, for packed weights: also beyond a chunk of rows (512)
+# The same, for packed weights: also beyond a chunk of rows (512), and with more than 256 rows an expert, for which
+# int4 has another kernel on Hopper
 PACKED_CASES = [
     (0, 32, 32, 2),
     (1, 32, 32, 1),
@@ -38,6 +39,7 @@ PACKED_CASES = [
     (130, 64, 288, 2),
     (65, 1056, 160, 5),
     (600, 1024, 32, 1),
+    (900, 96, 544, 3),
 ]
 
 

@@ -81,13 +81,19 @@ def test_streaming_loads_soon_and_divides_in_32_bits(kernels):
 
 
 def test_int4_weights_are_unpacked_while_products_run(kernels):
-    """Into registers: a tile of 64 rows and 64 depths is 16 pairs of values a thread."""
+    """Into registers that these do not read: a tile of 64 rows and 64 depths is 16 pairs of values a thread."""
     for kernel, code in named(kernels, "grouped_gemm_stream_kernel", "Int4Weights").items():
-        last = [at for at, line in enumerate(code.lines) if "HGMMA" in line and "gsb0" in line]
-        assert last, kernel
-        for at in last:
-            wait = next(i for i in range(at, len(code.lines)) if "WARPGROUP.DEPBAR" in code.lines[i])
-            assert code.names[at:wait].count("HMUL2") == 16, kernel
+        products = [at for at, name in enumerate(code.names) if name == "HGMMA"]
+        waits = [at for at, line in enumerate(code.lines) if "WARPGROUP.DEPBAR" in line]
+        assert len(products) == 4 * len(waits) > 0, kernel
+        for i, wait in enumerate(waits):
+            own = products[4 * i : 4 * i + 4]
+            assert own[-1] < wait and code.names[own[-1] : wait].count("HMUL2") == 16, kernel
+            firsts = [int(re.match(r"\S+ R\d+, R(\d+), gdesc", code.lines[at])[1]) for at in own]
+            read = {first + r for first in firsts for r in range(4)}
+            found = (re.match(r"\S+ R(\d+)", line) for line in code.lines[own[-1] + 1 : wait])
+            written = {int(match[1]) for match in found if match}
+            assert len(read) == 16 and not read & written, kernel
 
 
 def test_fp8_products_start_from_zero_and_free_their_stage_before_the_additions(kernels):

@@ -22,6 +22,7 @@ CASES = [
     (33, 100, 31, 16, 4),
 ]
 PACKED_CASES = [(0, 32, 32, 4, 2), (1, 32, 32, 1, 1), (16, 64, 96, 8, 2), (40, 544, 96, 8, 2), (130, 64, 160, 3, 1)]
+PACKED_CASES += [(330, 64, 96, 2, 2)]  # more than 256 rows an expert
 # Formats of gate_up_proj and down_proj
 PACKED_FORMATS = [(dtype, None, None) for dtype in DTYPES]
 QUANTISED = [("int8", "int8"), ("fp8", "fp8"), ("fp8", "int8"), ("int4", "int4"), ("int4", None)]
