@@ -16,6 +16,15 @@ namespace mixtral::cuda {
 
 enum class MapElement { kBFloat16, kByte };
 
+// What the driver was asked for, innermost dimension first, and its answer.
+struct NewTensorMap {
+  int rank;
+  const cuuint64_t *sizes, *strides;
+  const cuuint32_t* box;
+  CUresult answer;
+};
+inline void (*observe_new_tensor_map)(const NewTensorMap&) = nullptr;  // set by tests/cuda/tensor_maps.cu
+
 // Sizes and box innermost first, strides in bytes for dimensions 1 and up.
 template <size_t kRank>
 bool encode_new_tensor_map(TensorMap* map, const void* data, MapElement element,
@@ -42,10 +51,13 @@ bool encode_new_tensor_map(TensorMap* map, const void* data, MapElement element,
   // The driver wants the device's context to be current. A thread that has only taken memory from the caching allocator
   // has none yet: setting the device, even to what it is, binds it, also while a graph is captured.
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
-  return encode && encode(map, type, kRank, const_cast<void*>(data), driver_sizes, driver_strides, driver_box,
-                          element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  CUresult answer = CUDA_ERROR_NOT_FOUND;
+  if (encode && cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess)
+    answer = encode(map, type, kRank, const_cast<void*>(data), driver_sizes, driver_strides, driver_box,
+                    element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (observe_new_tensor_map) observe_new_tensor_map({kRank, driver_sizes, driver_strides, driver_box, answer});
+  return answer == CUDA_SUCCESS;
 }
 
 // The same with a cache for each thread: up to 4096 maps of 128 bytes, enough for the weights of a model and its

@@ -2,34 +2,13 @@
 #include <climits>
 
 #include "grouped_gemm_stream_hopper.cuh"
+#include "grouped_gemm_stream_maps_hopper.cuh"
 #include "quantize_rows_hopper.cuh"
 
 namespace mixtral {
 namespace {
 
 using namespace cuda;
-
-constexpr MapElement map_element(int bytes) { return bytes == 2 ? MapElement::kBFloat16 : MapElement::kByte; }
-
-// b [E, rows of weights, Kdim], plain or fp8
-template <typename Weights, typename Shape>
-bool encode_weights(TensorMap* map, const void* b, const StreamGemm& gemm, bool swiglu) {
-  const auto boxes = stream_weight_boxes(gemm, swiglu, Shape::kGroups * kStreamTileRows, Weights::kFormat);
-  return encode_tensor_map<4>(map, b, map_element(Weights::kTokenBytes), boxes.sizes, boxes.strides, boxes.box);
-}
-
-// a [M, Kdim]; the boxes that a unit may need
-template <typename Weights, typename Shape>
-bool encode_tokens(TokenMaps* maps, const void* a, const StreamGemm& gemm) {
-  constexpr int kBytes = Weights::kTokenBytes;
-  const int largest = token_box(gemm.rows < Shape::kRows ? gemm.rows : Shape::kRows);
-  for (int box = 0; box <= largest; ++box) {
-    if (!encode_tensor_map<2>(&maps->boxes[box], a, map_element(kBytes), {gemm.depth, gemm.rows}, {gemm.depth * kBytes},
-                              {kSwizzleRowBytes / kBytes, 8 << box}))
-      return false;
-  }
-  return true;
-}
 
 // A kernel that starts while the one before it ends: programmatic dependent launch.
 template <typename... Arguments>
