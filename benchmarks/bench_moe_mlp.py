@@ -99,12 +99,13 @@ def grouped(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tens
     return (y[place].view(tokens, top_k, -1) * weights[..., None]).sum(1).to(x.dtype)
 
 
-def peers_of(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts) -> dict[str, Callable]:
+def peers_of(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, quick: bool) -> dict[str, Callable]:
+    """With ``quick``, none whose import takes seconds."""
     arguments = (x, weights, ids, experts.gate_up, experts.down)
     peers = {"torch grouped_mm": lambda: grouped(*arguments)}
     if x.device.type == "cpu":
         return peers | {"torch eager": lambda: eager(*arguments)}
-    if importlib.util.find_spec("transformers"):
+    if not quick and importlib.util.find_spec("transformers"):
         peers |= transformers_peers(x, weights, ids, experts)
     return peers
 
@@ -136,15 +137,15 @@ def work_of(tokens: int, chosen: int, hidden: int, intermediate: int, expert_byt
     }
 
 
-def run_case(bench: Bench, experts: Experts, routing: str, tokens: int, name: str) -> None:
-    """Ours against the peers."""
+def run_case(bench: Bench, experts: Experts, routing: str, tokens: int, name: str, quick: bool = False) -> None:
+    """Ours against the peers; ``quick`` as in ``peers_of``."""
     hidden, intermediate = experts.down.shape[1:]
     x = torch.randn(tokens, hidden, device=bench.device).bfloat16()
     weights, ids = route(routing, tokens, bench.device)
     bench.compare(
         f"{name} T={tokens} {routing}",
         lambda: ops.moe_mlp(x, weights, ids, experts.ours_gate_up, experts.ours_down),
-        peers_of(x, weights, ids, experts),
+        peers_of(x, weights, ids, experts, quick),
         **work_of(tokens, len(ids.unique()), hidden, intermediate, experts.expert_bytes),
         budget=BUDGET[bench.device],
     )

@@ -78,12 +78,13 @@ def make(bench: Bench, queries: int, keys: int, dtype: torch.dtype) -> tuple[Ten
     return q, k, v, *(torch.tensor([0, n], device=bench.device) for n in (queries, keys))
 
 
-def run_case(bench: Bench, queries: int, keys: int, window: int, dtype: torch.dtype) -> None:
+def run_case(bench: Bench, queries: int, keys: int, window: int, dtype: torch.dtype, quick: bool = False) -> None:
+    """With ``quick``, no peer that is compiled first."""
     q, k, v, cu_q, cu_k = make(bench, queries, keys, dtype)
     pairs = sum(min(keys - queries + i + 1, window or keys) for i in range(queries))
     seen = min(keys, queries + window - 1) if window else keys
     peers = {"torch SDPA": sdpa(q, k, v, sight(queries, keys, window, bench.device))}
-    if bench.device == "cuda" and importlib.util.find_spec("triton"):
+    if not quick and bench.device == "cuda" and importlib.util.find_spec("triton"):
         peers["torch flex_attention"] = flex(q, k, v, window)
     bench.compare(
         f"queries={queries} keys={keys} window={window} {dtype}",

@@ -19,7 +19,7 @@ import torch
 from roofline import bound_of, hopper_peak, rates_of
 from timing import Sample, gpu_state, take_turns
 
-RECORDS = Path(__file__).parent / "records"
+RECORDS = Path(os.environ.get("MIXTRAL_RECORDS", Path(__file__).parent / "records"))
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -119,7 +119,9 @@ class Bench:
             cases = {row["case"] for row in rows}
             rows = [row for row in before["rows"] if row["case"] not in cases] + rows
             record["versions"] = before["versions"] | record["versions"]
-        path.write_text(record_text(record, rows))
+        partial = path.with_suffix(".partial")
+        partial.write_text(record_text(record, rows))
+        partial.replace(path)  # in one step: a record that a killed run leaves is whole
         print(f"wrote {path}")
 
 
