@@ -79,7 +79,7 @@ SHAPES = {
 MIXTRAL_8X7B = Shape(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336)
 
 
-def model_config(shape: Shape, max_position: int = MAX_POSITION) -> mixtral.Config:
+def model_config(shape: Shape, max_position: int = MAX_POSITION) -> "mixtral.Config":
     """Of a model that ``mixtral.Mixtral.from_config`` draws."""
     return mixtral.Config(
         hidden_size=shape.hidden,

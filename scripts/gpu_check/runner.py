@@ -8,17 +8,20 @@ the run is killed, the folder and the tar have every stage that had ended.
 import io
 import json
 import os
+import signal
 import subprocess
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+DRY_LIMIT = 300.0  # seconds for a stage that launches nothing, on however slow a machine
 KILL_AFTER = 5.0  # seconds between asking a stage to end and killing it
 SAVING = 2.0  # seconds to keep the last result
 WRONG = 3  # exit status of a stage whose kernels ran to their end with wrong numbers
-HUNG = (124, 137)  # exit statuses of timeout(1): ended when asked to, killed
+HUNG = (124, 137, -9)  # of timeout(1): ended when asked to; killed, and timeout(1) with it
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ def run_command(command: list[str], limit: float, log: io.IOBase, environment: d
     """Exit status. timeout(1) is a process of its own: it stops the stage even if this one is gone."""
     guarded = ["timeout", "--signal=INT", f"--kill-after={KILL_AFTER:g}", f"{limit:g}", *command]
     process = subprocess.Popen(guarded, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | environment)
-    return process.wait()
+    code = process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # timeout(1) leads a group: what is left of it may hold the GPU
+    return code
 
 
 class Runner:
@@ -98,10 +104,10 @@ class Runner:
             return f"{stage.family} hung or crashed"
         if stage.group in self._failed_groups:
             return f"{self._failed_groups[stage.group]} failed"
-        if self._dry:
-            return ""
         if missing := stage.missing():
             return missing
+        if self._dry:
+            return ""
         left = self._left()
         return f"takes {stage.expected:.0f} s, {max(left, 0):.0f} s are left" if left < stage.expected else ""
 
@@ -112,7 +118,7 @@ class Runner:
     def _run_stage(self, stage: Stage) -> Result:
         if reason := self._reason_to_leave_out(stage):
             return Result(stage.name, "left out", reason=reason)
-        limit, begin = min(stage.limit, self._left()) if not self._dry else stage.limit, self._clock()
+        limit, begin = DRY_LIMIT if self._dry else min(stage.limit, self._left()), self._clock()
         command = stage.dry if self._dry else stage.command(self._broken)
         with (self._out / "log.txt").open("a") as log:
             log.write(f"\n== {stage.name}: {' '.join(command)}\n")
@@ -129,8 +135,8 @@ class Runner:
         return Result(stage.name, status, seconds, reason)
 
     def _line(self, stage: Stage, result: Result) -> str:
-        if self._dry and result.status == "passed":
-            return f"{stage.name}: {stage.limit:.0f} s allowed"
+        if self._dry and result.status in ("passed", "left out"):
+            return f"{stage.name}: {stage.limit:.0f} s allowed" + (result.reason and f"; not here: {result.reason}")
         line = f"[{self._clock() - self._begin:4.0f} s] {stage.name}: {result.status}"
         if result.status == "left out":
             return f"{line}: {result.reason}"

@@ -69,7 +69,7 @@ def tests(name: str, kernels: dict[str, str], cases: int, files: list[str], expe
     def command(broken: set[str]) -> list[str]:
         words = dict.fromkeys(FAMILIES[family].tests for family in FAMILIES if family in broken)
         chosen = " and ".join(["cuda", *(f"not ({word})" for word in words if kernels == HOPPER)])
-        return python(HERE / "tests.py", name.replace(" ", "-"), "-k", chosen, *files)
+        return python(HERE / "op_tests.py", name.replace(" ", "-"), "-k", chosen, *files)
 
     return Stage(
         name,
@@ -109,11 +109,13 @@ def model_stages() -> list[Stage]:
 
     def binary(broken: set[str]) -> list[str]:
         simple = ["env", "MIXTRAL_CUDA_KERNELS=simple"] if broken else []
-        return [*simple, *python(HERE / "model.py")]
+        return [*simple, *python(HERE / "whole_model.py")]
 
     tests_of_package = tests("model tests", HOPPER, 1, ["tests/model/test_devices.py"], 30, 60)
     return [
-        Stage("model", 15, 60, binary, python(HERE / "model.py", "--dry-run"), missing=no_binary, environment=HOPPER),
+        Stage(
+            "model", 15, 60, binary, python(HERE / "whole_model.py", "--dry-run"), missing=no_binary, environment=HOPPER
+        ),
         replace(tests_of_package, missing=no_module),
     ]
 

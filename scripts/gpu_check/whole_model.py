@@ -1,4 +1,4 @@
-"""Whole models through the binary: what CUDA computes is what the CPU computes. ``model.py [--dry-run]``.
+"""Whole models through the binary: what CUDA computes is what the CPU computes. ``whole_model.py [--dry-run]``.
 
 The demo model in f32 gives the same tokens; it, and a random one with the head size of Mixtral, give nearly the same
 loss in bf16. ``--dry-run`` compares the CPU with itself. Exit status 0, or 3 if the devices differ.

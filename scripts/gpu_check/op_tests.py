@@ -1,6 +1,6 @@
 """Tests with pytest, on eight cores where it can, and their row in the record ``cuda-correctness``.
 
-``tests.py NAME ARGUMENTS...``: the arguments are pytest's, and so is the exit status.
+``op_tests.py NAME ARGUMENTS...``: the arguments are pytest's, and so is the exit status.
 """
 
 import os
