@@ -28,14 +28,18 @@ def moe(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, router: torc
     return ops.moe_mlp(x, *ops.moe_route(x, router, 2), gate_up, down)
 
 
-def decode(batch: int, keys: int, window: int) -> tuple:
-    """Arguments of rolling_kv_cache_attention: one query per sequence, 32 heads over 8, pages of 16."""
-    pages = -(-keys // 16)
+def paged(queries: list[int], keys: int, window: int) -> tuple:
+    """Arguments of rolling_kv_cache_attention: so many queries of each sequence, 32 heads over 8, pages of 16."""
+    batch, pages = len(queries), -(-keys // 16)
     k_cache, v_cache = torch.randn(2, batch * pages, 16, 8, 128, **BF16)
     page_table = torch.randperm(batch * pages, device="cuda").view(batch, pages)
-    kv_lens = torch.randint(1, keys + 1, (batch,), device="cuda")
-    q = torch.randn(batch, 32, 128, **BF16)
-    return q, k_cache, v_cache, page_table, torch.arange(batch + 1, device="cuda"), kv_lens, window
+    kv_lens = torch.cat([torch.randint(count, keys + 1, (1,), device="cuda") for count in queries])
+    starts = torch.tensor([0, *queries], device="cuda").cumsum(0)
+    return torch.randn(sum(queries), 32, 128, **BF16), k_cache, v_cache, page_table, starts, kv_lens, window
+
+
+def decode(batch: int, keys: int, window: int) -> tuple:
+    return paged([1] * batch, keys, window)
 
 
 def prefill(lengths: list[int], window: int) -> tuple:
@@ -53,8 +57,11 @@ CALLS = {
     "moe prefill": lambda: (moe, layer(2000)),
     "moe fp8 decode": lambda: (moe, layer(1, "fp8")),
     "moe fp8 prefill": lambda: (moe, layer(2000, "fp8")),
+    "moe int4 decode": lambda: (moe, layer(1, "int4")),
+    "moe int4 prefill": lambda: (moe, layer(2500, "int4")),  # more rows than the streaming kernel takes
     "attention decode": lambda: (ops.rolling_kv_cache_attention, decode(3, 1000, 700)),
     "attention prefill": lambda: (ops.sliding_window_attention, prefill([700, 3, 129], 256)),
+    "attention paged prefill": lambda: (ops.rolling_kv_cache_attention, paged([500, 3, 129], 900, 256)),
 }
 
 
@@ -85,8 +92,9 @@ def test_on_another_stream_and_under_load(call):
     assert all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8"])
-@pytest.mark.parametrize("tokens", [0, 1, 40, 300, 2000])
+# Without a permutation up to 32 tokens, with int4 up to 16; then streamed; then in tiles, int4 unpacked first.
+@pytest.mark.parametrize("quantize", [None, "fp8", "int4"])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 32, 40, 300, 2500])
 def test_graph_replay_with_changing_routing(tokens, quantize):
     x, gate_up, down, router = layer(tokens, quantize)
     weights = torch.rand(tokens, 2, device="cuda")
@@ -117,6 +125,23 @@ def test_graph_replay_of_decode_attention_with_growing_sequences():
         out = ops.rolling_kv_cache_attention(*arguments)
     for length in range(0, 1024, 7):
         kv_lens.copy_(torch.tensor([length, 1, 1024 - length, 1024], device="cuda"))
+        q.normal_()
+        graph.replay()
+        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
+
+
+def test_graph_replay_of_paged_prefill_with_growing_sequences():
+    """Pages of 16, as the engine's: a block of keys comes from eight of them."""
+    arguments = paged([300, 40], 1024, 512)
+    q, kv_lens = arguments[0], arguments[5]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ops.rolling_kv_cache_attention(*arguments)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.rolling_kv_cache_attention(*arguments)
+    for length in range(300, 1025, 29):
+        kv_lens.copy_(torch.tensor([length, 1324 - length], device="cuda"))
         q.normal_()
         graph.replay()
         assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"

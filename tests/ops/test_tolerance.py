@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mixtral.ops as ops
-from conftest import assert_route_within_tolerance, share_of_tolerance
+from conftest import assert_route_within_tolerance, near, share_of_tolerance
 from error_bounds import half_ulp
 from mixtral import reference
 from routing import ROUTINGS, make_routing, offsets
@@ -231,3 +231,14 @@ def test_faults_of_attention_are_caught(dtype):
     if dtype == torch.float16:  # with bf16, a rounding of every weight is allowed
         exact = reference.sliding_window_attention(*wide(arguments))
         assert_caught("sliding_window_attention", truncate(exact, dtype), *arguments)
+
+
+def test_near_takes_another_rounding_and_no_wrong_value():
+    """What Hopper kernels are held to where another one computed the same product."""
+    right = torch.randn(64, 128)
+    other = torch.where(torch.rand_like(right) < 0.5, right * (1 + 2**-8), right)  # every second one rounded up
+    assert near(other, right, 2**-7)
+    for wrong in (right.roll(1, 0), right.masked_fill(right == right[3, 7], 2.0), right * (1 + 2**-6)):
+        assert not near(wrong, right, 2**-7)
+    for value in (torch.nan, torch.inf):
+        assert not near(right.masked_fill(right == right[3, 7], value), right, 2**-7)
