@@ -32,7 +32,7 @@ def main(name: str, arguments: list[str]) -> int:
     report = ROOT / "build-gpu" / "reports" / f"{os.environ.get('MIXTRAL_CUDA_KERNELS', 'simple')}-{name}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *options()]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", *options()]
     tests = subprocess.Popen([*command, f"--junitxml={report}", *arguments], cwd=ROOT)
     while True:
         try:

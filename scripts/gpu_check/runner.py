@@ -33,7 +33,8 @@ class Stage:
     limit: float  # seconds after which it is stopped
     command: Callable[[set[str]], list[str]]  # for the kernel families that hung or crashed before
     dry: list[str] = field(default_factory=lambda: ["true"])  # the same up to the first launch
-    family: str | None = None  # of kernels; later stages leave it out if it hangs or crashes
+    family: str | None = None  # of kernels; given up if this stage hangs or crashes
+    uses: tuple[str, ...] = ()  # families; left out if one of them was given up
     group: str | None = None  # the rest of it is left out if one of it fails
     missing: Callable[[], str] = str  # why it cannot run on this machine; "": it can
     required: bool = False  # nothing runs after it has failed
@@ -100,8 +101,8 @@ class Runner:
         return int(failed)
 
     def _reason_to_leave_out(self, stage: Stage) -> str:
-        if stage.family in self._broken:
-            return f"{stage.family} hung or crashed"
+        if broken := self._broken.intersection((stage.family, *stage.uses)):
+            return f"{', '.join(sorted(broken))} hung or crashed"
         if stage.group in self._failed_groups:
             return f"{self._failed_groups[stage.group]} failed"
         if missing := stage.missing():

@@ -46,9 +46,15 @@ FAMILIES = {
     "fp8": Family("grouped_gemm_stream_kernel", "fp8"),
     "int4": Family("grouped_gemm_stream_kernel", "int4"),
 }
-TIMED = {"moe bf16": "stream bf16", "moe fp8": "fp8", "moe int4": "int4"} | {
-    name: name for name in ("attention decode", "prefill packed")
+# What is timed, and the families that it runs on
+TIMED = {
+    "moe bf16": ("stream bf16", "stream routed", "tile", "tile swiglu"),
+    "moe fp8": ("fp8",),
+    "moe int4": ("int4", "tile", "tile swiglu"),
+    "attention decode": ("attention decode",),
+    "attention prefill": ("prefill packed",),
 }
+NEED_NO_GPU = ("test_hopper_code.py", "test_library.py", "test_tensor_maps.py")  # although cuda is in their names
 
 
 def python(*arguments: object) -> list[str]:
@@ -63,13 +69,18 @@ def no_tool(name: str) -> str:
     return "" if shutil.which(name) else f"{name} is not installed"
 
 
+def chosen(broken: set[str]) -> list[str]:
+    """Options of pytest: tests on the GPU, without the families that were given up."""
+    words = dict.fromkeys(FAMILIES[family].tests for family in FAMILIES if family in broken)
+    return ["-k", " and ".join(["cuda", *(f"not ({word})" for word in words)])]
+
+
 def tests(name: str, kernels: dict[str, str], cases: int, files: list[str], expected: float, limit: float) -> Stage:
     """Op tests on the GPU, on several cores where pytest-xdist is there."""
 
     def command(broken: set[str]) -> list[str]:
-        words = dict.fromkeys(FAMILIES[family].tests for family in FAMILIES if family in broken)
-        chosen = " and ".join(["cuda", *(f"not ({word})" for word in words if kernels == HOPPER)])
-        return python(HERE / "op_tests.py", name.replace(" ", "-"), "-k", chosen, *files)
+        options = chosen(broken if kernels == HOPPER else set())
+        return python(HERE / "op_tests.py", name.replace(" ", "-"), *options, *files)
 
     return Stage(
         name,
@@ -87,7 +98,7 @@ def test_stages() -> list[Stage]:
     rest = sorted(
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests" / "ops").glob("test_*.py")
-        if str(path.relative_to(ROOT)) not in first + runs
+        if str(path.relative_to(ROOT)) not in first + runs and path.name not in NEED_NO_GPU
     )
     return [
         tests("random cases", HOPPER, 300, first, 40, 100),
@@ -107,15 +118,14 @@ def model_stages() -> list[Stage]:
         fits = any((ROOT / "python" / "mixtral").glob(f"_C.{sys.implementation.cache_tag}-*.so"))
         return "" if fits else f"mixtral._C is not built for {sys.implementation.cache_tag}"
 
+    program = python(HERE / "whole_model.py")
+
     def binary(broken: set[str]) -> list[str]:
-        simple = ["env", "MIXTRAL_CUDA_KERNELS=simple"] if broken else []
-        return [*simple, *python(HERE / "whole_model.py")]
+        return ["env", "MIXTRAL_CUDA_KERNELS=simple", *program] if broken else program
 
     tests_of_package = tests("model tests", HOPPER, 1, ["tests/model/test_devices.py"], 30, 60)
     return [
-        Stage(
-            "model", 15, 60, binary, python(HERE / "whole_model.py", "--dry-run"), missing=no_binary, environment=HOPPER
-        ),
+        Stage("model", 15, 60, binary, [*program, "--dry-run"], missing=no_binary, environment=HOPPER),
         replace(tests_of_package, missing=no_module),
     ]
 
@@ -145,10 +155,10 @@ def timing_stages() -> list[Stage]:
             45,
             lambda _, name=name: python(program, name),
             dry=python(program, name, "--dry-run"),
-            family=family,
+            uses=families,
             environment=HOPPER,
         )
-        for name, family in TIMED.items()
+        for name, families in TIMED.items()
     ]
 
 
@@ -179,13 +189,14 @@ def counter_stages() -> list[Stage]:
 
 def sanitizer_stages() -> list[Stage]:
     """Tools that have misreported wgmma before: what they say is a hint."""
-    cases = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_random_cases.py", "-k", "cuda"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
+    cases = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_random_cases.py")
     return [
         Stage(
             tool,
             60,
             150,
-            lambda _, tool=tool: ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *python(*cases)],
+            lambda broken, tool=tool: [*sanitizer, "--tool", tool, *cases, *chosen(broken)],
             missing=partial(no_tool, "compute-sanitizer"),
             advisory=True,
             # No caching allocator: every access past an allocation is seen.

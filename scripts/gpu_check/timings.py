@@ -46,7 +46,7 @@ CASES = {
     "moe fp8": partial(time_moe, quantize="fp8"),
     "moe int4": partial(time_moe, quantize="int4"),
     "attention decode": time_decode,
-    "prefill packed": time_prefill,
+    "attention prefill": time_prefill,
 }
 
 

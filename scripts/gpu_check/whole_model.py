@@ -25,13 +25,13 @@ LOSS_DIFFERENCE = 0.01  # nats a token; other rounding of bf16 changes which exp
 
 
 def run(*arguments: object) -> dict:
-    """The JSON that ``mixtral`` prints. Its libraries find torch's beside this Python's torch."""
-    libraries = Path(torch.__file__).parent / "lib"
+    """The JSON that ``mixtral`` prints. Where it was built elsewhere, it has to be told where the libraries are."""
+    libraries = f"{ROOT / 'python' / 'mixtral'}:{Path(torch.__file__).parent / 'lib'}"
     done = subprocess.run(
         [BINARY, *map(str, arguments), "--json"],
         stdout=subprocess.PIPE,
         check=True,
-        env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+        env=os.environ | {"LD_LIBRARY_PATH": libraries},
     )
     return json.loads(done.stdout)
 
