@@ -48,21 +48,30 @@ constexpr Layer kLayers[] = {{"gate and up", 8, 14336, 4096, true},
                              {"q, k and v", 1, 6144, 4096, false},
                              {"logits", 1, 32000, 4096, false}};
 
-std::string named(const char* what, const Layer& layer, int64_t rows) {
-  return std::string(what) + ", " + layer.name + ", K " + std::to_string(layer.depth) + ", rows " +
-         std::to_string(rows);
+std::string named(const std::string& what, const Layer& layer, int64_t rows) {
+  return what + ", " + layer.name + ", K " + std::to_string(layer.depth) + ", rows " + std::to_string(rows);
 }
 
-// The weights, and the rows of a in every box that a unit may need.
+template <typename Shape>
+StreamGemm stream_gemm(const Layer& layer) {
+  return {nullptr, {}, layer.experts, Shape::kRows, layer.columns, layer.depth};
+}
+
+// The rows of a in every box that a unit may need.
 template <typename Weights, typename Shape>
-void make_stream_maps(const char* format, const void* data, const Layer& layer) {
-  const StreamGemm gemm{nullptr, {}, layer.experts, Shape::kRows, layer.columns, layer.depth};
-  TensorMap weights;
+void make_token_maps(const std::string& format, const void* data, const Layer& layer) {
   TokenMaps tokens;
-  kind = named((std::string("stream ") + format + " weights").c_str(), layer, Shape::kRows);
-  encode_weights<Weights, Shape>(&weights, data, gemm, layer.swiglu);
-  kind = named((std::string("stream ") + format + " tokens").c_str(), layer, Shape::kRows);
-  encode_tokens<Weights, Shape>(&tokens, data, gemm);
+  kind = named("stream " + format + " tokens", layer, Shape::kRows);
+  encode_tokens<Weights, Shape>(&tokens, data, stream_gemm<Shape>(layer));
+}
+
+// The same and the weights, which int4 needs no map for.
+template <typename Weights, typename Shape>
+void make_stream_maps(const std::string& format, const void* data, const Layer& layer) {
+  TensorMap weights;
+  kind = named("stream " + format + " weights", layer, Shape::kRows);
+  encode_weights<Weights, Shape>(&weights, data, stream_gemm<Shape>(layer), layer.swiglu);
+  make_token_maps<Weights, Shape>(format, data, layer);
 }
 
 void make_gemm_maps(const void* data) {
@@ -72,10 +81,7 @@ void make_gemm_maps(const void* data) {
     make_stream_maps<BFloat16Weights, MoreRows>("bf16", data, layer);
     make_stream_maps<E4m3Weights, FewRows>("fp8", data, layer);
     make_stream_maps<E4m3Weights, MoreE4m3Rows>("fp8", data, layer);
-    const StreamGemm int4{nullptr, {}, layer.experts, Int4Rows::kRows, layer.columns, layer.depth};
-    TokenMaps tokens;
-    kind = named("stream int4 tokens", layer, Int4Rows::kRows);
-    encode_tokens<Int4Weights, Int4Rows>(&tokens, data, int4);
+    make_token_maps<Int4Weights, Int4Rows>("int4", data, layer);
 
     const BFloat16* values = static_cast<const BFloat16*>(data);
     GroupedGemm<BFloat16> gemm{};

@@ -114,22 +114,6 @@ def test_graph_replay_with_changing_routing(tokens, quantize):
             assert torch.equal(out, ops.moe_mlp(x, weights, ids, gate_up, down)), f"replay {replay}"
 
 
-def test_graph_replay_of_decode_attention_with_growing_sequences():
-    arguments = decode(4, 1024, 512)
-    q, kv_lens = arguments[0], arguments[5]
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        ops.rolling_kv_cache_attention(*arguments)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        out = ops.rolling_kv_cache_attention(*arguments)
-    for length in range(0, 1024, 7):
-        kv_lens.copy_(torch.tensor([length, 1, 1024 - length, 1024], device="cuda"))
-        q.normal_()
-        graph.replay()
-        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
-
-
 def test_graph_replay_of_paged_prefill_with_growing_sequences():
     """Pages of 16, as the engine's: a block of keys comes from eight of them."""
     arguments = paged([300, 40], 1024, 512)
@@ -142,6 +126,22 @@ def test_graph_replay_of_paged_prefill_with_growing_sequences():
         out = ops.rolling_kv_cache_attention(*arguments)
     for length in range(300, 1025, 29):
         kv_lens.copy_(torch.tensor([length, 1324 - length], device="cuda"))
+        q.normal_()
+        graph.replay()
+        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
+
+
+def test_graph_replay_of_decode_attention_with_growing_sequences():
+    arguments = decode(4, 1024, 512)
+    q, kv_lens = arguments[0], arguments[5]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ops.rolling_kv_cache_attention(*arguments)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.rolling_kv_cache_attention(*arguments)
+    for length in range(0, 1024, 7):
+        kv_lens.copy_(torch.tensor([length, 1, 1024 - length, 1024], device="cuda"))
         q.normal_()
         graph.replay()
         assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
