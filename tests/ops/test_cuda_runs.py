@@ -58,7 +58,7 @@ CALLS = {
     "moe fp8 decode": lambda: (moe, layer(1, "fp8")),
     "moe fp8 prefill": lambda: (moe, layer(2000, "fp8")),
     "moe int4 decode": lambda: (moe, layer(1, "int4")),
-    "moe int4 prefill": lambda: (moe, layer(2500, "int4")),  # more rows than the streaming kernel takes
+    "moe int4 prefill": lambda: (moe, layer(2500, "int4")),
     "attention decode": lambda: (ops.rolling_kv_cache_attention, decode(3, 1000, 700)),
     "attention prefill": lambda: (ops.sliding_window_attention, prefill([700, 3, 129], 256)),
     "attention paged prefill": lambda: (ops.rolling_kv_cache_attention, paged([500, 3, 129], 900, 256)),
@@ -92,7 +92,7 @@ def test_on_another_stream_and_under_load(call):
     assert all(torch.equal(result, expected) for result in results)
 
 
-# Without a permutation up to 32 tokens, with int4 up to 16; then streamed; then in tiles, int4 unpacked first.
+# Up to 32 tokens, with int4 up to 16, without a permutation; then by the kernels for few and for many rows.
 @pytest.mark.parametrize("quantize", [None, "fp8", "int4"])
 @pytest.mark.parametrize("tokens", [0, 1, 16, 32, 40, 300, 2500])
 def test_graph_replay_with_changing_routing(tokens, quantize):
