@@ -54,8 +54,13 @@ def main() -> int:
     if prebuilt:
         install(prebuilt)
     paths = [ROOT / folder for folder in ("python", "tests", "tests/model", "benchmarks", "scripts")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    os.environ["MIXTRAL_RECORDS"], os.environ["MIXTRAL_COMMIT"] = str(out), commit
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONUNBUFFERED": "1",  # what a stage has printed is in the log when it is killed
+        "PYTHONFAULTHANDLER": "1",
+        "MIXTRAL_RECORDS": str(out),
+        "MIXTRAL_COMMIT": commit,
+    }
     os.chdir(ROOT)
     stages = all_stages(prebuilt)
     if names := [stage.name for stage in left_out(stages, arguments.minutes)]:
