@@ -99,7 +99,7 @@ def grouped(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tens
     return (y[place].view(tokens, top_k, -1) * weights[..., None]).sum(1).to(x.dtype)
 
 
-def peers_of(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, quick: bool) -> dict[str, Callable]:
+def peers_of(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, quick: bool = False) -> dict[str, Callable]:
     """With ``quick``, none whose import takes seconds."""
     arguments = (x, weights, ids, experts.gate_up, experts.down)
     peers = {"torch grouped_mm": lambda: grouped(*arguments)}
