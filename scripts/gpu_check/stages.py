@@ -88,7 +88,7 @@ def tests(name: str, kernels: dict[str, str], cases: int, files: list[str], expe
         limit,
         command,
         dry=python("-m", "pytest", "--collect-only", "-q", *files),
-        environment=kernels | {"MIXTRAL_RANDOM_CASES": str(cases)},
+        environment=kernels | {"MIXTRAL_RANDOM_CASES": str(cases), "OMP_NUM_THREADS": "2"},  # eight run at once
     )
 
 
