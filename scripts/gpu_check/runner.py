@@ -85,19 +85,19 @@ class Runner:
 
     def run(self, stages: list[Stage]) -> int:
         """0 if no stage failed; those that are advisory, and those left out, do not count."""
-        stopped_by, failed = None, False
-        for stage in stages:
-            if stopped_by:
-                result = Result(stage.name, "left out", reason=f"{stopped_by} failed")
-            else:
-                result = self._run_stage(stage)
+        failed = False
+        for n, stage in enumerate(stages, start=1):
+            result = self._run_stage(stage)
             bad = result.status not in ("passed", "left out")
             failed |= bad and not stage.advisory
-            if bad and stage.required:
-                stopped_by = stage.name
             self.results.append(result)
+            if stop := bad and stage.required:
+                self.results += [Result(s.name, "left out", reason=f"{stage.name} failed") for s in stages[n:]]
             self._save()
             print(self._line(stage, result), flush=True)
+            if stop:
+                print(f"left out, since {stage.name} failed: {', '.join(s.name for s in stages[n:])}", flush=True)
+                break
         return int(failed)
 
     def _reason_to_leave_out(self, stage: Stage) -> str:

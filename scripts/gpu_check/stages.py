@@ -19,11 +19,8 @@ BUILD = ROOT / "build-gpu"
 BINARY = BUILD / "bin" / "mixtral"
 HOPPER, SIMPLE = {"MIXTRAL_CUDA_KERNELS": "hopper"}, {"MIXTRAL_CUDA_KERNELS": "simple"}
 
-LIBRARY_CHECK = """
-import torch, mixtral.ops
-print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPUs", torch.cuda.device_count())
-"""
-GPU_CHECK = LIBRARY_CHECK + "print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())"
+LIBRARY_CHECK = "import torch, mixtral.ops; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
+GPU_CHECK = LIBRARY_CHECK + "; print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())"
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,23 @@ def test_wrong_arguments_are_errors_in_words(tmp_path):
     assert done.returncode == 1 and "was built from commit 1234, the tree is 5678: build it again" in done.stderr
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_it_builds_where_the_prebuilt_libraries_do_not_load(loads, tmp_path, monkeypatch):
+    cmake = tmp_path / "cmake"
+    cmake.write_text('#!/bin/sh\necho cmake "$@"\n')
+    cmake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(stages, "LIBRARY_CHECK", f"raise SystemExit({0 if loads else 1})")
+    done = subprocess.run(stages.build_stage(Path("/else where")).command(set()), capture_output=True, text=True)
+    assert done.returncode == 0
+    if loads:
+        assert done.stdout == ""
+    else:
+        configure, build = done.stdout.splitlines()
+        assert "-DMIXTRAL_CUDA=ON" in configure and configure.endswith("-DMIXTRAL_JSON_INCLUDE_DIR=/else where/include")
+        assert build.endswith("--target python_package mixtral_tensor_maps")
+
+
 def load(name: str):
     sys.path.extend(str(ROOT / folder) for folder in ("tests", "benchmarks") if str(ROOT / folder) not in sys.path)
     spec = importlib.util.spec_from_file_location(f"gpu_check_{name}", PROGRAMS / f"{name}.py")
