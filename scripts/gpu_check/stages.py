@@ -161,7 +161,7 @@ def timing_stages() -> list[Stage]:
 
 def counter_stages() -> list[Stage]:
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats"]
-    options = ["ncu", "--clock-control", "none", "--launch-count", "1", "--kill", "yes"]
+    options = ["ncu", "--clock-control", "none", "--launch-count", "1"]
     options += [word for section in sections for word in ("--section", section)]
     return [
         Stage(

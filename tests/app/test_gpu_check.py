@@ -1,6 +1,5 @@
 """scripts/gpu_check.sh with a fake clock and a fake device: in time, whatever hangs, and nothing that ended is lost."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import runner
+import stages
+from runner import Runner, Stage, left_out
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "scripts" / "gpu_check"
-sys.path.insert(0, str(PROGRAMS))
-
-import runner  # noqa: E402
-import stages  # noqa: E402
-from record_tests import rows_of as rows_of_reports  # noqa: E402
-from runner import Runner, Stage, left_out  # noqa: E402
 
 
 class Killed(Exception):
@@ -257,82 +254,3 @@ def test_it_builds_where_the_prebuilt_libraries_do_not_load(loads, tmp_path, mon
         configure, build = done.stdout.splitlines()
         assert "-DMIXTRAL_CUDA=ON" in configure and configure.endswith("-DMIXTRAL_JSON_INCLUDE_DIR=/else where/include")
         assert build.endswith("--target python_package mixtral_tensor_maps")
-
-
-def load(name: str):
-    sys.path.extend(str(ROOT / folder) for folder in ("tests", "benchmarks") if str(ROOT / folder) not in sys.path)
-    spec = importlib.util.spec_from_file_location(f"gpu_check_{name}", PROGRAMS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("family", ["stream routed", "fp8", "int4", "prefill paged"])
-def test_a_family_with_wrong_numbers_is_called_wrong(family, monkeypatch, capsys):
-    families = load("families")
-    monkeypatch.setattr(sys, "argv", ["families.py", family, "--dry-run"])
-    assert families.main() == 0
-    for op in ("moe_mlp", "grouped_gemm", "rolling_kv_cache_attention"):
-        right = getattr(families.ops, op)
-        # One value, of middling size, is another one's.
-        monkeypatch.setattr(
-            families.ops, op, lambda *a, right=right: right(*a).index_fill_(0, families.torch.tensor(0), 0.0)
-        )
-    assert families.main() == runner.WRONG
-
-
-def test_tests_run_without_the_plugins_that_are_missing(monkeypatch, capsys):
-    program = load("op_tests")
-    monkeypatch.setattr(program, "has_module", lambda name: name != "xdist")
-    assert program.options() == program.TIMEOUT
-    assert capsys.readouterr().out == "pytest-xdist is not installed: without -n 8 --dist worksteal\n"
-
-
-@pytest.mark.parametrize("name", stages.TIMED)
-def test_every_timing_leaves_its_rows(name, monkeypatch):
-    """On the CPU, at small sizes."""
-    timings = load("timings")
-    import common  # where load() has found it
-    from roofline import Rates
-
-    monkeypatch.setattr(common, "rates_of", lambda device, dtype: Rates(bandwidth=10.0, arithmetic=100.0))
-    turns = common.take_turns
-    monkeypatch.setattr(common, "take_turns", lambda functions, device, budget: turns(functions, device, 0.0))
-    experts = timings.moe.make_experts
-    monkeypatch.setattr(timings.moe, "make_experts", lambda device: experts(device, 64, 96))
-    monkeypatch.setattr(timings, "TOKENS", (1, 5))
-    monkeypatch.setattr(timings, "KEYS", (64, 130))
-    written = []
-    monkeypatch.setattr(common.Bench, "write", lambda bench: written.append(len(bench.rows)))
-    bench = common.Bench("test", "cpu")
-    timings.CASES[name](bench)
-    assert written == [1, 2] and all(row.value > 0 and row.peer for row in bench.rows)
-
-
-@pytest.mark.parametrize(("body", "code", "passed"), [("pass", 0, 2), ("assert seed != 1", 1, 1)])
-def test_tests_leave_a_row_and_their_exit_status(body, code, passed, tmp_path, monkeypatch):
-    program, recorded = load("op_tests"), []
-    (tmp_path / "test_one.py").write_text(
-        f"import pytest\n@pytest.mark.parametrize('seed', [1, 2])\ndef test_it(seed):\n    {body}\n"
-    )
-    monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setattr(program, "has_module", lambda name: False)
-    monkeypatch.setattr(program, "record", lambda name, device, out, reports: recorded.extend(reports))
-    monkeypatch.setenv("MIXTRAL_CUDA_KERNELS", "hopper")
-    assert program.main("one", ["test_one.py"]) == code
-    assert [report.name for report in recorded] == ["hopper-one.xml"]
-    (row,) = rows_of_reports(recorded)
-    assert (row.case, row.value, row.bound) == ("hopper-one", passed, 2)
-
-
-@pytest.mark.parametrize("other", [{}, {"tokens": [1, 2, 4]}, {"loss": 5.02}])
-def test_a_model_that_differs_on_cuda_is_called_wrong(other, monkeypatch, tmp_path):
-    program = load("whole_model")
-    monkeypatch.setattr(sys, "argv", ["whole_model.py"])
-
-    def run(*arguments: object) -> dict:
-        here = {"tokens": [1, 2, 3], "loss": 5.0} | (other if "cuda" in arguments else {})
-        return {"token_ids": here["tokens"], "nats_per_token": here["loss"]}
-
-    monkeypatch.setattr(program, "run", run)
-    assert program.main() == (runner.WRONG if other else 0)
