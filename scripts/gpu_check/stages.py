@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "scripts" / "gpu_check"
 BUILD = ROOT / "build-gpu"
 BINARY = BUILD / "bin" / "mixtral"
+TARGETS = ("python_package", "mixtral_tensor_maps")
 HOPPER, SIMPLE = {"MIXTRAL_CUDA_KERNELS": "hopper"}, {"MIXTRAL_CUDA_KERNELS": "simple"}
 
 LIBRARY_CHECK = "import torch, mixtral.ops; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
@@ -205,11 +206,10 @@ def sanitizer_stages() -> list[Stage]:
 
 def build_stage(prebuilt: Path | None) -> Stage:
     """Builds, unless prebuilt libraries load here. Those bring the header of nlohmann/json too."""
-    json = f"-DMIXTRAL_JSON_INCLUDE_DIR={shlex.quote(str(prebuilt / 'include'))}" if prebuilt else ""
-    build = (
-        f"cmake -S . -B {BUILD} -G Ninja -DPython_EXECUTABLE={sys.executable} -DMIXTRAL_CUDA=ON {json} && "
-        f"cmake --build {BUILD} --target python_package mixtral_tensor_maps"
-    )
+    json = [f"-DMIXTRAL_JSON_INCLUDE_DIR={prebuilt / 'include'}"] if prebuilt else []
+    options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DMIXTRAL_CUDA=ON", *json]
+    configure = shlex.join(["cmake", "-S", ".", "-B", str(BUILD), *options])
+    build = f"{configure} && {shlex.join(['cmake', '--build', str(BUILD), '--target', *TARGETS])}"
     loads = shlex.join(python("-c", LIBRARY_CHECK))
     script = f"{loads} || {{ {build}; }}" if prebuilt else build
     return Stage(
