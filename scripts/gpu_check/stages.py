@@ -134,7 +134,7 @@ def family_stages() -> list[Stage]:
         Stage(
             name,
             7,
-            30,
+            40,  # the first one may have to load what the others find in memory
             lambda _, name=name: python(program, name),
             dry=python(program, name, "--dry-run"),
             family=name,
