@@ -155,7 +155,8 @@ def packed(size: Size, window: int, device: str) -> Problem:
     )
 
 
-# By the limits in csrc/ops/grouped_gemm/hopper: routed up to 32 tokens of two experts, streamed up to 1024 rows.
+# By the limits in csrc/ops/grouped_gemm/hopper: routed up to 32 tokens of two experts, streamed up to 1024 rows, fp8
+# and int4 always.
 PROBLEMS: dict[str, list[Callable[[Size, str], Problem]]] = {
     "attention decode": [
         lambda size, device: paged(size, [1, 1, 1], 16, 0, device),

@@ -48,7 +48,7 @@ FAMILIES = {
 TIMED = {
     "moe bf16": ("stream bf16", "stream routed", "tile", "tile swiglu"),
     "moe fp8": ("fp8",),
-    "moe int4": ("int4", "tile", "tile swiglu"),
+    "moe int4": ("int4",),
     "attention decode": ("attention decode",),
     "attention prefill": ("prefill packed",),
 }

@@ -82,6 +82,7 @@ void make_gemm_maps(const void* data) {
     make_stream_maps<E4m3Weights, FewRows>("fp8", data, layer);
     make_stream_maps<E4m3Weights, MoreE4m3Rows>("fp8", data, layer);
     make_token_maps<Int4Weights, Int4Rows>("int4", data, layer);
+    make_token_maps<Int4Weights, MoreInt4Rows>("int4", data, layer);
 
     const BFloat16* values = static_cast<const BFloat16*>(data);
     GroupedGemm<BFloat16> gemm{};
