@@ -59,20 +59,19 @@ class Batch {
     return p;
   }
 
-  // [T, Nq, D]; splits 0: as planned. memory: of the workspace, whatever it holds.
-  std::vector<BFloat16> run(int splits = 0, uint64_t seed = 0, std::vector<float>* memory = nullptr) const {
+  // [T, Nq, D]; splits 0: as planned. counters: as the launch before left them.
+  std::vector<BFloat16> run(int splits = 0, uint64_t seed = 0, std::vector<int>* counters = nullptr) const {
     DecodeProblem p = problem();
     std::vector<BFloat16> out(q.size(), BFloat16(NAN));
     p.out = out.data();
     EXPECT_TRUE(takes_attention_decode_hopper(p));
     DecodePlan plan = decode_plan(p);
     if (splits > 0) plan.splits = splits;
-    const size_t floats = decode_workspace_bytes(p, plan) / sizeof(float);
-    std::vector<float> own;
-    if (!memory) memory = &own;
-    memory->resize(floats, NAN);
-    const DecodeWorkspace workspace = decode_workspace(p, plan, memory->data());
-    if (floats > 0) std::memset(workspace.arrivals, 0, decode_arrival_bytes(p, plan));
+    std::vector<float> memory(decode_workspace_bytes(p, plan) / sizeof(float), NAN);
+    DecodeWorkspace workspace = decode_workspace(p, plan, memory.data());
+    std::vector<int> own(kMaxDecodeArrivals);
+    if (!counters) counters = &own;
+    workspace.arrivals = counters->data();
     const emulator::Index3 grid{static_cast<unsigned>(plan.tiles), static_cast<unsigned>(p.num_kv_heads),
                                 static_cast<unsigned>(plan.splits)};
     if (c.head_dim == 64) {
@@ -82,6 +81,7 @@ class Batch {
       emulator::launch({grid, cuda::kDecodeThreads, sizeof(cuda::DecodeShared<128>), seed},
                        [&] { cuda::attention_decode_kernel<128>(p, plan, workspace); });
     }
+    EXPECT_EQ(std::count(counters->begin(), counters->end(), 0), kMaxDecodeArrivals);
     return out;
   }
 
@@ -240,11 +240,25 @@ TEST(AttentionDecodeHopper, AnyNumberOfSplitsGivesTheSameMean) {
   for (int splits : {2, 3, 5, 16, 32}) EXPECT_TRUE(same_bits(batch.run(splits, splits), whole)) << splits;
 }
 
+// One buffer of counters, as a stream or a graph has it: batches of other shapes and with bad offsets come between.
+TEST(AttentionDecodeHopper, EveryLaunchLeavesItsCountersClear) {
+  const Batch batch({.queries = {2, 1}, .lengths = {400, 130}, .num_kv_heads = 2});
+  const Batch other({.queries = {5, 0, 4}, .lengths = {300, 7, 130}, .head_dim = 128});
+  Batch bad({.queries = {1, 1}, .lengths = {40, 30}, .page_size = 0});
+  bad.cu_q[2] = 1000;
+  std::vector<int> counters(kMaxDecodeArrivals);
+  const auto first = batch.run(5, 0, &counters), second = other.run(3, 0, &counters);
+  for (uint64_t seed = 1; seed < 5; ++seed) {
+    EXPECT_TRUE(same_bits(batch.run(5, seed, &counters), first)) << seed;
+    bad.run(2, seed, &counters);
+    EXPECT_TRUE(same_bits(other.run(3, seed, &counters), second)) << seed;
+  }
+}
+
 TEST(AttentionDecodeHopper, RepeatsItsBitsInAnyOrderOfBlocks) {
   const Batch batch({.queries = {2, 1}, .lengths = {400, 130}, .num_kv_heads = 2});
-  std::vector<float> memory;
-  const auto first = batch.run(5, 0, &memory);
-  for (uint64_t seed = 1; seed < 5; ++seed) EXPECT_TRUE(same_bits(batch.run(5, seed, &memory), first)) << seed;
+  const auto first = batch.run(5);
+  for (uint64_t seed = 1; seed < 5; ++seed) EXPECT_TRUE(same_bits(batch.run(5, seed), first)) << seed;
 }
 
 TEST(AttentionDecodeHopper, AKeyOnAMissingPageIsZeros) {
@@ -337,6 +351,22 @@ TEST(AttentionDecodeHopper, PlansFromShapes) {
   EXPECT_EQ(decode_plan(shapes(17, 2, 32, 8, 0, 64)).rows, 64);
   const DecodeProblem busy = shapes(64, 64, 32, 8, 4096, 258);
   EXPECT_EQ(decode_workspace_bytes(busy, decode_plan(busy)), 0);
+}
+
+TEST(AttentionDecodeHopper, TheCountersOfALaunchFitItsSlot) {
+  int64_t most = 0;
+  for (int64_t sequences = 1; sequences <= 140; ++sequences) {
+    for (const auto& [heads, kv_heads] : {std::pair{32, 8}, {12, 4}, {64, 1}, {5, 1}, {16, 16}}) {
+      for (int64_t tokens = 1; tokens <= 64 * sequences; tokens += 1 + tokens / 7) {
+        const DecodeProblem p = shapes(tokens, sequences, heads, kv_heads, 0, 1 << 20);
+        if (!decode_shapes_fit(p)) continue;
+        const DecodePlan plan = decode_plan(p);
+        if (plan.splits > 1) most = std::max(most, plan.tiles * kv_heads);
+      }
+    }
+  }
+  EXPECT_GT(most, kMaxDecodeArrivals / 2);
+  EXPECT_LE(most, kMaxDecodeArrivals);
 }
 
 TEST(AttentionDecodeHopper, TakesFewRowsOfAlignedHeads) {

@@ -147,6 +147,33 @@ def test_graph_replay_of_decode_attention_with_growing_sequences():
         assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
 
 
+def test_graphs_and_streams_that_attend_at_once_do_not_share_counters():
+    """Launches count their blocks in memory that nobody clears: every stream and every graph has its own."""
+    call, expected, graphs = decode(2, 4096, 0), [], []
+    capture, streams = torch.cuda.Stream(), [torch.cuda.Stream() for _ in range(3)]
+    for _ in range(2):
+        graphs.append((torch.cuda.CUDAGraph(), torch.randn_like(call[0])))
+    with torch.cuda.stream(capture):
+        ops.rolling_kv_cache_attention(*call)  # warm-up
+    torch.cuda.synchronize()
+    for i, (graph, q) in enumerate(graphs):
+        with torch.cuda.graph(graph, stream=capture):
+            out = ops.rolling_kv_cache_attention(q, *call[1:])
+        graphs[i] = (graph, out)
+        expected.append(ops.rolling_kv_cache_attention(q, *call[1:]))
+    alone = ops.rolling_kv_cache_attention(*call)
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for stream, (graph, _) in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            beside = ops.rolling_kv_cache_attention(*call)
+        torch.cuda.synchronize()
+        assert torch.equal(beside, alone)
+        assert all(torch.equal(out, want) for (_, out), want in zip(graphs, expected, strict=True))
+
+
 def test_bad_expert_ids_are_dropped_and_the_context_lives():
     x, gate_up, down, _ = layer(40)
     weights = torch.rand(40, 2, device="cuda")

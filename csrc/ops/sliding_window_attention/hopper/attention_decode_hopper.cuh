@@ -119,12 +119,15 @@ __device__ __forceinline__ void store_result(const MergedRow<kHeadDim>& row, BFl
   *reinterpret_cast<Packed*>(out + threadIdx.x % kWarpSize * (kHeadDim / kWarpSize)) = packed;
 }
 
-// Whether this block is the last one to say that its part is written; if so, it sees all of them.
+// Whether this block is the last one to say that its part is written; if so, it sees all of them, and the counter is 0
+// again for the next launch.
 __device__ __forceinline__ bool last_to_arrive(int* arrivals, int blocks, int* shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    *shared = atomicAdd(arrivals, 1) == blocks - 1;
+    const bool last = atomicAdd(arrivals, 1) == blocks - 1;
+    if (last) *arrivals = 0;
+    *shared = last;
     __threadfence();
   }
   __syncthreads();

@@ -32,14 +32,17 @@ constexpr int64_t decode_keys_bound(const DecodeProblem& p) {
   return p.window > 0 && p.window < cached ? p.window : cached;
 }
 
-// Splits fill the GPU once, unless a split would have less than 256 keys. The number of multiprocessors is a constant,
-// that of H100 and H200, so that all of them give the same bits.
+// Two on each multiprocessor. Their number is a constant, that of H100 and H200, so that all of them give the same
+// bits.
+inline constexpr int64_t kDecodeBlocksAtOnce = 2 * 132;
+
+// Splits fill the GPU once, unless a split would have less than 256 keys.
 constexpr DecodePlan decode_plan(const DecodeProblem& p) {
-  constexpr int64_t kBlocksAtOnce = 2 * 132, kLeastKeys = 256, kMaxSplits = 32;
+  constexpr int64_t kLeastKeys = 256, kMaxSplits = 32;
   const int64_t group = p.num_heads / p.num_kv_heads, tokens = ceil_div(p.tokens, p.sequences);
   int rows = kDecodeTileRows;
   while (rows < tokens * group && rows < kMaxDecodeRows) rows *= 2;
-  int64_t splits = kBlocksAtOnce / (p.sequences * p.num_kv_heads);
+  int64_t splits = kDecodeBlocksAtOnce / (p.sequences * p.num_kv_heads);
   const int64_t most = (decode_keys_bound(p) - 1) / kLeastKeys + 1;  // the sum of ceil_div could overflow
   splits = splits < most ? splits : most;
   splits = splits < 1 ? 1 : splits < kMaxSplits ? splits : kMaxSplits;
@@ -65,9 +68,13 @@ constexpr int decode_part_stride(int head_dim) { return head_dim + 8; }
 
 // The parts of the splits, until the last block merges them.
 struct DecodeWorkspace {
-  int* arrivals;  // [tiles, Nkv], 0 at the start
+  int* arrivals;  // [tiles, Nkv], at most kMaxDecodeArrivals; 0 before a launch and after it
   float* parts;   // [tiles, Nkv, splits, rows, stride]
 };
+
+// With two splits or more, B Nkv is at most half of the blocks at once; and there are at most 2 B tiles, since a tile
+// holds the tokens of an average sequence.
+inline constexpr int64_t kMaxDecodeArrivals = kDecodeBlocksAtOnce;
 
 constexpr int64_t decode_arrival_bytes(const DecodeProblem& p, const DecodePlan& plan) {
   return round_up(plan.tiles * p.num_kv_heads * static_cast<int64_t>(sizeof(int)), 16);
