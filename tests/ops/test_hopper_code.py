@@ -18,6 +18,17 @@ KERNELS = {
     "attention_prefill_hopper_kernel": (WGMMA, {"UTMALDG"}),
     "attention_decode": ({"HMMA"}, {"LDGSTS"}, {"LDSM"}),
 }
+# Kernels that start while the one before them ends (csrc/ops/cuda/kernel.cuh).
+START_BEHIND = [
+    "rms_norm_row_kernel",
+    "moe_route_kernel",
+    "moe_permute_chunk_kernel",
+    "moe_unpermute_token_kernel",
+    "rolling_kv_cache_write_row_kernel",
+    "rolling_kv_cache_rope_write_token_kernel",
+    "attention_decode_kernel",
+]
+GLOBAL_MEMORY = {"LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG", "UBLKCP", "UTMALDG"}
 
 
 class Code:
@@ -52,6 +63,15 @@ def named(kernels: dict[str, Code], *parts: str) -> dict[str, Code]:
     found = {kernel: code for kernel, code in kernels.items() if all(part in kernel for part in parts)}
     assert found
     return found
+
+
+@pytest.mark.parametrize("name", START_BEHIND)
+def test_kernel_waits_for_the_one_before_then_lets_the_next_start_then_uses_memory(name, kernels):
+    for kernel, code in named(kernels, name).items():
+        wait, start = code.names.index("ACQBULK"), code.names.index("PREEXIT")
+        assert wait < start < min(code.names.index(x) for x in GLOBAL_MEMORY & set(code.names)), kernel
+        constant = [line for line in code.lines if line.startswith("LDG") and "CONSTANT" in line]
+        assert not constant, f"{kernel} reads through the cache of constant data"
 
 
 @pytest.mark.parametrize("name", KERNELS)

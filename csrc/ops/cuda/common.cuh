@@ -57,4 +57,18 @@ __device__ __forceinline__ float block_sum(float x) {
   return warp_sum(lane < warps ? partial[lane] : 0.0f);
 }
 
+// griddepcontrol, from 9.0 on: the kernel before this one in the stream has finished and its writes are visible; the
+// kernel behind it may start. Both do nothing in a launch without the attribute, and there is none for other code
+// (launch_overlapping).
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 }  // namespace mixtral::cuda

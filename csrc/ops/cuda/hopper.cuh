@@ -1,5 +1,5 @@
 // The building blocks of the Hopper kernels, one PTX instruction each: mbarriers, TMA, named barriers, registers of a
-// warpgroup, programmatic dependent launch. wgmma.cuh has the matrix products.
+// warpgroup. wgmma.cuh has the matrix products, common.cuh the instructions of programmatic dependent launch.
 //
 // Kernels include them through kernel_hopper.cuh.
 //
@@ -147,13 +147,6 @@ __device__ __forceinline__ void increase_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// griddepcontrol: the kernel before this one in the stream has finished and its writes are visible; the kernel behind
-// it may start. Both do nothing in a launch without the attribute.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // ---- fragments

@@ -1,6 +1,8 @@
 // The same as kernel.cuh for kernels written for Hopper: also mbarriers, TMA and its tensor maps, wgmma.
 #pragma once
 
+#include "kernel.cuh"
+
 #ifdef __CUDACC__
 #include "tensor_map.cuh"
 #include "wgmma.cuh"

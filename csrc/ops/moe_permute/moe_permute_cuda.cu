@@ -1,5 +1,6 @@
 #include <climits>
 
+#include "../cuda/launch.cuh"
 #include "moe_permute.h"
 #include "moe_permute_kernels.cuh"
 
@@ -9,12 +10,13 @@ namespace {
 using namespace cuda;
 
 template <typename Word>
-void launch_chunks(const char* x, IndexArray ids, char* permuted, int32_t* offs, int32_t* row_map, int64_t copies,
-                   int64_t top_k, int64_t experts, int64_t row_bytes, cudaStream_t stream) {
+cudaError_t launch_chunks(const char* x, IndexArray ids, char* permuted, int32_t* offs, int32_t* row_map,
+                          int64_t copies, int64_t top_k, int64_t experts, int64_t row_bytes, cudaStream_t stream) {
   const int64_t chunk = permute_chunk(copies), blocks = ceil_div(copies, chunk);
-  moe_permute_chunk_kernel<<<static_cast<unsigned>(blocks), kPermuteThreads, permute_shared_bytes(experts), stream>>>(
-      reinterpret_cast<const Word*>(x), ids, reinterpret_cast<Word*>(permuted), offs, row_map, copies, top_k, experts,
-      chunk, row_bytes / static_cast<int64_t>(sizeof(Word)));
+  return launch_overlapping(moe_permute_chunk_kernel<Word>, dim3(static_cast<unsigned>(blocks)), kPermuteThreads,
+                            permute_shared_bytes(experts), stream, reinterpret_cast<const Word*>(x), ids,
+                            reinterpret_cast<Word*>(permuted), offs, row_map, copies, top_k, experts, chunk,
+                            row_bytes / static_cast<int64_t>(sizeof(Word)));
 }
 
 }  // namespace
@@ -25,8 +27,7 @@ int launch_moe_permute_cuda(const char* x, IndexArray ids, char* permuted, int32
   if (copies == 0) return cudaMemsetAsync(offs, 0, experts * sizeof(int32_t), stream);
   // `permuted` is a fresh allocation and aligned; x may be a view.
   const auto launch = vectors_fit<char, 16>(x, row_bytes) ? launch_chunks<uint4> : launch_chunks<char>;
-  launch(x, ids, permuted, offs, row_map, copies, top_k, experts, row_bytes, stream);
-  return cudaGetLastError();
+  return launch(x, ids, permuted, offs, row_map, copies, top_k, experts, row_bytes, stream);
 }
 
 template <typename T>
@@ -36,8 +37,8 @@ int launch_moe_unpermute_cuda(const T* y, const float* weights, CopyRows rows, T
   constexpr int kValues = 16 / sizeof(T);
   const auto kernel =
       vectors_fit<T, kValues>(y, hidden) ? moe_unpermute_token_kernel<T, kValues> : moe_unpermute_token_kernel<T, 1>;
-  kernel<<<static_cast<unsigned>(tokens), kPermuteThreads, 0, stream>>>(y, weights, rows, out, top_k, hidden);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, dim3(static_cast<unsigned>(tokens)), kPermuteThreads, 0, stream, y, weights, rows,
+                            out, top_k, hidden);
 }
 
 template <typename T>

@@ -79,9 +79,10 @@ __device__ inline int32_t scan_experts(int32_t* total, int64_t experts, int32_t*
 // words.
 template <typename Word>
 __global__ void __launch_bounds__(kPermuteThreads)
-    moe_permute_chunk_kernel(const Word* __restrict__ x, IndexArray ids, Word* __restrict__ permuted,
-                             int32_t* __restrict__ offs, int32_t* __restrict__ row_map, int64_t copies, int64_t top_k,
-                             int64_t experts, int64_t chunk, int64_t row_words) {
+    moe_permute_chunk_kernel(const Word* x, IndexArray ids, Word* __restrict__ permuted, int32_t* __restrict__ offs,
+                             int32_t* __restrict__ row_map, int64_t copies, int64_t top_k, int64_t experts,
+                             int64_t chunk, int64_t row_words) {
+  start_behind_previous_kernel();
   auto* total = reinterpret_cast<int32_t*>(dynamic_shared_memory());
   int32_t *before = total + experts, *rows = before + experts;
   const int64_t begin = blockIdx.x * chunk, end = begin + chunk < copies ? begin + chunk : copies;
@@ -114,8 +115,9 @@ __global__ void __launch_bounds__(kPermuteThreads)
 // A block per token; every thread sums its columns over k in order, kValues of them at a time. No weights: all 1.
 template <typename T, int kValues>
 __global__ void __launch_bounds__(kPermuteThreads)
-    moe_unpermute_token_kernel(const T* __restrict__ y, const float* __restrict__ weights, CopyRows rows,
-                               T* __restrict__ out, int64_t top_k, int64_t hidden) {
+    moe_unpermute_token_kernel(const T* y, const float* weights, CopyRows rows, T* __restrict__ out, int64_t top_k,
+                               int64_t hidden) {
+  start_behind_previous_kernel();
   using Values = Vector<T, kValues>;
   const int64_t t = blockIdx.x;
   for (int64_t h = threadIdx.x * kValues; h < hidden; h += kPermuteThreads * kValues) {

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "../cuda/launch.cuh"
 #include "moe_route_kernels.cuh"
 
 namespace mixtral {
@@ -21,10 +22,9 @@ int launch_moe_route_cuda(const T* x, const R* router, const float* select_bias,
                       : wide ? moe_route_kernel<T, R, 1, 4>
                              : moe_route_kernel<T, R, 1, 1>;
   const int block_tokens = many ? 4 : 1;
-  kernel<<<static_cast<unsigned>(ceil_div(tokens, block_tokens)), kRouteThreads,
-           route_shared_bytes(block_tokens, experts), stream>>>(
-      x, router, select_bias, out, tokens, hidden, static_cast<int>(experts), static_cast<int>(top_k), renormalize);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, dim3(static_cast<unsigned>(ceil_div(tokens, block_tokens))), kRouteThreads,
+                            route_shared_bytes(block_tokens, experts), stream, x, router, select_bias, out, tokens,
+                            hidden, static_cast<int>(experts), static_cast<int>(top_k), renormalize);
 }
 
 template <typename T, typename R>

@@ -45,8 +45,9 @@ __device__ __forceinline__ void partial_logits(const T* const (&x)[kTokens], con
 
 template <typename T, typename R, int kTokens, int kValues>
 __global__ void __launch_bounds__(kRouteThreads)
-    moe_route_kernel(const T* __restrict__ x, const R* __restrict__ router, const float* __restrict__ select_bias,
-                     RouteOutputs out, int64_t tokens, int64_t hidden, int experts, int top_k, bool renormalize) {
+    moe_route_kernel(const T* x, const R* router, const float* select_bias, RouteOutputs out, int64_t tokens,
+                     int64_t hidden, int experts, int top_k, bool renormalize) {
+  start_behind_previous_kernel();
   auto* logits = reinterpret_cast<float*>(dynamic_shared_memory());  // [kTokens, E]
   float* partial = logits + kTokens * experts;                       // [warps, kTokens, kRouteExperts]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;

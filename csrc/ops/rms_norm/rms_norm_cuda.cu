@@ -1,3 +1,4 @@
+#include "../cuda/launch.cuh"
 #include "rms_norm.h"
 #include "rms_norm_kernels.cuh"
 
@@ -14,8 +15,8 @@ int launch_rms_norm_cuda(const T* x, const T* residual, const T* weight, T* out,
   const bool wide = vectors_fit<T, kValues>(x, hidden) && vectors_fit<T, kValues>(weight, hidden) &&
                     vectors_fit<T, kValues>(residual, hidden);
   const auto kernel = wide ? rms_norm_row_kernel<T, kValues> : rms_norm_row_kernel<T, 1>;
-  kernel<<<static_cast<unsigned>(rows), kNormThreads, 0, stream>>>(x, residual, weight, out, sum, hidden, eps);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, dim3(static_cast<unsigned>(rows)), kNormThreads, 0, stream, x, residual, weight,
+                            out, sum, hidden, eps);
 }
 
 template int launch_rms_norm_cuda(const float*, const float*, const float*, float*, float*, int64_t, int64_t, float,

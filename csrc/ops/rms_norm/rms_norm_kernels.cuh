@@ -12,8 +12,9 @@ inline constexpr int kNormThreads = 256;
 
 template <typename T, int kValues>
 __global__ void __launch_bounds__(kNormThreads)
-    rms_norm_row_kernel(const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ weight,
-                        T* __restrict__ out, T* sum, int64_t hidden, float eps) {
+    rms_norm_row_kernel(const T* x, const T* residual, const T* weight, T* __restrict__ out, T* sum, int64_t hidden,
+                        float eps) {
+  start_behind_previous_kernel();
   using Values = Vector<T, kValues>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
   float squares = 0.0f;

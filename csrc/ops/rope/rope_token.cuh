@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../cuda/common.cuh"
+#include "../cuda/kernel.cuh"
 #include "rope.h"
 
 namespace mixtral::cuda {

@@ -67,7 +67,7 @@ class Block {
   const std::function<void()>& kernel_;
   std::mt19937_64& random_;
   Neighbours& neighbours_;
-  bool lets_next_start_ = false;
+  bool begins_to_wait_ = false, lets_next_start_ = false;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<unsigned char> memory_;
@@ -161,6 +161,8 @@ void Block::run() {
     if (!progress && !run_one_later()) throw std::runtime_error("gpu emulator: deadlock:" + what_threads_wait_for());
   }
   require(later_.empty(), "a block ends before its asynchronous copies have landed");
+  for (const auto& [id, barrier] : barriers_)
+    require(barrier.arrived == 0, "a block ends with arrivals at a named barrier that nobody waits for");
 }
 
 }  // namespace
@@ -205,6 +207,7 @@ void wait_until(const char* what, const std::function<bool()>& ready) {
 }
 
 void wait_for_previous_kernel() {
+  block->begins_to_wait_ = true;
   Neighbours& neighbours = block->neighbours_;
   if (std::exchange(neighbours.previous_is_late, false)) {
     run_later([&neighbours, &launch = block->launch_] {
@@ -220,6 +223,8 @@ void wait_for_previous_kernel() {
 void let_next_kernel_start() {
   if (block->lets_next_start_) return;
   block->lets_next_start_ = true;
+  require(!block->launch_.waits_first || (block->begins_to_wait_ && block->neighbours_.previous_is_done),
+          "a block lets the next kernel start before it has waited for the kernel before");
   if (--block->neighbours_.blocks_before_next == 0) block->launch_.next_kernel();
 }
 

@@ -18,8 +18,9 @@ struct Index3 {
 struct Launch {
   Index3 grid{1, 1, 1};
   unsigned threads = 32;
-  size_t shared_bytes = 0;  // dynamic shared memory; whatever lies beyond it and 227 KiB is out of bounds
-  uint64_t seed = 0;        // of the schedule
+  size_t shared_bytes = 0;   // dynamic shared memory; whatever lies beyond it and 227 KiB is out of bounds
+  uint64_t seed = 0;         // of the schedule
+  bool waits_first = false;  // error: a block lets the next kernel start, and has not waited for the kernel before
   // Programmatic dependent launch: what the kernel before does last of all, at a random time after a thread has begun
   // to wait for it; what the kernel behind does first of all, as soon as every block has let it start.
   std::function<void()> previous_kernel = [] {}, next_kernel = [] {};

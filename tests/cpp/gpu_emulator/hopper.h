@@ -23,9 +23,11 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static  // blocks run one after the other
 #define threadIdx (::emulator::thread_index())
 #define blockIdx (::emulator::block_index())
 #define gridDim (::emulator::grid_size())
+#define blockDim (::emulator::Index3{::emulator::block_size(), 1, 1})
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -41,6 +43,13 @@ struct alignas(8) float2 {
 };
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = static_cast<float>(std::sin(x * 3.14159265358979323846));
+  *cosine = static_cast<float>(std::cos(x * 3.14159265358979323846));
+}
 inline float __frcp_rn(float x) { return 1.0f / x; }
 // Within 2 ulp of the quotient, which it seldom is; zero for large divisors.
 inline float __fdividef(float a, float b) { return a * (std::abs(b) > 0x1p126f ? 0.0f : 1.0f / b); }

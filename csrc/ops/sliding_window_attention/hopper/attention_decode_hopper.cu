@@ -2,6 +2,7 @@
 #include <mutex>
 #include <utility>
 
+#include "../../cuda/launch.cuh"
 #include "attention_decode_hopper.cuh"
 
 namespace mixtral {
@@ -60,8 +61,7 @@ int launch_head_dim(const DecodeProblem& p, void* memory, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(p.num_kv_heads),
                   static_cast<unsigned>(plan.splits));
-  kernel<<<grid, cuda::kDecodeThreads, kBytes, stream>>>(p, plan, workspace);
-  return cudaGetLastError();
+  return cuda::launch_overlapping(kernel, grid, cuda::kDecodeThreads, kBytes, stream, p, plan, workspace);
 }
 
 }  // namespace

@@ -183,6 +183,7 @@ __device__ __forceinline__ void attend_keys(const DecodeProblem& p, const Decode
 template <int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_decode_kernel(DecodeProblem p, DecodePlan plan, DecodeWorkspace workspace) {
+  start_behind_previous_kernel();
   constexpr int kStride = decode_part_stride(kHeadDim);
   auto& shared = *reinterpret_cast<DecodeShared<kHeadDim>*>(dynamic_shared_memory());
   const int64_t kv_head = blockIdx.y;
