@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <random>
 #include <string>
 #include <vector>
@@ -112,16 +113,25 @@ struct Batch {
     }
   }
 
-  std::vector<BFloat16> run(uint64_t seed) const {
+  // blocks: of the grid. counters: two zeros, by which they share the tiles; null: fixed shares.
+  std::vector<BFloat16> run(uint64_t seed, int blocks, int* counters) const {
     std::vector<BFloat16> out(q.size(), kNan);
     const auto p = problem(out.data());
     EXPECT_TRUE(takes_attention_prefill_hopper(p));
     TensorMap q_map, k_map, v_map;
     EXPECT_TRUE(prefill_query_map(&q_map, p) && prefill_key_map(&k_map, p, p.k) && prefill_key_map(&v_map, p, p.v));
-    const int64_t tiles = num_query_tiles(p.tokens, p.sequences, tile_tokens(p.num_heads / p.num_kv_heads));
-    const emulator::Index3 grid{static_cast<unsigned>(tiles), static_cast<unsigned>(p.num_kv_heads), 1};
+    const PrefillPlan plan = prefill_plan(p.tokens, p.sequences, p.num_heads / p.num_kv_heads, p.num_kv_heads, p.keys);
+    const emulator::Index3 grid{static_cast<unsigned>(std::min(blocks, plan.items)), 1, 1};
     emulator::launch({grid, kPrefillThreads, sizeof(PrefillShared), seed},
-                     [&] { attention_prefill_hopper_kernel(p, q_map, k_map, v_map); });
+                     [&] { attention_prefill_hopper_kernel(p, plan, q_map, k_map, v_map, counters); });
+    return out;
+  }
+  // From a single block to one for every tile.
+  std::vector<BFloat16> run(uint64_t seed) const {
+    int counters[2] = {};
+    auto out = run(seed, std::array{1, 3, 1000}[seed % 3], seed % 2 == 0 ? counters : nullptr);
+    EXPECT_EQ(counters[0], 0);
+    EXPECT_EQ(counters[1], 0);
     return out;
   }
 };
@@ -285,6 +295,99 @@ TEST(AttentionPrefillHopper, EveryScheduleGivesTheSameBits) {
   const std::vector<BFloat16> first = batch.run(0);
   expect_attention(batch, first);
   for (uint64_t seed = 1; seed < 10; ++seed) EXPECT_EQ(bytes(batch.run(seed)), bytes(first)) << seed;
+}
+
+// Long and short tiles, some without keys and some of no queries, in one block after the other, with and without
+// infinities in the values: nothing of a tile is left for the next one.
+TEST(AttentionPrefillHopper, TilesDoNotDependOnTheBlockThatTakesThem) {
+  for (const int64_t page_size : {0, 16}) {
+    Batch batch({{70, 150}, {0, 40}, {33, 33}, {3, 0}, {1, 260}},
+                {.window = 120, .num_heads = 8, .num_kv_heads = 2, .page_size = page_size});
+    batch.values[100 * batch.row_size() + 7] = INFINITY;
+    batch.values[(batch.cu_k[5] - 1) * batch.row_size() + 100] = NAN;
+    batch.store();
+    const std::string alone = bytes(batch.run(1, 1000, nullptr));
+    int counters[2] = {};
+    EXPECT_EQ(bytes(batch.run(2, 1, nullptr)), alone) << page_size;
+    EXPECT_EQ(bytes(batch.run(3, 2, nullptr)), alone) << page_size;
+    EXPECT_EQ(bytes(batch.run(4, 3, counters)), alone) << page_size;
+    EXPECT_TRUE(counters[0] == 0 && counters[1] == 0);
+  }
+}
+
+TEST(AttentionPrefillHopper, TilesAreFoundAsElsewhere) {
+  const std::vector<int64_t> starts = {0, 5, 5, 45, 45, 78, 300, 301};
+  for (const int64_t sequences : {1, 4, 7}) {
+    for (const int64_t group : {1, 3, 4, 128}) {
+      const int64_t size = tile_tokens(group), tokens = starts[sequences];
+      const PrefillPlan plan = prefill_plan(tokens, sequences, group, 1, {});
+      ASSERT_EQ(plan.tiles, num_query_tiles(tokens, sequences, size));
+      for (int tile = 0; tile < plan.tiles; ++tile) {
+        const QueryTile expected = query_tile(starts.data(), sequences, size, tile);
+        const QueryTile found = prefill_query_tile(starts.data(), sequences, tokens, plan.tile_tokens, tile);
+        ASSERT_EQ(found.begin, expected.begin);
+        ASSERT_EQ(found.end, expected.end);
+        if (found.begin < found.end) {
+          ASSERT_EQ(found.sequence, expected.sequence);
+        }
+      }
+      for (int row = 0; row < kTileRows; ++row) ASSERT_EQ(plan.row_token(row), row / group);
+    }
+  }
+  for (const int64_t wrong : {int64_t{-1}, int64_t{302}, int64_t{1} << 40, -(int64_t{1} << 40)}) {
+    std::vector<int64_t> bad = starts;
+    bad[3] = wrong;
+    for (int tile = 0; tile < 310; ++tile) {
+      const QueryTile found = prefill_query_tile(bad.data(), 7, 301, 32, tile);
+      ASSERT_TRUE(found.sequence >= 0 && found.sequence < 7);
+      ASSERT_GE(found.begin, 0);
+    }
+  }
+}
+
+TEST(AttentionPrefillHopper, BoxesLieWhereTheKeysAre) {
+  std::vector<int64_t> page_table(2 * 37);
+  for (size_t i = 0; i < page_table.size(); ++i) page_table[i] = static_cast<int64_t>((i * 31 + 5) % 80) - 2;
+  const std::vector<int64_t> starts = {0, 300, 1000};
+  for (const int64_t page_size : {8, 64, 128, 384}) {
+    for (const int64_t columns : {1, 5, 37}) {
+      KeyLayout paged;
+      paged.kv_lens = paged.page_table = page_table.data();
+      paged.pages = 70;
+      paged.page_size = page_size;
+      paged.columns = columns;
+      KeyLayout packed;
+      packed.cu_seqlens = starts.data();
+      packed.pages = 1;
+      packed.page_size = 1000;
+      for (const int64_t first : {int64_t{0}, int64_t{128}, int64_t{1} << 40, (int64_t{1} << 51) + 384}) {
+        for (const KeyLayout& keys : {paged, packed}) {
+          const PrefillPlan plan = prefill_plan(1, 1, 1, 1, keys);
+          const int64_t start = first + (keys.page_table && page_size < kBlockKeys ? page_size * 3 : 0) % kBlockKeys;
+          KeyBoxes boxes(keys, plan, 1, start);
+          for (int64_t position = start; position < start + 60 * kBlockKeys; position += kBlockKeys) {
+            const int64_t row = keys.row(1, position);
+            const KeyBox box = boxes.next();
+            ASSERT_EQ(box.page, row < 0 ? keys.pages : row / keys.page_size) << position;
+            ASSERT_EQ(box.row, row < 0 ? 0 : row % keys.page_size) << position;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(AttentionPrefillHopper, QuotientsAreThoseOfIntegers) {
+  std::mt19937_64 random(5);
+  for (int i = 0; i < 20000; ++i) {
+    const int divisor = i % 3 == 0 ? 1 + static_cast<int>(random() % 100) : 1 + static_cast<int>(random() >> 33);
+    const int64_t largest = int64_t{1} << (1 + random() % 52), x = static_cast<int64_t>(random() % largest);
+    for (const int64_t y : {x, x / divisor * divisor, std::max<int64_t>(x / divisor * divisor - 1, 0)}) {
+      const Quotient found = divide_by(y, divisor, 1.0 / divisor);
+      ASSERT_EQ(found.quotient, y / divisor) << y << " / " << divisor;
+      ASSERT_EQ(found.remainder, y % divisor);
+    }
+  }
 }
 
 TEST(AttentionPrefillHopper, AValueReachesOnlyTheQueriesThatSeeIt) {

@@ -74,6 +74,16 @@ def test_kernel_waits_for_the_one_before_then_lets_the_next_start_then_uses_memo
         assert not constant, f"{kernel} reads through the cache of constant data"
 
 
+def test_prefill_attention_loads_soon_and_without_long_divisions(kernels):
+    (code,) = named(kernels, "attention_prefill_hopper_kernel").values()
+    loader = next(i for i, line in enumerate(code.lines) if line.startswith("USETMAXREG.DEALLOC"))
+    names = code.names[loader:]
+    first_copy = names.index("UTMALDG")
+    assert first_copy < 400
+    assert names[:first_copy].count("UTMACCTL") == 3, "maps of q, k and v are fetched first"
+    assert "CALL" not in names, "a call: 64-bit divisions are functions"
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_has_the_instructions_it_was_written_for(name, kernels):
     for kernel, code in named(kernels, name).items():

@@ -1,18 +1,22 @@
 // Attention of many queries on Hopper, bf16, head dim 128, keys packed or in pages. After Shah et al.,
 // "FlashAttention-3" (2024).
 //
-// A block computes one tile: 128 rows (tokens x query heads of one key/value head, attention_prefill_blocks_hopper.h)
-// against blocks of 128 keys, which pass through a ring of two stages. Its warps:
+// A tile is 128 rows (tokens x query heads of one key/value head, attention_prefill_blocks_hopper.h) against blocks of
+// 128 keys, which pass through a ring of two stages. One block on each multiprocessor takes tiles until there are no
+// more: whichever is ready takes the next one. Its warps:
 //   0-3, 4-7   two warpgroups, 64 rows each: S = Q K^T (wgmma from shared memory), online softmax in registers, and
 //              O += P V with P from registers: the accumulator of S, rounded, is the fragment of P.
-//   8, 9-11    load, and clean values that not all rows see (attention_prefill_loads_hopper.cuh).
+//   8, 9-11    load and hand out tiles, and clean values that not all rows see (attention_prefill_loads_hopper.cuh).
 // S of block j and O of block j - 1 are issued together, and the softmax of block j runs while O is computed. The
-// warpgroups take turns in issuing: the softmax of one falls into the products of the other.
+// warpgroups take turns in issuing: the softmax of one falls into the products of the other. Turns go on from tile to
+// tile: one warpgroup stores its rows while the other multiplies. The tile and the queries of the next one, and its
+// first keys, are there by then; so the search for a tile and the first copies cost time once a launch, not once a
+// tile.
 //
-// Memory: Q 32 KB + 2 stages x (K 32 + V 32) KB + marks 8 KB = 168 KB, so one block per multiprocessor. Registers: 232
-// for each of 256 threads (64 hold S, 64 O, 32 P), 40 for 128.
-// Bound, per tile and block of keys: 8.4 MFLOP take the tensor cores 2048 clocks. A warp has 526 other instructions
-// (SASS; with a mask 754), two warps a scheduler: 1052 clocks of issue. 66 of them are exponentials and their like at 4
+// Memory: 2 tiles x (Q 32 + marks 8) KB + 2 stages x (K 32 + V 32) KB = 208 KB. Registers: 232 for each of 256 threads
+// (64 hold S, 64 O, 32 P), 40 for 128.
+// Bound, per tile and block of keys: 8.4 MFLOP take the tensor cores 2048 clocks. A warp has 524 other instructions
+// (SASS; with a mask 751), two warps a scheduler: 1048 clocks of issue. 66 of them are exponentials and their like at 4
 // lanes a clock and scheduler: 1056 clocks. So the tensor cores are the bound as long as turns keep them fed: the
 // softmax of one warpgroup, some 800 clocks, against 1024 of products of the other. K and V are 64 KB, 32 bytes a clock
 // from L2; tiles of one key/value head run next to each other and share them there.
@@ -95,20 +99,17 @@ __device__ __forceinline__ void pack_fragments(const float (&values)[64], uint32
   for (int i = 0; i < 32; ++i) fragments[i / 4][i % 4] = pack_bf16(values[2 * i], values[2 * i + 1]);
 }
 
-__device__ __forceinline__ void release(Barrier* empty) {
-  __syncwarp();
-  if (threadIdx.x % kWarpSize == 0) arrive(empty);
-}
-
-// outputs: the sums of a thread's rows over all blocks of keys (at least one).
-__device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float scale, PrefillShared* shared,
-                                              PrefillRows& rows, float (&outputs)[kHeadDim / 2]) {
+// outputs: the sums of a thread's rows over all blocks of keys (at least one). ring: of the first block, then behind
+// the last one; keys and values are one block apart in it.
+__device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float scale, const unsigned char* queries,
+                                              PrefillShared* shared, RingPosition& ring, PrefillRows& rows,
+                                              float (&outputs)[kHeadDim / 2]) {
   const int warpgroup = threadIdx.x / 128;
   const int my_turn = kTurnBarrier + warpgroup, others_turn = kTurnBarrier + 1 - warpgroup;
-  const uint32_t q = shared_address(shared->q) + warpgroup * 64 * kSwizzleRowBytes;
+  const uint32_t q = shared_address(queries) + warpgroup * 64 * kSwizzleRowBytes;
   float scores[kBlockKeys / 2], correction[2];
   uint32_t weights[kBlockKeys / 16][4];
-  RingPosition k_ring, v_ring;  // v_ring: one block behind
+  RingPosition k_ring = ring, v_ring = ring;  // v_ring: one block behind
   // After the products with V in flight: the weights of the next ones, and the sums relative to the new maximum.
   const auto next_weights = [&] {
     wait_products<0>(outputs);
@@ -116,15 +117,12 @@ __device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float sca
     pack_fragments(scores, weights);
   };
 
-  if (warpgroup == 1) named_barrier_arrive(others_turn, 256);
-  wait(&shared->q_full, 0);
-  wait(&shared->k_full[0], 0);
+  wait(&shared->k_full[k_ring.stage], k_ring.parity);
   named_barrier_sync(my_turn, 256);
-  multiply_scores(scores, q, shared_address(shared->k[0]));
-  // Every arrival needs a wait: the second warpgroup gives no last turn.
-  if (warpgroup == 0 || keys.blocks > 1) named_barrier_arrive(others_turn, 256);
+  multiply_scores(scores, q, shared_address(shared->k[k_ring.stage]));
+  named_barrier_arrive(others_turn, 256);
   wait_products<0>(scores);
-  release(&shared->k_empty[0]);
+  release(&shared->k_empty[k_ring.stage]);
   if (keys.partial(0)) mask_scores(scores, rows, 0);
   softmax_block(scores, scale, rows, correction);
 
@@ -142,7 +140,7 @@ __device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float sca
     multiply_scores(scores, q, shared_address(shared->k[k_ring.stage]));
     wait(&shared->v_full[v_ring.stage], v_ring.parity);
     multiply_values(outputs, weights, shared_address(shared->v[v_ring.stage]));
-    if (warpgroup == 0 || block + 1 < keys.blocks) named_barrier_arrive(others_turn, 256);
+    named_barrier_arrive(others_turn, 256);
     wait_products<1>(scores);
     release(&shared->k_empty[k_ring.stage]);
     if (keys.partial(block)) mask_scores(scores, rows, block);
@@ -151,16 +149,20 @@ __device__ __forceinline__ void attend_blocks(const PrefillKeys& keys, float sca
 
   wait(&shared->v_full[k_ring.stage], k_ring.parity);  // of the last block
   next_weights();
+  if (keys.blocks > 1) release(&shared->v_empty[v_ring.stage]);
   multiply_values(outputs, weights, shared_address(shared->v[k_ring.stage]));
   wait_products<0>(outputs);
+  release(&shared->v_empty[k_ring.stage]);
+  k_ring.advance(kPrefillStages);
+  ring = k_ring;
 }
 
 // The columns where a row sees a marked value: a NaN (clean_values).
 __device__ __forceinline__ void spoil_outputs(const PrefillKeys& keys, const PrefillRows& rows,
-                                              const PrefillShared* shared, float (&outputs)[kHeadDim / 2]) {
+                                              const uint8_t (*spoilt)[kHeadDim / 4], float (&outputs)[kHeadDim / 2]) {
   for (int key = keys.begin; key < keys.end; ++key) {
     if (key >= keys.all_begin && key < keys.all_end) continue;
-    const uint8_t* marks = shared->spoilt[mark_row(keys, key)];
+    const uint8_t* marks = spoilt[mark_row(keys, key)];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
       const int column = accumulator_column(threadIdx.x % 128, i), h = i / 2 % 2;
@@ -170,46 +172,49 @@ __device__ __forceinline__ void spoil_outputs(const PrefillKeys& keys, const Pre
   }
 }
 
-// outputs in bf16 to out, through the place of q: whole rows of 256 bytes.
-__device__ __forceinline__ void store_outputs(const AttentionProblem<BFloat16>& p, const PrefillTile& tile,
-                                              PrefillShared* shared, const float (&outputs)[kHeadDim / 2]) {
+// outputs in bf16 to out, through the place of the queries: whole rows of 256 bytes.
+__device__ __forceinline__ void store_outputs(const AttentionProblem<BFloat16>& p, const PrefillPlan& plan,
+                                              const PrefillTile& tile, unsigned char (&queries)[2][kHalfBytes],
+                                              const float (&outputs)[kHeadDim / 2]) {
   const int lane = threadIdx.x % kWarpSize, first_row = threadIdx.x / kWarpSize * 16;  // of the warp
   uint32_t fragments[8][4];
   pack_fragments(outputs, fragments);
   const auto at = [&](int row, int chunk) {  // 16-byte chunk of a row
-    return shared->q[chunk / 8] + swizzle_128b(row * kSwizzleRowBytes + chunk % 8 * 16);
+    return queries[chunk / 8] + swizzle_128b(row * kSwizzleRowBytes + chunk % 8 * 16);
   };
   named_barrier_sync(kWarpgroupBarrier + threadIdx.x / 128, 128);  // the warpgroup's products with q are done
 #pragma unroll
   for (int i = 0; i < 8; ++i) store_matrices(at(first_row + lane % 16, 2 * i + lane / 16), fragments[i]);
   __syncwarp();
   for (int i = lane; i < 16 * 16; i += kWarpSize) {
-    const int row = first_row + i / 16, chunk = i % 16;
-    const int64_t token = tile.queries.begin + row / tile.group;
-    const int64_t head = tile.kv_head * tile.group + row % tile.group;
-    if (token >= tile.queries.end) continue;
-    *reinterpret_cast<uint4*>(p.out + (token * p.num_heads + head) * kHeadDim + chunk * 8) =
+    const int row = first_row + i / 16, chunk = i % 16, token = plan.row_token(row);
+    if (token >= tile.tokens) continue;
+    const int64_t head = tile.kv_head * plan.group + row - token * plan.group;
+    *reinterpret_cast<uint4*>(p.out + ((tile.first_token + token) * p.num_heads + head) * kHeadDim + chunk * 8) =
         *reinterpret_cast<const uint4*>(at(row, chunk));
   }
+  fence_async_proxy();  // TMA overwrites them next
 }
 
-__device__ __forceinline__ void compute_tile(const AttentionProblem<BFloat16>& p, const PrefillTile& tile,
-                                             PrefillShared* shared) {
+__device__ __forceinline__ void compute_tile(const AttentionProblem<BFloat16>& p, const PrefillPlan& plan, int stage,
+                                             PrefillShared* shared, RingPosition& ring) {
   constexpr float kLog2E = 1.4426950408889634f;
+  const PrefillTile& tile = shared->tiles[stage];
+  const PrefillKeys keys = tile.keys;
   PrefillRows rows;
   for (int h = 0; h < 2; ++h) {
-    const int row = threadIdx.x / 128 * 64 + accumulator_row(threadIdx.x % 128, 2 * h);
-    const int64_t token = tile.queries.begin + row / tile.group;
-    const KeyRange none{tile.keys.origin, tile.keys.origin};
-    const KeyRange seen = token < tile.queries.end ? p.visible(tile.queries.sequence, token) : none;
-    rows.begin[h] = static_cast<int>(seen.begin - tile.keys.origin);
-    rows.end[h] = static_cast<int>(seen.end - tile.keys.origin);
+    const int token = plan.row_token(threadIdx.x / 128 * 64 + accumulator_row(threadIdx.x % 128, 2 * h));
+    const KeyRange none{keys.origin, keys.origin};
+    const KeyRange seen =
+        token < tile.tokens ? visible_keys(tile.first_position + token, tile.length, p.window, p.causal) : none;
+    rows.begin[h] = static_cast<int>(seen.begin - keys.origin);
+    rows.end[h] = static_cast<int>(seen.end - keys.origin);
     rows.max[h] = -INFINITY;
     rows.sum[h] = 0.0f;
   }
   float outputs[kHeadDim / 2] = {};
-  if (tile.keys.blocks > 0) attend_blocks(tile.keys, p.scale * kLog2E, shared, rows, outputs);
-  if (shared->any_spoilt) spoil_outputs(tile.keys, rows, shared, outputs);
+  if (keys.blocks > 0) attend_blocks(keys, p.scale * kLog2E, shared->q[stage][0], shared, ring, rows, outputs);
+  if (shared->any_spoilt[stage]) spoil_outputs(keys, rows, shared->spoilt[stage], outputs);
   float inverse[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -218,45 +223,53 @@ __device__ __forceinline__ void compute_tile(const AttentionProblem<BFloat16>& p
   }
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) outputs[i] *= inverse[i / 2 % 2];
-  store_outputs(p, tile, shared, outputs);
+  store_outputs(p, plan, tile, shared->q[stage], outputs);
 }
 
-// Grid: (tiles, key/value heads), the last tile first: it has the most keys where there is no window.
+// Warpgroup 0 has the first turn. In the end it has one too many, for every arrival needs a wait.
+__device__ __forceinline__ void compute_tiles(const AttentionProblem<BFloat16>& p, const PrefillPlan& plan,
+                                              PrefillShared* shared) {
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 1) named_barrier_arrive(kTurnBarrier, 256);
+  RingPosition ring;
+  for (RingPosition at;; at.advance(kTileStages)) {
+    wait(&shared->q_full[at.stage], at.parity);
+    if (shared->tiles[at.stage].tokens == 0) break;
+    compute_tile(p, plan, at.stage, shared, ring);
+    release(&shared->q_empty[at.stage]);
+  }
+  if (warpgroup == 0) named_barrier_sync(kTurnBarrier, 256);
+}
+
+// Grid: one block per multiprocessor, or as many as there are items. counters: two, 0 before and after, or null.
 __global__ void __launch_bounds__(kPrefillThreads, 1)
     attention_prefill_hopper_kernel(const __grid_constant__ AttentionProblem<BFloat16> p,
-                                    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                                    const __grid_constant__ TensorMap v_map) {
-  PrefillTile tile;
-  tile.group = static_cast<int>(p.num_heads / p.num_kv_heads);
-  tile.kv_head = static_cast<int>(blockIdx.y);
-  tile.queries = query_tile(p.cu_seqlens_q, p.sequences, tile_tokens(tile.group), gridDim.x - 1 - blockIdx.x);
-  if (!p.holds(tile.queries)) return;
-  tile.keys = prefill_keys(p.visible(tile.queries.sequence, tile.queries.begin),
-                           p.visible(tile.queries.sequence, tile.queries.end - 1));
-
+                                    const __grid_constant__ PrefillPlan plan, const __grid_constant__ TensorMap q_map,
+                                    const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                                    int* counters) {
   auto* shared = reinterpret_cast<PrefillShared*>(dynamic_shared_memory());
-  if (threadIdx.x == 0) {
-    init_barrier(&shared->q_full, 1);
-    for (int stage = 0; stage < kPrefillStages; ++stage) {
-      init_barrier(&shared->k_full[stage], 1);
-      init_barrier(&shared->k_empty[stage], kComputeWarps);
-      init_barrier(&shared->v_landed[stage], 1);
-      init_barrier(&shared->v_full[stage], 1);
-      init_barrier(&shared->v_empty[stage], kComputeWarps);
-    }
-    fence_barrier_init();
-    shared->any_spoilt = 0;
-  }
-  __syncthreads();
-
   const int warp = threadIdx.x / kWarpSize;
-  if (warp < kComputeWarps) {
-    increase_registers<232>();
-    compute_tile(p, tile, shared);
-  } else {
+  if (warp >= kComputeWarps) {
     decrease_registers<40>();
-    if (warp == kLoader && tile.keys.blocks > 0) load_tile(p, tile, q_map, k_map, v_map, shared);
-    if (warp >= kFirstCleaner) clean_values(tile, shared);
+    if (warp >= kFirstCleaner) {
+      __syncthreads();
+      clean_tiles(shared);
+      return;
+    }
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0) {
+      prefetch_tensor_map(&q_map);
+      prefetch_tensor_map(&k_map);
+      prefetch_tensor_map(&v_map);
+    }
+    const PrefillTile tile = prefill_tile(p, plan, static_cast<int>(blockIdx.x));
+    if (lane == 0) init_barriers(shared);
+    __syncthreads();
+    load_tiles(p, plan, q_map, k_map, v_map, counters, tile, shared);
+  } else {
+    increase_registers<232>();
+    __syncthreads();
+    compute_tiles(p, plan, shared);
   }
 }
 

@@ -22,8 +22,8 @@ inline bool takes_attention_prefill_hopper(const AttentionProblem<BFloat16>& p) 
   const bool whole_boxes =
       !keys.page_table || (keys.page_size >= 8 && kBlockKeys % keys.page_size == 0) || keys.page_size % kBlockKeys == 0;
   return p.tokens > 0 && p.num_heads > 0 && p.head_dim == 128 && p.num_heads / p.num_kv_heads <= kTileRows &&
-         p.num_kv_heads <= 65535 && p.scale > 0.0f && p.tokens + p.sequences <= kMost && keys.pages > 0 &&
-         keys.page_size > 0 && whole_boxes && keys.page_size <= kMost / keys.pages &&
+         p.num_kv_heads <= 65535 && p.scale > 0.0f && p.tokens + p.sequences <= kMost / 2 / p.num_kv_heads &&
+         keys.pages > 0 && keys.page_size > 0 && whole_boxes && keys.page_size <= kMost / keys.pages &&
          (!keys.page_table || keys.columns <= kMost / keys.page_size) && aligned(p.q) && aligned(p.k) && aligned(p.v) &&
          aligned(p.out);
 }
