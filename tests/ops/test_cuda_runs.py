@@ -147,6 +147,70 @@ def test_graph_replay_of_decode_attention_with_growing_sequences():
         assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
 
 
+class DecodeStep:
+    """Three layers of one token a sequence, as the model decodes: the ops that start while the one before ends."""
+
+    def __init__(self, batch: int, quantize: str | None, device: str = "cuda"):
+        torch.manual_seed(batch)
+        bf16, long = {"device": device, "dtype": torch.bfloat16}, {"device": device, "dtype": torch.int64}
+        hidden, self.heads, self.kv_heads, dim, pages = 512, 8, 2, 128, 40
+        self.layers = []
+        for _ in range(3):
+            qkv = torch.randn(1, (self.heads + 2 * self.kv_heads) * dim, hidden, **bf16) / hidden**0.5
+            o = torch.randn(1, hidden, self.heads * dim, **bf16) / (self.heads * dim) ** 0.5
+            gate_up = torch.randn(8, 1024, hidden, **bf16) / hidden**0.5
+            down = torch.randn(8, hidden, 512, **bf16) / 512**0.5
+            if quantize:
+                qkv, o, gate_up, down = (pack(weight, quantize) for weight in (qkv, o, gate_up, down))
+            caches = torch.randn(2, batch * pages, 16, self.kv_heads, dim, **bf16)
+            router = torch.randn(8, hidden, device=device) / hidden**0.5
+            self.layers.append((torch.rand(2, hidden, **bf16), qkv, o, gate_up, down, router, *caches))
+        self.x = torch.randn(batch, hidden, **bf16)
+        self.offs = torch.full((1,), batch, device=device, dtype=torch.int32)
+        self.page_table = torch.randperm(batch * pages, **long).view(batch, pages)
+        self.starts = torch.arange(batch + 1, **long)
+        self.positions = torch.randint(1, 16 * pages, (batch,), **long)
+
+    def run(self, after_each=lambda: None) -> torch.Tensor:
+        def done(result):
+            after_each()
+            return result
+
+        batch, residual, x = self.x.shape[0], torch.zeros_like(self.x), self.x
+        slots = self.page_table.gather(1, self.positions[:, None] // 16)[:, 0] * 16 + self.positions % 16
+        kv_lens = self.positions + 1
+        for norms, qkv, o, gate_up, down, router, k_cache, v_cache in self.layers:
+            x, residual = done(ops.add_rms_norm(x, residual, norms[0], 1e-5))
+            rows = done(ops.grouped_gemm(x, qkv, self.offs)).view(batch, -1, 128)
+            q, k, v = rows.split([self.heads, self.kv_heads, self.kv_heads], 1)
+            q = done(ops.rolling_kv_cache_rope_write(q, k, v, self.positions, 1e6, k_cache, v_cache, slots))
+            x = done(ops.rolling_kv_cache_attention(q, k_cache, v_cache, self.page_table, self.starts, kv_lens, 500))
+            x = done(ops.grouped_gemm(x.view(batch, -1), o, self.offs))
+            x, residual = done(ops.add_rms_norm(x, residual, norms[1], 1e-5))
+            weights, ids = done(ops.moe_route(x, router, 2))
+            x = done(ops.moe_mlp(x, weights, ids, gate_up, down))
+        return x + residual
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8", "int4"])
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_ops_of_a_step_that_overlap_give_the_bits_of_one_op_at_a_time(batch, quantize):
+    step = DecodeStep(batch, quantize)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step.run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = step.run()
+    for _ in range(200):
+        step.x.normal_()
+        step.positions.random_(1, 640)
+        expected = step.run(torch.cuda.synchronize)
+        assert torch.equal(step.run(), expected)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
 def test_graphs_and_streams_that_attend_at_once_do_not_share_counters():
     """Launches count their blocks in memory that nobody clears: every stream and every graph has its own."""
     call, expected, graphs = decode(2, 4096, 0), [], []
