@@ -8,7 +8,7 @@
 namespace mixtral {
 namespace {
 
-bool hopper_asked_for() {
+bool read_choice() {
   const char* value = std::getenv("MIXTRAL_CUDA_KERNELS");
   const std::string choice = value ? value : "simple";
   MIXTRAL_CHECK(choice == "simple" || choice == "hopper", "MIXTRAL_CUDA_KERNELS must be simple or hopper, got \"",
@@ -18,18 +18,22 @@ bool hopper_asked_for() {
 
 }  // namespace
 
+bool hopper_asked_for() {
+  static const bool asked = read_choice();
+  return asked;
+}
+
 bool use_hopper_kernels(const Tensor& t) {
 #ifdef MIXTRAL_WITH_HOPPER
-  static const bool asked = hopper_asked_for();
-  if (!asked) return false;
+  if (!hopper_asked_for()) return false;
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index());
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index());
   return major == 9 && minor == 0;
 #else
   (void)t;
-  static const bool asked = hopper_asked_for();
-  MIXTRAL_CHECK(!asked, "MIXTRAL_CUDA_KERNELS=hopper: this build has no kernels for compute capability 9.0a");
+  MIXTRAL_CHECK(!hopper_asked_for(),
+                "MIXTRAL_CUDA_KERNELS=hopper: this build has no kernels for compute capability 9.0a");
   return false;
 #endif
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../checks.h"
+#include "hopper_asked_for.h"
 
 namespace mixtral {
 

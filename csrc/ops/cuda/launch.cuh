@@ -9,15 +9,17 @@
 
 #include <cstdint>
 
+#include "hopper_asked_for.h"
 #include "memo.h"
 
 namespace mixtral::cuda {
 
 // Whether the code of `kernel` for the current device was compiled with griddepcontrol, which wants 9.0: code for 8.0
-// would not wait, on a newer device either.
+// would not wait, on a newer device either. And whether kernels for Hopper are asked for: without them, each kernel
+// starts when the one before has ended.
 inline bool can_overlap(const void* kernel) {
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (!hopper_asked_for() || cudaGetDevice(&device) != cudaSuccess) return false;
   thread_local Memo<bool, 2, 256> known;
   bool can = false;
   known.get({reinterpret_cast<uint64_t>(kernel), static_cast<uint64_t>(device)}, &can, [kernel](bool* result) {
