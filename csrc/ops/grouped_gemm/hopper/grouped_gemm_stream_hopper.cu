@@ -1,6 +1,7 @@
 // Launchers of the grouped GEMM of few rows: tensor maps and grid, from shapes alone.
 #include <climits>
 
+#include "../../cuda/launch.cuh"
 #include "grouped_gemm_stream_hopper.cuh"
 #include "grouped_gemm_stream_maps_hopper.cuh"
 #include "quantize_rows_hopper.cuh"
@@ -9,23 +10,6 @@ namespace mixtral {
 namespace {
 
 using namespace cuda;
-
-// A kernel that starts while the one before it ends: programmatic dependent launch.
-template <typename... Arguments>
-int launch_overlapping(void (*kernel)(Arguments...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                       const Arguments&... arguments) {
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
 
 template <typename Weights, typename Shape, bool kSwiglu>
 int launch_kernel(const typename Weights::Source& weights, const void* a, const StreamGemm& gemm, cudaStream_t stream) {
@@ -41,8 +25,8 @@ int launch_kernel(const typename Weights::Source& weights, const void* a, const 
     return error;
   const int64_t units = max_stream_units(gemm, Shape::kRows, Shape::columns(kSwiglu));
   const int64_t resident = static_cast<int64_t>(processors) * Shape::kBlocksPerSm;
-  return launch_overlapping(kernel, units < resident ? units : resident, Shape::kThreads, kSharedBytes, stream, weights,
-                            tokens, gemm);
+  return launch_overlapping(kernel, static_cast<unsigned>(units < resident ? units : resident), Shape::kThreads,
+                            kSharedBytes, stream, weights, tokens, gemm);
 }
 
 template <typename Weights, typename Shape>
@@ -118,8 +102,8 @@ int launch_grouped_gemm_stream_hopper(const GroupedGemm<BFloat16>& gemm, const R
 int launch_quantize_rows_hopper(const BFloat16* a, const E4m3Rows& out, int64_t rows, int64_t depth,
                                 cudaStream_t stream) {
   if (rows == 0 || depth == 0) return cudaSuccess;
-  return launch_overlapping(quantize_rows_kernel, ceil_div(rows, kE4m3Warps), kE4m3Warps * kWarpSize, 0, stream, a, out,
-                            rows, depth);
+  return launch_overlapping(quantize_rows_kernel, static_cast<unsigned>(ceil_div(rows, kE4m3Warps)),
+                            kE4m3Warps * kWarpSize, 0, stream, a, out, rows, depth);
 }
 
 int launch_grouped_gemm_stream_e4m3_hopper(const GroupedGemm<BFloat16>& gemm, const E4m3Rows& a,
