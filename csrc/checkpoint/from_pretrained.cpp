@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -18,6 +17,7 @@
 #include "../distributed/ranks.h"
 #include "../io/load_error.h"
 #include "../io/mapped_file.h"
+#include "../io/size.h"
 #include "../model/memory.h"
 #include "../model/parameters.h"
 #include "../model/transformer.h"
@@ -127,8 +127,8 @@ Mixtral map_all(const Prepared& prepared, torch::Device device, const LoadOption
                static_cast<double>(mapped.read_bytes) + activations + (options.mlock ? missing_bytes(mapped) : 0),
                options.device);
   if (options.warn && !mapped.why_read.empty()) {
-    options.warn("weights mmap: " + gib_text(static_cast<double>(mapped.read_bytes)) + " of " +
-                 gib_text(static_cast<double>(mapped.bytes + mapped.read_bytes)) +
+    options.warn("weights mmap: " + bytes_text(static_cast<double>(mapped.read_bytes)) + " of " +
+                 bytes_text(static_cast<double>(mapped.bytes + mapped.read_bytes)) +
                  " are read, not mapped, among them " + mapped.why_read);
   }
   Mixtral model(config, scalar_type(type.dtype), device, type.packing, options.placement, options.world,
@@ -153,9 +153,9 @@ int64_t experts_that_fit(const Config& config, const WeightType& type, const Loa
   const double needed = others + plan.activations + plan.unpacking + 2 * expert;
   const auto memory = static_cast<double>(options.gpu_memory);
   if (memory < needed) {
-    throw OutOfMemory("gpu_memory must be at least " + gib_text(needed) + ": " + gib_text(others) +
-                      " of weights beside the experts, " + gib_text(plan.activations + plan.unpacking) +
-                      " of activations, two experts of " + gib_text(expert) + "; got " + gib_text(memory));
+    throw OutOfMemory("gpu_memory must be at least " + bytes_text(needed) + ": " + bytes_text(others) +
+                      " of weights beside the experts, " + bytes_text(plan.activations + plan.unpacking) +
+                      " of activations, two experts of " + bytes_text(expert) + "; got " + bytes_text(memory));
   }
   return static_cast<int64_t>((memory - needed) / expert);
 }
@@ -186,18 +186,12 @@ Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOption
   return model;
 }
 
-std::string mib_text(double bytes) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%.1f MiB", bytes / (1 << 20));
-  return text;
-}
-
 [[noreturn]] void fail_to_lock(const Prepared& prepared, double bytes, const std::string& reason) {
   rlimit limit;
   const bool limited = ::getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
-  throw OutOfMemory("mlock: " + mib_text(bytes) + " of weights of " + prepared.folder.string() +
+  throw OutOfMemory("mlock: " + bytes_text(bytes) + " of weights of " + prepared.folder.string() +
                     " cannot be locked in memory: " + reason + "; RLIMIT_MEMLOCK (`ulimit -l`) of this process is " +
-                    (limited ? mib_text(static_cast<double>(limit.rlim_cur)) : "unlimited"));
+                    (limited ? bytes_text(static_cast<double>(limit.rlim_cur)) : "unlimited"));
 }
 
 // What the system allows is asked before minutes of reading.

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../io/size.h"
 #include "../model/parameters.h"
 #include "../model/rolling_kv_cache.h"
 
@@ -49,7 +50,7 @@ std::vector<std::string> types_that_fit(const Config& config, double less_than, 
         const MemoryPlan plan = plan_memory(config, type, other, 0, kChunkSize, placement);
         const bool is_less = plan.weights < less_than || other != device;
         if (is_less && plan.to_load() <= static_cast<double>(free(other)))
-          found.push_back(type.name() + (other != device ? " on cpu" : "") + " (" + gib_text(plan.to_load()) + ")");
+          found.push_back(type.name() + (other != device ? " on cpu" : "") + " (" + bytes_text(plan.to_load()) + ")");
       } catch (const std::invalid_argument&) {  // not on this device, or not for this checkpoint
       }
     }
@@ -80,8 +81,9 @@ void check_fits(const std::string& what, const Config& config, const WeightType&
   const auto available = static_cast<double>(free(device));
   if (plan.to_load() <= available) return;
   std::string message = out_of_memory_text(what, plan.to_load(), device, available);
-  message += "; " + type.name() + " weights " + gib_text(plan.weights) + ", activations " + gib_text(plan.activations) +
-             ", and a cache of up to " + gib_text(plan.cache) + " for a context of " + std::to_string(plan.ctx_size);
+  message += "; " + type.name() + " weights " + bytes_text(plan.weights) + ", activations " +
+             bytes_text(plan.activations) + ", and a cache of up to " + bytes_text(plan.cache) + " for a context of " +
+             std::to_string(plan.ctx_size);
   std::string fitting;
   for (const std::string& choice : types_that_fit(config, plan.weights, device, free, placement))
     fitting += (fitting.empty() ? "" : ", ") + choice;

@@ -9,9 +9,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <fstream>
 #include <limits>
+
+#include "../io/size.h"
 
 namespace mixtral {
 namespace {
@@ -87,15 +88,9 @@ int64_t available_memory(const std::string& device_name) {
   return static_cast<int64_t>(allocator->getMemoryInfo(index).first) + held;
 }
 
-std::string gib_text(double bytes) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%.2f GiB", bytes / (1024.0 * 1024.0 * 1024.0));
-  return text;
-}
-
 std::string out_of_memory_text(const std::string& what, double bytes, const std::string& device, double available) {
-  return what + ": needs " + gib_text(bytes) + " on " + device.substr(0, device.find(':')) + ", " +
-         gib_text(available) + " available";
+  return what + ": needs " + bytes_text(bytes) + " on " + device.substr(0, device.find(':')) + ", " +
+         bytes_text(available) + " available";
 }
 
 void release_free_memory() {

@@ -24,10 +24,9 @@ int64_t host_memory();
 int64_t container_memory(const std::filesystem::path& root = "/sys/fs/cgroup",
                          const std::filesystem::path& groups = "/proc/self/cgroup");
 
-// Throws OutOfMemory: "<what>: needs X GiB on <device>, Y GiB available".
+// Throws OutOfMemory: "<what>: needs 1.50 GiB on <device>, 1.00 GiB available".
 void check_memory(const std::string& what, double bytes, const std::string& device);
 std::string out_of_memory_text(const std::string& what, double bytes, const std::string& device, double available);
-std::string gib_text(double bytes);  // "1.50 GiB"
 
 // Gives the free memory of the C library's heap back to the system, as far as the library has a way to.
 void release_free_memory();

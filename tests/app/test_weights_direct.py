@@ -98,7 +98,7 @@ def test_too_low_a_limit_is_an_error_with_both_numbers(weights, tmp_path):
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     said = float(message.split("mlock: ")[1].split(" MiB of weights")[0])
     assert said * MIB == pytest.approx(size, rel=0.02)
-    assert "RLIMIT_MEMLOCK (`ulimit -l`) of this process is 1.0 MiB" in message
+    assert "RLIMIT_MEMLOCK (`ulimit -l`) of this process is 1.00 MiB" in message
 
 
 def test_python_raises_memory_error():

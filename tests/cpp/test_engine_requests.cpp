@@ -302,7 +302,7 @@ TEST(EngineRequests, APoolThatMemoryCannotHoldIsRefusedWithNumbers) {
     Engine(model, std::nullopt, options);
     FAIL();
   } catch (const OutOfMemory& error) {
-    EXPECT_EQ(std::string(error.what()).find("the key/value cache: needs 1536.00 GiB on cpu, "), 0u) << error.what();
+    EXPECT_EQ(std::string(error.what()).find("the key/value cache: needs 1.50 TiB on cpu, "), 0u) << error.what();
   }
   options.kv_memory = 10;
   EXPECT_THROW(Engine(model, std::nullopt, options), std::invalid_argument);  // not even a page

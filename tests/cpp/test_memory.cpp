@@ -19,10 +19,10 @@ TEST(Memory, WhatDoesNotFitIsAnErrorWithNumbers) {
     check_memory("the weights", 1e18, "cpu");
     FAIL() << "1e18 bytes were accepted";
   } catch (const OutOfMemory& error) {
-    EXPECT_EQ(std::string(error.what()).rfind("the weights: needs 931322574.62 GiB on cpu, ", 0), 0u) << error.what();
+    EXPECT_EQ(std::string(error.what()).rfind("the weights: needs 909494.70 TiB on cpu, ", 0), 0u) << error.what();
   }
   EXPECT_EQ(out_of_memory_text("a cache", 1 << 30, "cuda:1", 1 << 29),
-            "a cache: needs 1.00 GiB on cuda, 0.50 GiB available");
+            "a cache: needs 1.00 GiB on cuda, 512.00 MiB available");
 }
 
 TEST(Memory, AContainersLimitCountsWithFilePagesAsFree) {

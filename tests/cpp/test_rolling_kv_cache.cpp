@@ -185,7 +185,7 @@ TEST(RollingKVCache, AsksForMemoryBeforeItAllocates) {
     return "";
   };
   const int64_t too_many = 1 << 30;  // pages of 6 KiB
-  EXPECT_EQ(message([&] { make_cache(config, 16, too_many, 8); }).find("the key/value cache: needs 6144.00 GiB on cpu"),
+  EXPECT_EQ(message([&] { make_cache(config, 16, too_many, 8); }).find("the key/value cache: needs 6.00 TiB on cpu"),
             0u);
 }
 
