@@ -60,12 +60,15 @@ void read_alone(const PageRange& range) {
   if (range.bytes > 0) ::madvise(range.begin, range.bytes, MADV_RANDOM);
 }
 
+// Linux reads of each request no more than the read-ahead of the disk, which is this much unless it was raised.
 void read_ahead(const PageRange& range) {
-  if (range.bytes > 0) ::madvise(range.begin, range.bytes, MADV_WILLNEED);
+  constexpr uint64_t kPiece = 128 << 10;
+  for (uint64_t at = 0; at < range.bytes; at += kPiece)
+    ::madvise(range.begin + at, std::min(kPiece, range.bytes - at), MADV_WILLNEED);
 }
 
 bool lock_pages(const PageRange& range) {
-  constexpr uint64_t kPiece = 16 << 20;
+  constexpr uint64_t kPiece = 16 << 20;  // asked for at a time
   // Plain mlock would make a copy of every page of a private mapping that may be written to.
   if (range.bytes > 0 && ::mlock2(range.begin, range.bytes, MLOCK_ONFAULT) != 0) return false;
   for (uint64_t at = 0; at < range.bytes; at += page_bytes()) {

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstring>
 #include <fstream>
 #include <sstream>
+#include <thread>
 
 #include "checkpoint/from_pretrained.h"
 #include "checkpoint/save.h"
@@ -154,8 +156,25 @@ void run_forced(Mixtral& model, int64_t tokens) {
   RoutingObserver observer(model->config(), /*keep_logits=*/false);
   const uint8_t experts[] = {2, 5};
   observer.force(std::vector<RoutingObserver::ForcedRow>(static_cast<size_t>(tokens), {experts, 2}));
-  batch.observer = &observer;
+  batch.routing = &observer;
   model->hidden_states(batch);
+}
+
+// One request to the system brings no more than the read-ahead of the disk.
+TEST(MappedWeights, AllPagesThatAreAskedForCome) {
+  const TempFolder folder;
+  constexpr size_t kBytes = 24 << 20;
+  std::ofstream(folder / "file", std::ios::binary) << std::string(kBytes, 'x');
+  if (!drop_from_memory(folder / "file"))
+    GTEST_SKIP() << "the file system of the temporary folder keeps files in memory";
+  const File file(folder / "file");
+  const MappedFile mapped(file);
+  const PageRange all = pages_around(mapped.data(), kBytes);
+  read_alone(all);
+  read_ahead(all);
+  for (int wait = 0; wait < 600 && !missing_pages(all).empty(); ++wait)
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_TRUE(missing_pages(all).empty());
 }
 
 TEST(MappedWeights, OnlyTheChosenExpertsComeIntoMemory) {
