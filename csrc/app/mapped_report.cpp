@@ -44,7 +44,8 @@ MappedReport report_mapped(const std::filesystem::path& folder, const Config& co
   MappedReport report;
   report.free = static_cast<double>(available_memory("cpu"));
   report.measured.disk = bandwidth_of_files(folder, config);
-  report.measured.memory = read_bandwidth(std::min(memory.weights, report.free / 2), "cpu", throw_if_terminated);
+  report.measured.memory =
+      product_bandwidth(config, type, std::min(memory.weights, report.free / 2), throw_if_terminated);
   report.plan = plan_mapped(config, type, memory, report.free, report.measured);
   return report;
 }

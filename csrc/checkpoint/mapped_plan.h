@@ -5,7 +5,7 @@
 
 namespace mixtral {
 
-// Bytes per second.
+// Bytes per second that come from the disk, and at which weights in memory are read and multiplied.
 struct Bandwidths {
   double disk = 0, memory = 0;  // 0: not known
 };

@@ -5,7 +5,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <vector>
+
+#include "../model/ops.h"
+#include "../model/packing.h"
+#include "../model/parameters.h"
 
 namespace mixtral {
 
@@ -23,19 +29,63 @@ double weight_bytes_per_token(const Config& config, int64_t batch, double bytes_
   return bytes_per_weight * (shared + routed) / static_cast<double>(batch);
 }
 
+namespace {
+
+// Of several runs of `work`, the fastest.
+template <typename Work>
+double least_seconds(int runs, const std::function<void()>& check, const Work& work) {
+  double fastest = std::numeric_limits<double>::infinity();
+  for (int run = 0; run < runs; ++run) {
+    check();
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    fastest = std::min(fastest, seconds.count());
+  }
+  return fastest;
+}
+
+}  // namespace
+
 double read_bandwidth(double bytes, const std::string& device, const std::function<void()>& check) {
   constexpr int kRuns = 7;
   const auto count = static_cast<int64_t>(std::clamp(bytes, 1e6, 1024.0 * 1024 * 1024) / sizeof(float));
   const at::Tensor buffer = at::ones({count}, at::dtype(at::kFloat).device(at::Device(device)));
-  double fastest = std::numeric_limits<double>::infinity();
-  for (int run = 0; run < kRuns; ++run) {
-    check();
-    const auto start = std::chrono::steady_clock::now();
-    buffer.sum().item<float>();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    fastest = std::min(fastest, seconds.count());
-  }
+  const double fastest = least_seconds(kRuns, check, [&] { buffer.sum().item<float>(); });
   return static_cast<double>(count) * sizeof(float) / fastest;
+}
+
+double product_bandwidth(const Config& config, const WeightType& type, double most_bytes,
+                         const std::function<void()>& check) {
+  constexpr int kRuns = 5, kByte = 0x3c;  // in every type a number of moderate size
+  constexpr double kMostBytes = 512.0 * 1024 * 1024;
+  const torch::NoGradGuard no_grad;
+  const int64_t top_k = std::max<int64_t>(config.top_k, 1);
+  std::vector<Parameter> block;  // gate_up_proj, down_proj of one layer
+  double expert = 0;
+  for (const Parameter& parameter : model_parameters(config)) {
+    if (parameter.layer != 0 || (parameter.cut != Cut::kGateUp && parameter.cut != Cut::kDown)) continue;
+    block.push_back(parameter);
+    expert += parameter_bytes(parameter, type) / static_cast<double>(parameter.shape[0]);
+  }
+  const double tokens = std::min(most_bytes, kMostBytes) / (expert * static_cast<double>(top_k));
+  const int64_t experts = std::max<int64_t>(static_cast<int64_t>(tokens), 1) * top_k;
+  std::vector<torch::Tensor> weights;
+  double bytes = 0;
+  for (Parameter& parameter : block) {
+    parameter.shape[0] = experts;
+    weights.push_back(empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
+    std::memset(weights.back().data_ptr(), kByte, weights.back().nbytes());
+    bytes += static_cast<double>(weights.back().nbytes());
+  }
+  const auto x = torch::full({1, config.hidden_size}, 0.01, scalar_type(type.dtype));
+  const auto topk_weights = torch::ones({1, top_k}, torch::kFloat32);
+  const double seconds = least_seconds(kRuns, check, [&] {
+    for (int64_t first = 0; first < experts; first += top_k)
+      ops::moe_mlp(x, topk_weights, torch::arange(first, first + top_k, torch::kInt32).view({1, top_k}), weights[0],
+                   weights[1]);
+  });
+  return bytes / seconds;
 }
 
 }  // namespace mixtral

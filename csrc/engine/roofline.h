@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../model/config.h"
+#include "../model/weight_type.h"
 
 namespace mixtral {
 
@@ -17,5 +18,10 @@ double weight_bytes_per_token(const Config& config, int64_t batch, double bytes_
 // Measures the bytes per second of summing a buffer of this size (up to 1 GiB), so that a model that fits a CPU cache
 // is compared with that cache. `check` is called between the runs and may throw to end them.
 double read_bandwidth(double bytes, const std::string& device, const std::function<void()>& check);
+
+// Measures the bytes per second at which the experts of one token are read and multiplied: with weights of this type,
+// of up to 512 MiB and about `most_bytes`. Kernels are slower than a sum, and some types far more than others.
+double product_bandwidth(const Config& config, const WeightType& type, double most_bytes,
+                         const std::function<void()>& check);
 
 }  // namespace mixtral
