@@ -169,16 +169,16 @@ int64_t submit(Engine& engine, const std::vector<int64_t>& prompt, const Samplin
   return engine.submit(std::move(request), std::move(callbacks));
 }
 
-// masks: int32 [ids, ceil(vocab / 32)].
-void allow(Engine& engine, const std::vector<int64_t>& ids, const torch::Tensor& masks) {
-  const torch::Tensor words = masks.to(torch::kCPU).contiguous();
-  if (words.dim() != 2 || words.size(0) != static_cast<int64_t>(ids.size()) || words.scalar_type() != torch::kInt32)
-    throw std::invalid_argument("allow: masks must be int32 [ids, words of 32 tokens]");
+// masks: the bytes of int32 [ceil(vocab / 32)] of each id.
+void allow(Engine& engine, const std::vector<int64_t>& ids, const std::vector<std::string_view>& masks) {
+  constexpr size_t kWord = sizeof(int32_t);
+  if (masks.size() != ids.size()) throw std::invalid_argument("allow: masks must be as many as ids");
   std::vector<std::pair<int64_t, std::vector<int32_t>>> by_id;
-  const int32_t* row = words.data_ptr<int32_t>();
-  for (const int64_t id : ids) {
-    by_id.emplace_back(id, std::vector<int32_t>(row, row + words.size(1)));
-    row += words.size(1);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (masks[i].size() % kWord != 0) throw std::invalid_argument("allow: a mask must be of whole words of 32 tokens");
+    std::vector<int32_t> words(masks[i].size() / kWord);
+    std::memcpy(words.data(), masks[i].data(), masks[i].size());
+    by_id.emplace_back(ids[i], std::move(words));
   }
   engine.allow(std::move(by_id));
 }
@@ -276,8 +276,8 @@ void bind_engine(py::module_& m) {
            py::arg("on_end"), py::arg("constrained") = false,
            "-> the request's id. The callbacks run on the engine's thread.")
       .def("allow", &allow, py::arg("ids"), py::arg("masks"), ReleaseGil(),
-           "Says which tokens the next ones of constrained requests may be: int32 [ids, ceil(vocab / 32)], bit i % 32 "
-           "of word i / 32 allows token i.")
+           "Says which tokens the next ones of constrained requests may be: for each the bytes of int32 "
+           "[ceil(vocab / 32)], where bit i % 32 of word i / 32 allows token i.")
       .def("cancel", &Engine::cancel, py::arg("id"), ReleaseGil())
       .def("save_prompt_cache", &Engine::save_prompt_cache, py::arg("ids"), py::arg("file"), ReleaseGil())
       .def("load_prompt_cache", &Engine::load_prompt_cache, py::arg("file"), ReleaseGil())

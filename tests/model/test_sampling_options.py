@@ -119,12 +119,9 @@ def test_wrong_values_are_value_errors_that_name_them(tiny, options, message):
 # ---- constrained requests --------------------------------------------------------------------------------------------
 
 
-def mask_of(ids: list[int], vocab: int) -> torch.Tensor:
-    """int32 [1, ceil(vocab / 32)], bit i % 32 of word i / 32 of each id set."""
-    mask = torch.zeros(1, -(-vocab // 32), dtype=torch.int64)
-    for token_id in ids:
-        mask[0, token_id // 32] |= 1 << token_id % 32
-    return mask.to(torch.int32)  # bit 31 becomes the sign
+def mask_of(ids: list[int], vocab: int) -> bytes:
+    """Of int32 [ceil(vocab / 32)], bit i % 32 of word i / 32 of each id set."""
+    return sum(1 << token_id for token_id in set(ids)).to_bytes(-(-vocab // 32) * 4, "little")
 
 
 def test_a_constrained_request_takes_only_what_its_masks_allow(demo):
@@ -135,15 +132,16 @@ def test_a_constrained_request_takes_only_what_its_masks_allow(demo):
     params = mixtral._C.SamplingParams(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True)
     prompt = demo.tokenizer.encode("In the year", add_bos=True)
     request = demo._engine.submit(prompt, params, 0, events.put, events.put, constrained=True)
-    demo._engine.allow([request], mask_of(digits, vocab))
+    demo._engine.allow([request], [mask_of(digits, vocab)])
     beside = demo.generate("The", max_tokens=8, ignore_eos=True)[0]
     while isinstance(event := events.get(timeout=60), str):
-        demo._engine.allow([request], mask_of(digits, vocab))
+        demo._engine.allow([request], [mask_of(digits, vocab)])
     out = event.result()
     assert len(out.token_ids) == 12 and set(out.token_ids) <= set(digits) and len(set(out.token_ids)) > 1
     assert beside.token_ids == demo.generate("The", max_tokens=8, ignore_eos=True)[0].token_ids
     with pytest.raises(ValueError, match=r"mask must have \d+ words of 32 tokens, got 1"):
-        demo._engine.allow([request], torch.zeros(1, 1, dtype=torch.int32))
-    for wrong in (torch.zeros(1, vocab // 32), mask_of([], vocab)[0], mask_of([], vocab).expand(2, -1)):
-        with pytest.raises(ValueError, match="masks must be int32"):
-            demo._engine.allow([request], wrong)
+        demo._engine.allow([request], [bytes(4)])
+    with pytest.raises(ValueError, match="a mask must be of whole words of 32 tokens"):
+        demo._engine.allow([request], [bytes(5)])
+    with pytest.raises(ValueError, match="masks must be as many as ids"):
+        demo._engine.allow([request], [mask_of([], vocab)] * 2)

@@ -92,7 +92,7 @@ def test_a_space_before_the_json_is_allowed(server_model):
     tokenizer = server_model.tokenizer
     grammars = grammar.Grammars(tokenizer, server_model.config.vocab_size, [tokenizer.eos_id])
     mask = grammars.matcher(grammar.answer_grammar({"type": "object"}), "response_format").mask_behind([])
-    allowed = {token for token in range(tokenizer.vocab_size) if mask[token // 32] >> token % 32 & 1}
+    allowed = {token for token in range(tokenizer.vocab_size) if mask[token // 8] >> token % 8 & 1}
     pieces = {tokenizer.piece(token) for token in allowed}
     space = "\u2581"
     assert tokenizer.encode("{")[0] in allowed, pieces

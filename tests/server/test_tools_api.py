@@ -7,7 +7,6 @@ from pathlib import Path
 import mistral_common
 import openai
 import pytest
-import torch
 
 import mixtral
 from make_chat_vectors import FILES
@@ -52,11 +51,9 @@ class Script:
     def __init__(self, ids: list[int], end: int, vocab_size: int) -> None:
         self.left, self.vocab_size = [*ids, end], vocab_size
 
-    def mask_behind(self, token_ids: list[int]) -> torch.Tensor:
+    def mask_behind(self, token_ids: list[int]) -> bytes:
         assert [self.left.pop(0) for _ in token_ids] == list(token_ids)
-        mask = torch.zeros((self.vocab_size + 31) // 32, dtype=torch.int64)
-        mask[self.left[0] // 32] = 1 << self.left[0] % 32
-        return mask.to(torch.int32)
+        return (1 << self.left[0]).to_bytes((self.vocab_size + 31) // 32 * 4, "little")
 
 
 class Scripted:

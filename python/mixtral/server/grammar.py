@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from ..tokenizer import Tokenizer
 from ..worker import Worker
 from .errors import ApiError, log
@@ -199,12 +196,13 @@ class Matcher:
     def copy(self) -> "Matcher":
         return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
-    def mask_behind(self, token_ids: Iterable[int]) -> Tensor:
-        """Takes new tokens, and says which may come next: int32 [ceil(vocab / 32)], bit i % 32 of word i / 32 for i.
+    def mask_behind(self, token_ids: Iterable[int]) -> bytes:
+        """Takes new tokens, and says which may come next: bytes of int32 [ceil(vocab / 32)], bit i % 32 of word i / 32
+        for i.
 
         None may come, and ``error`` is set, where the grammar takes too much work from here on.
         """
-        words = (self._vocab_size + 31) // 32
+        size = (self._vocab_size + 31) // 32 * 4
         try:
             for token in token_ids:
                 self._matcher.consume_token(token)
@@ -212,11 +210,11 @@ class Matcher:
         except BaseException as error:  # a panic in llguidance's Rust is no Exception
             log.error("a grammar failed: %s", type(error).__name__, exc_info=error)
             self.error = "the server failed at this grammar"
-            return torch.zeros(words, dtype=torch.int32)
+            return bytes(size)
         if self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting()):
             self.error = "the schema is too complex for this answer, or nothing fits it"
-            return torch.zeros(words, dtype=torch.int32)
-        return torch.frombuffer(bytearray(mask), dtype=torch.int32, count=words)
+            return bytes(size)
+        return mask[:size]
 
 
 class Due(NamedTuple):
@@ -230,7 +228,7 @@ class Due(NamedTuple):
 class MaskThread:
     """Gives constrained requests their masks, on a thread of its own."""
 
-    def __init__(self, allow: Callable[[Sequence[int], Tensor], None]) -> None:
+    def __init__(self, allow: Callable[[Sequence[int], Sequence[bytes]], None]) -> None:
         """
         Args:
             allow: ``Engine.allow``.
@@ -260,6 +258,6 @@ class MaskThread:
                     masks = {}
             self._send(masks)
 
-    def _send(self, masks: dict[int, Tensor]) -> None:
+    def _send(self, masks: dict[int, bytes]) -> None:
         if masks:
-            self._allow(list(masks), torch.stack(list(masks.values())))
+            self._allow(list(masks), list(masks.values()))
