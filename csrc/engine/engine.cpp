@@ -74,7 +74,6 @@ int64_t pages_of_pool(const MixtralImpl& model, const Engine::Options& options) 
 
 std::shared_ptr<RoutingCounts> make_counts(const MixtralImpl& model, const Engine::Options& options) {
   const Config& config = model.config();
-  if (model.placement().stages > 1) return nullptr;  // rank 0 sees the routing of its own layers alone
   if (config.num_experts == 0 || (options.cuda_graph && model.device().is_cuda())) return nullptr;
   return std::make_shared<RoutingCounts>(config.num_layers, config.num_experts);
 }
@@ -135,11 +134,13 @@ struct Engine::Impl {
         options(checked(options, this->model->config())),
         num_pages(pages_of_pool(*this->model, this->options)),
         routing_counts(make_counts(*this->model, this->options)),
-        thread(make_core(this->model, this->options, num_pages, routing_counts)) {}
+        thread(make_core(this->model, this->options, num_pages, routing_counts)) {
+    if (!this->model->placement().is_whole()) fingerprint();  // other ranks answer while nothing is computed
+  }
 
   std::unique_ptr<Sequence> make_sequence(Request request, Callbacks callbacks);
   void check_fits(int64_t length) const;
-  void check_replay(const Trace& replay);
+  const std::string& fingerprint();
   void wait(Call& call, const std::vector<int64_t>& ids, const WhileWaiting& while_waiting);
 
   Mixtral model;
@@ -148,7 +149,7 @@ struct Engine::Impl {
   const int64_t num_pages;
   const std::shared_ptr<RoutingCounts> routing_counts;  // or none
   std::once_flag fingerprinted;
-  std::string fingerprint;  // of the model, for replays; computed once, since it reads every parameter
+  std::string fingerprint_;
   std::atomic<int64_t> next_id{0};
   const std::shared_ptr<Seats> seats = std::make_shared<Seats>(options.max_queue, options.max_queue_tokens);
   // The calls of after_passes(), for the thread alone.
@@ -168,9 +169,10 @@ void Engine::Impl::check_fits(int64_t length) const {
                     bytes_text(static_cast<double>(num_pages * page_bytes)) + "): lower max_tokens or raise kv_memory");
 }
 
-void Engine::Impl::check_replay(const Trace& replay) {
-  std::call_once(fingerprinted, [this] { fingerprint = trace_fingerprint(*model); });
-  check_same_model(replay, model->config(), fingerprint);
+// Of the model, for replays; computed once, since it reads some of every parameter.
+const std::string& Engine::Impl::fingerprint() {
+  std::call_once(fingerprinted, [this] { fingerprint_ = trace_fingerprint(*model); });
+  return fingerprint_;
 }
 
 std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks callbacks) {
@@ -180,7 +182,7 @@ std::unique_ptr<Sequence> Engine::Impl::make_sequence(Request request, Callbacks
   check_fits(prompt_length + request.params.max_tokens);
   request.seat->add_prompt(prompt_length);
   if (request.replay) {
-    check_replay(*request.replay);
+    check_same_model(*request.replay, model->config(), fingerprint());
     request.experts_per_token = request.replay->routing.top_k;
   }
   if (request.experts_per_token == 0) request.experts_per_token = model->config().top_k;

@@ -124,8 +124,8 @@ class Engine {
   // Throws std::logic_error when pages, requests and the prefix cache contradict each other. For tests.
   void check_integrity();
 
-  // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, for
-  // one of several pipeline stages, and on CUDA while cuda_graph is on: a graph runs unwatched.
+  // What the routers have decided for all requests so far; any thread may ask. None for a model without experts, and on
+  // CUDA while cuda_graph is on: a graph runs unwatched.
   std::optional<RoutingCounts::Totals> routing_counts() const;
 
   // Cancels all requests, and ends the thread. The engine takes no more requests.

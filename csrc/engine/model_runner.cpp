@@ -133,7 +133,7 @@ void ModelRunner::start_model(Pass& pass, const std::vector<RollingKVCache::Chun
     return;
   }
   Batch batch = cache_.prepare(chunks);
-  batch.observer = pass.observer.get();
+  batch.routing = pass.observer.get();
   set_experts(batch, pass.plan, model_->device());
   pass.started = model_->start(batch, &cache_);
 }

@@ -35,7 +35,7 @@ std::unique_ptr<RoutingObserver> make_observer(const std::vector<Scheduler::Chun
       add_forced_rows(*sequence, tokens, rows);
       rows.resize(rows.size() + sequence->draft.size());
     }
-    observer->force(std::move(rows));
+    observer->force(rows);
   }
   return observer;
 }

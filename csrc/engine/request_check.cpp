@@ -42,7 +42,6 @@ void check_request(const Request& request, const MixtralImpl& model, int64_t ctx
               std::to_string(length) + " prompt tokens and max_tokens " + std::to_string(params.max_tokens));
   check_ids_of(params, model.config().vocab_size);
   if (request.experts_per_token != 0) model.config().check_experts_per_token(request.experts_per_token);
-  if (request.trace || request.replay) model.require_one_stage("trace");
   if (request.replay) check_replay(request);
   require(params.stop.empty() || has_tokenizer,
           "stop must be empty without a tokenizer, got " + std::to_string(params.stop.size()) + " strings");

@@ -2,19 +2,10 @@
 
 #include <c10/util/Half.h>
 
-#include <limits>
-
-#include "../model/ops.h"
+#include <algorithm>
 
 namespace mixtral {
 namespace {
-
-// x [T,H], router [E,H] -> f32 [T,E]. The order of the sums is not that of ops::moe_route.
-torch::Tensor router_logits(const torch::Tensor& x, const torch::Tensor& router) {
-  Batch rows;
-  rows.offs = torch::full({1}, x.size(0), torch::dtype(torch::kInt32).device(x.device()));
-  return ops::linear(x.to(router.scalar_type()), router, rows).to(torch::kFloat32);
-}
 
 // On the host. From a GPU in one copy for all layers.
 void move_to_host(std::vector<torch::Tensor>& layers) {
@@ -41,47 +32,24 @@ uint16_t half_bits(float value) { return c10::Half(value).x; }
 
 }  // namespace
 
+void RoutingObserver::force(const std::vector<ForcedRow>& rows) {
+  const int64_t layers = config_.num_layers, tokens = static_cast<int64_t>(rows.size());
+  int64_t most = 0;
+  for (const ForcedRow& row : rows)
+    if (row.experts) most = std::max(most, row.top_k);
+  forced_ = torch::full({layers, tokens, most}, -1, torch::kInt32);
+  auto* const forced = forced_.data_ptr<int32_t>();
+  for (int64_t t = 0; t < tokens; ++t) {
+    const auto [experts, top_k] = rows[static_cast<size_t>(t)];
+    for (int64_t layer = 0; experts && layer < layers; ++layer)
+      std::copy_n(experts + layer * top_k, top_k, forced + (layer * tokens + t) * most);
+  }
+}
+
 void RoutingObserver::force(const Routing& routing, int64_t begin, int64_t count) {
-  forced_.clear();
-  for (int64_t t = begin; t < begin + count; ++t) forced_.push_back({routing.experts_of(t), routing.top_k});
-}
-
-void RoutingObserver::after_route(const torch::Tensor& x, const torch::Tensor& router,
-                                  const std::optional<torch::Tensor>& select_bias, torch::Tensor& topk_weights,
-                                  torch::Tensor& topk_ids) {
-  torch::Tensor logits;
-  if (keep_logits_ || !forced_.empty()) logits = router_logits(x, router);
-  if (!forced_.empty()) replace_experts(logits, topk_weights, topk_ids);
-  weights_.push_back(topk_weights);
-  ids_.push_back(topk_ids);
-  if (!keep_logits_) return;
-  logits_.push_back(logits);
-  if (previous_x_.defined()) {
-    const auto guess = ops::moe_route(previous_x_, router, topk_ids.size(1), config_.renormalize, select_bias);
-    next_gate_ids_.push_back(std::get<1>(guess));
-  }
-  previous_x_ = x;
-}
-
-void RoutingObserver::replace_experts(const torch::Tensor& logits, torch::Tensor& topk_weights,
-                                      torch::Tensor& topk_ids) {
-  const int64_t top_k = topk_ids.size(1), layer = static_cast<int64_t>(ids_.size());
-  auto forced = torch::full({topk_ids.size(0), top_k}, -1, torch::kInt32);
-  for (int64_t t = 0; t < topk_ids.size(0); ++t) {
-    const ForcedRow& row = forced_.at(static_cast<size_t>(t));
-    for (int64_t k = 0; row.experts && k < row.top_k; ++k)
-      forced.data_ptr<int32_t>()[t * top_k + k] = row.experts[layer * row.top_k + k];
-  }
-  forced = forced.to(topk_ids.device());
-  forced = torch::where(forced < 0, topk_ids, forced);
-  const auto same = (forced == topk_ids).all(1, /*keepdim=*/true);  // [T,1]
-  const auto chosen = forced.clamp_min(0).to(torch::kInt64);
-  const auto probabilities =
-      config_.renormalize
-          ? logits.gather(1, chosen).masked_fill(forced < 0, -std::numeric_limits<float>::infinity()).softmax(1)
-          : logits.softmax(1).gather(1, chosen);
-  topk_weights = torch::where(same, topk_weights, probabilities);
-  topk_ids = forced;
+  std::vector<ForcedRow> rows;
+  for (int64_t t = begin; t < begin + count; ++t) rows.push_back({routing.experts_of(t), routing.top_k});
+  force(rows);
 }
 
 void RoutingObserver::append_to(Routing& routing, int64_t begin, int64_t count) {

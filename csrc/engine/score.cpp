@@ -70,7 +70,7 @@ std::vector<double> token_logprobs(MixtralImpl& model, int64_t bos, const std::v
       observer.force(options.replay->routing, begin, end - begin);
     }
     Batch batch = cache.prepare({{sequence, inputs}});
-    if (options.trace || options.replay) batch.observer = &observer;
+    if (options.trace || options.replay) batch.routing = &observer;
     if (options.replay) batch.experts_per_token = options.replay->routing.top_k;
     const auto logits = model.logits(model.hidden_states(batch, &cache)).to(torch::kCPU);
     gather_logprobs(logits, ids.data() + begin, logprobs.data() + begin);

@@ -41,7 +41,7 @@ Trace trace_sequences(MixtralImpl& model, const std::vector<std::vector<int64_t>
   }
   for_each_pass(model, sequences, std::min(options.chunk_size, total), [&](Batch batch, RollingKVCache& cache) {
     RoutingObserver observer(config, options.logits);
-    batch.observer = &observer;
+    batch.routing = &observer;
     batch.experts_per_token = top_k;
     const auto predicted = model.logits(model.hidden_states(batch, &cache)).argmax(1).to(torch::kCPU, torch::kInt32);
     const int32_t* const first = predicted.data_ptr<int32_t>();
@@ -76,7 +76,7 @@ torch::Tensor replay(MixtralImpl& model, const Trace& trace, const TraceOptions&
     RoutingObserver observer(model.config(), /*keep_logits=*/false);
     const int64_t count = batch.input_ids.size(0);
     observer.force(trace.routing, done, count);
-    batch.observer = &observer;
+    batch.routing = &observer;
     batch.experts_per_token = trace.routing.top_k;
     logits.narrow(0, done, count).copy_(model.logits(model.hidden_states(batch, &cache)));
     done += count;

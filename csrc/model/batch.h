@@ -10,6 +10,7 @@
 namespace mixtral {
 
 class ForwardObserver;
+class RouterRecord;
 
 // All tensors are int64, so no op has to convert them.
 struct Batch {
@@ -22,7 +23,7 @@ struct Batch {
   torch::Tensor page_table;             // [B,R]
   torch::Tensor kv_lens;                // [B]: keys of each sequence, this batch's included
   ForwardObserver* observer = nullptr;  // sees the products of the pass (observer.h); may be null
-  bool routing_of_first_rank = false;   // the ranks of a stage take it over: an observer of the first may change it
+  RouterRecord* routing = nullptr;      // keeps, and may change, what the routers decide (router_record.h); may be null
   int64_t experts_per_token = 0;        // of all tokens; 0: as many as the config says
   // Where tokens differ: the rows [n] with each number of experts.
   std::map<int64_t, torch::Tensor> rows_by_experts;

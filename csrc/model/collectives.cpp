@@ -47,8 +47,4 @@ torch::Tensor TensorGroup::sum(const torch::Tensor& part) const {
   return ranks_ && part.numel() > 0 ? ranks_->all_reduce_ordered(part) : part;
 }
 
-void TensorGroup::broadcast(const torch::Tensor& tensor) const {
-  if (ranks_ && tensor.numel() > 0) ranks_->broadcast(tensor, /*root=*/0);
-}
-
 }  // namespace mixtral

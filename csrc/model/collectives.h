@@ -30,8 +30,6 @@ class TensorGroup {
   void gather_rows(const torch::Tensor& all, const std::vector<int64_t>& rows) const;
   // The sum of the parts of all ranks, in f32, in their order, rounded once.
   torch::Tensor sum(const torch::Tensor& part) const;
-  // Overwrites `tensor` with that of rank 0.
-  void broadcast(const torch::Tensor& tensor) const;
 
  private:
   int rank_, size_;

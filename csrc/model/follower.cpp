@@ -5,6 +5,8 @@
 #include <string>
 
 #include "rank_message.h"
+#include "router_record.h"
+#include "sampled_weights.h"
 #include "transformer.h"
 
 namespace mixtral {
@@ -26,19 +28,27 @@ class Follower {
         caches_.erase(message.words.at(0));
         return;
       case Command::kPing:
-        return model_.world()->send(torch::ones({1}, torch::dtype(torch::kInt64).device(model_.device())), /*to=*/0);
+        return answer(1);
+      case Command::kWeightHash:
+        return answer(static_cast<int64_t>(sampled_weights(model_)));
       case Command::kStop:
         return;
     }
   }
 
  private:
-  void forward(const EncodedPass& pass) {
+  void answer(int64_t number) {
+    model_.world()->send(torch::full({1}, number, torch::dtype(torch::kInt64).device(model_.device())), /*to=*/0);
+  }
+
+  void forward(EncodedPass pass) {
     RollingKVCache* cache = nullptr;
     if (pass.cache >= 0) {
       cache = &caches_.at(pass.cache);
       cache->zero(pass.zeroed);
     }
+    RouterRecord routing(model_.config(), pass.keeps_logits, pass.forced);
+    if (pass.records_routing) pass.batch.routing = &routing;
     model_.compute_stage(pass.batch, cache);
   }
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "router_record.h"
+
 namespace mixtral {
 
 Leader::Leader(std::shared_ptr<Communicator> world, const Placement& placement)
@@ -45,6 +47,18 @@ void Leader::tell(int first_rank, int end_rank, const RankMessage& message) {
   if (!sends.empty()) world_->exchange(sends, {});
 }
 
+// -> the int64 that each of the other ranks answers
+std::vector<int64_t> Leader::ask(Command command) {
+  tell(1, world_->size(), {command, {}});
+  std::vector<Communicator::Receive> answers;
+  for (int rank = 1; rank < world_->size(); ++rank)
+    answers.push_back({torch::empty({1}, torch::dtype(torch::kInt64).device(world_->device())), rank});
+  world_->exchange({}, answers);
+  std::vector<int64_t> numbers;
+  for (const auto& answer : answers) numbers.push_back(answer.tensor.item<int64_t>());
+  return numbers;
+}
+
 void Leader::drop_caches() {
   const auto is_gone = [](const KnownCache& cache) { return cache.lifetime.expired(); };
   for (const KnownCache& cache : caches_)
@@ -71,6 +85,11 @@ Pass Leader::start(const Batch& batch, RollingKVCache* cache) {
     drop_caches();
     EncodedPass pass;
     pass.batch = batch;
+    if (batch.routing) {
+      pass.records_routing = true;
+      pass.keeps_logits = batch.routing->keeps_logits();
+      pass.forced = batch.routing->forced();
+    }
     if (cache) {
       pass.cache = number_of(*cache);
       pass.zeroed = cache->take_zeroed();
@@ -105,16 +124,21 @@ torch::Tensor Leader::logits(const torch::Tensor& hidden, const std::function<to
   });
 }
 
+uint64_t Leader::weight_hash(uint64_t own) {
+  std::unique_lock lock(mutex_);
+  finished_one_.wait(lock, [&] { return started_ == finished_ || failure_; });
+  return guarded([&] {
+    for (const int64_t part : ask(Command::kWeightHash)) own += static_cast<uint64_t>(part);
+    return own;
+  });
+}
+
 void Leader::ping() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (!lock || (started_ != finished_ && !failure_)) return;  // somebody tells the followers more than this
   guarded([&] {
     drop_caches();
-    tell(1, world_->size(), {Command::kPing, {}});
-    std::vector<Communicator::Receive> answers;  // else nobody would miss one that is stopped
-    for (int rank = 1; rank < world_->size(); ++rank)
-      answers.push_back({torch::empty({1}, torch::dtype(torch::kInt64).device(world_->device())), rank});
-    world_->exchange({}, answers);
+    return ask(Command::kPing);  // an answer, or nobody would miss one that is stopped
   });
 }
 

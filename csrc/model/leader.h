@@ -41,6 +41,9 @@ class Leader {
   // Calls `compute` while the other ranks of the last stage do the same with these rows, hidden [T,H].
   torch::Tensor logits(const torch::Tensor& hidden, const std::function<torch::Tensor()>& compute);
 
+  // The sum of sampled_weights() of all ranks, of which `own` is this one's. Waits until nothing is computed.
+  uint64_t weight_hash(uint64_t own);
+
   // The followers answer, and go on waiting for another while. Does nothing while something is computed.
   void ping();
   // The followers return. Nothing can be computed any more.
@@ -55,6 +58,7 @@ class Leader {
   template <typename Body>
   auto guarded(const Body& body);
   void tell(int first_rank, int end_rank, const RankMessage& message);
+  std::vector<int64_t> ask(Command command);
   void drop_caches();
   int64_t number_of(const RollingKVCache& cache);
 

@@ -2,6 +2,7 @@
 
 #include "observer.h"
 #include "ops.h"
+#include "router_record.h"
 
 namespace mixtral {
 
@@ -40,11 +41,7 @@ std::tuple<torch::Tensor, torch::Tensor> SparseMoeImpl::route(const torch::Tenso
 
 torch::Tensor SparseMoeImpl::forward(const torch::Tensor& x, const Batch& batch) {
   auto [topk_weights, topk_ids] = route(x, batch);
-  if (batch.observer) batch.observer->after_route(x, router_, select_bias_, topk_weights, topk_ids);
-  if (batch.routing_of_first_rank) {
-    group_.broadcast(topk_weights);
-    group_.broadcast(topk_ids);
-  }
+  if (batch.routing) batch.routing->add_layer(x, router_, select_bias_, topk_weights, topk_ids);
   if (batch.observer) batch.observer->before_experts(x, topk_weights, topk_ids, gate_up_proj_, down_proj_);
   if (!expert_ends_.empty()) return expert_parallel(x, topk_weights, topk_ids);
   if (runner_) return group_.sum(runner_->run(layer_, x, topk_weights, topk_ids, gate_up_proj_, down_proj_));

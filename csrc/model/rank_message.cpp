@@ -110,16 +110,20 @@ RankMessage receive_message(Communicator& world, int64_t number) {
   return message;
 }
 
-// sizes, zeroed pages, the batch's tensors, and for each number of experts: itself, the number of rows, the rows
+// sizes, zeroed pages, the batch's tensors, for each number of experts: itself, the number of rows, the rows; and the
+// forced experts
 std::vector<int64_t> encode_pass(const EncodedPass& pass) {
   const Batch& batch = pass.batch;
-  const bool cached = batch.page_table.defined();
+  const bool cached = batch.page_table.defined(), forces = pass.forced.defined();
   std::vector<int64_t> words = {pass.cache,
                                 batch.input_ids.size(0),
                                 batch.cu_seqlens.size(0) - 1,
                                 cached ? batch.page_table.size(1) : 0,
                                 batch.experts_per_token,
-                                batch.routing_of_first_rank,
+                                pass.records_routing,
+                                pass.keeps_logits,
+                                forces ? pass.forced.size(0) : 0,
+                                forces ? pass.forced.size(2) : 0,
                                 static_cast<int64_t>(pass.zeroed.size()),
                                 static_cast<int64_t>(batch.rows_by_experts.size())};
   words.insert(words.end(), pass.zeroed.begin(), pass.zeroed.end());
@@ -130,6 +134,7 @@ std::vector<int64_t> encode_pass(const EncodedPass& pass) {
     words.insert(words.end(), {experts, rows.size(0)});
     append_words(words, rows);
   }
+  append_words(words, pass.forced);
   return words;
 }
 
@@ -140,7 +145,9 @@ EncodedPass decode_pass(const std::vector<int64_t>& words, torch::Device device)
   pass.cache = reader.word();
   const int64_t tokens = reader.word(), sequences = reader.word(), columns = reader.word();
   batch.experts_per_token = reader.word();
-  batch.routing_of_first_rank = reader.word() != 0;
+  pass.records_routing = reader.word() != 0;
+  pass.keeps_logits = reader.word() != 0;
+  const int64_t forced_layers = reader.word(), forced_experts = reader.word();
   const int64_t zeroed = reader.word(), groups = reader.word();
   for (int64_t i = 0; i < zeroed; ++i) pass.zeroed.push_back(reader.word());
   batch.input_ids = reader.words(tokens);
@@ -156,6 +163,10 @@ EncodedPass decode_pass(const std::vector<int64_t>& words, torch::Device device)
     const int64_t experts = reader.word(), rows = reader.word();
     batch.rows_by_experts[experts] = reader.words(rows);
   }
+  if (forced_layers > 0)
+    pass.forced = reader.words(forced_layers * tokens * forced_experts)
+                      .view({forced_layers, tokens, forced_experts})
+                      .to(torch::kInt32);
   reader.end();
   return pass;
 }

@@ -18,6 +18,7 @@ enum class Command : int64_t {
   kMakeCache,    // {number, page size, pages, longest chunk, padding tokens, dtype}: a key/value cache
   kDropCache,    // {number}
   kPing,         // {}: send one int64 back, any
+  kWeightHash,   // {}: send the one of sampled_weights() back
   kStop,         // {}
 };
 
@@ -35,7 +36,9 @@ RankMessage receive_message(Communicator& world, int64_t number);
 struct EncodedPass {
   int64_t cache = -1;           // its number; -1: none
   std::vector<int64_t> zeroed;  // pages of the cache that become zero before
-  Batch batch;                  // without its observer
+  Batch batch;                  // without its pointers
+  bool records_routing = false, keeps_logits = false;
+  torch::Tensor forced;  // of the RouterRecord, int32 [L,T,n]; undefined: none
 };
 std::vector<int64_t> encode_pass(const EncodedPass& pass);
 // Throws std::runtime_error when the sizes do not fit each other.

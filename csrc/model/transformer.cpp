@@ -8,6 +8,8 @@
 
 #include "observer.h"
 #include "ops.h"
+#include "router_record.h"
+#include "sampled_weights.h"
 
 namespace mixtral {
 namespace {
@@ -125,12 +127,10 @@ torch::Tensor MixtralImpl::hidden_states(const Batch& batch, RollingKVCache* cac
 Pass MixtralImpl::start(const Batch& batch, RollingKVCache* cache) {
   if (placement_.is_whole()) return {batch, cache, 0, {}};
   if (!leader_) throw std::logic_error("Mixtral: rank 0 is the one to be called, with all ranks of the model");
-  if (batch.observer) require_one_stage("routing");
+  if (batch.observer) require_whole("an observer");
   const auto ids = batch.input_ids.cpu();
   check_ids(ids.data_ptr<int64_t>(), ids.numel());  // as long as this rank alone knows of them
-  Batch told = batch;
-  told.routing_of_first_rank = batch.observer && batch.observer->changes_routing();
-  return leader_->start(told, cache);
+  return leader_->start(batch, cache);
 }
 
 torch::Tensor MixtralImpl::finish(const Pass& pass) {
@@ -150,25 +150,44 @@ torch::Tensor MixtralImpl::compute_stage(const Batch& batch, RollingKVCache* cac
     if (world_) world_->keep_alive();
     state = layer->forward(state, batch, cache);
   }
-  if (placement_.is_last_stage())
-    return std::get<0>(ops::add_rms_norm(state.x, state.residual, norm_, config_.rms_norm_eps));
-  send_to_next_stage(state);
-  return {};
+  if (!placement_.is_last_stage()) send_to_next_stage(state, batch);
+  if (batch.routing && placement_.tensor_rank == 0) gather_routing(*batch.routing);
+  if (!placement_.is_last_stage()) return {};
+  return std::get<0>(ops::add_rms_norm(state.x, state.residual, norm_, config_.rms_norm_eps));
 }
 
 HiddenState MixtralImpl::first_state(const Batch& batch) {
+  const int64_t first_layer = placement_.first_layer(config_);
+  if (batch.routing) batch.routing->begin(first_layer);
   if (placement_.is_first_stage()) return {torch::embedding(embed_tokens_, batch.input_ids), {}};
-  const auto sum = torch::empty({batch.input_ids.size(0), config_.hidden_size}, torch::dtype(dtype_).device(device_));
-  if (sum.numel() > 0)
-    world_->receive(sum, placement_.stage_ranks(placement_.stage - 1)[static_cast<size_t>(placement_.tensor_rank)]);
+  const auto receive = [&] {
+    const auto rows =
+        torch::empty({batch.input_ids.size(0), config_.hidden_size}, torch::dtype(dtype_).device(device_));
+    if (rows.numel() > 0) world_->receive(rows, peer_in_stage(placement_.stage - 1));
+    return rows;
+  };
+  const auto sum = receive();
+  if (batch.routing && batch.routing->keeps_logits()) batch.routing->begin(first_layer, receive());
   return {sum, {}};
 }
 
+int MixtralImpl::peer_in_stage(int stage) const {
+  return placement_.stage_ranks(stage)[static_cast<size_t>(placement_.tensor_rank)];
+}
+
 // As one tensor. The next norm would begin with the same sum, rounded the same way.
-void MixtralImpl::send_to_next_stage(const HiddenState& state) {
+void MixtralImpl::send_to_next_stage(const HiddenState& state, const Batch& batch) {
   if (state.x.numel() == 0) return;
-  world_->send(state.x + state.residual,
-               placement_.stage_ranks(placement_.stage + 1)[static_cast<size_t>(placement_.tensor_rank)]);
+  const int next = peer_in_stage(placement_.stage + 1);
+  world_->send(state.x + state.residual, next);
+  if (batch.routing && batch.routing->keeps_logits()) world_->send(batch.routing->last_x(), next);
+}
+
+// From the first rank of each earlier stage to rank 0.
+void MixtralImpl::gather_routing(RouterRecord& routing) const {
+  if (!placement_.is_last_stage()) return routing.send(*world_, /*to=*/0);
+  for (Placement of = placement_; of.stage-- > 0;)
+    routing.receive(*world_, of.rank(), of.end_layer(config_) - of.first_layer(config_), of.is_first_stage());
 }
 
 torch::Tensor MixtralImpl::compute_logits(const torch::Tensor& hidden) {
@@ -194,10 +213,9 @@ void MixtralImpl::require_whole(const std::string& what) const {
                               std::to_string(placement_.world_size()) + " ranks");
 }
 
-void MixtralImpl::require_one_stage(const std::string& what) const {
-  if (placement_.stages == 1) return;
-  throw std::invalid_argument(what + ": is seen on one pipeline stage only, this model is split into " +
-                              std::to_string(placement_.stages) + "; use tensor parallelism");
+uint64_t MixtralImpl::weight_hash() const {
+  const uint64_t own = sampled_weights(*this);
+  return leader_ ? leader_->weight_hash(own) : own;
 }
 
 void MixtralImpl::set_expert_runner(const std::shared_ptr<ExpertRunner>& runner) {

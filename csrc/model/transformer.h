@@ -61,7 +61,7 @@ class MixtralImpl : public torch::nn::Module {
   torch::Tensor hidden_states(const Batch& batch, RollingKVCache* cache = nullptr);
   // The same in two steps. The stages of a pipeline compute one pass each at a time when as many are started before the
   // first one is finished. Passes are finished in the order in which they were started; a sequence is in one at a time.
-  // start() throws std::invalid_argument for an observer where rank 0 does not see all layers.
+  // start() throws std::invalid_argument for an observer of a model that is split over ranks.
   Pass start(const Batch& batch, RollingKVCache* cache = nullptr);
   torch::Tensor finish(const Pass& pass);
   // hidden [T,H] -> f32 [T,vocab]
@@ -74,6 +74,9 @@ class MixtralImpl : public torch::nn::Module {
   // they are still needed; stop() ends them, as does the end of this model.
   void ping();
   void stop();
+
+  // Of a sample of the weights of all ranks: the same for the same model in every layout.
+  uint64_t weight_hash() const;
 
   // From now on `runner` computes the experts of all layers.
   void set_expert_runner(const std::shared_ptr<ExpertRunner>& runner);
@@ -91,16 +94,17 @@ class MixtralImpl : public torch::nn::Module {
   const Config& cache_config() const { return cache_config_; }
   const Placement& placement() const { return placement_; }
   const std::shared_ptr<Communicator>& world() const { return world_; }  // null for one rank
-  // Throw std::invalid_argument about `what` unless this is the whole model, or has all of its layers.
+  // Throws std::invalid_argument about `what` unless this is the whole model.
   void require_whole(const std::string& what) const;
-  void require_one_stage(const std::string& what) const;
   torch::Device device() const { return device_; }
   torch::ScalarType dtype() const { return dtype_; }  // of activations
   WeightType weight_type() const { return {dtype_name(dtype()), packing_}; }
 
  private:
   HiddenState first_state(const Batch& batch);
-  void send_to_next_stage(const HiddenState& state);
+  void send_to_next_stage(const HiddenState& state, const Batch& batch);
+  int peer_in_stage(int stage) const;
+  void gather_routing(RouterRecord& routing) const;
 
   Config config_, cache_config_;
   torch::ScalarType dtype_;

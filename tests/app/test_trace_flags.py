@@ -61,6 +61,20 @@ def test_a_replay_ends_where_the_tokens_differ(tmp_path):
     assert generate("--replay", path)["logprobs"] == generate()["logprobs"]
 
 
+@pytest.mark.parametrize("layout", [["--tp", "2"], ["--pp", "2"], ["--tp", "2", "--pp", "2"]], ids=" ".join)
+def test_traces_are_those_of_one_process_and_are_replayed_in_every_layout(layout, text, tmp_path):
+    one, split = tmp_path / "one", tmp_path / "split"
+    plain = generate("--trace", one)
+    assert generate("--trace", split, *layout)["logprobs"] == plain["logprobs"]
+    assert split.read_bytes() == one.read_bytes()
+    assert generate("--replay", one, *layout)["logprobs"] == plain["logprobs"]
+    shift_experts(one, 4)
+    forced = generate("--replay", one)["logprobs"]
+    assert generate("--replay", one, *layout)["logprobs"] == forced != plain["logprobs"]
+    bits = perplexity(text, "--trace", one)
+    assert perplexity(text, "--trace", split, *layout) == bits and split.read_bytes() == one.read_bytes()
+
+
 @pytest.fixture
 def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"

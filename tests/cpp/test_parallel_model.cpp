@@ -1,11 +1,13 @@
 // A model that is split over ranks against the same model in one process: the bits are the same, unless experts are cut
 // along their intermediate size.
 #include <chrono>
+#include <memory>
 #include <random>
 #include <thread>
 
 #include "engine/routing_observer.h"
 #include "engine/trace.h"
+#include "model/observer.h"
 #include "split_model.h"
 
 namespace mixtral {
@@ -179,17 +181,17 @@ Routing random_routing(const Config& config, int64_t tokens) {
   return routing;
 }
 
-TEST(ParallelModel, RoutingIsForcedAndTracedOverTensorRanks) {
+TEST_P(EveryLayout, ForcesAndTracesTheRoutingAsOneProcess) {
   const Config config = splittable_config();
-  const auto plain = tiny_model(config);
+  const auto plain = tiny_model(config, torch::kBFloat16);
   auto whole = plain;
-  SplitModel split(plain, {4, 1});
+  SplitModel split(plain, GetParam());
   const Routing forced = random_routing(config, 9);
   const auto run = [&](Mixtral& model, bool force) {
     RoutingObserver observer(config, /*keep_logits=*/true);
     if (force) observer.force(forced, 0, 9);
     Batch batch = packed_batch({random_ids(9, 256, 2)}, torch::kCPU);
-    batch.observer = &observer;
+    batch.routing = &observer;
     const auto hidden = model->hidden_states(batch);
     Routing traced = empty_trace(config, 2).routing;
     observer.append_to(traced, 0, 9);
@@ -202,7 +204,67 @@ TEST(ParallelModel, RoutingIsForcedAndTracedOverTensorRanks) {
     EXPECT_EQ(traced.topk_ids, expected_trace.topk_ids);
     EXPECT_EQ(traced.topk_weights, expected_trace.topk_weights);
     EXPECT_EQ(traced.router_logits, expected_trace.router_logits);
+    EXPECT_EQ(traced.next_gate_ids, expected_trace.next_gate_ids);
+    EXPECT_EQ(traced.next_gate_ids.size(), 9u * 3 * 2);
     EXPECT_EQ(traced.topk_ids == forced.topk_ids, force);
+  }
+  for (const std::string& error : split.stop()) EXPECT_EQ(error, "");
+}
+
+// Several passes in flight, some of which are recorded.
+TEST(ParallelModel, RoutingOfPassesThatOverlapIsKeptApart) {
+  const Config config = splittable_config();
+  const auto plain = tiny_model(config);
+  auto whole = plain;
+  SplitModel split(plain, {2, 2});
+  const auto batch_of = [&](int64_t i) { return packed_batch({random_ids(5 + i, 256, i)}, torch::kCPU); };
+  std::vector<std::unique_ptr<RoutingObserver>> observers;
+  std::vector<Pass> passes;
+  for (int64_t i = 0; i < 6; ++i) {
+    observers.push_back(std::make_unique<RoutingObserver>(config, /*keep_logits=*/i % 2 == 1));
+    Batch batch = batch_of(i);
+    if (i % 3 != 0) batch.routing = observers.back().get();
+    passes.push_back(split.leader()->start(batch));
+  }
+  for (int64_t i = 0; i < 6; ++i) {
+    RoutingObserver observer(config, /*keep_logits=*/true);
+    Batch batch = batch_of(i);
+    batch.routing = &observer;
+    EXPECT_TRUE(same_bits(split.leader()->finish(passes[static_cast<size_t>(i)]), whole->hidden_states(batch)));
+    if (i % 3 == 0) continue;
+    Routing traced = empty_trace(config, 2).routing, expected = traced;
+    observers[static_cast<size_t>(i)]->append_to(traced, 0, 5 + i);
+    observer.append_to(expected, 0, 5 + i);
+    EXPECT_EQ(traced.topk_ids, expected.topk_ids) << i;
+    EXPECT_EQ(traced.topk_weights, expected.topk_weights) << i;
+  }
+}
+
+TEST_P(EveryLayout, HasTheFingerprintOfOneProcess) {
+  Config config = splittable_config();
+  for (const bool tied : {false, true}) {
+    config.tie_word_embeddings = tied;
+    config.num_kv_heads = tied ? 1 : 4;  // which several ranks hold
+    for (const Packing packing : {Packing::kNone, Packing::kInt4}) {
+      if (packing != Packing::kNone && GetParam().tensor_size > 4) continue;  // blocks of 32 rows are not cut
+      const auto plain = tiny_model(config, torch::kBFloat16);
+      SplitModel split(plain, GetParam(), packing);
+      EXPECT_EQ(trace_fingerprint(*split.leader()), trace_fingerprint(*whole_model(plain, packing))) << tied;
+    }
+  }
+}
+
+TEST(ParallelModel, AFingerprintIsOfTheWeightsOfAllRanks) {
+  const auto plain = tiny_model(splittable_config());
+  const std::string before = trace_fingerprint(*plain);
+  for (auto& item : plain->named_parameters()) {
+    if (item.key().find("down_proj") != std::string::npos) continue;
+    const torch::NoGradGuard no_grad;
+    item.value().add_(1);
+    EXPECT_NE(trace_fingerprint(*plain), before) << item.key();
+    SplitModel split(plain, {2, 2});
+    EXPECT_EQ(trace_fingerprint(*split.leader()), trace_fingerprint(*plain)) << item.key();
+    item.value().sub_(1);
   }
 }
 
@@ -369,11 +431,11 @@ TEST(ParallelModel, ErrorsOfOneRankEndAll) {
 TEST(ParallelModel, RefusesWhatASplitModelCannotDo) {
   const Config config = splittable_config();
   SplitModel split(tiny_model(config), {1, 2});
-  RoutingObserver observer(config, false);
+  ForwardObserver observer;
   Batch batch = packed_batch({{1, 2}}, torch::kCPU);
   batch.observer = &observer;
   EXPECT_EQ(split_error_of<std::invalid_argument>([&] { split.leader()->hidden_states(batch); }),
-            "routing: is seen on one pipeline stage only, this model is split into 2; use tensor parallelism");
+            "an observer: needs the whole model in one process, this one is split over 2 ranks");
   EXPECT_EQ(split_error_of<std::invalid_argument>([&] { split.leader()->require_whole("calibrate"); }),
             "calibrate: needs the whole model in one process, this one is split over 2 ranks");
   EXPECT_THROW(split.leader()->init_random(1), std::invalid_argument);

@@ -76,14 +76,16 @@ TEST(RankMessage, PassesKeepAllTensors) {
   sent.zeroed = {5, 6};
   sent.batch = cache.prepare({{cache.add_sequence(), {7, 8, 9}}, {cache.add_sequence(), {10}}});
   sent.batch.experts_per_token = 2;
-  sent.batch.routing_of_first_rank = true;
+  sent.records_routing = sent.keeps_logits = true;
+  sent.forced = torch::arange(2 * 4 * 3, torch::kInt32).view({2, 4, 3}) - 1;  // [L,T,n]
   sent.batch.rows_by_experts = {{1, torch::tensor({0, 2}, torch::kInt64)}, {2, torch::tensor({1, 3}, torch::kInt64)}};
   const auto words = encode_pass(sent);
   const EncodedPass got = decode_pass(words, torch::kCPU);
   EXPECT_EQ(got.cache, 3);
   EXPECT_EQ(got.zeroed, sent.zeroed);
   EXPECT_EQ(got.batch.experts_per_token, 2);
-  EXPECT_TRUE(got.batch.routing_of_first_rank);
+  EXPECT_TRUE(got.records_routing && got.keeps_logits);
+  EXPECT_TRUE(same_bits(got.forced, sent.forced));
   const auto tensors = [](const Batch& batch) {
     return std::vector<torch::Tensor>{batch.input_ids,    batch.positions, batch.cu_seqlens, batch.offs,
                                       batch.slot_mapping, batch.kv_lens,   batch.page_table};
