@@ -114,7 +114,7 @@ def reading_ahead(folder: Path, rounds: int) -> Row:
 
 def forecast_of(plan: dict, missing: float) -> float:
     """Tokens per second, by the formula of docs/offload.md, when a token lacks so many bytes of its experts."""
-    in_memory = (plan["bytes_of_every_token"] + plan["expert_bytes_per_token"]) / plan["memory_bytes_per_second"]
+    in_memory = (plan["bytes_of_every_token"] + plan["expert_bytes_per_token"]) / plan["product_bytes_per_second"]
     return 1 / (in_memory + missing / plan["disk_bytes_per_second"])
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the C++ tests of the engine, the server's bridge and the ranks with these instrumented; any report fails. Needs scripts/setup.sh test.
+# Runs the C++ tests of the engine, the server's bridge and messages between ranks with these instrumented; any report
+# fails. Needs scripts/setup.sh test.
 #   scripts/sanitize.sh thread [FILTER]    ThreadSanitizer: what threads share without a lock
 #   scripts/sanitize.sh address [FILTER]   AddressSanitizer with leaks, UndefinedBehaviorSanitizer
 # FILTER is one of GoogleTest. The reports lie in build/sanitize-thread.log and build/sanitize-address.log.

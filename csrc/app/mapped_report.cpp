@@ -44,7 +44,7 @@ MappedReport report_mapped(const std::filesystem::path& folder, const Config& co
   MappedReport report;
   report.free = static_cast<double>(available_memory("cpu"));
   report.measured.disk = bandwidth_of_files(folder, config);
-  report.measured.memory =
+  report.measured.products =
       product_bandwidth(config, type, std::min(memory.weights, report.free / 2), throw_if_terminated);
   report.plan = plan_mapped(config, type, memory, report.free, report.measured);
   return report;
@@ -58,8 +58,8 @@ std::vector<std::pair<std::string, std::string>> mapped_rows(const MappedReport&
                          bytes_text(plan.experts_per_token) + " of experts"},
           {"in memory", percent(plan.resident_share) + " of " + bytes_text(plan.experts) + " of experts, with " +
                             bytes_text(report.free) + " free"},
-          {"decode", std::string(speed) + " (disk " + bandwidth_text(report.measured.disk) + ", memory " +
-                         bandwidth_text(report.measured.memory) + ")"}};
+          {"decode", std::string(speed) + " (disk " + bandwidth_text(report.measured.disk) + ", products " +
+                         bandwidth_text(report.measured.products) + ")"}};
 }
 
 nlohmann::json mapped_json(const MappedReport& report) {
@@ -73,7 +73,7 @@ nlohmann::json mapped_json(const MappedReport& report) {
           {"resident_share_of_experts", plan.resident_share},
           {"free_bytes", bytes(report.free)},
           {"disk_bytes_per_second", known(report.measured.disk)},
-          {"memory_bytes_per_second", known(report.measured.memory)},
+          {"product_bytes_per_second", known(report.measured.products)},
           {"decode_tokens_per_second", known(plan.tokens_per_second)}};
 }
 

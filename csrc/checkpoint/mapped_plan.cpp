@@ -27,9 +27,9 @@ MappedPlan plan_mapped(const Config& config, const WeightType& type, const Memor
   const double share = plan.experts > 0 ? room / plan.experts : room >= 0 ? 1 : 0;
   plan.resident_share = std::clamp(share, 0.0, 1.0);
   const double missing = plan.experts_per_token * (1 - plan.resident_share);
-  if (bandwidths.memory <= 0 || (missing > 0 && bandwidths.disk <= 0)) return plan;
+  if (bandwidths.products <= 0 || (missing > 0 && bandwidths.disk <= 0)) return plan;
   const double from_disk = missing > 0 ? missing / bandwidths.disk : 0;
-  plan.tokens_per_second = 1 / ((plan.always + plan.experts_per_token) / bandwidths.memory + from_disk);
+  plan.tokens_per_second = 1 / ((plan.always + plan.experts_per_token) / bandwidths.products + from_disk);
   return plan;
 }
 

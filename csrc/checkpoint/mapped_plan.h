@@ -7,7 +7,7 @@ namespace mixtral {
 
 // Bytes per second that come from the disk, and at which weights in memory are read and multiplied.
 struct Bandwidths {
-  double disk = 0, memory = 0;  // 0: not known
+  double disk = 0, products = 0;  // 0: not known
 };
 
 struct MappedPlan {
