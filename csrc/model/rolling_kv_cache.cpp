@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kName = "the key/value cache";  // in errors
 
-void require(bool condition, const std::string& message) {
+void require_cache(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error("RollingKVCache: " + message);
 }
 
@@ -23,11 +23,12 @@ int64_t rows_of(const RollingKVCache::Options& options) {
 }
 
 const RollingKVCache::Options& checked(const Config& config, const RollingKVCache::Options& options) {
-  require(options.page_size > 0, "page_size must be > 0, got " + std::to_string(options.page_size));
-  require(options.max_chunk > 0, "max_chunk must be > 0, got " + std::to_string(options.max_chunk));
-  require(options.num_pages > 0 && options.num_pages <= INT32_MAX,
-          "num_pages must be in [1, 2^31), got " + std::to_string(options.num_pages));
-  require(options.padding_tokens >= 0, "padding_tokens must be >= 0, got " + std::to_string(options.padding_tokens));
+  require_cache(options.page_size > 0, "page_size must be > 0, got " + std::to_string(options.page_size));
+  require_cache(options.max_chunk > 0, "max_chunk must be > 0, got " + std::to_string(options.max_chunk));
+  require_cache(options.num_pages > 0 && options.num_pages <= INT32_MAX,
+                "num_pages must be in [1, 2^31), got " + std::to_string(options.num_pages));
+  require_cache(options.padding_tokens >= 0,
+                "padding_tokens must be >= 0, got " + std::to_string(options.padding_tokens));
   const int64_t bytes = RollingKVCache::page_bytes(config, options.page_size, options.dtype);
   check_memory(kName, static_cast<double>(rows_of(options)) * static_cast<double>(bytes), options.device.str());
   return options;
@@ -91,7 +92,7 @@ int64_t RollingKVCache::add_sequence(const std::vector<int64_t>& ids, int64_t mo
 
 RollingKVCache::Sequence& RollingKVCache::find(int64_t sequence) {
   const auto found = sequences_.find(sequence);
-  require(found != sequences_.end(), "sequence must be one that was added, got " + std::to_string(sequence));
+  require_cache(found != sequences_.end(), "sequence must be one that was added, got " + std::to_string(sequence));
   return found->second;
 }
 
@@ -148,9 +149,9 @@ void RollingKVCache::commit(int64_t sequence, const std::vector<int64_t>& ids) {
 bool RollingKVCache::truncate(int64_t sequence, int64_t length) {
   Sequence& held = find(sequence);
   const int64_t least = held.committed * options_.page_size;
-  require(length >= least && length <= held.length, "truncate expected a length in [" + std::to_string(least) + ", " +
-                                                        std::to_string(held.length) + "], got " +
-                                                        std::to_string(length));
+  require_cache(length >= least && length <= held.length, "truncate expected a length in [" + std::to_string(least) +
+                                                              ", " + std::to_string(held.length) + "], got " +
+                                                              std::to_string(length));
   const auto range = visible_pages(length, 0);
   if (range.first < held.first) return false;
   held.length = length;
@@ -175,10 +176,10 @@ RollingKVCache::Contents RollingKVCache::contents(int64_t sequence) const {
 void RollingKVCache::load(const Contents& contents, const std::vector<int64_t>& ids, int64_t kind) {
   const int64_t count = contents.keys.at(0).size(0);
   const auto visible = visible_pages(contents.length, 0);
-  require(count >= visible.end - visible.first && count <= visible.end,
-          "contents of " + std::to_string(contents.length) + " tokens must have " +
-              std::to_string(visible.end - visible.first) + " to " + std::to_string(visible.end) + " pages, got " +
-              std::to_string(count));
+  require_cache(count >= visible.end - visible.first && count <= visible.end,
+                "contents of " + std::to_string(contents.length) + " tokens must have " +
+                    std::to_string(visible.end - visible.first) + " to " + std::to_string(visible.end) +
+                    " pages, got " + std::to_string(count));
   if (count > pages_available()) {
     throw OutOfMemory(std::string(kName) + ": has no room for a prompt cache of " + std::to_string(count) +
                       " pages, only for " + std::to_string(pages_available()));
@@ -208,23 +209,25 @@ RollingKVCache::PageRange RollingKVCache::visible_pages(int64_t length, int64_t 
 }
 
 void RollingKVCache::check(const std::vector<Chunk>& chunks) const {
-  require(!chunks.empty(), "chunks must not be empty");
+  require_cache(!chunks.empty(), "chunks must not be empty");
   std::set<int64_t> seen;
   int64_t needed = 0;  // pages taken less pages given back
   for (const Chunk& chunk : chunks) {
     const auto found = sequences_.find(chunk.sequence);
-    require(found != sequences_.end(), "sequence must be one that was added, got " + std::to_string(chunk.sequence));
-    require(seen.insert(chunk.sequence).second,
-            "a sequence must have one chunk per batch, got two of sequence " + std::to_string(chunk.sequence));
+    require_cache(found != sequences_.end(),
+                  "sequence must be one that was added, got " + std::to_string(chunk.sequence));
+    require_cache(seen.insert(chunk.sequence).second,
+                  "a sequence must have one chunk per batch, got two of sequence " + std::to_string(chunk.sequence));
     const int64_t tokens = static_cast<int64_t>(chunk.input_ids.size());
-    require(tokens > 0 && tokens <= options_.max_chunk,
-            "a chunk must have 1 to " + std::to_string(options_.max_chunk) + " tokens, got " + std::to_string(tokens));
+    require_cache(
+        tokens > 0 && tokens <= options_.max_chunk,
+        "a chunk must have 1 to " + std::to_string(options_.max_chunk) + " tokens, got " + std::to_string(tokens));
     const Sequence& sequence = found->second;
     needed += pages_to_take(sequence, tokens);
     if (!sequence.prefix) needed -= visible_pages(sequence.length, 0).first - sequence.first;  // nobody shares these
   }
-  require(needed <= pages_available(), "the batch needs " + std::to_string(needed) + " more pages, got " +
-                                           std::to_string(pages_available()) + " free");
+  require_cache(needed <= pages_available(), "the batch needs " + std::to_string(needed) + " more pages, got " +
+                                                 std::to_string(pages_available()) + " free");
 }
 
 void RollingKVCache::release_pages(Sequence& sequence) {
