@@ -63,7 +63,7 @@ std::vector<std::string> Communicator::exchange_texts(const std::string& own) {
   const std::vector<int64_t> rows(size_of, size_of + size());
   const torch::Tensor bytes = torch::empty({std::accumulate(rows.begin(), rows.end(), int64_t{0})}, torch::kByte);
   char* text = static_cast<char*>(bytes.mutable_data_ptr());
-  std::memcpy(text + std::accumulate(rows.begin(), rows.begin() + rank(), int64_t{0}), own.data(), own.size());
+  std::copy(own.begin(), own.end(), text + std::accumulate(rows.begin(), rows.begin() + rank(), int64_t{0}));
   all_gather(bytes, rows);
 
   std::vector<std::string> texts;
