@@ -1,7 +1,6 @@
 #include "communicator.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
