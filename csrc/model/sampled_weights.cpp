@@ -13,6 +13,7 @@ namespace mixtral {
 namespace {
 
 constexpr int64_t kSampledRows = 64, kSampledValues = 64;  // of a parameter, of a row
+constexpr int64_t kStepDepth = 32;                         // of a packed block
 
 int64_t step_of(int64_t count, int64_t samples) { return std::max<int64_t>(count / samples, 1); }
 
@@ -22,6 +23,14 @@ std::vector<RowRange> rows_held_before(const Parameter& parameter, const Config&
   while (of.tensor_rank-- > 0)
     for (const RowRange& rows : shard_of(parameter, config, of).rows) held.push_back(rows);
   return held;
+}
+
+// Of the values of a row or block, those to sample from. A layout that cuts the columns of the down projections leaves
+// the first ones on its first rank: one there, or the first step of a block.
+int64_t sampled_width(const Parameter& parameter, const torch::Tensor& own, int64_t width) {
+  if (parameter.cut != Cut::kDown) return width;
+  if (!is_packed(own)) return 1;
+  return own.dim() == 4 ? own.size(-1) : kStepDepth;  // a step; some values of one where a block is one dimension
 }
 
 // own: the part of the parameter that this rank holds. Its rows are hashed, or blocks of rows where it is packed.
@@ -43,7 +52,8 @@ uint64_t sample_of(const Parameter& parameter, const torch::Tensor& own, const C
   }
   if (at.empty()) return 0;
   const auto rows = packed ? own.flatten(0, 1).flatten(1) : own.view({-1, own.size(-1)});
-  const auto sampled = rows.slice(1, 0, rows.size(1), step_of(rows.size(1), kSampledValues))
+  const int64_t width = sampled_width(parameter, own, rows.size(1));
+  const auto sampled = rows.slice(1, 0, width, step_of(width, kSampledValues))
                            .index_select(0, torch::tensor(at, torch::kInt64).to(own.device()))
                            .cpu()
                            .contiguous();
@@ -68,7 +78,7 @@ uint64_t sampled_weights(const MixtralImpl& model) {
   uint64_t sum = 0;
   for (const Parameter& parameter : placed_parameters(config, placement)) {
     const bool is_copy = parameter.name == "embed_tokens" && !placement.is_first_stage();  // which is the head too
-    if (parameter.cut != Cut::kDown && !is_copy) sum += sample_of(parameter, own[parameter.name], config, placement);
+    if (!is_copy) sum += sample_of(parameter, own[parameter.name], config, placement);
   }
   return sum;
 }

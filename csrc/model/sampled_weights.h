@@ -8,7 +8,7 @@ namespace mixtral {
 class MixtralImpl;
 
 // Of some rows of each parameter, those that this rank holds and no rank before it: the sum over the ranks of a model
-// is the same in every layout. But for the down projections, whose rows some layouts cut.
+// is the same in every layout.
 uint64_t sampled_weights(const MixtralImpl& model);
 
 }  // namespace mixtral
