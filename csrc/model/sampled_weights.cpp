@@ -13,7 +13,6 @@ namespace mixtral {
 namespace {
 
 constexpr int64_t kSampledRows = 64, kSampledValues = 64;  // of a parameter, of a row
-constexpr int64_t kStepDepth = 32;                         // of a packed block
 
 int64_t step_of(int64_t count, int64_t samples) { return std::max<int64_t>(count / samples, 1); }
 
@@ -26,11 +25,12 @@ std::vector<RowRange> rows_held_before(const Parameter& parameter, const Config&
 }
 
 // Of the values of a row or block, those to sample from. A layout that cuts the columns of the down projections leaves
-// the first ones on its first rank: one there, or the first step of a block.
+// the first ones on its first rank: one of a row, or a step of a block. Nothing of a block of int8 or fp8, whose scales
+// are of the columns that a rank has.
 int64_t sampled_width(const Parameter& parameter, const torch::Tensor& own, int64_t width) {
   if (parameter.cut != Cut::kDown) return width;
   if (!is_packed(own)) return 1;
-  return own.dim() == 4 ? own.size(-1) : kStepDepth;  // a step; some values of one where a block is one dimension
+  return own.dim() == 4 ? own.size(-1) : 0;
 }
 
 // own: the part of the parameter that this rank holds. Its rows are hashed, or blocks of rows where it is packed.

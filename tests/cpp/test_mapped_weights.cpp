@@ -260,7 +260,9 @@ TEST(LockedWeights, PagesOfMappedFilesStayInMemoryAndAreNotCopied) {
   EXPECT_EQ(of_mappings("out/model.safetensors", "Anonymous"), 0);
   EXPECT_GE(locked_bytes(), bytes);
   // The system may not drop them now.
-  if (dropped) EXPECT_FALSE(drop_from_memory(file));
+  if (dropped) {
+    EXPECT_FALSE(drop_from_memory(file));
+  }
   whole(model, random_ids(5, model->config().vocab_size, 1));
   EXPECT_EQ(model->expert_runner()->counts().misses, 0);
 }

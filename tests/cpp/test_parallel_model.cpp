@@ -254,6 +254,16 @@ TEST_P(EveryLayout, HasTheFingerprintOfOneProcess) {
   }
 }
 
+TEST(ParallelModel, CutExpertsHaveTheFingerprintOfOneProcess) {
+  for (const Packing packing : {Packing::kNone, Packing::kFloat, Packing::kInt8, Packing::kFp8, Packing::kInt4}) {
+    const auto plain = tiny_model(splittable_config(), torch::kBFloat16);
+    for (const Layout layout : {Layout{2, 1, false}, Layout{2, 2, false}}) {
+      SplitModel split(plain, layout, packing);
+      EXPECT_EQ(trace_fingerprint(*split.leader()), trace_fingerprint(*whole_model(plain, packing)));
+    }
+  }
+}
+
 TEST(ParallelModel, AFingerprintIsOfTheWeightsOfAllRanks) {
   const auto plain = tiny_model(splittable_config());
   const std::string before = trace_fingerprint(*plain);
@@ -261,8 +271,10 @@ TEST(ParallelModel, AFingerprintIsOfTheWeightsOfAllRanks) {
     const torch::NoGradGuard no_grad;
     item.value().add_(1);
     EXPECT_NE(trace_fingerprint(*plain), before) << item.key();
-    SplitModel split(plain, {2, 2});
-    EXPECT_EQ(trace_fingerprint(*split.leader()), trace_fingerprint(*plain)) << item.key();
+    for (const bool whole_experts : {true, false}) {
+      SplitModel split(plain, {2, 2, whole_experts});
+      EXPECT_EQ(trace_fingerprint(*split.leader()), trace_fingerprint(*plain)) << item.key() << whole_experts;
+    }
     item.value().sub_(1);
   }
 }
