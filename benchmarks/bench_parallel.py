@@ -1,6 +1,6 @@
 """A model cut over processes of this host, against one process: tokens a second, bytes sent, the pipeline's bubble.
 
-Decoding is that of the shape ``mid``, which reads 1.7 GB for a token. The bubble is that of a model of 0.7 G weights.
+Decoding is that of the shape ``small``, which reads 0.77 GB for a token. The bubble is that of a model of 0.7 G weights.
 What is compared takes turns, and medians count. Ranks have one thread each; the rows say how many one process has.
 """
 
@@ -27,7 +27,7 @@ TURNS = 3
 # The same with experts that are read soon: what is sent does not depend on their size.
 THIN = replace(SHAPE, intermediate=256)
 MODELS = Path(tempfile.gettempdir()) / "mixtral-bench-models"
-DECODE_FOLDER, FOLDER, THIN_FOLDER = MODELS / "mid", MODELS / "parallel", MODELS / "parallel-thin"
+DECODE_FOLDER, FOLDER, THIN_FOLDER = MODELS / "small", MODELS / "parallel", MODELS / "parallel-thin"
 PROMPT = 128  # tokens of a pass, for the bubble
 PASSES = (1, 2, 4, 8)
 STAGES = 2
@@ -218,7 +218,7 @@ def bubble(bench: Bench) -> None:
 
 def run(bench: Bench) -> None:
     torch.set_num_threads(1)
-    write_checkpoint(SHAPES["mid"], DECODE_FOLDER)
+    write_checkpoint(SHAPES["small"], DECODE_FOLDER)
     write_checkpoint(SHAPE, FOLDER)
     write_checkpoint(THIN, THIN_FOLDER)
     decode(bench)
