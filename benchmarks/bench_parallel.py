@@ -1,7 +1,8 @@
 """A model cut over processes of this host, against one process: tokens a second, bytes sent, the pipeline's bubble.
 
-Decoding is that of the shape ``small``, which reads 0.77 GB for a token. The bubble is that of a model of 0.7 G weights.
-What is compared takes turns, and medians count. Ranks have one thread each; the rows say how many one process has.
+Decoding is that of the shape ``small``, which reads 0.77 GB for a token; the bubble is that of a model of 0.7 G
+weights. What is compared takes turns, and medians count. Ranks have one thread each; the rows say how many one process
+has.
 """
 
 import contextlib
