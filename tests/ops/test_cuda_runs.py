@@ -114,9 +114,8 @@ def test_graph_replay_with_changing_routing(tokens, quantize):
             assert torch.equal(out, ops.moe_mlp(x, weights, ids, gate_up, down)), f"replay {replay}"
 
 
-def test_graph_replay_of_paged_prefill_with_growing_sequences():
-    """Pages of 16, as the engine's: a block of keys comes from eight of them."""
-    arguments = paged([300, 40], 1024, 512)
+def replay_attention(arguments, lengths):
+    """Attention over the cache in one graph, replayed with each of ``lengths``, against calls without a graph."""
     q, kv_lens = arguments[0], arguments[5]
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -124,27 +123,20 @@ def test_graph_replay_of_paged_prefill_with_growing_sequences():
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         out = ops.rolling_kv_cache_attention(*arguments)
-    for length in range(300, 1025, 29):
-        kv_lens.copy_(torch.tensor([length, 1324 - length], device="cuda"))
+    for of_sequences in lengths:
+        kv_lens.copy_(torch.tensor(of_sequences, device="cuda"))
         q.normal_()
         graph.replay()
-        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
+        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"lengths {of_sequences}"
+
+
+def test_graph_replay_of_paged_prefill_with_growing_sequences():
+    """Pages of 16, as the engine's: a block of keys comes from eight of them."""
+    replay_attention(paged([300, 40], 1024, 512), [[length, 1324 - length] for length in range(300, 1025, 29)])
 
 
 def test_graph_replay_of_decode_attention_with_growing_sequences():
-    arguments = decode(4, 1024, 512)
-    q, kv_lens = arguments[0], arguments[5]
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        ops.rolling_kv_cache_attention(*arguments)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        out = ops.rolling_kv_cache_attention(*arguments)
-    for length in range(0, 1024, 7):
-        kv_lens.copy_(torch.tensor([length, 1, 1024 - length, 1024], device="cuda"))
-        q.normal_()
-        graph.replay()
-        assert torch.equal(out, ops.rolling_kv_cache_attention(*arguments)), f"length {length}"
+    replay_attention(decode(4, 1024, 512), [[length, 1, 1024 - length, 1024] for length in range(0, 1024, 7)])
 
 
 class DecodeStep:
