@@ -1,7 +1,6 @@
 #include "sampled_weights.h"
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <vector>
 
