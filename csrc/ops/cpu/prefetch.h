@@ -20,7 +20,7 @@ MIXTRAL_INLINE void prefetch_ahead(const void* at) {
 }
 
 // The same with one prefetch a line, into L1: for processors with AVX2 alone. On Zen 3 a prefetch into L2 takes one of
-// the misses of L1 too, and two prefetches a line read bf16 weights at 70 % of the rate of one.
+// the misses of L1 too. Memory that is read strictly in order needs none there (weight_kernels_avx2.cpp).
 template <int64_t kBytes>
 MIXTRAL_INLINE void prefetch_ahead_once(const void* at) {
   constexpr int64_t kNear = 4096;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../cpu/isa.h"
-#include "../cpu/prefetch.h"
 #include "fp8_rows.h"
 #include "half_steps.h"
 #include "int4_levels.h"
@@ -27,6 +26,13 @@ struct Pairs {
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i operator[](int p) const { return made[p]; }
 };
 
+// Vector v of group g of a half whose pairs are made one by one.
+template <typename Half>
+MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs group(const Half& half, int g, int v) {
+  const int first = g * kGroupPairs;
+  return {{half.pair(first, v), half.pair(first + 1, v), half.pair(first + 2, v), half.pair(first + 3, v)}};
+}
+
 MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i load(const void* at) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(at));
 }
@@ -46,33 +52,27 @@ struct Bf16Pairs {
 
 // Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
 
-class Bf16Half : public HalfSteps<kStepElements, cpu::prefetch_ahead_once<kStepElements>>, public Bf16Pairs {
+class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
  public:
   using HalfSteps::HalfSteps;
 
-  // Made when they are used: registers are few.
-  struct Pairs {
-    const char* at;
-    MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i operator[](int p) const { return load(at + p * 64); }
-  };
+  // Vector v of a pair of depths of the step.
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i pair(int p, int v) const { return load(at_ + p * 64 + v * 32); }
 
-  // Vector v of group g of the step.
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return {at_ + g * kGroupPairs * 64 + v * 32}; }
+  // Vector v of a group of pairs.
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return group(*this, g, v); }
 };
 
 // The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
-class Int8Half : public HalfSteps<kStepElements / 2, cpu::prefetch_ahead_once<kStepElements / 2>> {
+class Int8Half : public HalfSteps<kStepElements / 2> {
  public:
   using HalfSteps::HalfSteps;
 
-  struct Pairs {
-    const char* at;
-    MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i operator[](int p) const {
-      return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + p * 32)));
-    }
-  };
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i pair(int p, int v) const {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at_ + p * 32 + v * 16)));
+  }
 
-  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return {at_ + g * kGroupPairs * 32 + v * 16}; }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Pairs pairs(int g, int v) const { return group(*this, g, v); }
 
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 even(__m256i pair) {
     return _mm256_cvtepi32_ps(_mm256_slli_epi32(pair, 16));
@@ -127,7 +127,6 @@ class Int4Half : public Bf16Pairs {
 
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
     at_ = next_ + kBlockRows + h_ * kBytes;
-    cpu::prefetch_ahead_once<kBytes>(at_);
     // Each scale as the upper byte of two words, and as the four bytes of a column in the order of `pairs`.
     const __m256i upper = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
                                            -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
@@ -224,6 +223,43 @@ class Fp8Half : public Bf16Pairs {
 
   Fp8Rows rows_;
   __m256i exponents_[kVectors];
+};
+
+// Halves of int4 or fp8, decoded into the first-level cache: registers hold either what decoding needs or sums; both at
+// once do not fit.
+//
+// A register of pairs lies in the upper half of a line. So a load that begins two bytes earlier has the even depths
+// where odd ones are, and a mask makes f32 of both. A shift would take one of the two ports that multiply-adds leave
+// it.
+template <typename Half>
+class Decoded {
+ public:
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Decoded(const char* block, int64_t depth, int64_t step, int64_t h)
+      : half_(block, depth, step, h) {}
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void begin_step() {
+    half_.begin_step();
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const auto made = half_.pairs(g, v);
+#pragma GCC unroll 4
+        for (int p = 0; p < kGroupPairs; ++p)
+          _mm256_store_si256(reinterpret_cast<__m256i*>(lines_[g * kGroupPairs + p][v] + kLineBytes / 2), made[p]);
+      }
+  }
+
+  // Of the step.
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE const char* pair(int p, int v) const { return lines_[p][v] + kLineBytes / 2; }
+
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 even(const char* pair) { return Half::odd(load(pair - 2)); }
+  MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE static __m256 odd(const char* pair) { return Half::odd(load(pair)); }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  Half half_;
+  alignas(kLineBytes) char lines_[kStepDepth / 2][kVectors][kLineBytes];
 };
 
 }  // namespace mixtral::avx2

@@ -40,9 +40,14 @@ struct Bf16Pairs {
 
 // Each class is half `h` of the steps of a block whose rows are `depth` long, one step after the other from `step` on.
 
-class Bf16Half : public HalfSteps<kStepElements, cpu::prefetch_ahead<kStepElements>>, public Bf16Pairs {
+class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
  public:
   using HalfSteps::HalfSteps;
+
+  MIXTRAL_INLINE void begin_step() {
+    HalfSteps::begin_step();
+    cpu::prefetch_ahead<kStepElements>(at_);
+  }
 
   // Group g of the step.
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
@@ -54,9 +59,14 @@ class Bf16Half : public HalfSteps<kStepElements, cpu::prefetch_ahead<kStepElemen
 };
 
 // The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
-class Int8Half : public HalfSteps<kStepElements / 2, cpu::prefetch_ahead<kStepElements / 2>> {
+class Int8Half : public HalfSteps<kStepElements / 2> {
  public:
   using HalfSteps::HalfSteps;
+
+  MIXTRAL_INLINE void begin_step() {
+    HalfSteps::begin_step();
+    cpu::prefetch_ahead<kStepElements / 2>(at_);
+  }
 
   MIXTRAL_TARGET_AVX512 MIXTRAL_INLINE Pairs pairs(int g) const {
     Pairs out;

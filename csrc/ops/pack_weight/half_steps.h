@@ -7,9 +7,8 @@
 
 namespace mixtral {
 
-// Half `h`, of kBytes, of the steps of a block, one step after the other from `step` on. `prefetch` is one of
-// prefetch.h.
-template <int64_t kBytes, void (*prefetch)(const void*)>
+// Half `h`, of kBytes, of the steps of a block, one step after the other from `step` on.
+template <int64_t kBytes>
 class HalfSteps {
  public:
   MIXTRAL_INLINE HalfSteps(const char* block, int64_t, int64_t step, int64_t h)
@@ -17,7 +16,6 @@ class HalfSteps {
 
   MIXTRAL_INLINE void begin_step() {
     at_ = next_;
-    prefetch(at_);
     next_ += 2 * kBytes;
   }
 

@@ -1,15 +1,17 @@
-// Weights are decoded eight columns at a time and multiplied at once, as f32. A tile of rows and columns keeps its sums
-// in registers for a chain of depths.
+// A step of a few blocks at a time, first one half of all of them, then the other, for all rows. So each block is read
+// once, in order, and the processor's own prefetchers keep up: on Zen 3 one core reads bf16 weights as fast as it reads
+// memory at all. Halves in turn within a block, or instructions that prefetch, lower that by a third: an access that
+// finds its line fetched does not train the prefetchers.
 //
-// One row of a block of bf16 or int8 is bound by the fused multiply-adds' latency of four cycles, with four registers
-// of sums: 64 weights in 8 cycles. Measured on Zen 3, in the cache: bf16 9.4, int8 10.5 cycles.
+// bf16 and int8 are widened in registers. int4 and fp8 are decoded into the first-level cache first. A tile of rows and
+// columns then has eight registers of sums, so that no multiply-add waits for another. Cycles of 64 weights and one
+// row, measured on Zen 3 in the cache: bf16 6.7, int8 9.4, int4 12.6, fp8 39. Peak of one row: 4 to multiply.
 //
-// int4 is decoded and multiplied in turn. 64 weights take 21 vector instructions to decode, 13 of which shuffle or
-// shift and have two of four ports: 6.4 cycles. They take 16 to multiply, any four a cycle: 4 cycles. Measured: 7.4
-// and 5.3 alone, 12.6 in turn. Eight rows take 44 cycles, where 32 are the peak of
-// multiply-adds.
+// int8 takes 20 instructions to widen and 8 to multiply, any four a cycle: 7. int4 takes 21 vector instructions to
+// decode, 13 of which shuffle or shift and have two of four ports: 6.4 cycles, and 16 to mask and multiply.
+#include <utility>
+
 #include "blocks_avx2.h"
-#include "row_tiles.h"
 #include "weight_kernels.h"
 
 #if defined(__x86_64__)
@@ -19,7 +21,8 @@ namespace {
 
 using namespace avx2;
 
-// The products of one depth of kRows rows, `depth` apart, with sixteen columns, whose sums begin at register `first`.
+// Adds the products of one depth of kRows rows, `depth` apart, with sixteen columns, whose sums begin at register
+// `first`.
 template <int kRows, int kRegisters>
 MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void add_products(const float* a, int64_t depth, __m256 left, __m256 right,
                                                      int first, __m256 (&sum)[kRows][kRegisters]) {
@@ -31,163 +34,88 @@ MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void add_products(const float* a, int64_t dep
   }
 }
 
-// kRows rows of a [kRows, depth] times kHalves halves of a block from half `first` on -> sums [kRows, 32].
-template <typename Half, int kRows, int kHalves>
-MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void multiply_tile(const char* block, int64_t first, const float* a, int64_t depth,
-                                                      float* sums) {
-  Half halves[2] = {{block, depth, 0, first}, {block, depth, 0, 1}};
-  sums += first * 16;
-  for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
-    __m256 sum[kRows][kHalves * kVectors];
+constexpr int64_t kHalfColumns = kPanelColumns / 2;
+
+// kRows rows of a, `depth` apart, times the steps of kHalves halves, added to sums [kHalves, `stride`
+// apart][kRows][16].
+template <int kRows, int kHalves, typename Half>
+MIXTRAL_TARGET_AVX2 __attribute__((noinline)) void add_tile(const Half* halves, const float* a, int64_t depth,
+                                                            float* sums, int64_t stride) {
+  __m256 sum[kRows][kHalves * kVectors];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (__m256& vector : sum[r]) vector = _mm256_setzero_ps();
-    const int64_t end = std::min(depth, begin + kChainDepth);
-    for (int64_t k = begin; k < end; k += kStepDepth) {
-#pragma GCC unroll 2
-      for (int i = 0; i < kHalves; ++i) halves[i].begin_step();
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalves * kVectors; ++i)
+      sum[r][i] = _mm256_load_ps(sums + i / kVectors * stride + r * kHalfColumns + i % kVectors * 8);
 #pragma GCC unroll 1
-      for (int g = 0; g < kGroups; ++g)  // not unrolled: the loop has to fit the cache of decoded instructions
-#pragma GCC unroll 2
-        for (int i = 0; i < kHalves; ++i) {
-          const auto left = halves[i].pairs(g, 0), right = halves[i].pairs(g, 1);
-          const float* at = a + k + g * 2 * kGroupPairs;
-          asm("" : "+r"(at));  // else the compiler keeps the values of a for the next half and runs out of registers
+  for (int p = 0; p < kStepDepth / 2; ++p, a += 2)
 #pragma GCC unroll 4
-          for (int p = 0; p < kGroupPairs; ++p, at += 2) {
-            add_products(at, depth, Half::even(left[p]), Half::even(right[p]), i * kVectors, sum);
-            add_products(at + 1, depth, Half::odd(left[p]), Half::odd(right[p]), i * kVectors, sum);
-          }
-        }
+    for (int i = 0; i < kHalves; ++i) {
+      const auto left = halves[i].pair(p, 0), right = halves[i].pair(p, 1);
+      add_products(a, depth, Half::even(left), Half::even(right), i * kVectors, sum);
+      const float* next = a + 1;
+      // Else the compiler loads the values of both depths first, and runs out of registers.
+      if constexpr (kRows > 1) asm("" : "+r"(next) : "x"(sum[kRows - 1][i * kVectors]));
+      add_products(next, depth, Half::odd(left), Half::odd(right), i * kVectors, sum);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < kHalves * kVectors; ++i) {
-        float* to = sums + r * kPanelColumns + i * 8;
-        const __m256 before = begin == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(to);
-        _mm256_storeu_ps(to, _mm256_add_ps(before, sum[r][i]));
-      }
-  }
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalves * kVectors; ++i)
+      _mm256_store_ps(sums + i / kVectors * stride + r * kHalfColumns + i % kVectors * 8, sum[r][i]);
 }
 
-// As row_tiles.h needs it.
+// The same of `rows` rows and an even number of halves, in tiles of at most eight registers of sums.
 template <typename Half>
-struct F32Kernel {
-  using Operand = float;
-  static constexpr int kTileRows = 4;
-  static constexpr bool kTwoBlocks = false;
-
-  template <int kRows>
-  MIXTRAL_TARGET_AVX2 __attribute__((noinline)) static void multiply(const char* block, const float* a, int64_t depth,
-                                                                     float* sums) {
-    if constexpr (kRows <= 2) {
-      multiply_tile<Half, kRows, 2>(block, 0, a, depth, sums);
-    } else {
-      for (int64_t h = 0; h < 2; ++h) multiply_tile<Half, kRows, 1>(block, h, a, depth, sums);
-    }
-  }
-};
-
-// int4: half a step is decoded for all rows at once, into the first-level cache, and multiplied from there. Registers
-// hold either what decoding needs or sums; both at once do not fit. One row takes two blocks at a time, for with eight
-// registers of sums no multiply-add waits for another.
-//
-// A register of pairs lies in the upper half of a line. So a load that begins two bytes earlier has the even depths
-// where odd ones are, and a mask makes f32 of both. A shift would take one of the two ports that multiply-adds leave
-// it.
-constexpr int64_t kLineBytes = 64, kHalfLines = kGroups * kGroupPairs * kVectors;
-
-MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE void decode_half_step(Int4Half& half, char* lines) {
-  half.begin_step();
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const auto pairs = half.pairs(g, v);
-#pragma GCC unroll 4
-      for (int p = 0; p < kGroupPairs; ++p) {
-        char* line = lines + ((g * kGroupPairs + p) * kVectors + v) * kLineBytes;
-        _mm256_store_si256(reinterpret_cast<__m256i*>(line + kLineBytes / 2), pairs[p]);
-      }
-    }
-}
-
-// sums [kRows, `stride` apart][kHalves][16] += kRows rows of a, `depth` apart, times kHalves decoded halves.
-template <int kRows, int kHalves>
-MIXTRAL_TARGET_AVX2 __attribute__((noinline)) void add_halves(const char* lines, const float* a, int64_t depth,
-                                                              float* sums, int64_t stride) {
-  constexpr int kRegisters = kHalves * kVectors;
-  __m256 sum[kRows][kRegisters];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < kRegisters; ++i) sum[r][i] = _mm256_load_ps(sums + r * stride + i * 8);
-#pragma GCC unroll 1
-  for (int pair = 0; pair < kStepDepth / 2; ++pair, a += 2, lines += kVectors * kLineBytes)
-#pragma GCC unroll 4
-    for (int i = 0; i < kRegisters; i += kVectors) {
-      const char* at = lines + i / kVectors * kHalfLines * kLineBytes + kLineBytes / 2;
-#pragma GCC unroll 2
-      for (int d = 0; d < 2; ++d) {
-        const __m256 left = Bf16Pairs::odd(load(at - 2 + 2 * d));
-        const __m256 right = Bf16Pairs::odd(load(at + kLineBytes - 2 + 2 * d));
-        add_products(a + d, depth, left, right, i, sum);
-      }
-    }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < kRegisters; ++i) _mm256_store_ps(sums + r * stride + i * 8, sum[r][i]);
-}
-
-// The same for any number of rows and one or two blocks.
-MIXTRAL_TARGET_AVX2 inline void add_step(const char* lines, int64_t blocks, const float* a, int64_t rows, int64_t depth,
-                                         float* sums) {
-  const int64_t stride = blocks * kPanelColumns;
-  const auto add = [&](auto add_tile, int64_t halves) {
-    for (int64_t h = 0; h < 2 * blocks; h += halves)
-      add_tile(lines + h * kHalfLines * kLineBytes, a, depth, sums + h * 16, stride);
+void add_step(const Half* halves, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
+  const int64_t stride = rows * kHalfColumns;
+  const auto add = [&](auto add_tile, int64_t at_once) {
+    for (int64_t i = 0; i < count; i += at_once) add_tile(halves + i, a, depth, sums + i * stride, stride);
   };
-  for (; rows >= 4; rows -= 4, a += 4 * depth, sums += 4 * stride) add(add_halves<4, 1>, 1);
-  if (rows == 3) add(add_halves<3, 1>, 1);
-  if (rows == 2) add(add_halves<2, 2>, 2);
-  if (rows == 1) blocks == 2 ? add(add_halves<1, 4>, 4) : add(add_halves<1, 2>, 2);
+  for (; rows >= 4; rows -= 4, a += 4 * depth, sums += 4 * kHalfColumns) add(add_tile<4, 1, Half>, 1);
+  if (rows == 3) add(add_tile<3, 1, Half>, 1);
+  if (rows == 2) add(add_tile<2, 2, Half>, 2);
+  if (rows == 1) count % 4 == 0 ? add(add_tile<1, 4, Half>, 4) : add(add_tile<1, 2, Half>, 2);
+}
+
+// sums [rows][2][16] = or += chain [2][rows][16]
+MIXTRAL_TARGET_AVX2 inline void add_chain(const float* chain, int64_t rows, bool is_first, float* sums) {
+  for (int64_t h = 0; h < 2; ++h)
+    for (int64_t r = 0; r < rows; ++r, chain += kHalfColumns)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = sums + r * kPanelColumns + h * kHalfColumns + v * 8;
+        const __m256 before = is_first ? _mm256_setzero_ps() : _mm256_loadu_ps(to);
+        _mm256_storeu_ps(to, _mm256_add_ps(before, _mm256_load_ps(chain + v * 8)));
+      }
 }
 
 constexpr int64_t kMostRows = 16;
 
-// Rows of a times one or two blocks -> sums[block] [rows, 32].
-MIXTRAL_TARGET_AVX2 void multiply_decoded(const char* const (&block)[2], int64_t blocks, const float* a, int64_t rows,
-                                          int64_t depth, float* const (&sums)[2]) {
-  alignas(kLineBytes) char lines[4 * kHalfLines * kLineBytes];
-  alignas(32) float chain[kMostRows * 2 * kPanelColumns];
-  Int4Half halves[4] = {
-      {block[0], depth, 0, 0}, {block[0], depth, 0, 1}, {block[1], depth, 0, 0}, {block[1], depth, 0, 1}};
+// Rows of a times kBlocks blocks -> sums [kBlocks, rows, 32].
+template <typename Half, int64_t kBlocks, size_t... kHalf>
+MIXTRAL_TARGET_AVX2 void multiply_blocks(const char* const* blocks, const float* a, int64_t rows, int64_t depth,
+                                         float* sums, std::index_sequence<kHalf...>) {
+  constexpr int64_t kHalves = 2 * kBlocks;
+  alignas(32) float chain[kHalves * kMostRows * kHalfColumns];  // [half][block][rows][16]
+  Half halves[] = {Half(blocks[kHalf % kBlocks], depth, 0, kHalf / kBlocks)...};
   for (int64_t begin = 0; begin < depth; begin += kChainDepth) {
-    std::fill_n(chain, rows * blocks * kPanelColumns, 0.0f);
+    std::fill_n(chain, kHalves * rows * kHalfColumns, 0.0f);
     for (int64_t k = begin; k < std::min(depth, begin + kChainDepth); k += kStepDepth) {
-      for (int64_t h = 0; h < 2 * blocks; ++h) decode_half_step(halves[h], lines + h * kHalfLines * kLineBytes);
-      add_step(lines, blocks, a + k, rows, depth, chain);
+      for (Half& half : halves) half.begin_step();
+      add_step(halves, kHalves, a + k, rows, depth, chain);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < blocks; ++i)
-        for (int64_t j = 0; j < kPanelColumns; ++j) {
-          float* to = sums[i] + r * kPanelColumns + j;
-          *to = (begin == 0 ? 0.0f : *to) + chain[(r * blocks + i) * kPanelColumns + j];
-        }
+    add_chain(chain, kBlocks * rows, begin == 0, sums);
   }
 }
 
-// A RowsKernel. Each half of the blocks is read in order.
-void multiply_rows_decoded(const char* const* blocks, int64_t count, const float* a, int64_t rows, int64_t depth,
-                           float* sums) {
-  const int64_t pairs = count / 2, size = rows * kPanelColumns;
-  for (int64_t i = 0; i < pairs; ++i)
-    multiply_decoded({blocks[i], blocks[i + pairs]}, 2, a, rows, depth, {sums + i * size, sums + (i + pairs) * size});
-  if (count % 2 == 1)
-    multiply_decoded({blocks[count - 1], blocks[count - 1]}, 1, a, rows, depth, {sums + (count - 1) * size, nullptr});
+// A RowsKernel, which takes kBlocks at a time.
+template <typename Half, int64_t kBlocks>
+void multiply_rows(const char* const* blocks, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
+  for (; count >= kBlocks; count -= kBlocks, blocks += kBlocks, sums += kBlocks * rows * kPanelColumns)
+    multiply_blocks<Half, kBlocks>(blocks, a, rows, depth, sums, std::make_index_sequence<2 * kBlocks>());
+  if constexpr (kBlocks > 1)
+    if (count > 0) multiply_rows<Half, kBlocks / 2>(blocks, count, a, rows, depth, sums);
 }
 
 // out [depth][32 columns]
@@ -234,10 +162,10 @@ MIXTRAL_TARGET_AVX2 void bf16_panel(const char* block, int64_t depth, int64_t st
 }  // namespace
 
 const WeightKernels kAvx2WeightKernels[kPackedFormats] = {
-    {multiply_rows<F32Kernel<Bf16Half>>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
-    {multiply_rows<F32Kernel<Int8Half>>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
-    {multiply_rows<F32Kernel<Fp8Half>>, 4, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
-    {multiply_rows_decoded, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
+    {multiply_rows<Bf16Half, 4>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
+    {multiply_rows<Int8Half, 4>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
+    {multiply_rows<Decoded<Fp8Half>, 1>, 4, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
+    {multiply_rows<Decoded<Int4Half>, 2>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
 };
 
 }  // namespace mixtral
