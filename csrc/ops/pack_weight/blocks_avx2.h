@@ -54,6 +54,8 @@ struct Bf16Pairs {
 
 class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
  public:
+  static constexpr bool kInCache = false;
+
   using HalfSteps::HalfSteps;
 
   // Vector v of a pair of depths of the step.
@@ -66,6 +68,8 @@ class Bf16Half : public HalfSteps<kStepElements>, public Bf16Pairs {
 // The values are q * kInt8Unit: 32 bits with q in the upper 16 and zeros below.
 class Int8Half : public HalfSteps<kStepElements / 2> {
  public:
+  static constexpr bool kInCache = false;
+
   using HalfSteps::HalfSteps;
 
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE __m256i pair(int p, int v) const {
@@ -234,6 +238,8 @@ class Fp8Half : public Bf16Pairs {
 template <typename Half>
 class Decoded {
  public:
+  static constexpr bool kInCache = true;
+
   MIXTRAL_TARGET_AVX2 MIXTRAL_INLINE Decoded(const char* block, int64_t depth, int64_t step, int64_t h)
       : half_(block, depth, step, h) {}
 

@@ -9,6 +9,7 @@
 //
 // int8 takes 20 instructions to widen and 8 to multiply, any four a cycle: 7. int4 takes 21 vector instructions to
 // decode, 13 of which shuffle or shift and have two of four ports: 6.4 cycles, and 16 to mask and multiply.
+#include <algorithm>
 #include <utility>
 
 #include "blocks_avx2.h"
@@ -65,17 +66,19 @@ MIXTRAL_TARGET_AVX2 __attribute__((noinline)) void add_tile(const Half* halves, 
       _mm256_store_ps(sums + i / kVectors * stride + r * kHalfColumns + i % kVectors * 8, sum[r][i]);
 }
 
-// The same of `rows` rows and an even number of halves, in tiles of at most eight registers of sums.
-template <typename Half>
-void add_step(const Half* halves, int64_t count, const float* a, int64_t rows, int64_t depth, float* sums) {
+// The same of `rows` rows and kHalves halves, the first ones of all blocks before the others, in tiles of at most eight
+// registers of sums. Only halves that are in the cache already may be multiplied beside others of their block.
+template <int kHalves, typename Half>
+void add_step(const Half* halves, const float* a, int64_t rows, int64_t depth, float* sums) {
+  constexpr int kMost = Half::kInCache ? kHalves : kHalves / 2, kPair = std::min(kMost, 2), kFour = std::min(kMost, 4);
   const int64_t stride = rows * kHalfColumns;
   const auto add = [&](auto add_tile, int64_t at_once) {
-    for (int64_t i = 0; i < count; i += at_once) add_tile(halves + i, a, depth, sums + i * stride, stride);
+    for (int64_t i = 0; i < kHalves; i += at_once) add_tile(halves + i, a, depth, sums + i * stride, stride);
   };
   for (; rows >= 4; rows -= 4, a += 4 * depth, sums += 4 * kHalfColumns) add(add_tile<4, 1, Half>, 1);
   if (rows == 3) add(add_tile<3, 1, Half>, 1);
-  if (rows == 2) add(add_tile<2, 2, Half>, 2);
-  if (rows == 1) count % 4 == 0 ? add(add_tile<1, 4, Half>, 4) : add(add_tile<1, 2, Half>, 2);
+  if (rows == 2) add(add_tile<2, kPair, Half>, kPair);
+  if (rows == 1) add(add_tile<1, kFour, Half>, kFour);
 }
 
 // sums [rows][2][16] = or += chain [2][rows][16]
@@ -103,7 +106,7 @@ MIXTRAL_TARGET_AVX2 void multiply_blocks(const char* const* blocks, const float*
     std::fill_n(chain, kHalves * rows * kHalfColumns, 0.0f);
     for (int64_t k = begin; k < std::min(depth, begin + kChainDepth); k += kStepDepth) {
       for (Half& half : halves) half.begin_step();
-      add_step(halves, kHalves, a + k, rows, depth, chain);
+      add_step<kHalves>(halves, a + k, rows, depth, chain);
     }
     add_chain(chain, kBlocks * rows, begin == 0, sums);
   }
