@@ -67,6 +67,10 @@ void read_ahead(const PageRange& range) {
     ::madvise(range.begin + at, std::min(kPiece, range.bytes - at), MADV_WILLNEED);
 }
 
+void touch_pages(const char* begin, const char* end) {
+  for (; begin < end; begin += page_bytes()) [[maybe_unused]] const volatile char touched = *begin;
+}
+
 bool lock_pages(const PageRange& range) {
   constexpr uint64_t kPiece = 16 << 20;  // asked for at a time
   // Plain mlock would make a copy of every page of a private mapping that may be written to.

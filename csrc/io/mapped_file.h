@@ -43,6 +43,9 @@ void read_alone(const PageRange& range);
 // touched, so there is no error.
 void read_ahead(const PageRange& range);
 
+// Says to the system that the pages from `begin` to `end` are in use. Waits for those that are not in memory.
+void touch_pages(const char* begin, const char* end);
+
 // Brings the pages into memory, where they stay until the memory is given back. Pages of a mapped file stay those of
 // the file. False, with errno: the system does not let this process, or lacks the memory.
 bool lock_pages(const PageRange& range);
