@@ -24,8 +24,7 @@ ExpertReadAhead::ExpertReadAhead(const MappedWeights& weights) : shows_residency
     if (name == "embed_tokens" && parameters.count("lm_head")) {
       read_alone(pages);  // rows; when it is the lm_head too, every token reads all of it
     } else if (std::find(weights.experts.begin(), weights.experts.end(), name) == weights.experts.end()) {
-      read_ahead(
-          pages);  // every token needs it, and a first touch would bring megabytes of the experts beside it along
+      read_ahead(pages);  // every token needs it; a first touch would bring megabytes of experts along
     }
   }
 }
