@@ -71,6 +71,15 @@ class ServerProcess:
         """Bytes in memory."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def gauge(self, name: str) -> float:
+        """Of ``/metrics``, without labels and prefix."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"mixtral:{name}{{"))
+
+    def running(self) -> int:
+        """Generations that have begun and not ended."""
+        return int(self.gauge("num_requests_running"))
+
     def wait(self, seconds: float = PATIENCE) -> int:
         return self.process.wait(seconds)
 

@@ -1,6 +1,7 @@
 """The server around an application without a model: ``stand_in.py '{"limits": {...}, "api_key": ..., "load": 0.0}'``.
 
-``POST /v1/completions {"tokens": N, "interval": S, "pad": BYTES, "stream": BOOL}`` sends N events, S seconds apart.
+``POST /v1/completions {"max_tokens": N, "interval": S, "stream": BOOL}`` sends N events, S seconds apart (0.01 by
+default), each with as many bytes more as the option ``"pad"`` says. ``GET /metrics`` says how many generations run.
 ``POST /stick`` makes the watchdog see an engine that hangs, ``POST /break`` one that has failed.
 """
 
@@ -12,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mixtral.server import logs
@@ -22,6 +23,7 @@ from mixtral.server.limits import Limits
 from mixtral.server.run import Server, listen
 from mixtral.server.streaming import unless_gone
 
+OPTIONS = json.loads(sys.argv[1])
 running = 0  # generations that have begun and not ended
 stuck = False
 failure = None
@@ -40,7 +42,7 @@ async def generate(tokens: int, interval: float, pad: int):
 
 async def completions(request: Request) -> Response:
     body = json.loads(await request.body())
-    events = generate(body.get("tokens", 1), body.get("interval", 0), body.get("pad", 0))
+    events = generate(body.get("max_tokens", 1), body.get("interval", 0.01), OPTIONS.get("pad", 0))
     if body.get("stream"):
 
         async def stream():
@@ -59,8 +61,12 @@ async def completions(request: Request) -> Response:
         return Response(status_code=499)
 
 
-async def state(request: Request) -> Response:
-    return JSONResponse({"running": running, "request_id": request.state.request_id})
+async def models(request: Request) -> Response:
+    return JSONResponse({"data": []})
+
+
+async def metrics(request: Request) -> Response:
+    return PlainTextResponse(f"mixtral:num_requests_running{{}} {running}\n")
 
 
 async def stick(request: Request) -> Response:
@@ -76,8 +82,7 @@ async def break_down(request: Request) -> Response:
 
 
 def main() -> int:
-    options = json.loads(sys.argv[1])
-    lifecycle = Lifecycle(Limits(**options.get("limits", {})))
+    lifecycle = Lifecycle(Limits(**OPTIONS.get("limits", {})))
 
     @asynccontextmanager
     async def lifespan(app: Starlette):
@@ -86,19 +91,20 @@ def main() -> int:
         watch.cancel()
 
     def load() -> Starlette:
-        time.sleep(options.get("load", 0))
-        if options.get("broken"):
+        time.sleep(OPTIONS.get("load", 0))
+        if OPTIONS.get("broken"):
             raise ValueError("no such model")
         routes = [
             Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/models", state),
+            Route("/v1/models", models),
+            Route("/metrics", metrics),
             Route("/stick", stick, methods=["POST"]),
             Route("/break", break_down, methods=["POST"]),
         ]
         return Starlette(routes=routes, lifespan=lifespan)
 
     logs.configure()
-    return Server(lifecycle, options.get("api_key")).serve_on(listen("127.0.0.1", 0), load)
+    return Server(lifecycle, OPTIONS.get("api_key")).serve_on(listen("127.0.0.1", 0), load)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ def start(server: ServerProcess, body: dict) -> Connection:
 
 def waits(server: ServerProcess) -> int:
     """Requests that the engine has and has not run."""
-    lines = server.get("/metrics").body.decode().splitlines()
-    return next(int(float(line.split()[-1])) for line in lines if line.startswith("mixtral:num_requests_waiting{"))
+    return int(server.gauge("num_requests_waiting"))
 
 
 def hold(server: ServerProcess) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from processes import Connection, ServerProcess, small_server, stand_in
 
-LONG = {"tokens": 10**6, "interval": 0.01, "stream": True}
+LONG = {"max_tokens": 10**6, "stream": True}
 
 
 def stream(server: ServerProcess, **body: object) -> Connection:
@@ -64,7 +64,7 @@ def test_what_loading_raises_ends_the_process() -> None:
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(server: ServerProcess, sig: signal.Signals) -> None:
     """16 streams go on to their end, nobody new is taken, and then the process ends with 0."""
-    streams = [stream(server, tokens=100) for _ in range(16)]
+    streams = [stream(server, max_tokens=100) for _ in range(16)]
     idle = server.connect()
     server.process.send_signal(sig)
     server.line("signal", open_requests=16)
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once(server: ServerProcess) -> None:
     streams = [stream(server) for _ in range(4)]
     whole = server.connect()
     whole.request("POST", "/v1/completions", json.dumps({**LONG, "stream": False}).encode())
-    while server.get("/v1/models").json()["running"] < 5:
+    while server.running() < 5:
         time.sleep(0.02)
     server.process.send_signal(signal.SIGTERM)
     server.line("signal", open_requests=5)
@@ -104,12 +104,12 @@ def test_a_second_signal_ends_at_once(server: ServerProcess) -> None:
     assert server.wait() == 128 + signal.SIGTERM
 
 
-def test_a_client_that_does_not_read_holds_no_shutdown_up(server: ServerProcess) -> None:
-    stream(server, pad=10**5, interval=0)
-    for _ in range(2):
-        server.process.send_signal(signal.SIGTERM)
-        server.line("signal")
-    assert server.wait(10) == 128 + signal.SIGTERM
+def test_a_client_that_does_not_read_holds_no_shutdown_up() -> None:
+    with stand_in(pad=10**5) as server, stream(server, interval=0):
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+            server.line("signal")
+        assert server.wait(10) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -122,8 +122,8 @@ def test_a_deadline(streamed: bool) -> None:
         else:
             answer = server.post("/v1/completions", {**LONG, "stream": False})
             assert (answer.status, answer.error["code"]) == (504, "timeout")
-        assert server.get("/v1/models").json()["running"] == 0
-        assert server.post("/v1/completions", {"tokens": 1}).status == 200
+        assert server.running() == 0
+        assert server.post("/v1/completions", {"max_tokens": 1}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,10 @@ def test_a_deadline(streamed: bool) -> None:
 def test_the_watchdog(fault: str, reason: str) -> None:
     """An engine that hangs or has failed: open requests get an error, the health routes say it, and the process ends
     with 5."""
-    with stand_in(limits={"watchdog": 0.3}) as server:
+    with stand_in(limits={"watchdog": 0.3}, pad=10**5) as server:
         open_stream = stream(server)
+        unread = stream(server, interval=0)  # its last words hold the end up for a second
+        time.sleep(0.5)  # until nothing more fits between the two
         watching = server.connect()
         server.post(fault, {})
         assert reason in server.line("the engine is dead")["reason"]
@@ -145,6 +147,7 @@ def test_the_watchdog(fault: str, reason: str) -> None:
         assert error["code"] == "engine_dead"
         assert reason in error["message"]
         assert server.wait() == 5
+        unread.close()
 
 
 def test_an_engine_that_loses_a_rank() -> None:

@@ -65,7 +65,7 @@ def post(port: int, body: dict) -> Answer:
 
 def test_streams_arrive_as_they_are_made(port: int) -> None:
     with Connection("127.0.0.1", port) as connection:
-        body = {"tokens": 10**6, "interval": 0.01, "stream": True}
+        body = {"max_tokens": 10**6, "stream": True}
         connection.request("POST", "/v1/completions", json.dumps(body).encode())
         assert connection.head()[0] == 200
         assert b'"token": 0' in connection.chunk()
@@ -78,7 +78,7 @@ def test_a_replica_that_goes(port: int, replicas: list[ServerProcess], sig: sign
     begun = []
     for _ in range(4):
         connection = Connection("127.0.0.1", port)
-        body = {"tokens": 100, "interval": 0.01, "stream": True}
+        body = {"max_tokens": 100, "stream": True}
         connection.request("POST", "/v1/completions", json.dumps(body).encode())
         connection.head()
         begun.append(connection)
@@ -86,7 +86,7 @@ def test_a_replica_that_goes(port: int, replicas: list[ServerProcess], sig: sign
 
     def load() -> None:
         for _ in range(50):
-            statuses.append(post(port, {"tokens": 2, "interval": 0.005}).status)
+            statuses.append(post(port, {"max_tokens": 2, "interval": 0.005}).status)
 
     clients = [threading.Thread(target=load) for _ in range(4)]
     for client in clients:
@@ -106,4 +106,4 @@ def test_a_replica_that_goes(port: int, replicas: list[ServerProcess], sig: sign
         assert len(statuses) == 200
         assert statuses.count(200) >= 200 - 4
         assert set(statuses) <= {200, 502}
-    assert post(port, {"tokens": 1}).status == 200
+    assert post(port, {"max_tokens": 1}).status == 200
