@@ -5,9 +5,13 @@
 2. How many server-sent events a second one process sends over 32 streams, with an engine that always has a token.
 3. New tokens a second of 8 clients of a server, beside those of one ``generate()`` of the same prompts in process. The
    clients run in a process of their own on the same processors.
-4. The same of 8 clients whose answers must fit a JSON schema, beside the same without.
+4. Steps of the engine a second while it streams to 8 clients whose answers must fit a JSON schema, beside steps for 8
+   whose need not.
+
+What is compared takes turns, and medians count.
 """
 
+import argparse
 import asyncio
 import json
 import multiprocessing
@@ -18,13 +22,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import uvicorn
-from torch.utils.cpp_extension import load_inline
+from torch.utils.cpp_extension import load
 
 import mixtral
-from common import REPOSITORY, Bench, Row, main
+from common import REPOSITORY, Bench, Row
 from mixtral.server.app import create_app
 from mixtral.server.bridge import Bridge, Progress
 from mixtral.server.lifecycle import Lifecycle
@@ -34,6 +39,7 @@ from random_models import SHAPES, model_config
 
 SEQUENCES, STEPS, STREAMS, SECONDS = 128, 600, 32, 8.0
 CLIENTS, NEW_TOKENS, TURNS = 8, 64, 9
+CASE = f"mini bfloat16, {CLIENTS} clients, {NEW_TOKENS} new tokens each"
 
 # Of an answer that does not end within NEW_TOKENS.
 PLACE = {
@@ -44,60 +50,12 @@ PLACE = {
 }
 ENDLESS = {"type": "array", "items": PLACE, "minItems": 100}
 
-# A thread that does what the engine's does with the callbacks of its requests, and times it.
-ENGINE = r"""
-#include <chrono>
-#include <thread>
-
-#include "csrc/bindings/event_box.cpp"
-
-namespace mixtral {
-
-// -> seconds of each step.
-std::vector<double> play(const std::shared_ptr<EventBox>& box, int64_t sequences, int64_t steps) {
-  std::vector<Callbacks> callbacks;
-  std::vector<Generation> generations(static_cast<size_t>(sequences));
-  for (int64_t key = 0; key < sequences; ++key) callbacks.push_back(box->callbacks(key));
-  const std::string text = " word";
-  std::vector<double> seconds;
-  for (int64_t step = 0; step < steps; ++step) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    const auto start = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < generations.size(); ++i) {
-      generations[i].token_ids.push_back(step);
-      callbacks[i].on_progress({text, generations[i], static_cast<size_t>(step)});
-    }
-    box->wake();
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  return seconds;
-}
-
-}  // namespace mixtral
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using namespace mixtral;
-  py::class_<EventBox, std::shared_ptr<EventBox>>(m, "EventBox", py::module_local())
-      .def(py::init<>())
-      .def("fileno", &EventBox::fd)
-      .def("take", [](EventBox& box) {
-        py::list events;
-        for (Event& event : box.take()) events.append(py::make_tuple(event.key, event.text, event.token_ids));
-        return events;
-      });
-  m.def("play", &play, py::call_guard<py::gil_scoped_release>());
-}
-"""
-
 
 def engine_seconds(spin: bool) -> list[float]:
-    extension = load_inline(
-        "bench_bridge_engine",
-        ENGINE,
-        extra_include_paths=[str(REPOSITORY)],
-        extra_cflags=["-O1"],  # as the Python module
-        with_cuda=False,
-    )
+    source = Path(__file__).with_name("bridge_engine.cpp")
+    extension = load(
+        "bench_bridge_engine", [str(source)], extra_cflags=["-O1"], with_cuda=False
+    )  # as the Python module
     box, taken, stop = extension.EventBox(), [], threading.Event()
 
     def spinner() -> None:
@@ -195,23 +153,27 @@ def server_process() -> Iterator[int]:
         process.kill()
 
 
-def stream_all(port: int, bodies: list[dict[str, object]]) -> float:
-    """Seconds until all have streamed their answers."""
+def stream_all(port: int, bodies: list[dict[str, object]]) -> tuple[float, float]:
+    """Streams all answers at once. Seconds until they have ended, and the mean of a step: from first tokens to last."""
 
-    async def one(body: dict[str, object]) -> None:
+    async def one(body: dict[str, object]) -> float:
         reader, _writer = await ask(port, {**body, "max_tokens": NEW_TOKENS, "stream": True})
-        await reader.readuntil(b"[DONE]")
+        times = []
+        while b"[DONE]" not in (line := await reader.readline()):
+            if b"data: " in line:
+                times.append(time.perf_counter())
+        return (times[-1] - times[0]) / (NEW_TOKENS - 1)
 
-    async def together() -> float:
+    async def together() -> tuple[float, float]:
         start = time.perf_counter()
-        await asyncio.gather(*map(one, bodies))
-        return time.perf_counter() - start
+        steps = await asyncio.gather(*map(one, bodies))
+        return time.perf_counter() - start, statistics.median(steps)
 
     return asyncio.run(together())
 
 
 @contextmanager
-def clients_of(model: mixtral.Mixtral) -> Iterator[Callable[[list[dict[str, object]]], float]]:
+def clients_of(model: mixtral.Mixtral) -> Iterator[Callable[[list[dict[str, object]]], tuple[float, float]]]:
     """``stream_all``, from another process to a server of ``model`` in this one."""
     server = uvicorn.Server(uvicorn.Config(create_app(model), port=0, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
@@ -223,19 +185,21 @@ def clients_of(model: mixtral.Mixtral) -> Iterator[Callable[[list[dict[str, obje
     server.should_exit = True
 
 
-def compare(bench: Bench, metric: str, peer: str, ours: Callable[[], float], theirs: Callable[[], float]) -> None:
-    """Of functions that take turns and return seconds for the same number of tokens."""
+def compare(bench: Bench, row: Row, ours: Callable[[], float], theirs: Callable[[], float]) -> None:
+    """Completes ``row`` with the rates of functions that take turns and return rates."""
     rates: dict[Callable, list[float]] = {theirs: [], ours: []}
     for turn in range(1 + TURNS):
         for work, of_work in rates.items():
-            seconds = work()
+            rate = work()
             if turn:  # the first one warms up
-                of_work.append(CLIENTS * NEW_TOKENS / seconds)
-    value, peer_value = (statistics.median(rates[work]) for work in (ours, theirs))
-    ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))  # of each turn
-    case = f"mini bfloat16, {CLIENTS} clients, {NEW_TOKENS} new tokens each"
-    bench.rows.append(Row(case, metric, value, "tokens/s", peer=peer, peer_value=peer_value, ratio=ratio))
-    print(f"{case}: {metric} {value:.1f} tokens/s x {ratio:.3f} of {peer} {peer_value:.1f}", flush=True)
+                of_work.append(rate)
+    row.value, row.peer_value = (statistics.median(rates[work]) for work in (ours, theirs))
+    row.ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))  # of each turn
+    bench.rows.append(row)
+    print(
+        f"{row.case}: {row.metric} {row.value:.1f} {row.unit} x {row.ratio:.3f} of {row.peer} {row.peer_value:.1f}",
+        flush=True,
+    )
 
 
 def against_in_process(bench: Bench) -> None:
@@ -246,10 +210,11 @@ def against_in_process(bench: Bench) -> None:
     def in_process() -> float:
         start = time.perf_counter()
         model.generate(prompts, NEW_TOKENS, ignore_eos=True)
-        return time.perf_counter() - start
+        return CLIENTS * NEW_TOKENS / (time.perf_counter() - start)
 
     with clients_of(model) as stream:
-        compare(bench, "served", "in process", lambda: stream(bodies), in_process)
+        row = Row(CASE, "served", 0, "tokens/s", peer="in process")
+        compare(bench, row, lambda: CLIENTS * NEW_TOKENS / stream(bodies)[0], in_process)
 
 
 def against_no_grammar(bench: Bench) -> None:
@@ -262,27 +227,47 @@ def against_no_grammar(bench: Bench) -> None:
     with clients_of(model) as stream:
         compare(
             bench,
-            "served with a JSON schema",
-            "without",
-            lambda: stream([{**chat, "response_format": form} for chat in chats]),
-            lambda: stream([{**chat, "ignore_eos": True} for chat in chats]),
+            Row(f"{CASE}, a JSON schema", "steps", 0, "1/s", peer="without"),
+            lambda: 1 / stream([{**chat, "response_format": form} for chat in chats])[1],
+            lambda: 1 / stream([{**chat, "ignore_eos": True} for chat in chats])[1],
         )
 
 
-def run(bench: Bench) -> None:
+def engine_thread(bench: Bench) -> None:
     for spin in (False, True):
         milliseconds = sorted(1e3 * s for s in engine_seconds(spin))
         case = f"{SEQUENCES} sequences, Python {'spins' if spin else 'is idle'}"
         median, high = statistics.median(milliseconds), milliseconds[int(0.99 * len(milliseconds))]
         bench.rows.append(Row(case, "steps told of in a second of the engine's thread", 1e3 / median, "1/s"))
         print(f"{case:40s} {median:.4f} ms a step, 99 % below {high:.4f} ms", flush=True)
+
+
+def events(bench: Bench) -> None:
     for port in server_process():
         rate = asyncio.run(events_per_second(port))
     bench.rows.append(Row(f"{STREAMS} streams", "server-sent events", rate, "1/s"))
     print(f"{STREAMS} streams: {rate:.0f} events/s", flush=True)
-    against_in_process(bench)
-    against_no_grammar(bench)
+
+
+PARTS = {
+    "engine thread": engine_thread,
+    "events": events,
+    "in process": against_in_process,
+    "grammar": against_no_grammar,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, help="one part alone; a record keeps the others (common.py)")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/records/<date>-<device>-bridge.json")
+    arguments = parser.parse_args()
+    bench = Bench("bridge", "cpu")
+    for name, part in PARTS.items():
+        if arguments.part in (None, name):
+            part(bench)
+    bench.finish(arguments.record)
 
 
 if __name__ == "__main__":
-    main("bridge", run, devices=("cpu",))
+    main()
