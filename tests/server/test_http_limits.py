@@ -172,12 +172,17 @@ def test_unknown_routes_and_methods(server: ServerProcess) -> None:
         assert server.get(path).status == 200
 
 
-@pytest.mark.parametrize("part", ["head", "body"])
+@pytest.mark.parametrize("part", ["head", "body", "chunk"])
 def test_slow_clients_are_told_and_harm_nobody(quick: ServerProcess, part: str) -> None:
-    start = {"head": b"GET /v1/models HT", "body": b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n"}
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    sent = {
+        "head": b"GET /v1/models HT",
+        "body": head + b"content-length: 9\r\n\r\n{",
+        "chunk": head + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n",  # and no last one
+    }
     slow = [quick.connect() for _ in range(30)]
     for connection in slow:
-        connection.send(start[part] + (b"content-type: application/json\r\n\r\n" if part == "body" else b""))
+        connection.send(sent[part])
     assert quick.get("/v1/models").status == 200  # while they are there
     for connection in slow:
         with connection:
