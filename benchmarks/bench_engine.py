@@ -1,4 +1,4 @@
-"""What the engine makes of requests: batches, a long prompt beside others, guessed tokens; on the CPU.
+"""What the engine makes of requests: steps without a model, batches, a long prompt, guessed tokens; on the CPU.
 
 The model has Mixtral's form and 0.7 G weights, so that decoding one token reads 0.4 GB. What is compared takes turns,
 and medians count.
@@ -8,8 +8,10 @@ import argparse
 import statistics
 import threading
 import time
+from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import load
 
 import mixtral
 from common import Bench, Row
@@ -17,6 +19,7 @@ from random_models import Shape, model_config
 
 SHAPE = Shape(hidden=1024, layers=8, heads=16, kv_heads=4, head_dim=64, intermediate=3584, vocab=4096)
 TURNS = 5
+STEPS = 400
 LONG_PROMPT, CHUNKS = 4096, (128, 256, 512)  # 256 is what `mixtral serve` reads beside others
 KV_MEMORY = 1 << 28
 
@@ -29,6 +32,24 @@ def random_ids(count: int, seed: int) -> list[int]:
 def engine_on(model: mixtral.Mixtral, **options: int) -> mixtral.Mixtral:
     """Another engine for the same weights."""
     return mixtral.Mixtral(model._model, kv_memory=KV_MEMORY, **options)
+
+
+# ---- without a model ----
+
+
+def steps(bench: Bench, _: mixtral.Mixtral) -> None:
+    package = Path(mixtral.__file__).parent
+    extension = load(
+        "bench_engine_steps",
+        [str(Path(__file__).with_name("engine_steps.cpp"))],
+        extra_cflags=["-O3"],  # as the library
+        extra_ldflags=[f"-L{package}", "-lmixtral", f"-Wl,-rpath,{package}"],
+        with_cuda=False,
+    )
+    for sequences in (64, 256):
+        seconds = statistics.median(extension.seconds_of_steps(sequences, STEPS))
+        case = f"{sequences} sequences decode, no model"
+        bench.rows.append(Row(case, "steps: planned, laid out, told of", 1 / seconds, "1/s"))
 
 
 # ---- batches ----
@@ -158,7 +179,7 @@ def guesses(bench: Bench, model: mixtral.Mixtral) -> None:
         print(f"{case}: {100 * held:.0f} % of the guesses held")
 
 
-PARTS = {"batches": batches, "long prompt": long_prompt, "guesses": guesses}
+PARTS = {"steps": steps, "batches": batches, "long prompt": long_prompt, "guesses": guesses}
 
 
 def main() -> None:
