@@ -1,4 +1,7 @@
-"""Turns JUnit reports of pytest into one correctness record: ``record_tests.py NAME cpu|cuda FOLDER REPORT.xml...``."""
+"""Turns JUnit reports of pytest or GoogleTest into one correctness record.
+
+record_tests.py NAME cpu|cuda FOLDER REPORT.xml...
+"""
 
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -16,11 +19,15 @@ def rows_of(reports: list[Path]) -> list[Row]:
         if not report.exists():
             rows.append(Row(report.stem, "cases passed", 0, "cases"))
             continue
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        run = int(suite.get("tests")) - int(suite.get("skipped"))
-        passed = run - int(suite.get("failures")) - int(suite.get("errors"))
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+        run = _sum(suites, "tests") - _sum(suites, "skipped") - _sum(suites, "disabled")
+        passed = run - _sum(suites, "failures") - _sum(suites, "errors")
         rows.append(Row(report.stem, "cases passed", passed, "cases", run, 100 * passed / run if run else 0.0))
     return rows
+
+
+def _sum(suites: list[ElementTree.Element], count: str) -> int:
+    return sum(int(suite.get(count, 0)) for suite in suites)
 
 
 def main(name: str, device: str, out: Path, reports: list[Path]) -> None:
