@@ -20,7 +20,7 @@ case $kind in
 esac
 log=$PWD/build/sanitize-$kind.log xml="$PWD/build/$case_.xml"
 rm -f "$xml" "$log".*
-export TSAN_OPTIONS=second_deadlock_stack=1 UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=tests/cpp/leaks.supp
+export TSAN_OPTIONS=second_deadlock_stack=1:suppressions=tests/cpp/races.supp UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=tests/cpp/leaks.supp
 
 if [[ $kind == server ]]; then
   # Python is not instrumented: the runtimes are loaded before it, and leaks, of which it has many, are left out. Its
