@@ -35,7 +35,7 @@ if [[ $kind == server ]]; then
   options=log_path=$log:detect_leaks=0
   run=(env LD_PRELOAD="$runtimes" ASAN_OPTIONS="$options" UBSAN_OPTIONS="$options:print_stacktrace=1"
     PYTHONPATH="$package" .venv/bin/python -m pytest -p no:cacheprovider --junitxml="$xml"
-    -o pythonpath="$package benchmarks tests/server")
+    -o pythonpath="$package benchmarks scripts tests/model tests/server")
   # Not those that start a browser, nginx or lm-evaluation-harness.
   ((${#arguments[@]})) ||
     arguments=(tests/server --ignore-glob='*page.py' --ignore-glob='*nginx.py' --ignore-glob='*lm_eval*')
