@@ -3,9 +3,10 @@
 1. What it costs the engine's thread to tell the event loop of one token of each of 128 requests, while a Python thread
    spins: a C++ thread plays the engine, with a step every 5 ms.
 2. How many server-sent events a second one process sends over 32 streams, with an engine that always has a token.
-3. New tokens a second of 8 clients of a server, beside those of one ``generate()`` of the same prompts in process. The
+3. How long a token takes from the engine's thread to the client, over 32 streams of 50 tokens a second each.
+4. New tokens a second of 8 clients of a server, beside those of one ``generate()`` of the same prompts in process. The
    clients run in a process of their own on the same processors.
-4. Steps of the engine a second while it streams to 8 clients whose answers must fit a JSON schema, beside steps for 8
+5. Steps of the engine a second while it streams to 8 clients whose answers must fit a JSON schema, beside steps for 8
    whose need not.
 
 What is compared takes turns, and medians count.
@@ -15,6 +16,9 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import re
+import selectors
+import socket
 import statistics
 import threading
 import time
@@ -23,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import uvicorn
 from torch.utils.cpp_extension import load
@@ -37,7 +41,7 @@ from mixtral.server.limits import Limits
 from mixtral.server.run import Server, listen
 from random_models import SHAPES, model_config
 
-SEQUENCES, STEPS, STREAMS, SECONDS = 128, 600, 32, 8.0
+SEQUENCES, STEPS, STREAMS, SECONDS, PACED_STEPS = 128, 600, 32, 8.0, 300
 CLIENTS, NEW_TOKENS, TURNS = 8, 64, 9
 CASE = f"mini bfloat16, {CLIENTS} clients, {NEW_TOKENS} new tokens each"
 
@@ -51,11 +55,13 @@ PLACE = {
 ENDLESS = {"type": "array", "items": PLACE, "minItems": 100}
 
 
-def engine_seconds(spin: bool) -> list[float]:
+def engine_extension() -> ModuleType:
     source = Path(__file__).with_name("bridge_engine.cpp")
-    extension = load(
-        "bench_bridge_engine", [str(source)], extra_cflags=["-O1"], with_cuda=False
-    )  # as the Python module
+    return load("bench_bridge_engine", [str(source)], extra_cflags=["-O1"], with_cuda=False)  # as the Python module
+
+
+def engine_seconds(spin: bool) -> list[float]:
+    extension = engine_extension()
     box, taken, stop = extension.EventBox(), [], threading.Event()
 
     def spinner() -> None:
@@ -64,7 +70,7 @@ def engine_seconds(spin: bool) -> list[float]:
 
     async def loop() -> list[float]:
         asyncio.get_running_loop().add_reader(box.fileno(), lambda: taken.extend(box.take()))
-        return await asyncio.to_thread(extension.play, box, SEQUENCES, STEPS)
+        return await asyncio.to_thread(extension.play, box, SEQUENCES, STEPS, 0.005)
 
     if spin:
         threading.Thread(target=spinner, daemon=True).start()
@@ -103,12 +109,31 @@ class Endless(Bridge):
             await asyncio.sleep(0)
 
 
-def serve(port: multiprocessing.Queue) -> None:
+class Paced(Endless):
+    """An engine whose thread has a token for every open call each 20 ms, with the time as its text."""
+
+    async def _feed(self) -> None:
+        while len(self._open) < STREAMS:
+            await asyncio.sleep(0.01)
+        calls = list(self._open.values())
+        extension = engine_extension()
+        box = extension.EventBox()
+
+        def drain() -> None:
+            for key, text, token_ids in box.take():
+                call, index = calls[key]
+                call.push(index, Progress(SimpleNamespace(**{**vars(TOKEN), "text": text, "token_ids": token_ids})))
+
+        asyncio.get_running_loop().add_reader(box.fileno(), drain)
+        await asyncio.to_thread(extension.play, box, STREAMS, PACED_STEPS, 0.02)
+
+
+def serve(port: multiprocessing.Queue, engine: type[Bridge]) -> None:
     model = mixtral.Mixtral.from_config(model_config(SHAPES["mini"]))
     with listen("127.0.0.1", 0) as listener:
         server = Server(Lifecycle(Limits()))
         server.serve_on(
-            listener, lambda: create_app(model, bridge=Endless), lambda _: port.put(listener.getsockname()[1])
+            listener, lambda: create_app(model, bridge=engine), lambda _: port.put(listener.getsockname()[1])
         )
 
 
@@ -142,10 +167,28 @@ async def events_per_second(port: int) -> float:
     return rate
 
 
-def server_process() -> Iterator[int]:
+def milliseconds_to_clients(port: int) -> list[float]:
+    """Of each token of ``Paced``, from the engine's thread until a client sees it."""
+    body = json.dumps({"prompt": [1, 2], "max_tokens": 2 * PACED_STEPS, "stream": True})
+    request = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    request += f"Content-Length: {len(body)}\r\n\r\n{body}"
+    selector, waits = selectors.DefaultSelector(), []
+    for _ in range(STREAMS):
+        client = socket.create_connection(("127.0.0.1", port))
+        client.sendall(request.encode())
+        selector.register(client, selectors.EVENT_READ)
+    while len(waits) < STREAMS * PACED_STEPS:
+        for key, _ in selector.select(timeout=60):
+            data = key.fileobj.recv(2**18)
+            now = time.perf_counter_ns()
+            waits += [(now - int(sent)) / 1e6 for sent in re.findall(rb'"text": ?"(\d+) "', data)]
+    return waits
+
+
+def server_process(engine: type[Bridge]) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     port = context.Queue()
-    process = context.Process(target=serve, args=(port,), daemon=True)
+    process = context.Process(target=serve, args=(port, engine), daemon=True)
     process.start()
     try:
         yield port.get(timeout=120)
@@ -243,15 +286,26 @@ def engine_thread(bench: Bench) -> None:
 
 
 def events(bench: Bench) -> None:
-    for port in server_process():
+    for port in server_process(Endless):
         rate = asyncio.run(events_per_second(port))
     bench.rows.append(Row(f"{STREAMS} streams", "server-sent events", rate, "1/s"))
     print(f"{STREAMS} streams: {rate:.0f} events/s", flush=True)
 
 
+def to_clients(bench: Bench) -> None:
+    for port in server_process(Paced):
+        waits = sorted(milliseconds_to_clients(port)[STREAMS:])  # the first step warms up
+    median, high = statistics.median(waits), waits[int(0.99 * len(waits))]
+    case = f"{STREAMS} streams, 50 tokens a second each"
+    bench.rows.append(Row(case, "engine's thread to client, median", median, "ms"))
+    bench.rows.append(Row(case, "engine's thread to client, 99 % below", high, "ms"))
+    print(f"{case}: engine's thread to client {median:.2f} ms, 99 % below {high:.2f} ms", flush=True)
+
+
 PARTS = {
     "engine thread": engine_thread,
     "events": events,
+    "to clients": to_clients,
     "in process": against_in_process,
     "grammar": against_no_grammar,
 }

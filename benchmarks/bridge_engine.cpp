@@ -8,16 +8,17 @@
 
 namespace mixtral {
 
+// A step each `interval` seconds. The text of its tokens is the time in nanoseconds, as of time.perf_counter_ns().
 // -> seconds of each step.
-std::vector<double> play(const std::shared_ptr<EventBox>& box, int64_t sequences, int64_t steps) {
+std::vector<double> play(const std::shared_ptr<EventBox>& box, int64_t sequences, int64_t steps, double interval) {
   std::vector<Callbacks> callbacks;
   std::vector<Generation> generations(static_cast<size_t>(sequences));
   for (int64_t key = 0; key < sequences; ++key) callbacks.push_back(box->callbacks(key));
-  const std::string text = " word";
   std::vector<double> seconds;
   for (int64_t step = 0; step < steps; ++step) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    std::this_thread::sleep_for(std::chrono::duration<double>(interval));
     const auto start = std::chrono::steady_clock::now();
+    const std::string text = std::to_string(std::chrono::nanoseconds(start.time_since_epoch()).count()) + ' ';
     for (size_t i = 0; i < generations.size(); ++i) {
       generations[i].token_ids.push_back(step);
       callbacks[i].on_progress({text, generations[i], static_cast<size_t>(step)});
