@@ -7,9 +7,9 @@
 //   amx               int8 int4, as bf16; int8, one row,   the same decoding, stored; bf16 in place
 //                     as f32; bf16 in place
 //
-// Few rows, as in decoding, are multiplied with a block that is decoded in registers (int4 on avx2 by way of half a
-// step in the first-level cache): the weights cross memory once, packed. Many rows share a panel (../cpu/matmul.h).
-// Either way an element's sum has one order (docs/numerics.md).
+// Few rows, as in decoding, are multiplied with a block that is decoded in registers (int4 and fp8 on avx2 in the
+// first-level cache, a step at a time): the weights cross memory once, packed. Many rows share a panel
+// (../cpu/matmul.h). Either way an element's sum has one order (docs/numerics.md).
 #pragma once
 
 #include "pack_weight.h"
