@@ -167,7 +167,7 @@ MIXTRAL_TARGET_AVX2 void bf16_panel(const char* block, int64_t depth, int64_t st
 const WeightKernels kAvx2WeightKernels[kPackedFormats] = {
     {multiply_rows<Bf16Half, 4>, kMostRows, nullptr, 0, f32_panel<Bf16Half>, nullptr},
     {multiply_rows<Int8Half, 4>, kMostRows, nullptr, 0, f32_panel<Int8Half>, bf16_panel<Int8Half>},
-    {multiply_rows<Decoded<Fp8Half>, 1>, 4, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
+    {multiply_rows<Decoded<Fp8Half>, 1>, 8, nullptr, 0, f32_panel<Fp8Half>, bf16_panel<Fp8Half>},
     {multiply_rows<Decoded<Int4Half>, 2>, kMostRows, nullptr, 0, f32_panel<Int4Half>, bf16_panel<Int4Half>},
 };
 
