@@ -36,9 +36,11 @@ if [[ $kind == server ]]; then
   run=(env LD_PRELOAD="$runtimes" ASAN_OPTIONS="$options" UBSAN_OPTIONS="$options:print_stacktrace=1"
     PYTHONPATH="$package" .venv/bin/python -m pytest -p no:cacheprovider --junitxml="$xml"
     -o pythonpath="$package benchmarks scripts tests/model tests/server")
-  # Not those that start a browser, nginx or lm-evaluation-harness.
+  # Not those that start a browser, nginx or lm-evaluation-harness, nor those of the command, which need the binary and
+  # the bundled model.
   ((${#arguments[@]})) ||
-    arguments=(tests/server --ignore-glob='*page.py' --ignore-glob='*nginx.py' --ignore-glob='*lm_eval*')
+    arguments=(tests/server --ignore-glob='*page.py' --ignore-glob='*nginx.py' --ignore-glob='*lm_eval*'
+      --ignore-glob='*serve_command.py')
   run+=("${arguments[@]}")
 else
   cmake --build build --target "mixtral_tests_$kind"
