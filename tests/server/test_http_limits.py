@@ -303,15 +303,25 @@ def test_clients_that_go(server: ServerProcess, when: str, how: str) -> None:
     wait_until(lambda: server.descriptors() <= descriptors, "the descriptor comes back")
 
 
+def leave_unread(server: ServerProcess, **body: object) -> int:
+    """A stream that nobody reads, until the server ends it. The server's memory then."""
+    with server.connect() as connection:
+        connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True, **body}).encode())
+        server.line("client does not read")
+        wait_until(lambda: server.running() == 0, "the generation ends")
+    return server.memory()
+
+
 def test_a_client_that_never_reads(quick: ServerProcess) -> None:
-    memory = []
-    for _ in range(3):  # each brings some more pages of the cache into memory
-        with quick.connect() as connection:
-            connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True}).encode())
-            quick.line("client does not read")
-            wait_until(lambda: quick.running() == 0, "the generation ends")
-        memory.append(quick.memory())
+    memory = [leave_unread(quick) for _ in range(3)]  # each brings some more pages of the cache into memory
     assert memory[-1] - memory[0] < 2 * 8 * 2**20, memory
+
+
+def test_what_a_client_never_reads_is_not_kept() -> None:
+    """Of an engine that makes events as fast as they are taken."""
+    with stand_in(limits=QUICK, pad=10000) as server:
+        before = server.memory()
+        assert leave_unread(server, max_tokens=10**6, interval=0) - before < 8 * 2**20
 
 
 def test_a_client_that_reads_slowly_gets_everything() -> None:
