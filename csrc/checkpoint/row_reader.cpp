@@ -55,6 +55,10 @@ torch::Tensor pack(const StoredRows& stored, const torch::Tensor& rows, Packing 
   }
 }
 
+PageRange pages_of(const torch::Tensor& memory) {
+  return pages_around(memory.const_data_ptr(), static_cast<uint64_t>(memory.nbytes()));
+}
+
 // Calls run(piece) for the pieces [begin, end), which the threads of the calling one take in their order, many at first
 // and then few: neighbouring pieces lie in one large page, which two threads should not both bring into being. Rethrows
 // what the first piece threw that failed.
@@ -132,19 +136,27 @@ void RowReader::read(const StoredRows& stored, Packing packing, const torch::Ten
   for (int64_t begin = 0; begin < pieces; begin += turn) {
     const int64_t end = std::min(begin + turn, pieces);
     const auto run = [&](int64_t piece) { read_piece(job, piece * job.step); };
+    const int64_t first_row = begin * job.step, count = std::min(end * job.step, rows) - first_row;
+    if (out.is_cpu()) large_pages_.ask_for(pages_of(rows_of_out(job, first_row, count)));
     if (out.is_cpu() && pieces > 1) {
       for_pieces(begin, end, run);
     } else {
       for (int64_t piece = begin; piece < end; ++piece) run(piece);
     }
-    report(static_cast<uint64_t>((std::min(end * job.step, rows) - begin * job.step) * job.row_bytes));
+    report(static_cast<uint64_t>(count * job.row_bytes));
   }
+}
+
+// What rows [row, row + count) of the part become.
+torch::Tensor RowReader::rows_of_out(const Job& job, int64_t row, int64_t count) {
+  if (job.stored.slice.transposed) return job.out;  // all rows are one piece
+  return job.out.narrow(0, row / job.block, count / job.block);
 }
 
 void RowReader::read_piece(const Job& job, int64_t row) {
   const int64_t count = std::min(job.step, job.stored.part.rows - row);
-  const bool transposed = job.stored.slice.transposed;
-  const torch::Tensor piece = transposed ? job.out : job.out.narrow(0, row / job.block, count / job.block);
+  const torch::Tensor piece = rows_of_out(job, row, count);
+  if (piece.is_cpu()) bring_into_being(pages_of(piece));
   void* to = job.direct ? piece.data_ptr() : staging(static_cast<uint64_t>(count * job.row_bytes));
   job.stored.read(row, count, to);
   const torch::Tensor rows = rows_of_piece(job, to, row, count);

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../io/new_pages.h"
 #include "../io/tensor_file.h"
 #include "../model/libtorch.h"
 #include "../model/packing.h"
@@ -43,6 +44,7 @@ class RowReader {
 
  private:
   struct Job;
+  static torch::Tensor rows_of_out(const Job& job, int64_t row, int64_t count);
   void read_piece(const Job& job, int64_t row);
   torch::Tensor rows_of_piece(const Job& job, void* bytes, int64_t row, int64_t count) const;
   void* staging(uint64_t bytes);
@@ -54,6 +56,7 @@ class RowReader {
   const bool check_finite_;
   uint64_t done_ = 0, reported_ = 0;
   std::vector<torch::Tensor> staging_;  // one for each thread
+  LargePages large_pages_;
 };
 
 }  // namespace mixtral

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "../io/new_pages.h"
 #include "../model/ops.h"
 #include "../model/packing.h"
 #include "../model/parameters.h"
@@ -75,6 +76,7 @@ double product_bandwidth(const Config& config, const WeightType& type, double mo
   for (Parameter& parameter : block) {
     parameter.shape[0] = experts;
     weights.push_back(empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
+    LargePages().ask_for(pages_around(weights.back().data_ptr(), weights.back().nbytes()));
     std::memset(weights.back().data_ptr(), kByte, weights.back().nbytes());
     bytes += static_cast<double>(weights.back().nbytes());
   }

@@ -4,7 +4,6 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Device.h>
 #include <malloc.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -102,14 +101,6 @@ void release_free_memory() {
 void check_memory(const std::string& what, double bytes, const std::string& device) {
   const auto available = static_cast<double>(available_memory(device));
   if (bytes > available) throw OutOfMemory(out_of_memory_text(what, bytes, device, available));
-}
-
-void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace mixtral

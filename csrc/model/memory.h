@@ -30,8 +30,5 @@ std::string out_of_memory_text(const std::string& what, double bytes, const std:
 
 // Gives the free memory of the C library's heap back to the system, as far as the library has a way to.
 void release_free_memory();
-// Asks the system for large pages for memory that was not touched yet: weights are read faster when there are fewer
-// pages to look up. Where the system has no large pages, nothing changes.
-void advise_huge_pages(void* begin, size_t bytes);
 
 }  // namespace mixtral

@@ -3,7 +3,6 @@
 #include <optional>
 #include <stdexcept>
 
-#include "memory.h"
 #include "ops.h"
 
 namespace mixtral {
@@ -39,9 +38,7 @@ torch::Tensor empty_parameter(const Parameter& parameter, torch::ScalarType dtyp
   const auto packed = ops::pack_weight(none, quantize_argument(packing));
   auto packed_shape = packed.sizes().vec();
   packed_shape[0] = rank == 3 ? shape[0] : 1;
-  auto matrix = torch::empty(packed_shape, options.dtype(packed.dtype()));
-  if (matrix.is_cpu()) advise_huge_pages(matrix.mutable_data_ptr(), matrix.nbytes());
-  return matrix;
+  return torch::empty(packed_shape, options.dtype(packed.dtype()));
 }
 
 torch::Tensor pack_rows(const torch::Tensor& rows, Packing packing) {
