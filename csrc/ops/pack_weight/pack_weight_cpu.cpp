@@ -27,6 +27,20 @@ using Tile = float[kStepDepth][kBlockRows];
 // Depths [k, k + 32) of rows [32, depth].
 template <typename T>
 MIXTRAL_INLINE void load_tile(const T* rows, int64_t depth, int64_t k, Tile& tile) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // pairs of depths are transposed as words: half the work
+    for (int64_t first = 0; first < kBlockRows; first += kLanes) {
+      const void* sixteen[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) sixteen[j] = rows + (first + j) * depth + k;
+      uint32_t pairs[kStepDepth / 2][kLanes];
+      transpose_words(sixteen, pairs, kLanes);
+      for (int64_t d = 0; d < kStepDepth; d += 2) {
+        float *even = &tile[d][first], *odd = &tile[d + 1][first];
+        for (int64_t j = 0; j < kLanes; ++j) even[j] = bits_to_float(pairs[d / 2][j] << 16);
+        for (int64_t j = 0; j < kLanes; ++j) odd[j] = bits_to_float(pairs[d / 2][j] & 0xffff0000u);
+      }
+    }
+    return;
+  }
   float values[kBlockRows][kStepDepth];
   for (int64_t j = 0; j < kBlockRows; ++j)
     for (int64_t d = 0; d < kStepDepth; ++d) values[j][d] = to_float(rows[j * depth + k + d]);
@@ -42,11 +56,20 @@ MIXTRAL_INLINE void load_tile(const T* rows, int64_t depth, int64_t k, Tile& til
 // reorder, unlike floats; inf and NaN are larger than all others.
 template <typename T>
 MIXTRAL_INLINE float largest_magnitude(const T* values, int64_t count) {
-  uint32_t largest[kStepDepth] = {};
-  for (int64_t i = 0; i < count; i += kStepDepth)
-    for (int64_t d = 0; d < kStepDepth; ++d)
-      largest[d] = std::max(largest[d], float_to_bits(to_float(values[i + d])) & 0x7fffffffu);
-  return bits_to_float(*std::max_element(largest, largest + kStepDepth));
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max() / 2;
+  Bits largest[2 * kStepDepth / sizeof(T)] = {};
+  constexpr int64_t kAtOnce = sizeof largest / sizeof(T);
+  for (int64_t i = 0; i < count; i += kAtOnce)
+    for (int64_t d = 0; d < kAtOnce; ++d) {
+      Bits bits;
+      std::memcpy(&bits, values + i + d, sizeof bits);
+      bits &= kMagnitude;
+      largest[d] = bits > largest[d] ? bits : largest[d];
+    }
+  T value;
+  std::memcpy(&value, std::max_element(largest, largest + kAtOnce), sizeof value);
+  return to_float(value);
 }
 
 // rows [32, depth] with the largest magnitudes `largest` [32]
@@ -163,7 +186,8 @@ MIXTRAL_INLINE bool clearly_best_scales(const Tile& tile, int64_t first, const i
     for (int32_t c = 0; c < kChoices; ++c)
       for (int64_t j = 0; j < kLanes; ++j) {
         const float value = __builtin_fmaf(tile[d][first + j], inverse[c][j], 7.5f);
-        const float error = value - clamp_level(std::nearbyint(value));
+        const float level = std::nearbyint(value);
+        const float error = value - (c == 0 ? level : clamp_level(level));  // the covering scale clips nothing
         errors[c][j] = __builtin_fmaf(error, error, errors[c][j]);
       }
   uint32_t close[kLanes] = {};
