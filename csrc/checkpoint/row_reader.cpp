@@ -59,6 +59,10 @@ PageRange pages_of(const torch::Tensor& memory) {
   return pages_around(memory.const_data_ptr(), static_cast<uint64_t>(memory.nbytes()));
 }
 
+void on_all_threads(const std::function<void()>& body) {
+  parallel_for(at::get_num_threads(), 1, [&](int64_t, int64_t) { body(); });
+}
+
 // Calls run(piece) for the pieces [begin, end), which the threads of the calling one take in their order, many at first
 // and then few: neighbouring pieces lie in one large page, which two threads should not both bring into being. Rethrows
 // what the first piece threw that failed.
@@ -137,7 +141,7 @@ void RowReader::read(const StoredRows& stored, Packing packing, const torch::Ten
     const int64_t end = std::min(begin + turn, pieces);
     const auto run = [&](int64_t piece) { read_piece(job, piece * job.step); };
     const int64_t first_row = begin * job.step, count = std::min(end * job.step, rows) - first_row;
-    if (out.is_cpu()) large_pages_.ask_for(pages_of(rows_of_out(job, first_row, count)));
+    if (out.is_cpu()) large_pages_.bring(pages_of(rows_of_out(job, first_row, count)), on_all_threads);
     if (out.is_cpu() && pieces > 1) {
       for_pieces(begin, end, run);
     } else {

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -76,7 +77,9 @@ double product_bandwidth(const Config& config, const WeightType& type, double mo
   for (Parameter& parameter : block) {
     parameter.shape[0] = experts;
     weights.push_back(empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
-    LargePages().ask_for(pages_around(weights.back().data_ptr(), weights.back().nbytes()));
+    // In such pages as those of the model.
+    LargePages().bring(pages_around(weights.back().data_ptr(), weights.back().nbytes()),
+                       [](const std::function<void()>& body) { body(); });
     std::memset(weights.back().data_ptr(), kByte, weights.back().nbytes());
     bytes += static_cast<double>(weights.back().nbytes());
   }

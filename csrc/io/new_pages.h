@@ -12,18 +12,20 @@ namespace mixtral {
 // system cannot do that, nothing changes.
 void bring_into_being(const PageRange& range);
 
-// Asks the system for large pages as long as it has them at hand. One that is at hand costs less than the small pages
-// in its place. Others cost many times as much: the system may have to move other pages out of the way first, or, in a
-// virtual machine, the host may have taken the memory back. Nothing tells that beforehand: it is measured.
+// Brings large pages into being as long as the system has them at hand. One that is at hand costs less than the small
+// pages in its place. Others cost many times as much: the system has to move other pages out of the way first, or, in a
+// virtual machine, the host has taken the memory back. Nothing tells that beforehand, so each is timed.
 class LargePages {
  public:
-  // Brings one page into being; seconds of the processor that it took.
+  // Calls its argument on some threads at the same time, and returns when all have ended.
+  using OnThreads = std::function<void(const std::function<void()>&)>;
+  // Brings one page into being; seconds of the processor that it took. Any thread.
   using TimedPage = std::function<double(const PageRange& page)>;
 
   explicit LargePages(TimedPage timed_page = nullptr);
-  // For memory that will be written next, by any thread. If its first large page takes long, the rest of it and of the
-  // next GiB get small ones. Returns whether large pages were asked for.
-  bool ask_for(const PageRange& range);
+  // All of the memory that whole large pages cover, on those threads. When one took long, the rest, and the memory of
+  // the next calls up to a GiB, gets small pages, when it is written.
+  void bring(const PageRange& range, const OnThreads& on_threads);
 
  private:
   const TimedPage timed_page_;

@@ -3,9 +3,14 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <functional>
+#include <mutex>
+#include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "io/new_pages.h"
@@ -50,55 +55,67 @@ bool asked_for(const char* address) {
 
 bool system_has_large_pages() { return std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled").good(); }
 
-TEST(LargePages, TheFirstWholeOneOfTheMemoryIsTimed) {
-  const Reserved memory(8 * kLargePage);
-  std::vector<PageRange> timed;
+void here(const std::function<void()>& body) { body(); }
+
+TEST(LargePages, WholeOnesAreBroughtOnceEach) {
+  const Reserved memory(64 * kLargePage);
+  std::mutex mutex;
+  std::vector<char*> brought;
   LargePages large_pages([&](const PageRange& page) {
-    timed.push_back(page);
+    EXPECT_EQ(page.bytes, kLargePage);
+    const std::lock_guard<std::mutex> lock(mutex);
+    brought.push_back(page.begin);
     return kFast;
   });
-  char* const page = memory.large_page();
-  EXPECT_TRUE(large_pages.ask_for({page, kLargePage}));
-  EXPECT_TRUE(large_pages.ask_for({page + 4096, 2 * kLargePage}));
-  EXPECT_FALSE(large_pages.ask_for({page + 4096, 2 * kLargePage - 8192}));  // holds none
-  EXPECT_FALSE(large_pages.ask_for({page, 4096}));
-  EXPECT_FALSE(large_pages.ask_for({page, 0}));
-  ASSERT_EQ(timed.size(), 2u);
-  EXPECT_EQ(timed[0].begin, page);
-  EXPECT_EQ(timed[1].begin, page + kLargePage);
-  for (const PageRange& range : timed) EXPECT_EQ(range.bytes, kLargePage);
+  const auto on_four_threads = [](const std::function<void()>& body) {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i) threads.emplace_back(body);
+    for (std::thread& thread : threads) thread.join();
+  };
+  large_pages.bring({memory.large_page() + 4096, 62 * kLargePage}, on_four_threads);
+  std::sort(brought.begin(), brought.end());
+  ASSERT_EQ(brought.size(), 61u);
+  for (size_t i = 0; i < brought.size(); ++i) EXPECT_EQ(brought[i], memory.large_page() + (i + 1) * kLargePage);
+  large_pages.bring({memory.large_page() + 4096, 2 * kLargePage - 8192}, here);  // holds none
+  large_pages.bring({memory.large_page(), 4096}, here);
+  large_pages.bring({memory.large_page(), 0}, here);
+  EXPECT_EQ(brought.size(), 61u);
 }
 
-TEST(LargePages, TheSystemIsAskedWhereTheFirstOneCameFast) {
+TEST(LargePages, TheSystemIsAskedForThemUntilOneTakesLong) {
   if (!system_has_large_pages()) GTEST_SKIP() << "the system has no transparent huge pages";
-  const Reserved fast(4 * kLargePage), slow(4 * kLargePage);
-  LargePages([](const PageRange&) { return kFast; }).ask_for({fast.large_page(), 4 * kLargePage});
-  EXPECT_TRUE(asked_for(fast.large_page() + 3 * kLargePage));
-  bool before = false;  // timing
-  LargePages([&](const PageRange& page) {
-    before = asked_for(page.begin);
-    return kSlow;
-  }).ask_for({slow.large_page(), 4 * kLargePage});
-  EXPECT_TRUE(before);
-  EXPECT_FALSE(asked_for(slow.large_page() + kLargePage));
+  const Reserved memory(8 * kLargePage);
+  char* const begin = memory.large_page();
+  int pages = 0;
+  LargePages large_pages([&](const PageRange& page) {
+    EXPECT_TRUE(asked_for(page.begin));
+    return ++pages == 3 ? kSlow : kFast;
+  });
+  large_pages.bring({begin, 6 * kLargePage}, here);
+  EXPECT_EQ(pages, 3);
+  EXPECT_TRUE(asked_for(begin + 2 * kLargePage));
+  EXPECT_FALSE(asked_for(begin + 3 * kLargePage));
+  EXPECT_FALSE(asked_for(begin + 5 * kLargePage));
 }
 
 TEST(LargePages, AfterASlowOneTheNextGiBGetsSmallPages) {
-  const Reserved memory(kLargePage);
-  int timed = 0;
+  const Reserved memory(2 * kLargePage);
+  int pages = 0;
   double seconds = kSlow;
   LargePages large_pages([&](const PageRange&) {
-    ++timed;
+    ++pages;
     return seconds;
   });
-  const PageRange range{memory.large_page(), kLargePage};
-  EXPECT_FALSE(large_pages.ask_for(range));
-  for (uint64_t bytes = 0; bytes < kGiB; bytes += kLargePage) EXPECT_FALSE(large_pages.ask_for(range));
-  EXPECT_EQ(timed, 1);
+  const PageRange range{memory.large_page(), 2 * kLargePage};
+  large_pages.bring(range, here);
+  EXPECT_EQ(pages, 1);
   seconds = kFast;
-  EXPECT_TRUE(large_pages.ask_for(range));
-  EXPECT_TRUE(large_pages.ask_for(range));
-  EXPECT_EQ(timed, 3);
+  for (uint64_t bytes = 0; bytes < kGiB; bytes += range.bytes) large_pages.bring(range, here);
+  EXPECT_EQ(pages, 1);
+  EXPECT_FALSE(asked_for(range.begin));
+  large_pages.bring(range, here);
+  EXPECT_EQ(pages, 3);
+  EXPECT_EQ(asked_for(range.begin), system_has_large_pages());
 }
 
 TEST(NewPages, AreThereAndKeepWhatWasWritten) {
