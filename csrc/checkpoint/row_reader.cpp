@@ -63,9 +63,9 @@ void on_all_threads(const std::function<void()>& body) {
   parallel_for(at::get_num_threads(), 1, [&](int64_t, int64_t) { body(); });
 }
 
-// Calls run(piece) for the pieces [begin, end), which the threads of the calling one take in their order, many at first
-// and then few: neighbouring pieces lie in one large page, which two threads should not both bring into being. Rethrows
-// what the first piece threw that failed.
+// Calls run(piece) for the pieces [begin, end), which the threads of the calling one take in their order, many at
+// first, so that each reads and writes neighbouring ones in order, and then few. Rethrows what the first piece threw
+// that failed.
 template <typename F>
 void for_pieces(int64_t begin, int64_t end, const F& run) {
   const int64_t threads = at::get_num_threads();
