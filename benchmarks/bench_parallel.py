@@ -43,6 +43,7 @@ class Decode:
     peer: str
     peer_flags: str
     goal: float  # what the ratio of their speeds should be at least
+    dtype: str = "bfloat16"
 
 
 DECODE = [
@@ -58,24 +59,36 @@ DECODE = [
     ),
     Decode("tp2, 8 requests", "--tp 2 -t 1 --batch 8", "1 process, 1 thread", "-t 1 --batch 8", 1.5),
     # Two passes of one request each are in flight. One process reads the experts that both want once.
-    Decode("pp2, 2 requests", "--pp 2 -t 1 --batch 2", "1 process, 1 thread, one after the other", "-t 1", 1.7),
+    Decode("pp2, 2 requests", "--pp 2 -t 1 --batch 2", "1 process, 1 thread, one by one", "-t 1", 1.7),
+    Decode("pp2, 2 requests, int4", "--pp 2 -t 1 --batch 2", "1 process, 1 thread, one by one", "-t 1", 1.7, "int4"),
     Decode("pp2, 2 requests in a batch", "--pp 2 -t 1 --batch 2", "1 process, 1 thread", "-t 1 --batch 2", 1.7),
     Decode("pp2, 1 request", "--pp 2 -t 1", "1 process, 1 thread", "-t 1", 0.95),
 ]
 ALL_REDUCE_GOAL = 20e-6  # seconds, through shared memory
 
 
-def decode_rate(flags: str) -> float:
+def folder_of(dtype: str) -> Path:
+    if dtype == "bfloat16":
+        return DECODE_FOLDER
+    folder = DECODE_FOLDER.with_name(f"{DECODE_FOLDER.name}-{dtype}")
+    if not folder.exists():
+        command = [sys.executable, "-m", "mixtral", "quantize", DECODE_FOLDER, folder, "--dtype", dtype]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def decode_rate(folder: Path, flags: str) -> float:
     """Tokens a second of the binary."""
     work = ["--prompt-tokens", "32", "--new-tokens", "33", "--repeat", "2", "--ctx-size", "128", "--json"]
-    command = [sys.executable, "-m", "mixtral", "bench", str(DECODE_FOLDER), *work, *flags.split()]
+    command = [sys.executable, "-m", "mixtral", "bench", folder, *work, *flags.split()]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(result.stdout)["decode_tokens_per_second"]
 
 
 def decode(bench: Bench) -> None:
     for row in DECODE:
-        rates = [(decode_rate(row.ours), decode_rate(row.peer_flags)) for _ in range(TURNS)]
+        folder = folder_of(row.dtype)
+        rates = [(decode_rate(folder, row.ours), decode_rate(folder, row.peer_flags)) for _ in range(TURNS)]
         ours, peer = (statistics.median(column) for column in zip(*rates, strict=True))
         bench.rows.append(Row(row.case, "decode", ours, "tokens/s", None, None, row.peer, peer, ours / peer))
         goal = f"goal {row.goal:.2f}"
