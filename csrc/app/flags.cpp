@@ -118,6 +118,8 @@ void add_offload_flags(CLI::App& app, ModelFlags& flags) {
   add_option(app, "--routing-counts", flags.routing_counts,
              "With --gpu-memory: keep the experts there that these counts, as of `mixtral route --counts`, use most")
       ->type_name("FILE");
+  add_switch(app, "--simulate-gpu", flags.simulate_gpu,
+             "With --gpu-memory: memory of the CPU in the place of a GPU's, to test and to measure without one");
 }
 
 void add_model_flags(CLI::App& app, ModelFlags& flags, const std::string& path_names) {

@@ -31,6 +31,7 @@ struct ModelFlags {
   int64_t gpu_memory = 0;  // bytes; 0: all weights are on the device
   bool mlock = false;
   std::string routing_counts;
+  bool simulate_gpu = false;
   bool verbose = false;
   bool no_cuda_graph = false;
   int64_t speculate = 0;
@@ -67,7 +68,7 @@ void add_routing_flags(CLI::App& app, RoutingFlags& flags);
 void add_loading_flags(CLI::App& app, ModelFlags& flags);
 void add_weights_flag(CLI::App& app, ModelFlags& flags);
 void add_mlock_flag(CLI::App& app, ModelFlags& flags);
-// --gpu-memory and --routing-counts.
+// --gpu-memory, --routing-counts and --simulate-gpu.
 void add_offload_flags(CLI::App& app, ModelFlags& flags);
 CLI::Option* add_dtype(CLI::App& app, const std::string& name, std::string& dtype, const std::string& help);
 // Returns the option of params.max_tokens.

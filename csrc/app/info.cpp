@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../checkpoint/config_reader.h"
+#include "../checkpoint/from_pretrained.h"
 #include "../checkpoint/generation_config.h"
 #include "../checkpoint/memory_plan.h"
 #include "../io/load_error.h"
@@ -13,6 +14,7 @@
 #include "flags.h"
 #include "load.h"
 #include "mapped_report.h"
+#include "offload_report.h"
 #include "rank_plan.h"
 #include "report.h"
 #include "terminal.h"
@@ -206,7 +208,23 @@ std::string to_text(const Config& config, const MemoryPlan& memory, const Weight
   return text;
 }
 
-void run(const InfoFlags& flags) {
+// As loading does.
+void check_offload(const InfoFlags& flags) {
+  LoadOptions options;
+  options.device = flags.model.device;
+  options.weights = parse_weights(flags.model.weights);
+  options.gpu_memory = flags.model.gpu_memory;
+  options.simulate_gpu = flags.model.simulate_gpu;
+  const ParallelFlags& parallel = flags.parallel;
+  options.placement = Placement::of_rank(0, parallel.tensor_size, parallel.stages, parallel.expert_parallel);
+  check_options(options);
+}
+
+void run(InfoFlags flags) {
+  use_threads(flags.model);
+  const bool offloads = flags.model.gpu_memory > 0;
+  if (offloads && !flags.model.simulate_gpu) flags.model.device = "cuda";  // there is no other GPU
+  if (offloads || flags.model.simulate_gpu) check_offload(flags);
   const Config config = read_config(model_path(flags.model), warn);
   const WeightType type = weight_type_of(flags.model, config);
   const MemoryPlan memory = plan_memory(config, type, flags.model.device, flags.model.ctx_size, flags.model.chunk_size);
@@ -216,8 +234,11 @@ void run(const InfoFlags& flags) {
   std::optional<MappedReport> mapped;
   if (parse_weights(flags.model.weights) == Weights::kMmap)
     mapped = report_mapped(model_path(flags.model), config, type, memory);
+  std::optional<OffloadReport> offload;
+  if (offloads) offload = report_offload(flags.model, config, type, memory);
   if (flags.json) {
     nlohmann::json result = to_json(config, memory, type, text);
+    if (offload) result["offload"] = offload_json(*offload);
     if (mapped) result["mapped"] = mapped_json(*mapped);
     if (flags.wants_plan()) result["plan"] = plan;
     return write_out(json_line(result));
@@ -225,6 +246,8 @@ void run(const InfoFlags& flags) {
   std::string lines = to_text(config, memory, type, flags.model.chunk_size, text);
   if (mapped)
     for (const auto& [name, value] : mapped_rows(*mapped)) lines += line(name.c_str(), value);
+  if (offload)
+    for (const auto& [name, value] : offload_rows(*offload)) lines += line(name.c_str(), value);
   write_out(lines + (plan.is_null() ? "" : plan_text(plan)));
 }
 
@@ -238,11 +261,13 @@ void add_info(CLI::App& app) {
   add_switch(command, "--plan", flags->plan, "What each process would hold");
   add_parallel_flags(command, flags->parallel);
   add_weights_flag(command, flags->model);
+  add_offload_flags(command, flags->model);
   command.footer(
       "Examples:\n"
       "  mixtral info\n"
       "  mixtral info ./Mixtral-8x7B-v0.1 --dtype bfloat16 -c 32768 --json\n"
       "  mixtral info ./Mixtral-8x7B-v0.1-int4 --weights mmap -c 4096\n"
+      "  mixtral info ./Mixtral-8x7B-v0.1 --gpu-memory 20GiB --dtype int8\n"
       "  mixtral info ./Mixtral-8x7B-v0.1 --plan --tensor-parallel-size 2");
   command.callback([flags] { run(*flags); });
 }

@@ -37,6 +37,12 @@ std::filesystem::path demo_model() {
 
 }  // namespace
 
+void use_threads(const ModelFlags& flags) {
+  if (flags.threads == 0) return;
+  try_threads(flags.threads);
+  mixtral::use_threads(static_cast<int>(flags.threads));
+}
+
 LoadOptions load_options(const ModelFlags& flags) {
   LoadOptions options;
   options.device = flags.device;
@@ -48,13 +54,11 @@ LoadOptions load_options(const ModelFlags& flags) {
   options.gpu_memory = flags.gpu_memory;
   options.mlock = flags.mlock;
   options.routing_counts = flags.routing_counts;
+  options.simulate_gpu = flags.simulate_gpu;
   if (options.weights == Weights::kMmap) install_bus_error_handler();
   join_ranks(flags, options);
   if (!options.world || options.world->rank() == 0) options.warn = warn;  // once for all ranks
-  if (flags.threads > 0) {
-    try_threads(flags.threads);
-    use_threads(static_cast<int>(flags.threads));
-  }
+  use_threads(flags);
   return options;
 }
 

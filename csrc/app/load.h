@@ -25,6 +25,8 @@ Tokenizer load_tokenizer(const ModelFlags& flags);
 WeightType weight_type_of(const ModelFlags& flags, const Config& config);
 int64_t context_of(const ModelFlags& flags, const Config& config);
 
+// As many CPU threads as --threads says.
+void use_threads(const ModelFlags& flags);
 // What the flags say of reading the weights, with warn(); of several ranks, this process has joined the others then,
 // and rank 0 warns.
 LoadOptions load_options(const ModelFlags& flags);

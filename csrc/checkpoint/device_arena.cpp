@@ -5,6 +5,11 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <map>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "../io/new_pages.h"
 
 namespace mixtral {
 namespace {
@@ -59,8 +64,41 @@ class StreamArena : public DeviceArena {
   std::map<const void*, PageLocked> page_locked_;
 };
 
+class SimulatedArena : public DeviceArena {
+ public:
+  torch::Device device() const override { return torch::kCPU; }
+
+  torch::Tensor allocate(const torch::Tensor& host) override {
+    auto memory = torch::empty(host.sizes(), host.options());
+    // In such pages as those of the model.
+    LargePages().bring(pages_around(memory.data_ptr(), memory.nbytes()),
+                       [](const std::function<void()>& body) { body(); });
+    return memory;
+  }
+
+  void fetch(int buffer, const torch::Tensor& host, const torch::Tensor& to) override {
+    if (in_use_[buffer]) throw std::logic_error("fetch into a buffer that is in use");
+    pending_[buffer].emplace_back(host, to);
+  }
+
+  void await(int buffer) override {
+    for (const auto& [host, to] : pending_[buffer]) to.copy_(host);
+    pending_[buffer].clear();
+    in_use_[buffer] = true;
+  }
+
+  void release(int buffer) override { in_use_[buffer] = false; }
+
+ private:
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> pending_[2];  // (host, to) of the buffers
+  bool in_use_[2] = {false, false};
+};
+
 }  // namespace
 
-std::unique_ptr<DeviceArena> make_stream_arena(torch::Device device) { return std::make_unique<StreamArena>(device); }
+std::unique_ptr<DeviceArena> make_arena(torch::Device device) {
+  if (device.is_cpu()) return std::make_unique<SimulatedArena>();
+  return std::make_unique<StreamArena>(device);
+}
 
 }  // namespace mixtral

@@ -21,8 +21,9 @@ class DeviceArena {
   virtual void release(int buffer) = 0;
 };
 
-// Of a device of torch that has streams. Copies run on one of their own, through page-locked memory of the size of the
-// staging buffers.
-std::unique_ptr<DeviceArena> make_stream_arena(torch::Device device);
+// Of a device of torch that has streams: copies run on one of their own, through page-locked memory of the size of the
+// staging buffers. Of the CPU: a part of its memory in the place of a device, to test and to measure without one; a
+// fetch is done when it is waited for, the latest that is allowed, and one into a buffer in use is a std::logic_error.
+std::unique_ptr<DeviceArena> make_arena(torch::Device device);
 
 }  // namespace mixtral

@@ -45,6 +45,8 @@ class ExpertOffload : public ExpertRunner {
                     const torch::Tensor& down_proj) override;
   ExpertCounts counts() const override { return {hits_, misses_, bytes_}; }
   int64_t cpu_rows() const { return cpu_rows_; }
+  // [L][E]: the copies on the device; undefined where there is none.
+  const std::vector<std::vector<ExpertWeights>>& on_device() const { return resident_; }
 
  private:
   // The rows of one expert, of those that are sorted by expert.

@@ -26,6 +26,7 @@
 #include "expert_read_ahead.h"
 #include "folder.h"
 #include "memory_plan.h"
+#include "offload_plan.h"
 #include "rank_description.h"
 #include "weights.h"
 
@@ -61,25 +62,8 @@ void check_placement(const std::filesystem::path& folder, const Config& config, 
   }
 }
 
-void check_weights_option(const LoadOptions& options) {
-  if (options.weights == Weights::kMmap && options.device != "cpu")
-    throw std::invalid_argument("weights mmap needs device cpu, got " + options.device);
-  if (options.weights == Weights::kMmap && options.check_weights)
-    throw std::invalid_argument("check_weights reads all weights: it needs weights read or direct, got mmap");
-  if (options.weights == Weights::kMmap && options.gpu_memory > 0)
-    throw std::invalid_argument("gpu_memory needs weights read or direct, got mmap");
-  if (options.mlock && options.device != "cpu" && options.gpu_memory == 0)
-    throw std::invalid_argument("mlock needs weights in the memory of the CPU: device cpu or gpu_memory, got device " +
-                                options.device);
-  if (options.gpu_memory > 0 && options.device == "cpu")
-    throw std::invalid_argument("gpu_memory needs device cuda, got cpu");
-  if (options.gpu_memory > 0 && !options.placement.is_whole())
-    throw std::invalid_argument("gpu_memory needs the whole model in one process, got " + options.placement.name());
-}
-
 // Reads no weights.
 Prepared prepare(const std::filesystem::path& model_folder, const LoadOptions& options) {
-  check_weights_option(options);
   const std::filesystem::path folder = find_model(model_folder);
   Config config = read_config(folder, options.warn);
   if (options.experts_per_token > 0) {
@@ -141,34 +125,12 @@ Mixtral map_all(const Prepared& prepared, torch::Device device, const LoadOption
   return model;
 }
 
-// How many experts fit on the device beside all else that has to be there.
-int64_t experts_that_fit(const Config& config, const WeightType& type, const LoadOptions& options) {
-  double others = 0, experts = 0;
-  for (const Parameter& parameter : model_parameters(config)) {
-    const auto meta = empty_parameter(parameter, scalar_type(type.dtype), torch::kMeta, type.packing);
-    (parameter.is_expert ? experts : others) += static_cast<double>(meta.nbytes());
-  }
-  const double expert = experts / static_cast<double>(config.num_layers * config.num_experts);
-  const MemoryPlan plan = plan_memory(config, type, options.device);
-  const double needed = others + plan.activations + plan.unpacking + 2 * expert;
-  const auto memory = static_cast<double>(options.gpu_memory);
-  if (memory < needed) {
-    throw OutOfMemory("gpu_memory must be at least " + bytes_text(needed) + ": " + bytes_text(others) +
-                      " of weights beside the experts, " + bytes_text(plan.activations + plan.unpacking) +
-                      " of activations, two experts of " + bytes_text(expert) + "; got " + bytes_text(memory));
-  }
-  return static_cast<int64_t>((memory - needed) / expert);
-}
-
 // All experts on the CPU, and copies of some on the device.
 Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOptions& options) {
   const auto& [folder, config, type, checkpoint] = prepared;
-  if (!config.is_moe()) throw std::invalid_argument("gpu_memory needs a model with experts: " + folder.string());
-  const int64_t placed = experts_that_fit(config, type, options);
-  const ExpertTable counts =
-      options.routing_counts.empty() ? ExpertTable() : read_expert_counts(options.routing_counts);
-  const ExpertTable on_device = place_experts(config, placed, counts);
-  check_memory("the experts of " + folder.string(), weight_bytes(config, type), "cpu");
+  const OffloadPlan plan = plan_offload(config, type, options.device, options.gpu_memory, options.routing_counts);
+  const double simulated = options.simulate_gpu ? plan.on_device_bytes() + plan.staging() : 0;
+  check_memory("the experts of " + folder.string(), weight_bytes(config, type) + simulated, "cpu");
   ParameterMap experts;
   std::vector<ExpertWeights> layers(static_cast<size_t>(config.num_layers));
   for (const Parameter& parameter : model_parameters(config)) {
@@ -181,7 +143,7 @@ Mixtral offload(const Prepared& prepared, torch::Device device, const LoadOption
   Mixtral model(config, scalar_type(type.dtype), device, type.packing, Placement(), nullptr, experts);
   checkpoint.read_into(model->named_parameters(), type.packing, options.progress);
   model->set_expert_runner(
-      std::make_shared<ExpertOffload>(make_stream_arena(device), layers, on_device, /*cpu_rows=*/-1, model->dtype()));
+      std::make_shared<ExpertOffload>(make_arena(device), layers, plan.on_device, /*cpu_rows=*/-1, model->dtype()));
   release_free_memory();
   return model;
 }
@@ -245,7 +207,10 @@ void check_ranks_fit(Communicator& world, const Prepared& prepared, const LoadOp
 Mixtral load_on_ranks(const std::filesystem::path& model_folder, torch::Device device, const LoadOptions& options) {
   Communicator& world = *options.world;
   std::optional<Prepared> prepared;
-  load_together(world, [&] { prepared.emplace(prepare(model_folder, options)); });
+  load_together(world, [&] {
+    check_options(options);
+    prepared.emplace(prepare(model_folder, options));
+  });
   check_same(world, rank_description(prepared->config, prepared->checkpoint, prepared->type, options.placement));
   check_ranks_fit(world, *prepared, options);
   LoadOptions reading = options;
@@ -260,6 +225,25 @@ Mixtral load_on_ranks(const std::filesystem::path& model_folder, torch::Device d
 
 }  // namespace
 
+void check_options(const LoadOptions& options) {
+  if (options.weights == Weights::kMmap && options.device != "cpu")
+    throw std::invalid_argument("weights mmap needs device cpu, got " + options.device);
+  if (options.weights == Weights::kMmap && options.check_weights)
+    throw std::invalid_argument("check_weights reads all weights: it needs weights read or direct, got mmap");
+  if (options.weights == Weights::kMmap && options.gpu_memory > 0)
+    throw std::invalid_argument("gpu_memory needs weights read or direct, got mmap");
+  if (options.mlock && options.device != "cpu" && options.gpu_memory == 0)
+    throw std::invalid_argument("mlock needs weights in the memory of the CPU: device cpu or gpu_memory, got device " +
+                                options.device);
+  if (options.simulate_gpu && options.gpu_memory == 0)
+    throw std::invalid_argument("simulate_gpu needs gpu_memory: how much the GPU is to have");
+  if (options.gpu_memory > 0 && (options.device == "cpu") != options.simulate_gpu)
+    throw std::invalid_argument(options.simulate_gpu ? "simulate_gpu needs device cpu, got " + options.device
+                                                     : "gpu_memory needs device cuda, got cpu");
+  if (options.gpu_memory > 0 && !options.placement.is_whole())
+    throw std::invalid_argument("gpu_memory needs the whole model in one process, got " + options.placement.name());
+}
+
 Weights parse_weights(const std::string& name) {
   if (name == "read") return Weights::kRead;
   if (name == "direct") return Weights::kDirect;
@@ -268,8 +252,9 @@ Weights parse_weights(const std::string& name) {
 }
 
 Mixtral from_pretrained(const std::filesystem::path& folder, const LoadOptions& options) {
-  const torch::Device device = options.world ? options.world->device() : find_device(options.device);
-  if (options.world) return load_on_ranks(folder, device, options);
+  if (options.world) return load_on_ranks(folder, options.world->device(), options);
+  check_options(options);
+  const torch::Device device = find_device(options.device);
   return load(prepare(folder, options), device, options);
 }
 

@@ -44,6 +44,7 @@ struct LoadOptions {
   // Bytes on a device that is not the CPU for weights and activations, and not for the cache; experts beyond them stay
   // on the CPU (expert_offload.h). 0: all weights are on the device.
   int64_t gpu_memory = 0;
+  bool simulate_gpu = false;  // with gpu_memory: memory of the CPU in the place of a GPU's, to test and to measure
   std::filesystem::path routing_counts;  // a file of read_expert_counts: which experts to keep there; empty: any
   Placement placement;                   // what this process holds: the whole model, unless it is one of several ranks
   std::shared_ptr<Communicator> world;   // all ranks; null for a single one

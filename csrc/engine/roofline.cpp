@@ -57,11 +57,8 @@ double read_bandwidth(double bytes, const std::string& device, const std::functi
   return static_cast<double>(count) * sizeof(float) / fastest;
 }
 
-double product_bandwidth(const Config& config, const WeightType& type, double most_bytes,
-                         const std::function<void()>& check) {
-  constexpr int kRuns = 5, kByte = 0x3c;  // in every type a number of moderate size
-  constexpr double kMostBytes = 512.0 * 1024 * 1024;
-  const torch::NoGradGuard no_grad;
+ExpertWeights sample_experts(const Config& config, const WeightType& type, double most_bytes) {
+  constexpr int kByte = 0x3c;  // in every type a number of moderate size
   const int64_t top_k = std::max<int64_t>(config.top_k, 1);
   std::vector<Parameter> block;  // gate_up_proj, down_proj of one layer
   double expert = 0;
@@ -70,25 +67,34 @@ double product_bandwidth(const Config& config, const WeightType& type, double mo
     block.push_back(parameter);
     expert += parameter_bytes(parameter, type) / static_cast<double>(parameter.shape[0]);
   }
-  const double tokens = std::min(most_bytes, kMostBytes) / (expert * static_cast<double>(top_k));
-  const int64_t experts = std::max<int64_t>(static_cast<int64_t>(tokens), 1) * top_k;
-  std::vector<torch::Tensor> weights;
-  double bytes = 0;
+  const auto tokens = static_cast<int64_t>(most_bytes / (expert * static_cast<double>(top_k)));
+  ExpertWeights experts;
   for (Parameter& parameter : block) {
-    parameter.shape[0] = experts;
-    weights.push_back(empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing));
+    parameter.shape[0] = std::max<int64_t>(tokens, 1) * top_k;
+    torch::Tensor& weights = parameter.cut == Cut::kGateUp ? experts.gate_up : experts.down;
+    weights = empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing);
     // In such pages as those of the model.
-    LargePages().bring(pages_around(weights.back().data_ptr(), weights.back().nbytes()),
+    LargePages().bring(pages_around(weights.data_ptr(), weights.nbytes()),
                        [](const std::function<void()>& body) { body(); });
-    std::memset(weights.back().data_ptr(), kByte, weights.back().nbytes());
-    bytes += static_cast<double>(weights.back().nbytes());
+    std::memset(weights.data_ptr(), kByte, weights.nbytes());
   }
+  return experts;
+}
+
+double product_bandwidth(const Config& config, const WeightType& type, double most_bytes,
+                         const std::function<void()>& check) {
+  constexpr int kRuns = 5;
+  constexpr double kMostBytes = 512.0 * 1024 * 1024;
+  const torch::NoGradGuard no_grad;
+  const int64_t top_k = std::max<int64_t>(config.top_k, 1);
+  const ExpertWeights experts = sample_experts(config, type, std::min(most_bytes, kMostBytes));
+  const auto bytes = static_cast<double>(experts.gate_up.nbytes() + experts.down.nbytes());
   const auto x = torch::full({1, config.hidden_size}, 0.01, scalar_type(type.dtype));
   const auto topk_weights = torch::ones({1, top_k}, torch::kFloat32);
   const double seconds = least_seconds(kRuns, check, [&] {
-    for (int64_t first = 0; first < experts; first += top_k)
-      ops::moe_mlp(x, topk_weights, torch::arange(first, first + top_k, torch::kInt32).view({1, top_k}), weights[0],
-                   weights[1]);
+    for (int64_t first = 0; first < experts.down.size(0); first += top_k)
+      ops::moe_mlp(x, topk_weights, torch::arange(first, first + top_k, torch::kInt32).view({1, top_k}),
+                   experts.gate_up, experts.down);
   });
   return bytes / seconds;
 }

@@ -1,10 +1,8 @@
-// Experts of which a device holds only some. The device is memory of this machine, and a copy to it is done no sooner
-// than it is waited for.
+// Experts of which a device holds only some. The device is memory of this machine (checkpoint/device_arena.h).
 #include <gtest/gtest.h>
 
 #include <random>
 #include <stdexcept>
-#include <utility>
 
 #include "checkpoint/expert_offload.h"
 #include "checkpoint/from_pretrained.h"
@@ -14,26 +12,6 @@
 
 namespace mixtral {
 namespace {
-
-class FakeDevice : public DeviceArena {
- public:
-  torch::Device device() const override { return torch::kCPU; }
-  torch::Tensor allocate(const torch::Tensor& host) override { return torch::zeros(host.sizes(), host.options()); }
-  void fetch(int buffer, const torch::Tensor& host, const torch::Tensor& to) override {
-    if (in_use_[buffer]) throw std::logic_error("fetch into a buffer that is in use");
-    pending_[buffer].emplace_back(host, to);
-  }
-  void await(int buffer) override {
-    for (const auto& [host, to] : pending_[buffer]) to.copy_(host);
-    pending_[buffer].clear();
-    in_use_[buffer] = true;
-  }
-  void release(int buffer) override { in_use_[buffer] = false; }
-
- private:
-  std::vector<std::pair<torch::Tensor, torch::Tensor>> pending_[2];
-  bool in_use_[2] = {false, false};
-};
 
 std::vector<ExpertWeights> experts_of(const Mixtral& model) {
   const auto parameters = model->named_parameters();
@@ -46,8 +24,8 @@ std::vector<ExpertWeights> experts_of(const Mixtral& model) {
 }
 
 std::shared_ptr<ExpertOffload> offload(Mixtral& model, const ExpertTable& on_device, int64_t cpu_rows) {
-  const auto runner = std::make_shared<ExpertOffload>(std::make_unique<FakeDevice>(), experts_of(model), on_device,
-                                                      cpu_rows, model->dtype());
+  const auto runner =
+      std::make_shared<ExpertOffload>(make_arena(torch::kCPU), experts_of(model), on_device, cpu_rows, model->dtype());
   model->set_expert_runner(runner);
   return runner;
 }
