@@ -108,7 +108,7 @@ OffloadRates measure_offload(const Config& config, const WeightType& type, const
   const torch::Device device(device_name);
   OffloadRates rates;
   rates.has_device = device.is_cpu() || at::hasCUDA();
-  const ExpertWeights experts = sample_experts(config, type, kSampleBytes);
+  const ExpertWeights experts = sample_experts(config, type, std::min(kSampleBytes, weight_bytes(config, type)));
   if (!rates.has_device) {
     constexpr int64_t kAllRows = 1 << 20;
     rates.miss = seconds_of_choice(config, type, experts, /*on_device=*/false, torch::kCPU, kAllRows, check);

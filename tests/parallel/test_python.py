@@ -72,17 +72,21 @@ def test_logits_have_the_bits_of_one_process(split, alone):
     assert torch.equal(split(ids), alone(ids))
 
 
-def test_cut_experts_give_the_greedy_token_of_one_process_in_99_percent(alone):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cut_experts_give_the_greedy_token_of_one_process_in_99_percent(dtype):
     """Megatron-LM's layout, where each rank has a part of every expert, rounds otherwise (docs/parallel.md). What the
-    two would choose next is compared after the same text, so one other choice does not make all that follow differ."""
-    cut = mixtral.Mixtral.from_pretrained(DEMO, expert_parallel=False, **SIZES["tp2"])
+    two would choose next is compared after the same text, so one other choice does not make all that follow differ.
+    Where the two best logits are equal, as in two of a hundred in bfloat16, there is no greedy token to agree on."""
+    alone = mixtral.Mixtral.from_pretrained(DEMO, dtype=dtype)
+    cut = mixtral.Mixtral.from_pretrained(DEMO, dtype=dtype, expert_parallel=False, **SIZES["tp2"])
     text = "".join(path.read_text() for path in sorted((ROOT / "tests" / "data" / "held_out").iterdir()))
     ids = torch.tensor(alone.tokenizer.encode(text, add_bos=False))
     prompts = ids[: len(ids) // 100 * 100].view(-1, 100)
     ours, theirs = cut(prompts), alone(prompts)
     assert not torch.equal(ours, theirs)  # else this is another layout
-    same = ours.argmax(-1) == theirs.argmax(-1)
-    assert same.numel() >= 2000 and same.double().mean() >= 0.99
+    best, second = theirs.topk(2).values.unbind(-1)
+    same = (ours.argmax(-1) == theirs.argmax(-1))[best > second]
+    assert same.numel() >= 1900 and same.double().mean() >= 0.99
 
 
 def test_a_sampled_answer_is_the_same(split, alone):
