@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "../checkpoint/expert_offload.h"
-#include "../model/memory.h"
 #include "../model/packing.h"
 #include "../model/parameters.h"
 #include "../model/transformer.h"

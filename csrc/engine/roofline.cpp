@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../io/new_pages.h"
+#include "../model/memory.h"
 #include "../model/ops.h"
 #include "../model/packing.h"
 #include "../model/parameters.h"
@@ -68,9 +69,11 @@ ExpertWeights sample_experts(const Config& config, const WeightType& type, doubl
     expert += parameter_bytes(parameter, type) / static_cast<double>(parameter.shape[0]);
   }
   const auto tokens = static_cast<int64_t>(most_bytes / (expert * static_cast<double>(top_k)));
+  const int64_t count = std::max<int64_t>(tokens, 1) * top_k;
+  check_memory("experts to measure with", expert * static_cast<double>(count), "cpu");
   ExpertWeights experts;
   for (Parameter& parameter : block) {
-    parameter.shape[0] = std::max<int64_t>(tokens, 1) * top_k;
+    parameter.shape[0] = count;
     torch::Tensor& weights = parameter.cut == Cut::kGateUp ? experts.gate_up : experts.down;
     weights = empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing);
     // In such pages as those of the model.

@@ -21,7 +21,8 @@ double weight_bytes_per_token(const Config& config, int64_t batch, double bytes_
 double read_bandwidth(double bytes, const std::string& device, const std::function<void()>& check);
 
 // Experts of one layer to measure with, on the CPU, in memory that was touched: so many that the choices of a token are
-// a part of them, of about `most_bytes`, and at least those of one token. A dense block counts as one expert.
+// a part of them, of about `most_bytes`, and at least those of one token. A dense block counts as one expert. Throws
+// OutOfMemory.
 ExpertWeights sample_experts(const Config& config, const WeightType& type, double most_bytes);
 
 // Measures the bytes per second at which the experts of one token are read and multiplied: with weights of this type,

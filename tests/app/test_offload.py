@@ -61,7 +61,7 @@ def test_tokens_are_those_of_the_whole_model_and_all_choices_are_counted(experts
 
 def test_experts_are_planned_layer_by_layer(everything):
     assert everything["gpu_experts"] == 32 and everything["cpu_experts"] == everything["cpu_expert_bytes"] == 0
-    some = plan(DEMO, memory_for(18, everything), *SIMULATED, "-c", "1000")
+    some = plan(DEMO, memory_for(18, everything), *SIMULATED, "-c", "100")
     assert some["gpu_experts_by_layer"] == [5, 5, 4, 4]
     assert (some["gpu_experts"], some["cpu_experts"]) == (18, 14)
     assert some["gpu_expert_bytes"] == 18 * some["expert_bytes"]
