@@ -223,7 +223,7 @@ void check_offload(const InfoFlags& flags) {
 void run(InfoFlags flags) {
   use_threads(flags.model);
   const bool offloads = flags.model.gpu_memory > 0;
-  if (offloads && !flags.model.simulate_gpu) flags.model.device = "cuda";  // there is no other GPU
+  if (offloads && !flags.model.simulate_gpu) flags.model.device = "cuda";  // which this machine need not have
   if (offloads || flags.model.simulate_gpu) check_offload(flags);
   const Config config = read_config(model_path(flags.model), warn);
   const WeightType type = weight_type_of(flags.model, config);

@@ -21,17 +21,25 @@ using Check = std::function<void()>;
 
 constexpr double kSampleBytes = 256.0 * 1024 * 1024;  // of experts: more than processors keep
 
-// The median of several runs, each of which returns its seconds.
-template <typename Run>
-double median_seconds(const Check& check, const Run& run) {
-  constexpr size_t kRuns = 5;
-  std::vector<double> seconds;
-  for (size_t i = 0; i < kRuns; ++i) {
-    check();
-    seconds.push_back(run());
+using Trial = std::function<double()>;  // returns its seconds
+
+// The median of each trial. They take turns, so that other work on the machine slows all of them alike.
+std::vector<double> median_seconds(const std::vector<Trial>& trials, const Check& check) {
+  constexpr size_t kRounds = 11;
+  for (const Trial& trial : trials) trial();  // the first run allocates
+  std::vector<std::vector<double>> seconds(trials.size());
+  for (size_t round = 0; round < kRounds; ++round) {
+    for (size_t i = 0; i < trials.size(); ++i) {
+      check();
+      seconds[i].push_back(trials[i]());
+    }
   }
-  std::nth_element(seconds.begin(), seconds.begin() + kRuns / 2, seconds.end());
-  return seconds[kRuns / 2];
+  std::vector<double> medians;
+  for (auto& values : seconds) {
+    std::sort(values.begin(), values.end());
+    medians.push_back(values[kRounds / 2]);
+  }
+  return medians;
 }
 
 class NoExperts : public ExpertRunner {
@@ -58,45 +66,43 @@ Mixtral model_without_experts(Config config, int64_t layers, const WeightType& t
 }
 
 // Of a token of a model of so many layers, beside its experts.
-double seconds_beside_experts(const Config& config, int64_t layers, const WeightType& type, torch::Device device,
-                              const Check& check) {
-  constexpr int64_t kTokens = 33;  // the first one comes from the prompt
+Trial token_beside_experts(const Config& config, int64_t layers, const WeightType& type, torch::Device device) {
+  constexpr int64_t kTokens = 17;  // the first one comes from the prompt
   Engine::Options options;
   options.max_batch = 1;
   options.ctx_size = kTokens + 1;
   options.prefix_cache = false;
-  Engine engine(model_without_experts(config, layers, type, device), std::nullopt, options);
+  const auto engine =
+      std::make_shared<Engine>(model_without_experts(config, layers, type, device), std::nullopt, options);
   SamplingParams params;
   params.max_tokens = kTokens;
   params.ignore_eos = true;
-  const auto run = [&] {
+  return [=] {
     Timings timings;
-    engine.generate({{0}}, {params}, nullptr, &timings);
+    engine->generate({{0}}, {params}, nullptr, &timings);
     return timings.decode_seconds / static_cast<double>(timings.new_tokens - 1);
   };
-  run();  // the first one allocates
-  return median_seconds(check, run);
 }
 
-// Of one token's choice among `experts`, which are all on the device of `arena`, or none.
-double seconds_of_choice(const Config& config, const WeightType& type, const ExpertWeights& experts, bool on_device,
-                         torch::Device device, int64_t cpu_rows, const Check& check) {
+// Of a choice among `experts`, which are all on the device, or none.
+Trial choice(const Config& config, const WeightType& type, const ExpertWeights& experts, bool on_device,
+             torch::Device device, int64_t cpu_rows) {
   const int64_t count = experts.down.size(0), top_k = config.top_k;
   const ExpertTable table(1, std::vector<int64_t>(static_cast<size_t>(count), on_device));
-  ExpertOffload offload(make_arena(device), {experts}, table, cpu_rows, scalar_type(type.dtype));
+  const auto offload = std::make_shared<ExpertOffload>(make_arena(device), std::vector<ExpertWeights>{experts}, table,
+                                                       cpu_rows, scalar_type(type.dtype));
   const auto x = torch::full({1, config.hidden_size}, 0.01, torch::dtype(scalar_type(type.dtype)).device(device));
   const auto weights = torch::ones({1, top_k}, torch::dtype(torch::kFloat32).device(device));
   const auto ids = torch::arange(count, torch::dtype(torch::kInt32).device(device)).view({-1, top_k});
-  const auto run = [&] {
+  return [=] {
     const auto start = std::chrono::steady_clock::now();
     torch::Tensor y;
     for (int64_t token = 0; token < ids.size(0); ++token)
-      y = offload.run(0, x, weights, ids.narrow(0, token, 1), experts.gate_up, experts.down);
+      y = offload->run(0, x, weights, ids.narrow(0, token, 1), experts.gate_up, experts.down);
     y.cpu();  // waits for the device
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return seconds.count() / static_cast<double>(count);
   };
-  run();
-  return median_seconds(check, run) / static_cast<double>(count);
 }
 
 }  // namespace
@@ -109,15 +115,18 @@ OffloadRates measure_offload(const Config& config, const WeightType& type, const
   rates.has_device = device.is_cpu() || at::hasCUDA();
   const ExpertWeights experts = sample_experts(config, type, std::min(kSampleBytes, weight_bytes(config, type)));
   if (!rates.has_device) {
-    constexpr int64_t kAllRows = 1 << 20;
-    rates.miss = seconds_of_choice(config, type, experts, /*on_device=*/false, torch::kCPU, kAllRows, check);
+    constexpr int64_t kAnyRows = 1 << 20;  // nothing is fetched
+    rates.miss = median_seconds({choice(config, type, experts, /*on_device=*/false, torch::kCPU, kAnyRows)}, check)[0];
     return rates;
   }
-  rates.miss = seconds_of_choice(config, type, experts, /*on_device=*/false, device, /*cpu_rows=*/-1, check);
-  rates.hit = seconds_of_choice(config, type, experts, /*on_device=*/true, device, /*cpu_rows=*/0, check);
-  const double one = seconds_beside_experts(config, 1, type, device, check);
-  const double two = seconds_beside_experts(config, 2, type, device, check);
-  rates.fixed = one + static_cast<double>(config.num_layers - 1) * std::max(two - one, 0.0);
+  const std::vector<double> medians =
+      median_seconds({choice(config, type, experts, /*on_device=*/true, device, /*cpu_rows=*/0),
+                      choice(config, type, experts, /*on_device=*/false, device, /*cpu_rows=*/-1),
+                      token_beside_experts(config, 1, type, device), token_beside_experts(config, 2, type, device)},
+                     check);
+  rates.hit = medians[0];
+  rates.miss = medians[1];
+  rates.fixed = medians[2] + static_cast<double>(config.num_layers - 1) * std::max(medians[3] - medians[2], 0.0);
   return rates;
 }
 
