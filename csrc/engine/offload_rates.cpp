@@ -67,7 +67,7 @@ Mixtral model_without_experts(Config config, int64_t layers, const WeightType& t
 
 // Of a token of a model of so many layers, beside its experts.
 Trial token_beside_experts(const Config& config, int64_t layers, const WeightType& type, torch::Device device) {
-  constexpr int64_t kTokens = 17;  // the first one comes from the prompt
+  constexpr int64_t kTokens = 9;  // the first one comes from the prompt
   Engine::Options options;
   options.max_batch = 1;
   options.ctx_size = kTokens + 1;
@@ -119,14 +119,19 @@ OffloadRates measure_offload(const Config& config, const WeightType& type, const
     rates.miss = median_seconds({choice(config, type, experts, /*on_device=*/false, torch::kCPU, kAnyRows)}, check)[0];
     return rates;
   }
-  const std::vector<double> medians =
+  const std::vector<double> choices =
       median_seconds({choice(config, type, experts, /*on_device=*/true, device, /*cpu_rows=*/0),
-                      choice(config, type, experts, /*on_device=*/false, device, /*cpu_rows=*/-1),
-                      token_beside_experts(config, 1, type, device), token_beside_experts(config, 2, type, device)},
+                      choice(config, type, experts, /*on_device=*/false, device, /*cpu_rows=*/-1)},
                      check);
-  rates.hit = medians[0];
-  rates.miss = medians[1];
-  rates.fixed = medians[2] + static_cast<double>(config.num_layers - 1) * std::max(medians[3] - medians[2], 0.0);
+  rates.hit = choices[0];
+  rates.miss = choices[1];
+  // Not in turn with choices: engines have threads of their own, and the next choice would have to start its anew.
+  constexpr int64_t kMostLayers = 8;
+  const int64_t layers = std::min(config.num_layers, kMostLayers);
+  const std::vector<double> tokens = median_seconds(
+      {token_beside_experts(config, layers, type, device), token_beside_experts(config, 1, type, device)}, check);
+  const double layer = layers > 1 ? std::max(tokens[0] - tokens[1], 0.0) / static_cast<double>(layers - 1) : 0;
+  rates.fixed = tokens[0] + static_cast<double>(config.num_layers - layers) * layer;
   return rates;
 }
 
