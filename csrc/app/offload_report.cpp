@@ -38,19 +38,24 @@ double cpu_bytes(const OffloadPlan& plan) {
   return plan.expert * static_cast<double>(plan.num_experts()) + plan.staging();
 }
 
+std::string seconds_text(double seconds) {
+  return seconds < 1 ? text_of("%.3g ms", 1e3 * seconds) : text_of("%.3g s", seconds);
+}
+
 std::string decode_text(const OffloadReport& report) {
   const OffloadPlan& plan = report.plan;
   const OffloadRates& rates = report.rates;
   const double seconds = report.decode_seconds();
-  const std::string misses = text_of("%.1f x %.3g ms of misses", plan.misses, 1e3 * rates.miss);
-  if (rates.has_device) {
-    return text_of("%.3g tokens/s: %.3g ms a token, of which %.3g ms beside the experts, %.1f x %.3g ms of hits, ",
-                   1 / seconds, 1e3 * seconds, 1e3 * rates.fixed, plan.hits, 1e3 * rates.hit) +
-           misses;
-  }
   const std::string unknown = "the GPU's part is not known: this build or this machine has none";
-  if (plan.misses == 0) return "not known: no choice is a miss, and " + unknown;
-  return text_of("at most %.3g tokens/s: %.3g ms a token, ", 1 / seconds, 1e3 * seconds) + misses + "; " + unknown;
+  if (!rates.has_device && plan.misses == 0) return "not known: no choice is a miss, and " + unknown;
+  std::string text = rates.has_device ? "" : "at most ";
+  text += text_of("%.3g tokens/s: ", 1 / seconds) + seconds_text(seconds) + " a token, ";
+  if (rates.has_device) {
+    text += "of which " + seconds_text(rates.fixed) + " beside the experts, " + text_of("%.1f x ", plan.hits) +
+            seconds_text(rates.hit) + " of hits, ";
+  }
+  text += text_of("%.1f x ", plan.misses) + seconds_text(rates.miss) + " of misses";
+  return rates.has_device ? text : text + "; " + unknown;
 }
 
 }  // namespace
