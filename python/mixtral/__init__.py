@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import reference as reference
     from . import routing as routing
     from . import train as train
+    from .engine import Engine as Engine
     from .errors import LoadError as LoadError
     from .errors import QueueFull as QueueFull
     from .errors import RankError as RankError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "Engine": "engine",
     "LoadError": "errors",
     "QueueFull": "errors",
     "RankError": "errors",

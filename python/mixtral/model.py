@@ -43,6 +43,12 @@ _engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
 _models: weakref.WeakSet[_C.Mixtral] = weakref.WeakSet()
 
 
+def keep_until_exit(engine: _C.Engine) -> _C.Engine:
+    """The same engine, which ends before the interpreter does."""
+    _engines.add(engine)
+    return engine
+
+
 @atexit.register
 def _stop_engines() -> None:
     for engine in list(_engines):
@@ -92,8 +98,7 @@ class Mixtral(Generating, Tracing):
         self.rank: int = model.rank
         self._engine: _C.Engine | None = None
         if self.rank == 0:
-            self._engine = _C.Engine(model, tokenizer, _C.EngineOptions(**options))
-            _engines.add(self._engine)
+            self._engine = keep_until_exit(_C.Engine(model, tokenizer, _C.EngineOptions(**options)))
             _models.add(model)
         self.config: Config = model.config
         self.tokenizer = tokenizer
