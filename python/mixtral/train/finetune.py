@@ -194,6 +194,9 @@ def _check(settings: FinetuneSettings, config: object) -> None:
         raise ValueError("--merge: with --lora 0 there is no adapter to merge: OUT is the model")
     if settings.held_out_every < 0 or settings.held_out_every == 1:
         raise ValueError(f"--held-out-every must be 0 or at least 2, got {settings.held_out_every}")
+    for file in (*settings.data, *settings.held_out):
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such file")
 
 
 def _documents(settings: FinetuneSettings, tokenizer: object, context: int) -> tuple[list, list]:
