@@ -129,6 +129,7 @@ void save_traces(const RoutingFlags& flags, const std::vector<Generation>& gener
 }
 
 Result measure(const BenchFlags& flags) {
+  check_trace_file(flags.routing);
   // All prompts advance together: no pass mixes prefill and decode.
   Engine::Options options;
   options.max_batch = flags.batch;

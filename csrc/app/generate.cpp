@@ -110,6 +110,7 @@ void run(const CLI::App& command, GenerateFlags flags) {
   const std::vector<int64_t> ids = tokenizer.encode(prompt, /*add_bos=*/true, /*add_eos=*/false, flags.parse_special);
   flags.sampling.max_tokens = new_tokens(flags, static_cast<int64_t>(ids.size()), context_of(flags.model, config));
 
+  check_trace_file(flags.routing);
   const std::shared_ptr<const Trace> replay = read_replay(flags.routing);
   Engine::Options options;
   options.plan_trace = flags.plan_trace;

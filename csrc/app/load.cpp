@@ -1,5 +1,7 @@
 #include "load.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <set>
 #include <stdexcept>
@@ -114,6 +116,13 @@ LoadedEngine load_idle_engine(const ModelFlags& flags, std::optional<Tokenizer> 
   options.max_batch = 1;
   options.ctx_size = 1;
   return load(flags, std::move(tokenizer), options);
+}
+
+void check_trace_file(const RoutingFlags& flags) {
+  if (flags.trace.empty()) return;
+  const auto folder = std::filesystem::absolute(flags.trace).parent_path();
+  if (::access(folder.c_str(), W_OK) != 0 || std::filesystem::is_directory(flags.trace))
+    throw std::invalid_argument("--trace: cannot write " + flags.trace);
 }
 
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags) {

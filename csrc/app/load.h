@@ -42,6 +42,8 @@ LoadedEngine load_engine(const ModelFlags& flags, std::optional<Tokenizer> token
 // cache is as small as can be.
 LoadedEngine load_idle_engine(const ModelFlags& flags, std::optional<Tokenizer> tokenizer);
 
+// Throws std::invalid_argument when the file of --trace cannot be written: called before the work.
+void check_trace_file(const RoutingFlags& flags);
 // The trace of --replay; null without one. Throws LoadError.
 std::shared_ptr<const Trace> read_replay(const RoutingFlags& flags);
 // Throws LoadError when the trace of --replay is of another model.

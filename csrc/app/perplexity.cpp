@@ -34,6 +34,7 @@ struct Scored {
 // Frees the weights before it returns: a second model may need the memory.
 Scored measure(const ModelFlags& flags, const RoutingFlags& routing, const Config& config, const Tokenizer& tokenizer,
                const std::string& text) {
+  check_trace_file(routing);
   const std::shared_ptr<const Trace> replay = read_replay(routing);
   LoadedEngine loaded = load_idle_engine(flags, tokenizer);
   ProgressBar bar("scoring", tokens_text);

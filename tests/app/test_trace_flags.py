@@ -200,7 +200,9 @@ def test_traces_that_do_not_fit_are_refused_in_one_line(text, tmp_path):
     assert "no trace" in refused(3, *again, DEMO / "model.safetensors")
 
 
-def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path):
-    refused_line = mixtral("generate", "-p", "a", "-n", "2", "--json", "--trace", tmp_path / "no" / "t")
-    assert refused_line.returncode == 5 and b"cannot be written" in refused_line.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work(text, tmp_path):
+    missing = tmp_path / "no" / "t"
+    for command in (["generate", "-p", "a", "-n", "2"], BENCH, ["perplexity", text]):
+        assert f"--trace: cannot write {missing}" in refused(2, *command, "--trace", missing)
+    assert f"--trace: cannot write {tmp_path}" in refused(2, "generate", "-p", "a", "--trace", tmp_path)
+    assert not missing.parent.exists()
