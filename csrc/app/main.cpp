@@ -22,7 +22,8 @@ void check_command(const CLI::App& app, int argc, char** argv) {
   if (word == "-m" || word == "--model" || word == "-p" || word == "--prompt") {
     throw std::invalid_argument("a command is needed before " + word + ", such as mixtral generate " + word + see);
   }
-  if (word.rfind('-', 0) == 0) return;
+  if (word == "-h" || word == "--help" || word == "--version") return;
+  if (word.rfind('-', 0) == 0) throw std::invalid_argument("a command is needed before " + word + see);
   if (word == "run") throw std::invalid_argument("unknown command run: use mixtral chat or mixtral generate" + see);
   std::vector<std::string> names;
   for (const CLI::App* command : app.get_subcommands(nullptr)) names.push_back(command->get_name());

@@ -45,6 +45,7 @@ def model(tmp_path: Path) -> Path:
     [
         ([], ["command"]),
         (["generat"], ["unknown command generat", "did you mean generate?"]),
+        (["--nosuch"], ["a command is needed before --nosuch"]),
         (["generate", "--max-token", "3", "-p", "a"], ["--max-token", "did you mean --max-tokens?"]),
         (["generate", "--max-tokens", "-1", "-p", "a"], ["max_tokens", "-1"]),
         (["generate", "-n", "many", "-p", "a"], ["many"]),
