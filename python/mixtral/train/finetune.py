@@ -195,7 +195,7 @@ def _check(settings: FinetuneSettings, config: object) -> None:
     if settings.held_out_every < 0 or settings.held_out_every == 1:
         raise ValueError(f"--held-out-every must be 0 or at least 2, got {settings.held_out_every}")
     for file in (*settings.data, *settings.held_out):
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise ValueError(f"{file}: no such file")
 
 
