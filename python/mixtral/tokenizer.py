@@ -48,10 +48,12 @@ class Tokenizer(_C.Tokenizer):
                 template gets them as its variable ``tools``.
 
         Raises:
+            TypeError: messages that are not a list of dictionaries.
             ValueError: what the format refuses, with the message or the template's own words; an unknown name; the
                 folder of a base model, without a template.
             LoadError: a template that is no Jinja, fails, or takes too much time or memory.
         """
+        _check_form(messages)
         found = self._template(chat_template)
         if found is None:  # Mistral's formats are code: no template gives their ids for every text
             chat_format = _C.ChatFormat(self._folder, self, chat_template or "")
@@ -137,6 +139,14 @@ class Tokenizer(_C.Tokenizer):
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids are the same at the beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _check_form(messages: Sequence[Message]) -> None:
+    if isinstance(messages, str | Mapping):
+        raise TypeError(f"apply_chat: messages must be a list of dictionaries, got {type(messages).__name__}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"apply_chat: messages[{index}] must be a dictionary, got {type(message).__name__}")
 
 
 def _check(messages: Sequence[Message]) -> None:

@@ -198,3 +198,6 @@ def test_apply_chat_gives_a_prompt_and_names_what_is_wrong():
         tokenizer.apply_chat([{"role": "nobody", "content": "Hi"}])
     with pytest.raises(ValueError, match=r"messages\[0\].*text"):
         tokenizer.apply_chat([{"role": "user", "text": "Hi"}])
+    for wrong, message in [("Hi", "must be a list of dictionaries, got str"), (["Hi"], r"\[0\] must be a dictionary")]:
+        with pytest.raises(TypeError, match=message):
+            tokenizer.apply_chat(wrong)
