@@ -21,7 +21,7 @@ import torch
 import mixtral
 from common import Bench, Row, main
 from mixtral import _C
-from random_models import SHAPES, Shape, write_checkpoint
+from random_models import SHAPES, Shape, quantised_checkpoint, write_checkpoint
 
 SHAPE = Shape(hidden=1024, layers=8, heads=16, kv_heads=4, head_dim=64, intermediate=3584, vocab=4096)
 TURNS = 3
@@ -67,16 +67,6 @@ DECODE = [
 ALL_REDUCE_GOAL = 20e-6  # seconds, through shared memory
 
 
-def folder_of(dtype: str) -> Path:
-    if dtype == "bfloat16":
-        return DECODE_FOLDER
-    folder = DECODE_FOLDER.with_name(f"{DECODE_FOLDER.name}-{dtype}")
-    if not folder.exists():
-        command = [sys.executable, "-m", "mixtral", "quantize", DECODE_FOLDER, folder, "--dtype", dtype]
-        subprocess.run(command, check=True)
-    return folder
-
-
 def decode_rate(folder: Path, flags: str) -> float:
     """Tokens a second of the binary."""
     work = ["--prompt-tokens", "32", "--new-tokens", "33", "--repeat", "2", "--ctx-size", "128", "--json"]
@@ -87,7 +77,7 @@ def decode_rate(folder: Path, flags: str) -> float:
 
 def decode(bench: Bench) -> None:
     for row in DECODE:
-        folder = folder_of(row.dtype)
+        folder = DECODE_FOLDER if row.dtype == "bfloat16" else quantised_checkpoint(DECODE_FOLDER, row.dtype)
         rates = [(decode_rate(folder, row.ours), decode_rate(folder, row.peer_flags)) for _ in range(TURNS)]
         ours, peer = (statistics.median(column) for column in zip(*rates, strict=True))
         bench.rows.append(Row(row.case, "decode", ours, "tokens/s", None, None, row.peer, peer, ours / peer))

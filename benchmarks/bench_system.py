@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from common import Bench, Row, native_isa
-from random_models import SHAPES, write_checkpoint
+from random_models import SHAPES, quantised_checkpoint, write_checkpoint
 from timing import warm_memory
 
 TYPES = ("int8", "fp8", "int4")
@@ -109,10 +109,7 @@ def main() -> None:
     record = Bench("system", "cpu")
     record.versions["instruction set"] = native_isa()
     source = write_checkpoint(SHAPES[arguments.model], arguments.folder / arguments.model)
-    quantised = {dtype: source.with_name(f"{source.name}-{dtype}") for dtype in TYPES}
-    for dtype, folder in quantised.items():
-        if not folder.exists():
-            mixtral("quantize", source, folder, "--dtype", dtype)
+    quantised = {dtype: quantised_checkpoint(source, dtype) for dtype in TYPES}
     cases = [("bfloat16", source, "bfloat16")]
     cases += [(f"{dtype}, quantised while reading", source, dtype) for dtype in TYPES]
     cases += [(f"{dtype}, written by quantize", folder, dtype) for dtype, folder in quantised.items()]

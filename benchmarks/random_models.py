@@ -1,6 +1,8 @@
 """Random Mixtral checkpoints of a few named shapes, for the benchmarks: speed does not depend on what weights say."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,3 +179,12 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     config.write_text(json.dumps(config_of(shape), indent=1) + "\n")
     return folder
+
+
+def quantised_checkpoint(folder: Path, dtype: str) -> Path:
+    """What `mixtral quantize` makes of the model, in a folder beside it; one that is there is kept."""
+    quantised = folder.with_name(f"{folder.name}-{dtype}")
+    if not quantised.exists():
+        command = [sys.executable, "-m", "mixtral", "quantize", folder, quantised, "--dtype", dtype]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return quantised
