@@ -71,8 +71,7 @@ class SimulatedArena : public DeviceArena {
   torch::Tensor allocate(const torch::Tensor& host) override {
     auto memory = torch::empty(host.sizes(), host.options());
     // In such pages as those of the model.
-    LargePages().bring(pages_around(memory.data_ptr(), memory.nbytes()),
-                       [](const std::function<void()>& body) { body(); });
+    LargePages().bring(pages_around(memory.data_ptr(), memory.nbytes()));
     return memory;
   }
 

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -77,8 +76,7 @@ ExpertWeights sample_experts(const Config& config, const WeightType& type, doubl
     torch::Tensor& weights = parameter.cut == Cut::kGateUp ? experts.gate_up : experts.down;
     weights = empty_parameter(parameter, scalar_type(type.dtype), torch::kCPU, type.packing);
     // In such pages as those of the model.
-    LargePages().bring(pages_around(weights.data_ptr(), weights.nbytes()),
-                       [](const std::function<void()>& body) { body(); });
+    LargePages().bring(pages_around(weights.data_ptr(), weights.nbytes()));
     std::memset(weights.data_ptr(), kByte, weights.nbytes());
   }
   return experts;

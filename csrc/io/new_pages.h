@@ -26,6 +26,10 @@ class LargePages {
   // All of the memory that whole large pages cover, on those threads. When one took long, the rest, and the memory of
   // the next calls up to a GiB, gets small pages, when it is written.
   void bring(const PageRange& range, const OnThreads& on_threads);
+  // On this thread alone.
+  void bring(const PageRange& range) {
+    bring(range, [](const std::function<void()>& body) { body(); });
+  }
 
  private:
   const TimedPage timed_page_;
